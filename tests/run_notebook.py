@@ -1,0 +1,68 @@
+"""Run a notebook top to bottom in a fresh Jupyter kernel, honouring nbdev's `#|` directives.
+
+    python tests/run_notebook.py nbs/00_core.ipynb                  # run it; a failing cell is shown with its error
+    python tests/run_notebook.py nbs/00_core.ipynb --save           # and keep the outputs, cleaned, in the file
+    python tests/run_notebook.py nbs/13_kernels.ipynb --flags cuda  # run the cells marked `#| cuda` too
+"""
+import argparse, os, re, sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+cfg = ConfigParser(delimiters=["="])
+cfg.read(ROOT/"settings.ini", encoding="utf-8")
+FLAGS = set(cfg["DEFAULT"]["tst_flags"].split())
+# A reader without the Hub is the default reader; thread pools of several libraries would fight over two cores.
+QUIET = dict(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", PYTHONHASHSEED="0")
+
+
+def directives(source):
+    "The `#|` lines of a cell, as {name: value}."
+    return {m[1]: m[2].strip() for m in re.finditer(r"^#\|\s*([\w-]+)\s*:?(.*)$", source, re.M)}
+
+
+def skipped(cell, flags=()):
+    "Is this cell left out of a run with `flags`?"
+    d = directives(cell.source)
+    return cell.cell_type == "code" and (d.get("eval") == "false" or any(o in FLAGS and o not in flags for o in d))
+
+
+def widget_errors(nb):
+    "Errors raised inside widget callbacks: they end in an Output widget, and no cell fails."
+    models = nb.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
+    return [o for m in models.values() if m.get("model_name") == "OutputModel"
+            for o in m["state"].get("outputs", []) if o.get("output_type") == "error"]
+
+
+def run(path, flags=(), save=False, timeout=900):
+    "Run `path`; raises nbclient's CellExecutionError, with the cell's source, when a cell fails."
+    nb = nbformat.read(path, as_version=4)
+    run_nb = nbformat.v4.new_notebook(cells=[c for c in nb.cells if not skipped(c, flags)], metadata=nb.metadata)
+    run_nb.metadata["kernelspec"] = dict(display_name="python3", language="python", name="python3")
+    env = {**os.environ, **QUIET}
+    if "hub" in flags: env.pop("HF_HUB_OFFLINE")
+    client = NotebookClient(run_nb, timeout=timeout, kernel_name="python3", coalesce_streams=True,
+                            resources={"metadata": {"path": str(Path(path).parent)}})
+    client.execute(env=env)
+    if errs := widget_errors(run_nb):
+        raise RuntimeError(f"{path}: an error inside a widget callback: {errs[0]['ename']}: {errs[0]['evalue']}")
+    if save:
+        nb.metadata.pop("widgets", None)
+        if any("jupyter.widget-view" in str(c.get("outputs")) for c in run_nb.cells) and "widgets" in run_nb.metadata:
+            nb.metadata["widgets"] = run_nb.metadata["widgets"]
+        nbformat.write(nb, path)
+        from nbdev.clean import nbdev_clean
+        nbdev_clean.__wrapped__(str(path))
+    return run_nb
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("notebook"), p.add_argument("--save", action="store_true")
+    p.add_argument("--flags", default="", help=f"run cells with these flags too: {' '.join(sorted(FLAGS))}")
+    a = p.parse_args()
+    run(a.notebook, set(a.flags.split()), a.save)
+    print(f"{a.notebook}: ok", file=sys.stderr)
