@@ -7,7 +7,7 @@ __all__ = ['ParamCount', 'COLORS', 'QLoRAError', 'pick_device', 'has_native_bf16
            'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'Table', 'show_figure', 'versions']
 
 # %% ../nbs/00_core.ipynb #76f2112b
-import importlib.metadata, logging, math, os, platform, random, sys
+import importlib.metadata, logging, math, os, platform, random, sys, warnings
 from collections import namedtuple
 
 # %% ../nbs/00_core.ipynb #d430d49f
@@ -15,8 +15,9 @@ import numpy as np, torch
 from tabulate import tabulate
 
 # %% ../nbs/00_core.ipynb #6cef6569
-# bitsandbytes warns on every import that an optional kernel for CPU inference is absent; training does not want it.
+# Noise of the libraries beneath: an optional CPU inference kernel that training does not want, and a rename inside peft.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 # %% ../nbs/00_core.ipynb #2d1afe6a
 class QLoRAError(Exception):
