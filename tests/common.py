@@ -1,0 +1,26 @@
+"What several test files look at: the settings, the notebooks, and the cells of a notebook."
+from configparser import ConfigParser
+from pathlib import Path
+
+import nbformat
+
+from run_notebook import directives
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT/"qlora_nb"
+NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
+PAGES = [o for o in NOTEBOOKS if o.name[0].isdigit()]
+MODULES = sorted(o for o in PACKAGE.glob("*.py") if not o.name.startswith("_"))
+_ini = ConfigParser(delimiters=["="])
+_ini.read(ROOT/"settings.ini", encoding="utf-8")
+SETTINGS = _ini["DEFAULT"]
+
+
+def read(path): return nbformat.read(path, as_version=4)
+def code_cells(nb): return [c for c in nb.cells if c.cell_type == "code"]
+def install_cells(nb): return [c.source for c in code_cells(nb) if "%pip install" in c.source]
+
+
+def exported_module(nb):
+    "The name that a page gives its module in `#| default_exp`, or None."
+    return next((d["default_exp"] for c in code_cells(nb) if "default_exp" in (d := directives(c.source))), None)

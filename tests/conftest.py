@@ -1,0 +1,39 @@
+"How the suite runs: as many workers as cores and memory allow, each on its share of the cores, the longest tests first."
+import os
+from pathlib import Path
+
+import psutil
+
+GIB = 2**30
+PER_WORKER = 3*GIB  # a page that loads SmolLM2-135M and trains it peaks below this
+# The pages that take longest, in this order, then the other pages, then everything else. (Look at --durations.)
+SLOW = "18_cli 09_evaluation 07_training 10_falcon 08_inference 01_models 06_data".split()
+
+
+def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def free_memory(limit=Path("/sys/fs/cgroup/memory.max")):
+    "Bytes that this process may still take: what the machine has free, or less in a container with a limit."
+    free = psutil.virtual_memory().available
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(free, int(text)) if text.isdigit() else free
+
+
+def pytest_xdist_auto_num_workers(config): return max(1, min(cores(), free_memory()//PER_WORKER))
+
+
+# Set before any test file imports torch; the kernels inherit it. Two workers must not fight over the same cores.
+_share = max(1, cores()//int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(_name, str(_share))
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+
+
+def rank(item):
+    "Where a test stands in the order: slow pages, pages, the rest."
+    page = getattr(item, "callspec", None) and item.callspec.id.split(".")[0]
+    if "test_page_runs" not in item.name: return len(SLOW) + 1
+    return SLOW.index(page) if page in SLOW else len(SLOW)
+
+
+def pytest_collection_modifyitems(items): items.sort(key=rank)
