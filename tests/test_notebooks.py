@@ -24,15 +24,21 @@ def explain(path, err):
     return "\n".join([f"{path}: this cell failed:", "", source.strip("\n"), "", *lines])
 
 
-def run_or_fail(path):
-    "Run a notebook; when it fails, fail with what its reader needs to see and nothing else."
+def attempt(path):
+    "(executed notebook, None), or (None, what went wrong)."
     try: nb = run(path)
-    except Exception as e: pytest.fail(explain(path, e), pytrace=False)
+    except Exception as e: return None, explain(path, e)
     # An exception in a widget callback is printed in red below the cell, and the kernel goes on as if nothing happened.
     for c in code_cells(nb):
         for o in c.outputs:
-            if o.output_type == "error":
-                pytest.fail(f"{path}: {o.ename}: {o.evalue}\nshown below this cell:\n\n{c.source}", pytrace=False)
+            if o.output_type == "error": return None, f"{path}: {o.ename}: {o.evalue}\nshown below this cell:\n\n{c.source}"
+    return nb, None
+
+
+def run_or_fail(path):
+    "Run a notebook; when it fails, fail with what its reader needs to see and nothing else."
+    nb, problem = attempt(path)
+    if problem: pytest.fail(problem, pytrace=False)
     return nb
 
 
