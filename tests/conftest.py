@@ -1,4 +1,4 @@
-"How the suite runs: as many workers as cores and memory allow, each on its share of the cores, the longest tests first."
+"How the suite runs: as many workers as cores and memory allow, each on its share of the cores, long tests first."
 import os
 from pathlib import Path
 

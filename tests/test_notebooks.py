@@ -31,7 +31,8 @@ def attempt(path):
     # An exception in a widget callback is printed in red below the cell, and the kernel goes on as if nothing happened.
     for c in code_cells(nb):
         for o in c.outputs:
-            if o.output_type == "error": return None, f"{path}: {o.ename}: {o.evalue}\nshown below this cell:\n\n{c.source}"
+            if o.output_type != "error": continue
+            return None, f"{path}: {o.ename}: {o.evalue}\nshown below this cell:\n\n{c.source}"
     return nb, None
 
 
@@ -110,7 +111,8 @@ def test_committed_outputs(path):
         data = o.get("data", {})
         for kind in data:
             if kind.startswith("image/"):
-                assert o.metadata.get(kind, {}).get("alt", "").strip(), f"{path.name}: a figure without alternative text"
+                alt = o.metadata.get(kind, {}).get("alt", "").strip()
+                assert alt, f"{path.name}: a figure has no alternative text"
         for tag in re.findall(r"<img\b[^>]*>", "".join(data.get("text/html", ""))):
             assert re.search(r"""\balt=["'][^"']""", tag), f"{path.name}: {tag[:80]} has no alternative text"
 

@@ -1,0 +1,185 @@
+"What holds the house together: one address, one version, imports that go downwards, modules that stay small."
+import ast, re, shlex, subprocess, sys
+
+import pytest, yaml
+from IPython.core.inputtransformer2 import TransformerManager
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from common import MODULES, NOTEBOOKS, PACKAGE, PAGES, ROOT, SETTINGS, code_cells, exported_module, install_cells, read
+
+sys.path.insert(0, str(ROOT/"tools"))
+from make_links import fix_links
+from make_readme import make_readme
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda o: o.name)
+each_page = pytest.mark.parametrize("path", PAGES, ids=lambda o: o.name)
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda o: o.name)
+USER, REPO, BRANCH = (SETTINGS[o] for o in ("user", "repo", "branch"))
+
+
+def text(name): return (ROOT/name).read_text(encoding="utf-8")
+
+
+# ---- the address ----
+
+@each_notebook
+def test_links_agree_with_settings(path):
+    raw = path.read_text(encoding="utf-8")
+    assert raw == fix_links(raw, SETTINGS), "a link names another repository than settings.ini: run tools/make_links.py"
+    others = set(re.findall(rf"github(?:usercontent)?\.com/(?:github/)?{re.escape(USER)}/([\w-]+)", raw)) - {REPO}
+    assert not others, f"settings.ini knows no repository {others}"
+
+
+@each_notebook
+def test_colab_badge(path):
+    url = f"https://colab.research.google.com/github/{USER}/{REPO}/blob/{BRANCH}/nbs/{path.name}"
+    title = next(c.source for c in read(path).cells if c.cell_type == "markdown")
+    assert title.startswith("# ") and f"(https://colab.research.google.com/assets/colab-badge.svg)]({url})" in title
+
+
+@each_notebook
+def test_install_cell(path):
+    nb = read(path)
+    mine, first = install_cells(nb), install_cells(read(PAGES[0]))
+    if not (path in PAGES or mine): return  # the index needs none as long as it runs nothing of ours
+    assert mine == first, f"the install cell differs from that of {PAGES[0].name}"
+    assert code_cells(nb)[0].source == mine[0], "the install cell must come before all other code"
+    head, *body = mine[0].splitlines()
+    assert head == "#| eval: false" and 'if "google.colab" in sys.modules:' in body
+    assert all(o.startswith("    ") for o in body if "%pip" in o), "%pip runs outside Colab too"
+    assert f'"git+{SETTINGS["git_url"]}@{BRANCH}"' in mine[0]
+
+
+def test_links_can_be_moved_and_checked():
+    raw = text("nbs/00_core.ipynb")
+    fork = dict(user="someone", repo="their_copy", branch="dev", git_url="https://github.com/someone/their_copy")
+    moved = fix_links(raw, fork)
+    assert "/github/someone/their_copy/blob/dev/nbs/00_core.ipynb" in moved and f"{USER}/{REPO}" not in moved
+    assert "git+https://github.com/someone/their_copy@dev" in moved
+    assert fix_links(moved, SETTINGS) == raw
+    foreign = "https://github.com/huggingface/peft and https://colab.research.google.com/github/a/b/blob/c/d.ipynb"
+    assert fix_links(foreign, SETTINGS) == foreign
+
+
+def test_address_stands_in_settings_alone():
+    names = "setup.py constraints.txt CITATION.cff CONTRIBUTING.md CHANGELOG.md .ci/run"
+    files = [ROOT/o for o in names.split()]
+    files += [*MODULES, *(ROOT/"tests").glob("*.*"), *(ROOT/"tools").glob("*.py"), *(ROOT/".github").rglob("*.yml")]
+    holders = [o.name for o in files if f"{USER}/" in o.read_text(encoding="utf-8")]
+    assert not holders, f"{holders} repeat the address"
+
+
+# ---- versions and packages ----
+
+def test_one_version():
+    version, citation = SETTINGS["version"], yaml.safe_load(text("CITATION.cff"))
+    assert re.search(r'^__version__ = "(.*)"$', text("qlora_nb/__init__.py"), re.M)[1] == version
+    assert citation["version"] == version and citation["title"] == SETTINGS["lib_name"]
+    assert re.search(rf"^## \[{re.escape(version)}\]", text("CHANGELOG.md"), re.M)
+
+
+def test_constraints_pin_every_requirement():
+    pins = {canonicalize_name(m[1]): m[2] for m in re.finditer(r"^([\w.-]+)==(\S+)$", text("constraints.txt"), re.M)}
+    lines = [o for o in text("constraints.txt").splitlines() if o and not o.startswith("#")]
+    assert len(pins) == len(lines), "a line of constraints.txt is no exact pin"
+    for r in map(Requirement, shlex.split(SETTINGS["requirements"] + " " + SETTINGS["dev_requirements"])):
+        pin = pins[canonicalize_name(r.name)]
+        assert r.specifier.contains(pin), f"{r.name} is pinned to {pin}, outside the range {r.specifier} of settings.ini"
+
+
+def test_requirements_span_colab_and_today():
+    wanted = {r.name: r.specifier for r in map(Requirement, shlex.split(SETTINGS["requirements"]))}
+    for lib, versions in dict(trl="0.29.1 1.15.0 1.16.0", transformers="5.15.0 5.17.0 5.23.0", fastcore="1.14.5 2.2.12",
+                              ipywidgets="7.7.1 8.1.9", peft="0.20.0 0.21.2").items():
+        assert all(wanted[lib].contains(o) for o in versions.split()), lib
+
+
+# ---- the README ----
+
+def test_readme_is_generated():
+    fresh = make_readme(ROOT/"nbs"/"index.ipynb")
+    assert text("README.md") == fresh, "run tools/make_readme.py"
+
+
+def test_readme_begins_with_the_two_commands():
+    r = subprocess.run(["bash", ROOT/".ci"/"run", "--commands"], capture_output=True, text=True, check=True)
+    assert r.stdout.splitlines() == ["pip install -e . -c constraints.txt && qlora_finetune",
+                                     "pip install -e '.[dev]' -c constraints.txt && pytest"]
+
+
+def test_readme_links_exist():
+    for target in re.findall(r"\]\(([^)\s#]+)\)", text("README.md")):
+        assert target.startswith(("http", "mailto:")) or (ROOT/target).exists(), f"README.md links to {target}"
+
+
+# ---- the modules ----
+
+def imports(source):
+    "(module of ours, is it a star import?) for each import in `source`, which may hold IPython's magics."
+    for node in ast.walk(ast.parse(TransformerManager().transform_cell(source))):
+        if isinstance(node, ast.Import):
+            yield from ((m[1], False) for o in node.names if (m := re.match(r"qlora_nb\.(\w+)", o.name)))
+        elif isinstance(node, ast.ImportFrom):
+            ours, _, module = (("qlora_nb." if node.level else "") + (node.module or "")).partition(".")
+            if ours != "qlora_nb": continue
+            names = [module.split(".")[0]] if module else [o.name for o in node.names]
+            yield from ((o, node.names[0].name == "*") for o in names)
+
+
+NUMBER = {module: int(o.name[:2]) for o in PAGES if (module := exported_module(read(o)))}
+
+
+def test_imports_are_found():
+    found = imports("import qlora_nb.a, os\ndef f():\n    from qlora_nb.b import x\n%matplotlib inline\n"
+                    "from .c import *\nfrom qlora_nb import d\nfrom . import e\nfrom qlora_nbx.f import g")
+    assert sorted(found) == [("a", False), ("b", False), ("c", True), ("d", False), ("e", False)]
+
+
+@each_page
+def test_imports_go_downwards(path):
+    nb, number = read(path), int(path.name[:2])
+    for c in code_cells(nb):
+        for module, star in imports(c.source):
+            assert not star, f"a star import of {module}"
+            assert module in NUMBER, f"no page exports {module}"
+            assert NUMBER[module] < number, f"{path.name} imports {module}, which comes later"
+
+
+def test_each_module_has_one_page():
+    exported = [m for o in PAGES if (m := exported_module(read(o)))]
+    assert sorted(exported) == sorted(o.stem for o in MODULES)
+
+
+@each_module
+def test_module_is_small_and_safe(path):
+    source = path.read_text(encoding="utf-8")
+    lines = len(source.splitlines())
+    assert lines <= 220, f"{path.name} has {lines} lines, so it holds two ideas: make two notebooks"
+    assert not [m for m, star in imports(source) if star]
+    for bad in (r"trust_remote_code\s*=\s*True", r"\btorch\.load\(", r"\bpickle\b", r"\bpkg_resources\b", r"\bnbdev\.\w"):
+        assert not (m := re.search(bad, source)), f"{path.name} holds {m[0]}"
+
+
+ALONE = """
+import os, sys, bitsandbytes, datasets, gguf, peft, torch, transformers, trl
+def no_cuda(*a): raise RuntimeError("an import starts CUDA")
+torch.cuda._lazy_init = no_cuda
+for name in sys.argv[1:]:
+    if (pid := os.fork()) == 0:
+        try: __import__(name)
+        except BaseException as e:
+            sys.stderr.write(f"{name}: {type(e).__name__}: {e}\\n")
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""  # the libraries are loaded once; each of our modules then meets a process that has none of the others
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")
+def test_each_module_imports_alone(tmp_path):
+    names = [f"{PACKAGE.name}.{o.stem}" for o in MODULES]
+    r = subprocess.run([sys.executable, "-c", ALONE, *names], cwd=tmp_path, capture_output=True, text=True)
+    failed = [line for line in r.stderr.splitlines() if line.startswith(tuple(f"{o}: " for o in names))]
+    assert r.returncode == 0 and not failed, r.stderr
