@@ -9,180 +9,158 @@ __all__ = ['CATEGORIES', 'PRIORITIES', 'INSTRUCTION', 'PRODUCTS', 'ISSUES', 'CUE
 # %% ../nbs/05_tickets.ipynb #e8a56cf0
 import json
 from random import Random
-
-# %% ../nbs/05_tickets.ipynb #af7248e7
 from .core import QLoRAError
 
-# %% ../nbs/05_tickets.ipynb #6b9bf53f
+# %% ../nbs/05_tickets.ipynb #78822ee1
 CATEGORIES = ["damaged", "late", "refund", "how-to", "billing"]
 PRIORITIES = ["low", "normal", "high"]
 INSTRUCTION = "Turn this support ticket into a JSON record."
-def _split(text): return [o.strip() for o in text.replace("\n", " ").split(" / ")]
+def _split(text): return [o.strip() for o in text.split("/")]
 
-# %% ../nbs/05_tickets.ipynb #ee993ec7
-PRODUCTS = dict(train=_split("""
-    Copper Owl / Lumina 40 / TrailMate / Quietstone / Brello Kettle / Nimvo / Harbor Lamp / Pixelwren / Tarnix 7 /
-    Sunny Mixer / Oakline Desk / Vexa Pro / Riverbell / Dustfox / Kumori / Polar Mug / Zephyr Fan / Marlo 300 /
-    Inkwell Pen / Gravitas / Soniq Speaker / Bluebird Tent / Fernhill / Octavo / Rapid Drill / Milano Chair /
-    Wattly / Cloudrest Pillow / Jumbo Grill / Arcadia 2 / Pebble Watch / Twist Blender / Norvik / Emberly /
-    Stellar Scope / Hush Buds / Loom Carpet / Tidal Pump / Crispo Fryer / Vista Monitor / Gecko Tripod / Onda /
-    Mistral 12 / Rustik / Feather Bike / Glimmer / Panda Stroller / Comet Router / Barista One / Silva Bench /
-    Hexa 90 / Nomad Backpack / Tulip Vase / Kestrel / Voltaro / Breeze Heater / Magma Stove / Juno Scale / Daybreak /
-    Pluma Jacket / Solid Safe / Cedar Box / Rolla / Amber Clock / Krona X / Fluxo Cable / Mosaic Printer /
-    Bento Cooker"""),
-  test=_split("""Velvet Toaster / Zarquin / Meadow Hammock / Pronto 55 / Sable Keyboard / Ixora / Thistle Iron /
-    Cobalt Drone / Yuzu Juicer / Falcone / Orbit Scooter / Lantern 8 / Wickham Sofa / Tempo Treadmill / Quill /
-    Saffron Wok / Driftwood / Bravura Piano / Nectar Bottle / Helix 21 / Umbra Curtain / Galago / Pinnacle Ladder /
-    Toffee Camera / Astrid / Monsoon Umbrella / Ripple Soundbar / Vandor"""))
+# %% ../nbs/05_tickets.ipynb #d7307bbe
+PRODUCTS = dict(train=_split("""Copper Owl/Lumina 40/TrailMate/Quietstone/Brello Kettle/Nimvo/Harbor Lamp/Pixelwren/
+    Tarnix 7/Sunny Mixer/Oakline Desk/Vexa Pro/Riverbell/Dustfox/Polar Mug/Zephyr Fan/Marlo 300/Inkwell Pen/
+    Soniq Speaker/Bluebird Tent/Fernhill/Octavo/Rapid Drill/Milano Chair/Wattly/Cloudrest Pillow/Jumbo Grill/Arcadia 2/
+    Pebble Watch/Twist Blender/Norvik/Emberly/Stellar Scope/Hush Buds/Loom Carpet/Tidal Pump/Crispo Fryer/Vista Monitor/
+    Gecko Tripod/Onda/Mistral 12/Rustik/Feather Bike/Glimmer/Panda Stroller/Comet Router/Barista One/Silva Bench/
+    Hexa 90/Nomad Backpack/Tulip Vase/Kestrel/Voltaro/Breeze Heater/Magma Stove/Juno Scale/Daybreak/Pluma Jacket/
+    Solid Safe/Cedar Box/Amber Clock/Krona X/Fluxo Cable/Mosaic Printer/Bento Cooker"""),
+  test=_split("""Velvet Toaster/Zarquin/Meadow Hammock/Pronto 55/Sable Keyboard/Ixora/Thistle Iron/Cobalt Drone/
+    Yuzu Juicer/Falcone/Orbit Scooter/Lantern 8/Wickham Sofa/Tempo Treadmill/Quill/Saffron Wok/Driftwood/Bravura Piano/
+    Nectar Bottle/Helix 21/Umbra Curtain/Galago/Pinnacle Ladder/Toffee Camera/Astrid/Monsoon Umbrella/Ripple Soundbar"""))
+
+# %% ../nbs/05_tickets.ipynb #c19eda5f
+ISSUES = dict(train={}, test={})
+ISSUES["train"]["damaged"] = _split("""The {p} arrived with a cracked case/My {p} came broken/
+    I opened the box and the {p} was in pieces/The {p} has a big dent in the side/One corner of the {p} is chipped/
+    The front of the {p} is shattered/The {p} leaks from the bottom/The {p} was smashed during shipping/
+    The {p} I received is scratched all over/A knob fell off the {p} on day one/The {p} was bent when I unpacked it/
+    The handle of the {p} snapped off/There is a crack across my new {p}/The {p} does not turn on, it arrived dead/
+    My {p} is defective/The lid of the {p} was broken on arrival/The {p} showed up torn and dirty/
+    The {p} rattles because a part came loose inside/The glass of the {p} is cracked/
+    Your courier dropped the {p} and now it is broken/The {p} has water damage/The {p} stopped working after one day/
+    The cable of the {p} is frayed and bare/The {p} is faulty and shuts off by itself/
+    Half of the {p} was crushed in the parcel""")
+ISSUES["test"]["damaged"] = _split("""I unpacked a badly smashed {p}/
+    Sadly my {p} turned up with a split down the middle/The hinge on this {p} is ruined/
+    When I lifted out the {p}, bits of it fell to the floor/The {p} reached me with deep scrapes and a hole/
+    Something inside this {p} broke, it no longer runs/The plastic on the {p} has burst open/
+    The {p} got squashed on its way here/This {p} malfunctions, its motor is dead/Both legs of my {p} broke off""")
 
 # %% ../nbs/05_tickets.ipynb #1293d5e5
-ISSUES = dict(train={}, test={})
-ISSUES["train"]["damaged"] = _split("""
-    The {p} arrived with a cracked case / My {p} came broken / I opened the box and the {p} was in pieces /
-    The {p} has a big dent in the side / One corner of the {p} is chipped / The front of the {p} is shattered /
-    The {p} leaks from the bottom / The {p} was smashed during shipping / The {p} I received is scratched all over /
-    A knob fell off the {p} on day one / The {p} was bent when I unpacked it / The handle of the {p} snapped off /
-    There is a crack across my new {p} / The {p} does not turn on, it arrived dead / My {p} is defective /
-    The lid of the {p} was broken on arrival / The {p} showed up torn and dirty /
-    The {p} rattles because a part came loose inside / The glass of the {p} is cracked /
-    Your courier dropped the {p} and now it is broken / The {p} has water damage /
-    The {p} stopped working after one day / The surface of the {p} is ripped /
-    The cable of the {p} is frayed and bare / The {p} is faulty and shuts off by itself /
-    Half of the {p} was crushed in the parcel""")
-ISSUES["test"]["damaged"] = _split("""I unpacked a badly smashed {p} /
-    Sadly my {p} turned up with a split down the middle / The hinge on this {p} is ruined /
-    When I lifted out the {p}, bits of it fell to the floor / The {p} reached me with deep scrapes and a hole /
-    Something inside this {p} broke, it no longer runs / The plastic on the {p} has burst open /
-    The {p} got squashed on its way here / This {p} malfunctions, its motor is dead /
-    Both legs of my {p} broke off""")
+ISSUES["train"]["late"] = _split("""My {p} has not arrived yet/The {p} is two weeks late/Where is my {p}?/
+    I am still waiting for the {p}/The {p} should have been here on Monday/Tracking for the {p} has not moved in days/
+    The {p} never showed up/You promised the {p} in three days and it is not here/
+    The courier says the {p} is still in the depot/When will my {p} be delivered?/No sign of the {p} so far/
+    The delivery of the {p} keeps getting pushed back/It has been ten days and there is no {p}/The {p} is overdue/
+    My parcel with the {p} seems lost in the post/The {p} is stuck in transit/
+    I have been expecting the {p} since last week/The {p} is marked as shipped but nothing came/
+    The {p} was due yesterday and did not come/The {p} missed its delivery date/Delivery of my {p} is taking very long/
+    Nobody brought the {p} on the agreed day/The mail came again without the {p}/
+    The {p} is delayed and I get no updates/A month has passed since I ordered the {p} and it is not here""")
+ISSUES["test"]["late"] = _split("""The driver has yet to drop off the {p}/Any news on when my {p} gets here?/
+    The tracking page has shown the same place for this {p} all week/I keep checking the mailbox, but no {p}/
+    The {p} was supposed to reach me by the 3rd/The shipment with this {p} is way behind schedule/
+    How much longer until the {p} turns up at my door?/Eleven days on, the {p} has still to come/
+    The carrier cannot tell me where the {p} is/I expected to have the {p} by now, yet it is still on its way""")
 
 # %% ../nbs/05_tickets.ipynb #15b305f0
-ISSUES["train"]["late"] = _split("""My {p} has not arrived yet / The {p} is two weeks late /
-    Where is my {p}? / I am still waiting for the {p} / The {p} should have been here on Monday /
-    Tracking for the {p} has not moved in days / The {p} never showed up /
-    You promised the {p} in three days and it is not here / The courier says the {p} is still in the depot /
-    When will my {p} be delivered? / No sign of the {p} so far / The delivery of the {p} keeps getting pushed back /
-    It has been ten days and there is no {p} / The {p} is overdue / My parcel with the {p} seems lost in the post /
-    The {p} is stuck in transit / I have been expecting the {p} since last week /
-    The {p} is marked as shipped but nothing came / The {p} was due yesterday and did not come /
-    Has the {p} even left your warehouse? / The {p} missed its delivery date /
-    Delivery of my {p} is taking very long / Nobody brought the {p} on the agreed day /
-    The mail came again without the {p} / The {p} is delayed and I get no updates /
-    A month has passed since I ordered the {p} and it is not here""")
-ISSUES["test"]["late"] = _split("""The driver has yet to drop off the {p} / Any news on when my {p} gets here? /
-    The tracking page has shown the same place for this {p} all week / I keep checking the mailbox, but no {p} /
-    The {p} was supposed to reach me by the 3rd / The shipment with this {p} is way behind schedule /
-    How much longer until the {p} turns up at my door? / Eleven days on, the {p} has still to come /
-    The carrier cannot tell me where the {p} is / I expected to have the {p} by now, yet it is still on its way""")
+ISSUES["train"]["refund"] = _split("""I want my money back for the {p}/I would like to return the {p}/
+    Please refund the {p}/I changed my mind about the {p} and want to send it back/
+    The {p} is too small, can I get a refund?/I do not like the {p}, please take it back/
+    The {p} is not what I expected, I want a refund/Please cancel the {p} and pay me back/
+    I am sending the {p} back, please return my money/The {p} does not suit me and I want to return it/
+    I no longer need the {p}, so please refund me/Can I give the {p} back for a full refund?/
+    I ordered the {p} by mistake and want to return it/The color of the {p} is wrong for us, we want our money back/
+    Please start a return for my {p}/I want to hand back the {p} and be reimbursed/
+    The {p} is a disappointment, give me my money back/The {p} was a gift she already had, can it be refunded?/
+    May I return the unopened {p}?/I found a cheaper one, so I am returning the {p}/
+    Please credit me for the {p}, I am not keeping it/We have decided not to keep the {p}, refund please/
+    I returned the {p} and await my refund/The {p} is too loud for us, I wish to return it/
+    I want the full price of the {p} refunded""")
+ISSUES["test"]["refund"] = _split("""The {p} goes back to you, and I expect the price repaid/
+    Kindly reimburse me, as I have no use for my {p}/
+    This {p} will not fit our shelf, could you give us back what we paid?/
+    I have had second thoughts about my {p}, money back please/
+    I posted the {p} back on Tuesday, now I want the purchase price returned/Take this {p} off my hands and refund me/
+    My {p} is not for me, so I need a return label/I wish to undo my purchase of the {p} and get repaid/
+    My husband hates the {p}, we will return it for a refund/Please collect this {p} from me and refund what it cost""")
 
 # %% ../nbs/05_tickets.ipynb #bd4ddfbc
-ISSUES["train"]["refund"] = _split("""I want my money back for the {p} /
-    I would like to return the {p} / Please refund the {p} /
-    I changed my mind about the {p} and want to send it back / The {p} is too small, can I get a refund? /
-    I do not like the {p}, please take it back / The {p} is not what I expected, I want a refund /
-    Please cancel the {p} and pay me back / I am sending the {p} back, please return my money /
-    The {p} does not suit me and I want to return it / I no longer need the {p}, so please refund me /
-    Can I give the {p} back for a full refund? / I ordered the {p} by mistake and want to return it /
-    The color of the {p} is wrong for us, we want our money back / Please start a return for my {p} /
-    I want to hand back the {p} and be reimbursed / The {p} is a disappointment, give me my money back /
-    The {p} was a gift she already had, can it be refunded? / May I return the unopened {p}? /
-    I request a refund for the {p} / I found a cheaper one, so I am returning the {p} /
-    Please credit me for the {p}, I am not keeping it / We have decided not to keep the {p}, refund please /
-    I returned the {p} and await my refund / The {p} is too loud for us, I wish to return it /
-    I want the full price of the {p} refunded""")
-ISSUES["test"]["refund"] = _split("""The {p} goes back to you, and I expect the price repaid /
-    Kindly reimburse me, as I have no use for my {p} /
-    This {p} will not fit our shelf, could you give us back what we paid? /
-    I have had second thoughts about my {p}, money back please /
-    I posted the {p} back on Tuesday, now I want the purchase price returned /
-    Take this {p} off my hands and refund me / My {p} is not for me, so I need a return label /
-    I wish to undo my purchase of the {p} and get repaid / My husband hates the {p}, we will return it for a refund /
-    Please collect this {p} from me and refund what it cost""")
-
-# %% ../nbs/05_tickets.ipynb #fef0f042
-ISSUES["train"]["how-to"] = _split("""How do I set up the {p}? /
-    How can I connect the {p} to my phone? / Where is the reset button on the {p}? / How do I clean the {p}? /
-    Can you explain the settings of the {p}? / How do I change the language of the {p}? /
-    What does the blinking light on the {p} mean? / How do I charge the {p}? /
-    I cannot work out how to switch the {p} to silent mode / Is there a manual for the {p}? /
-    How do I replace the filter in the {p}? / Please tell me how to pair the {p} with my tablet /
-    Which battery goes into the {p}? / How do I update the {p}? / I need help assembling the {p} /
-    How do you fold the {p}? / How long should I charge the {p} the first time? /
-    How do I set the timer on the {p}? / Can I use the {p} outdoors? / How do I mount the {p} on a wall? /
-    What is the best way to store the {p}? / Could you show me how to adjust the {p}? /
-    How do I turn off the sound of the {p}? / Which mode of the {p} should I use for wool? /
-    Can the {p} go in the dishwasher? / Please explain what each button of the {p} does""")
-ISSUES["test"]["how-to"] = _split("""What steps do I follow to install my {p}? /
-    I would love to know how this {p} is programmed / Could somebody walk me through the first start of my {p}? /
-    In which order do the parts of my {p} go together? / Is it fine to wash the {p} under the tap? /
-    What do I press to make this {p} go to sleep? / I am looking for the instructions of my {p} /
-    How is the {p} linked to a laptop? / Please teach me to calibrate my {p} /
+ISSUES["train"]["how-to"] = _split("""How do I set up the {p}?/How can I connect the {p} to my phone?/
+    How do I clean the {p}?/Can you explain the settings of the {p}?/How do I change the language of the {p}?/
+    What does the blinking light on the {p} mean?/How do I charge the {p}?/
+    I cannot work out how to switch the {p} to silent mode/Is there a manual for the {p}?/
+    How do I replace the filter in the {p}?/Please tell me how to pair the {p} with my tablet/
+    Which battery goes into the {p}?/How do I update the {p}?/I need help assembling the {p}/How do you fold the {p}?/
+    How long should I charge the {p} the first time?/How do I set the timer on the {p}?/Can I use the {p} outdoors?/
+    How do I mount the {p} on a wall?/What is the best way to store the {p}?/Could you show me how to adjust the {p}?/
+    How do I turn off the sound of the {p}?/Which mode of the {p} should I use for wool?/
+    Can the {p} go in the dishwasher?/Please explain what each button of the {p} does""")
+ISSUES["test"]["how-to"] = _split("""What steps do I follow to install my {p}?/
+    I would love to know how this {p} is programmed/Could somebody walk me through the first start of my {p}?/
+    In which order do the parts of my {p} go together?/Is it fine to wash the {p} under the tap?/
+    What do I press to make this {p} go to sleep?/I am looking for the instructions of my {p}/
+    How is the {p} linked to a laptop?/Please teach me to calibrate my {p}/
     What does the orange symbol on this {p} stand for?""")
 
-# %% ../nbs/05_tickets.ipynb #e95af998
-ISSUES["train"]["billing"] = _split("""I was charged twice for the {p} /
-    The invoice for the {p} is wrong / My card was billed too much for the {p} / I need an invoice for the {p} /
-    The price of the {p} on my bill is not the one on your site / The discount code was not applied to the {p} /
-    Please send the receipt for the {p} / My payment for the {p} failed but the money left my account /
-    There are two charges for one {p} on my statement / The tax on the {p} invoice is wrong /
-    Why was I billed for the {p} again? / I want to change the card I pay the {p} with /
-    My bank shows a charge for the {p} that I do not know / The bill for the {p} has the wrong address /
-    You charged shipping on the {p} though it should be free / Can I pay for the {p} in installments? /
-    The plan for my {p} was charged after it ended / Please put our VAT number on the {p} invoice /
-    I paid for one {p} but the bill says three / My voucher was ignored when I paid for the {p} /
-    The amount on my {p} bill does not add up / Can I pay for the {p} by bank transfer? /
-    I never got a bill for the {p} / Please correct the invoice for my {p} /
-    The {p} was charged in dollars instead of euros / My card was declined when I paid for the {p}""")
-ISSUES["test"]["billing"] = _split("""There is an error in what you billed me for my {p} /
-    My credit card statement lists the {p} two times / Forty euros too many were debited for my {p} /
-    Could I have a proper tax invoice covering this {p}? /
-    The coupon made no difference to the cost of my {p} at checkout /
-    PayPal took the sum for this {p} from me two times / Your invoice names another company as buyer of my {p} /
-    Why does my bill show a fee on top of the {p}? / The monthly charge for my {p} went up without notice /
-    My accountant needs the payment receipt of this {p}""")
+# %% ../nbs/05_tickets.ipynb #fef0f042
+ISSUES["train"]["billing"] = _split("""I was charged twice for the {p}/The invoice for the {p} is wrong/
+    My card was billed too much for the {p}/I need an invoice for the {p}/
+    The price of the {p} on my bill is not the one on your site/The discount code was not applied to the {p}/
+    Please send the receipt for the {p}/My payment for the {p} failed but the money left my account/
+    There are two charges for one {p} on my statement/The tax on the {p} invoice is wrong/
+    Why was I billed for the {p} again?/I want to change the card I pay the {p} with/
+    My bank shows a charge for the {p} that I do not know/You charged shipping on the {p} though it should be free/
+    Can I pay for the {p} in installments?/The plan for my {p} was charged after it ended/
+    Please put our VAT number on the {p} invoice/I paid for one {p} but the bill says three/
+    My voucher was ignored when I paid for the {p}/The amount on my {p} bill does not add up/
+    Can I pay for the {p} by bank transfer?/I never got a bill for the {p}/Please correct the invoice for my {p}/
+    The {p} was charged in dollars instead of euros/My card was declined when I paid for the {p}""")
+ISSUES["test"]["billing"] = _split("""There is an error in what you billed me for my {p}/
+    My credit card statement lists the {p} two times/Forty euros too many were debited for my {p}/
+    Could I have a proper tax invoice covering this {p}?/
+    The coupon made no difference to the cost of my {p} at checkout/PayPal took the sum for this {p} from me two times/
+    Your invoice names another company as buyer of my {p}/Why does my bill show a fee on top of the {p}?/
+    The monthly charge for my {p} went up without notice/My accountant needs the payment receipt of this {p}""")
 
-# %% ../nbs/05_tickets.ipynb #912c2742
+# %% ../nbs/05_tickets.ipynb #d1e996de
 CUES = dict(train={}, test={})
-CUES["train"]["high"] = _split("""
-    This is urgent / I need an answer today / Please reply immediately / I am furious / It is an emergency /
-    My wedding is tomorrow and I need this solved / We open in two hours and need help now /
-    Answer me as soon as possible / I have to have this solved by tonight /
-    This is unacceptable and I am very angry / A patient depends on it, so hurry / I need it fixed before Friday /
-    Please hurry / This is extremely urgent / You have until noon to respond / I am fed up, act now""")
-CUES["test"]["high"] = _split("""I leave for the airport in three hours / This cannot be put off /
-    Get back to me right away / I am absolutely livid / The deadline is this evening / Every minute counts /
+CUES["train"]["high"] = _split("""This is urgent/I need an answer today/Please reply immediately/I am furious/
+    It is an emergency/My wedding is tomorrow and I need this solved/We open in two hours and need help now/
+    Answer me as soon as possible/I have to have this solved by tonight/This is unacceptable and I am very angry/
+    A patient depends on it, so hurry/I need it fixed before Friday/Please hurry/This is extremely urgent/
+    You have until noon to respond/I am fed up, act now""")
+CUES["test"]["high"] = _split("""I leave for the airport in three hours/This cannot be put off/
+    Get back to me right away/I am absolutely livid/The deadline is this evening/Every minute counts/
     It must be dealt with at once""")
-CUES["train"]["low"] = _split("""No rush / Take your time / There is no hurry / It can wait until next month /
-    This is not urgent / Whenever you have a moment is fine / Answer when it suits you / I am in no hurry at all /
-    Any time this month is fine / It is not important / No need to reply quickly / A reply next week is fine /
-    I can wait / Not urgent at all / Please do the urgent cases first / There is no deadline""")
-CUES["test"]["low"] = _split("""You need not hurry on my account / Next month is early enough /
-    Get to it when things are quiet / This is not pressing / I am happy to wait / It does not have to be soon /
+CUES["train"]["low"] = _split("""No rush/Take your time/There is no hurry/It can wait until next month/
+    This is not urgent/Whenever you have a moment is fine/Answer when it suits you/I am in no hurry at all/
+    Any time this month is fine/It is not important/No need to reply quickly/A reply next week is fine/I can wait/
+    Not urgent at all/Please do the urgent cases first/There is no deadline""")
+CUES["test"]["low"] = _split("""You need not hurry on my account/Next month is early enough/
+    Get to it when things are quiet/This is not pressing/I am happy to wait/It does not have to be soon/
     Feel free to leave it for later""")
-CUES["train"]["normal"] = _split("""I ordered it online / It was for my sister / This is my first purchase from you /
-    My neighbor told me about you / I use it at home / I bought it last month / It is the blue one /
-    I have been a customer since 2019 / We have two of them / I saw it in your catalog / I live in Leeds /
-    It is for our office / My son chose it / It is the large size / I paid with a gift card /
-    I have one from last year too""")
-CUES["test"]["normal"] = _split("""A colleague mentioned your shop / It is meant for the kitchen /
-    I picked the green version / We are a family of five / My flat is in Porto / I read about it in a magazine /
+CUES["train"]["normal"] = _split("""I ordered it online/It was for my sister/This is my first purchase from you/
+    My neighbor told me about you/I use it at home/I bought it last month/It is the blue one/
+    I have been a customer since 2019/We have two of them/I saw it in your catalog/I live in Leeds/It is for our office/
+    My son chose it/It is the large size/I paid with a gift card/I have one from last year too""")
+CUES["test"]["normal"] = _split("""A colleague mentioned your shop/It is meant for the kitchen/
+    I picked the green version/We are a family of five/My flat is in Porto/I read about it in a magazine/
     You have my email address""")
 
-# %% ../nbs/05_tickets.ipynb #c45d5dcb
+# %% ../nbs/05_tickets.ipynb #cfee60fb
 SMALL = dict(
-    train=dict(hello=_split("Hi / Hello / Good morning / Hello team / Hi there"),
-               bye=_split("Thanks / Thank you / Bye / Many thanks"),
-               order=_split("""Order {o} / My order number is {o} / It was order {o} / Order no. {o} / See order {o} /
-                            The order is {o}"""),
+    train=dict(hello=_split("Hi/Hello/Good morning/Hi there"), bye=_split("Thanks/Thank you/Bye/Many thanks"),
+               order=_split("Order {o}/My order number is {o}/It was order {o}/Order no. {o}/See order {o}"),
                digits="12345", shapes=["#?0000", "A-?000", "KX?000", "?00-00", "ORD-?000"]),
-    test=dict(hello=_split("Dear support / Hey / Greetings / To whom it may concern"),
-              bye=_split("Cheers / Best wishes / Kind regards"),
-              order=_split("Purchase {o} / Reference: {o} / Confirmation number {o} / The number I got was {o}"),
+    test=dict(hello=_split("Dear support/Hey/Greetings/To whom it may concern"), bye=_split("Cheers/Regards"),
+              order=_split("Purchase {o}/Reference: {o}/Confirmation number {o}/The number I got was {o}"),
               digits="6789", shapes=["#?0000", "B-?000", "TM?000", "?00-00", "?00.00"]))
 SLIPS = [("please", "pls"), ("received", "recieved"), ("not", "nto"), ("the ", "teh "), ("and", "adn"), ("I am", "Im"),
          ("order", "ordr"), (" is ", " si ")]
 
-# %% ../nbs/05_tickets.ipynb #7611c16c
+# %% ../nbs/05_tickets.ipynb #bf649c47
 def _ticket(rng, split):
     "One (ticket, record) pair in the words of `split`."
     pick = lambda xs: xs[int(rng.random()*len(xs))]
@@ -202,7 +180,7 @@ def _ticket(rng, split):
     elif noise < 0.4: text = text.replace(*pick(SLIPS), 1)
     return text.format(p=rec["product"], o=shown if rec["order_id"] else ""), rec
 
-# %% ../nbs/05_tickets.ipynb #f10a3460
+# %% ../nbs/05_tickets.ipynb #7611c16c
 def make_tickets(split:str="train",  # "train" or "test": they share no product, sentence or order number
                  n:int=800,          # Rows; no two are equal
                  seed:int=0          # Another seed draws other rows from the same words
@@ -215,7 +193,7 @@ def make_tickets(split:str="train",  # "train" or "test": they share no product,
         rows[text] = dict(prompt=f"{INSTRUCTION}\n\n{text}", response=json.dumps(rec))
     return list(rows.values())
 
-# %% ../nbs/05_tickets.ipynb #3ac66259
+# %% ../nbs/05_tickets.ipynb #73cc63fd
 def _record(text):
     "The JSON object in `text`, or None."
     try: rec = json.loads(text)
@@ -224,7 +202,7 @@ def _record(text):
 
 def _same(a, b): return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
-# %% ../nbs/05_tickets.ipynb #41370fb5
+# %% ../nbs/05_tickets.ipynb #3ac66259
 def exact_match(pred:str,  # What the model wrote
                 gold:str   # The right answer
                ) -> bool:  # As JSON objects where `gold` is one, else as stripped text
@@ -232,7 +210,7 @@ def exact_match(pred:str,  # What the model wrote
     a, b = _record(pred), _record(gold)
     return pred.strip() == gold.strip() if b is None else a is not None and _same(a, b)
 
-# %% ../nbs/05_tickets.ipynb #e47193ce
+# %% ../nbs/05_tickets.ipynb #649c36af
 def field_scores(pred:str,  # What the model wrote
                  gold:str   # The right answer
                 ) -> dict:  # Field of `gold` → is it right? Empty where `gold` is no JSON object
