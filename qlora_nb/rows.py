@@ -11,7 +11,8 @@ from pathlib import Path
 from .core import QLoRAError
 
 # %% ../nbs/05_rows.ipynb #5d9f2322
-SHAPES = {"messages": ["messages"], "prompt/response": ["prompt", "response"], "instruction/output": ["instruction", "output"]}
+SHAPES = {"messages": ["messages"], "prompt/response": ["prompt", "response"],
+          "instruction/output": ["instruction", "output"]}
 ROLES = ("system", "user", "assistant")
 EXPECTED = ("Each row needs `prompt` and `response`, or `instruction` and `output` (`input` is optional), "
             "or `messages`, a list of {role, content} that ends with the assistant.")
@@ -22,34 +23,39 @@ def shape_of(row:dict  # One row, as read
     return next((k for k, fields in SHAPES.items() if any(f in row for f in fields)), None)
 
 # %% ../nbs/05_rows.ipynb #008359b7
+def _kind(value): return "null" if value is None else type(value).__name__
+
 def _text_problem(value, name):
     "What is wrong with a field that must hold text? None when nothing is."
-    if not isinstance(value, str): return f"`{name}` must be text, not {'null' if value is None else type(value).__name__}."
+    if not isinstance(value, str): return f"`{name}` must be text, not {_kind(value)}."
     if not value.strip(): return f"`{name}` is empty."
-    if any("\ud800" <= c <= "\udfff" for c in value): return f"`{name}` holds half of a surrogate pair, which is no character."
+    if any("\ud800" <= c <= "\udfff" for c in value): return f"`{name}` holds half of a surrogate pair: no character."
 
 def _chat_problem(messages):
     "What is wrong with a list of messages?"
     if not isinstance(messages, list) or not messages: return "`messages` must be a list that is not empty."
     for i, m in enumerate(messages, 1):
-        if not isinstance(m, dict) or not {"role", "content"} <= set(m): return f"message {i} needs `role` and `content`."
-        if m["role"] not in ROLES: return f"message {i} has the unknown role {m['role']!r}; roles are {', '.join(ROLES)}."
+        if not isinstance(m, dict) or not {"role", "content"} <= set(m):
+            return f"message {i} needs `role` and `content`."
+        if m["role"] not in ROLES: return f"message {i} has the unknown role {m['role']!r}, not {' or '.join(ROLES)}."
         if m["role"] == "system" and i > 1: return f"message {i} is a system message; only the first one can be."
         if problem := _text_problem(m["content"], f"content of message {i}"): return problem
-    if all(m["role"] != "assistant" for m in messages): return "`messages` has no assistant turn, so there is nothing to learn."
-    if messages[-1]["role"] != "assistant": return f"the last message is the {messages[-1]['role']}'s, not the assistant's."
-    if all(m["role"] != "user" for m in messages): return "`messages` has no user turn, so there is nothing to answer."
+    roles = [m["role"] for m in messages]
+    if "assistant" not in roles: return "`messages` has no assistant turn, so there is nothing to learn."
+    if roles[-1] != "assistant": return f"the last message is the {roles[-1]}'s, not the assistant's."
+    if "user" not in roles: return "`messages` has no user turn, so there is nothing to answer."
 
 # %% ../nbs/05_rows.ipynb #2bd1afc4
 def _row_problem(row, shape):
     "What is wrong with `row`, in a file whose first row has `shape`?"
-    if not isinstance(row, dict): return f"the row is a {type(row).__name__}, not an object with fields."
+    if not isinstance(row, dict): return f"the row is a {_kind(row)}, not an object with fields."
     mine = shape_of(row)
-    if mine is None: return f"the row has none of the known fields; it has {', '.join(map(repr, row)) or 'none at all'}."[:300]
+    names = ", ".join(map(repr, row))[:100] or "none at all"
+    if mine is None: return f"the row has none of the known fields; it has {names}."
     if mine != shape: return f"the row has the shape {mine}, but row 1 has {shape}."
     if missing := [f for f in SHAPES[mine] if f not in row]: return f"the field `{missing[0]}` is missing."
     if mine == "messages": return _chat_problem(row["messages"])
-    if not isinstance(row.get("input"), str|None): return f"`input` must be text, not {type(row['input']).__name__}."
+    if not isinstance(row.get("input"), str|None): return f"`input` must be text, not {_kind(row['input'])}."
     return next((p for f in SHAPES[mine] if (p := _text_problem(row[f], f))), None)
 
 # %% ../nbs/05_rows.ipynb #e6c6f344
@@ -61,9 +67,11 @@ def check_rows(rows:list,  # Dicts in one of the accepted shapes
     shape = shape_of(rows[0]) if isinstance(rows[0], dict) else None
     for i, row in enumerate(rows, 1):
         if problem := _row_problem(row, shape): raise QLoRAError(problem, where=f"{name}, row {i}", cure=EXPECTED)
-    if shape == "messages": return [{"messages": [{k: m[k] for k in ("role", "content")} for m in r["messages"]]} for r in rows]
+    if shape == "messages":
+        return [{"messages": [{k: m[k] for k in ("role", "content")} for m in r["messages"]]} for r in rows]
     if shape == "prompt/response": return [{k: r[k] for k in ("prompt", "response")} for r in rows]
-    return [dict(prompt="\n\n".join(filter(None, [r["instruction"], r.get("input")])), response=r["output"]) for r in rows]
+    def question(r): return "\n\n".join(filter(None, [r["instruction"], r.get("input")]))
+    return [dict(prompt=question(r), response=r["output"]) for r in rows]
 
 # %% ../nbs/05_rows.ipynb #779f27c7
 def _read_text(path):
@@ -71,15 +79,18 @@ def _read_text(path):
     raw = path.read_bytes()
     try: return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        before = [o for o in raw[:e.start].split(b"\n")[:-1] if o.strip()]
-        row = len(before) + (path.suffix.lower() != ".csv")  # the header of a CSV is no row
-        raise QLoRAError(f"byte {raw[e.start]:#04x} at position {e.start} is not UTF-8.", where=f"{path}, row {row}",
+        before, kind = raw[:e.start].decode("utf-8-sig") + "x", path.suffix.lower()
+        rows = csv.reader(io.StringIO(before, newline="")) if kind == ".csv" else filter(str.strip, before.split("\n"))
+        n = sum(map(bool, rows)) - (kind == ".csv")
+        raise QLoRAError(f"byte {raw[e.start]:#04x} at position {e.start} is not UTF-8.",
+                         where=f"{path}, " + (f"row {n}" if n else "the header"),
                          cure="Save the file as UTF-8; a spreadsheet offers it as 'CSV UTF-8'.") from e
 
 def _parse(text, where):
     "JSON, or a `QLoRAError` that says where it breaks."
     try: return json.loads(text)
-    except (ValueError, RecursionError) as e: raise QLoRAError(f"this is not valid JSON ({e}).", where=where, cure=EXPECTED) from e
+    except (ValueError, RecursionError) as e:
+        raise QLoRAError(f"this is not valid JSON ({e}).", where=where, cure=EXPECTED) from e
 
 # %% ../nbs/05_rows.ipynb #91e2f95e
 def _read_csv(text, name):
@@ -89,13 +100,16 @@ def _read_csv(text, name):
         header = next((o for o in reader if o), [])
         if shape_of(dict.fromkeys(header)) is None or "messages" in header:
             found = ", ".join(map(repr, header))[:100] or "nothing"
-            raise QLoRAError(f"the header names no known columns (found: {found}).", where=f"{name}, row 0 (the header)",
+            raise QLoRAError(f"the header names no known columns (found: {found}).", where=f"{name}, the header",
                              cure="The first line must be prompt,response or instruction,input,output.")
+        if twice := [o for i, o in enumerate(header) if o in header[:i]]:
+            raise QLoRAError(f"the column {twice[0]!r} is there twice.", where=f"{name}, the header", cure=EXPECTED)
         for o in reader:
             if not o or not "".join(o).strip() and len(o) == 1: continue  # a blank line
             if len(o) != len(header):
                 raise QLoRAError(f"the row has {len(o)} fields, but the header has {len(header)}.",
-                                 where=f"{name}, row {len(rows) + 1}", cure='Put "quotes" around text that holds a comma or a line break.')
+                                 where=f"{name}, row {len(rows) + 1}",
+                                 cure='Put "quotes" around text that holds a comma or a line break.')
             rows.append(dict(zip(header, o)))
     except csv.Error as e:
         raise QLoRAError(f"this is not valid CSV ({e}).", where=f"{name}, row {len(rows) + 1}", cure=EXPECTED) from e
@@ -106,16 +120,17 @@ def read_rows(path:Path  # A .jsonl, .json or .csv file
              ) -> list:  # Its rows, unchecked
     "Read a file. Raises `QLoRAError` for one that cannot be read, is empty, or is of another kind."
     kind = path.suffix.lower()
-    if path.is_dir(): raise QLoRAError("this is a folder.", where=str(path), cure="Give one .jsonl, .json or .csv file in it.")
+    def fail(what, cure=EXPECTED): raise QLoRAError(what, where=str(path), cure=cure)
+    if path.is_dir(): fail("this is a folder.", "Give one .jsonl, .json or .csv file in it.")
     if kind not in (".jsonl", ".json", ".csv"):
-        raise QLoRAError(f"files of the kind '{kind}' are not read.", where=str(path), cure="Use .jsonl, .json or .csv. " + EXPECTED)
+        fail(f"files of the kind '{kind}' are not read.", "Use .jsonl, .json or .csv. " + EXPECTED)
     try: text = _read_text(path)
-    except OSError as e: raise QLoRAError(f"the file cannot be read ({e.strerror}).", where=str(path), cure="Check its permissions.") from e
-    if not text.strip(): raise QLoRAError("the file is empty.", where=str(path), cure=EXPECTED)
+    except OSError as e: fail(f"the file cannot be read ({e.strerror}).", "Check its permissions.")
+    if not text.strip(): fail("the file is empty.")
     if kind == ".csv": return _read_csv(text, str(path))
     if kind == ".jsonl":
         lines = [o for o in text.split("\n") if o.strip()]
         return [_parse(o, f"{path}, row {i}") for i, o in enumerate(lines, 1)]
     rows = _parse(text, str(path))
-    if not isinstance(rows, list): raise QLoRAError("a .json file must hold one list of rows.", where=str(path), cure=EXPECTED)
+    if not isinstance(rows, list): fail("a .json file must hold one list of rows.")
     return rows

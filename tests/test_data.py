@@ -1,0 +1,326 @@
+"Broken files, each answered in one line that names the file, the row and the cure; the masks; and the honest split."
+import json, os, re, subprocess, sys, warnings
+from copy import deepcopy
+
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+
+from qlora_nb.core import QLoRAError
+from qlora_nb.data import (answer_of, collate, encode, encode_prompt, encode_rows, exact_match, field_scores, load_rows,
+                           make_tickets)
+from qlora_nb.models import load_tokenizer
+from qlora_nb.tickets import CATEGORIES, CUES, ISSUES, PRIORITIES, PRODUCTS, SMALL
+
+GOOD = json.dumps(dict(prompt="Hi", response="Hello"))
+def lines(*rows): return "\n".join(o if isinstance(o, str) else json.dumps(o) for o in rows)
+def chat(*turns): return dict(messages=[dict(role=r, content=c) for r, c in turns])
+
+
+# ---- broken files: (name, content, where the message must point, what it must say) ----
+
+BROKEN = {
+    "missing field": ("a.jsonl", lines(GOOD, dict(prompt="Hi")), "row 2", "`response` is missing"),
+    "missing prompt": ("a.jsonl", lines(dict(response="Hi")), "row 1", "`prompt` is missing"),
+    "missing output": ("a.jsonl", lines(dict(instruction="Hi", input="")), "row 1", "`output` is missing"),
+    "empty field": ("a.jsonl", lines(GOOD, GOOD, dict(prompt="Hi", response=" \n")), "row 3", "`response` is empty"),
+    "number for text": ("a.jsonl", lines(dict(prompt="Hi", response=3)), "row 1", "`response` must be text, not int"),
+    "null for text": ("a.jsonl", lines(dict(prompt=None, response="Hi")), "row 1", "`prompt` must be text, not null"),
+    "input of wrong type": ("a.jsonl", lines(dict(instruction="a", input=[1], output="b")), "row 1", "`input` must be text, not list"),
+    "half a surrogate": ("a.jsonl", '{"prompt": "\\ud83d", "response": "x"}', "row 1", "surrogate"),
+    "empty file": ("a.jsonl", "", "a.jsonl", "file is empty"),
+    "blank lines only": ("a.jsonl", "\n \n\n", "a.jsonl", "file is empty"),
+    "empty list": ("a.json", "[]", "a.json", "no rows"),
+    "not UTF-8": ("a.jsonl", (GOOD + "\n\n" + GOOD.replace("Hi", "é")).encode("latin-1"), "row 2", "0xe9 at position 51 is not UTF-8"),
+    "UTF-16": ("a.csv", "prompt,response\nHi,Hello\n".encode("utf-16"), "header", "not UTF-8"),
+    "latin CSV": ("a.csv", "prompt,response\nHi,Hello\nCafé?,Yes\n".encode("latin-1"), "row 2", "not UTF-8"),
+    "half a line": ("a.jsonl", GOOD + "\n" + GOOD[:20], "row 2", "not valid JSON"),
+    "deep nesting": ("a.jsonl", "["*100_000, "row 1", "not valid JSON"),
+    "row is a list": ("a.jsonl", lines(GOOD, ["Hi", "Hello"]), "row 2", "the row is a list"),
+    "row is a string": ("a.json", '["Hi"]', "row 1", "the row is a str"),
+    "one object": ("a.json", GOOD, "a.json", "must hold one list"),
+    "unknown shape": ("a.jsonl", lines(dict(text="Hi"), dict(text="x")), "row 1", "none of the known fields; it has 'text'"),
+    "no fields": ("a.jsonl", "{}", "row 1", "none at all"),
+    "mixed shapes": ("a.jsonl", lines(GOOD, chat(("user", "Hi"), ("assistant", "Hello"))), "row 2", "but row 1 has prompt/response"),
+    "unknown row later": ("a.jsonl", lines(GOOD, dict(text="x")), "row 2", "none of the known fields"),
+    "messages not a list": ("a.jsonl", lines(dict(messages="Hi")), "row 1", "must be a list"),
+    "no messages": ("a.jsonl", lines(dict(messages=[])), "row 1", "not empty"),
+    "no assistant": ("a.jsonl", lines(chat(("user", "Hi"))), "row 1", "no assistant turn"),
+    "no user": ("a.jsonl", lines(chat(("assistant", "Hi"))), "row 1", "no user turn"),
+    "user speaks last": ("a.jsonl", lines(chat(("user", "a"), ("assistant", "b"), ("user", "c"))), "row 1", "last message is the user's"),
+    "unknown role": ("a.jsonl", lines(chat(("human", "Hi"), ("assistant", "Hello"))), "row 1", "message 1 has the unknown role 'human'"),
+    "late system": ("a.jsonl", lines(chat(("user", "Hi"), ("system", "x"), ("assistant", "y"))), "row 1", "message 2 is a system"),
+    "message without content": ("a.jsonl", lines(dict(messages=[dict(role="user")])), "row 1", "needs `role` and `content`"),
+    "content in parts": ("a.jsonl", lines(dict(messages=[dict(role="user", content=[])])), "row 1", "content of message 1` must be text"),
+    "role is a list": ("a.jsonl", lines(dict(messages=[dict(role=["user"], content="a")])), "row 1", "unknown role"),
+    "no header": ("a.csv", "Hi,Hello\nYo,Hey\n", "header", "no known columns (found: 'Hi', 'Hello')"),
+    "other separator": ("a.csv", "prompt;response\nHi;Hello\n", "header", "found: 'prompt;response'"),
+    "header alone": ("a.csv", "prompt,response\n", "a.csv", "no rows"),
+    "one column": ("a.csv", "prompt\nHi\n", "row 1", "`response` is missing"),
+    "twice the same column": ("a.csv", "prompt,response,prompt\na,b,c\n", "header", "twice"),
+    "ragged row": ("a.csv", "prompt,response\nHi,Hello\nOne, two,three\n", "row 2", "has 3 fields, but the header has 2"),
+    "short row": ("a.csv", "prompt,response\nHi\n", "row 1", "has 1 fields, but the header has 2"),
+    "open quote": ("a.csv", 'prompt,response\nHi,Hello\n"Hi,Hello\n', "row 2", "not valid CSV"),
+    "empty cell": ("a.csv", "prompt,response\n\nHi,Hello\n\nHi,\n", "row 2", "`response` is empty"),
+    "another kind": ("a.txt", "Hi", "a.txt", "files of the kind '.txt' are not read"),
+    "no suffix": ("rows", GOOD, "rows", "files of the kind '' are not read"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_file(case, tmp_path):
+    name, content, where, what = BROKEN[case]
+    path = tmp_path/name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(QLoRAError) as e: load_rows(path)
+    err, message = e.value, str(e.value)
+    assert "\n" not in message and len(message) < 700
+    assert err.where.startswith(str(path)) and where in err.where, message
+    assert what in err.what, message
+    assert re.search(r"prompt|UTF-8|quotes|\.jsonl", err.cure), message
+
+
+def test_missing_file(tmp_path):
+    (tmp_path/"tickets_train.jsonl").write_text(GOOD)
+    with pytest.raises(QLoRAError, match="no such file. Did you mean 'tickets_train.jsonl'"): load_rows(tmp_path/"tickets_trian.jsonl")
+    with pytest.raises(QLoRAError, match="no such file"): load_rows("nowhere/at/all.csv")
+    with pytest.raises(QLoRAError, match="this is a folder"): load_rows(tmp_path)
+
+
+def test_unknown_split():
+    with pytest.raises(QLoRAError, match="no split 'dev'"): load_rows("tickets", "dev")
+
+
+def test_hub_out_of_reach(monkeypatch):
+    def no_network(*a, **k): raise ConnectionError("Couldn't reach 'a/b' on the Hub (OfflineModeIsEnabled)\nsecond line")
+    monkeypatch.setattr("datasets.load_dataset", no_network)
+    with pytest.raises(QLoRAError) as e: load_rows("someone/some_data")
+    assert str(e.value).startswith("someone/some_data: the data set cannot be loaded from the Hub (Couldn't reach")
+    assert "\n" not in str(e.value) and ".jsonl" in e.value.cure
+    with pytest.raises(QLoRAError, match="Did you mean 'tickets'"): load_rows("ticket")
+
+
+def test_hub_rows_are_checked(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split: [dict(prompt="a", response=split), dict(prompt="b", response=None)])
+    with pytest.raises(QLoRAError, match="someone/x, row 2: `response` must be text, not null"): load_rows("someone/x")
+
+
+# ---- good files ----
+
+@pytest.mark.parametrize("name,content", [
+    ("a.jsonl", "\ufeff" + GOOD + "\r\n\r\n" + GOOD + "\r\n"),
+    ("a.json", f"[{GOOD}, {GOOD}]"),
+    ("a.csv", "prompt,response\r\nHi,Hello\r\n\r\n  \r\nHi,Hello\r\n"),
+    ("a.CSV", '\ufeffid,response,prompt\n1,Hello,Hi\n2,"Hello",Hi'),
+    ("b.jsonl", lines(*[dict(instruction="Hi", input=o, output="Hello") for o in ("", None)])),
+    ("b.csv", "instruction,output\nHi,Hello\nHi,Hello\n"),
+])
+def test_good_file(name, content, tmp_path):
+    (tmp_path/name).write_bytes(content.encode())
+    assert load_rows(str(tmp_path/name)) == [json.loads(GOOD)]*2
+
+
+def test_rows_given_are_checked():
+    row = chat(("system", "s"), ("user", "a"), ("assistant", "b"))
+    assert load_rows([row | dict(id=7)]) == [row]
+    with pytest.raises(QLoRAError, match="row 1: the field `response` is missing"): load_rows([dict(prompt="a")])
+    with pytest.raises(QLoRAError, match="no rows"): load_rows([])
+
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+
+@given(rows=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_any_text_survives_a_file(rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows")/"a.jsonl"
+    rows = [dict(prompt=p, response=r) for p, r in rows]
+    path.write_text("\n".join(json.dumps(o, ensure_ascii=False) for o in rows), encoding="utf-8", newline="")
+    assert load_rows(path) == rows
+
+
+# ---- tokens and labels ----
+
+@pytest.fixture(scope="module")
+def tok(): return load_tokenizer("smollm2")
+
+
+def taught(ids, labels, tok): return tok.decode([o for o in labels if o != -100])
+
+
+@pytest.mark.parametrize("template", ["chat", "article"])
+def test_only_the_answer_is_taught(tok, template):
+    for row in make_tickets("test", 20):
+        e = encode(row, tok, template)
+        k = e["labels"].index(next(o for o in e["labels"] if o != -100))
+        assert e["labels"] == [-100]*k + e["input_ids"][k:], "one block, to the end"
+        assert tok.decode(e["labels"][k:]) == row["response"] + tok.eos_token and e["labels"][-1] == tok.eos_token_id
+        assert tok(encode_prompt(row, tok, template), add_special_tokens=False).input_ids == e["input_ids"][:k]
+        assert answer_of(row) == row["response"]
+
+
+def test_auto(tok):
+    row, bare = make_tickets(n=1)[0], deepcopy(tok)
+    bare.chat_template = None
+    assert encode(row, tok) == encode(row, tok, "chat") != encode(row, tok, "article")
+    assert encode(row, bare) == encode(row, tok, "article")
+    with pytest.raises(QLoRAError, match="no chat template.*article"): encode(row, bare, "chat")
+    with pytest.raises(QLoRAError, match="no template 'chatml'"): encode(row, tok, "chatml")
+
+
+def test_chat_ids_are_the_tokenizers_own(tok):
+    row = chat(("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "3+3?"), ("assistant", "6"))
+    own = tok.apply_chat_template(row["messages"], tokenize=True, return_dict=True)["input_ids"]
+    e = encode(row, tok)
+    assert e["input_ids"] == own[:-1] and tok.decode(own[-1:]) == "\n"  # the template ends with a line break that nobody needs
+    assert taught(*e.values(), tok) == "4<|im_end|>6<|im_end|>"
+
+
+def test_no_second_bos(tok):
+    from tokenizers.processors import TemplateProcessing
+    with_bos = deepcopy(tok)
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    with_bos.bos_token = "<|endoftext|>"
+    row = make_tickets(n=1)[0]
+    assert with_bos("x").input_ids[0] == 0
+    assert encode(row, with_bos, "article")["input_ids"].count(0) == 1
+    assert encode(row, with_bos, "chat")["input_ids"].count(0) == 0
+    assert encode(row, tok, "article")["input_ids"].count(tok.bos_token_id) == 0  # this tokenizer adds none itself
+
+
+TEMPLATES = {
+    "changes the answer": ("{% for m in messages %}{{ m.content|upper }}<|im_end|>{% endfor %}", "changes message 2"),
+    "forgets earlier answers": ("{% for m in messages %}{{ m.role }}{{ m.content if loop.last or m.role == 'user' }}<|im_end|>"
+                                "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}", "changes message 2"),
+    "never stops": ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "without an end token"),
+    "joins prompt and answer": ("{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}",
+                                "shares a token"),
+    "is broken": ("{{ raise_exception('only users here') }}", "refuses this row"),
+}
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_dishonest_template_is_refused(tok, case):
+    other = deepcopy(tok)
+    other.chat_template, why = TEMPLATES[case]
+    row = chat(("user", "Say hel"), ("assistant", "lo there"), ("user", "More"), ("assistant", " of it"))
+    with pytest.raises(QLoRAError, match=why) as e: encode(row, other)
+    assert "article" in str(e.value)
+    with pytest.raises(QLoRAError, match="row 1"): encode_rows([row], other)
+
+
+# Above U+2FFF come characters with bytes that this tokenizer does not know at all, and so cannot decode.
+SAFE = st.text(st.characters(codec="utf-8", max_codepoint=0x2fff, exclude_characters="<|>"), min_size=1, max_size=30).filter(str.strip)
+
+@given(turns=st.lists(st.tuples(SAFE, SAFE), min_size=1, max_size=3), template=st.sampled_from(["chat", "article"]))
+@settings(max_examples=60, deadline=None)
+def test_every_answer_is_taught_or_the_row_refused(tok, turns, template):
+    row = chat(*[o for u, a in turns for o in (("user", u), ("assistant", a))])
+    try: e = encode(row, tok, template)
+    except QLoRAError as err:
+        assert "shares a token" in err.what
+        return
+    k = sum(o != -100 for o in e["labels"])
+    expected = "".join((a.strip() if template == "article" else a) + "<|im_end|>" for _, a in turns)
+    assert taught(*e.values(), tok) == expected and k < len(e["labels"])
+
+
+def test_too_long(tok):
+    rows = make_tickets(n=6)
+    sizes = [len(o["input_ids"]) for o in encode_rows(rows, tok)]
+    cut = sorted(sizes)[3]
+    with pytest.warns(UserWarning, match=f"2 of 6 rows.*first is row .*max_length={max(sizes)}"): kept = encode_rows(rows, tok, max_length=cut)
+    assert [len(o["input_ids"]) for o in kept] == [o for o in sizes if o <= cut]
+    with pytest.raises(QLoRAError, match="all rows are longer than max_length=5"): encode_rows(rows, tok, max_length=5)
+    with pytest.raises(QLoRAError, match="has .* tokens"): encode(rows[0], tok, max_length=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(encode_rows(rows, tok, max_length=max(sizes))) == 6
+
+
+def test_collate(tok):
+    examples = [dict(input_ids=[5, 2, 2], labels=[-100, 2, 2]), dict(input_ids=[7], labels=[7])]
+    b = collate(examples, pad_id=2)
+    assert b["input_ids"].tolist() == [[5, 2, 2], [7, 2, 2]] and b["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert b["labels"].tolist() == [[-100, 2, 2], [7, -100, -100]] and all(o.dtype == torch.int64 for o in b.values())
+
+
+# ---- the tickets ----
+
+def test_tickets_repeat():
+    assert make_tickets(n=50) == make_tickets(n=800)[:50] and make_tickets(seed=1) != make_tickets()
+    code = "from qlora_nb.tickets import make_tickets; print(repr(make_tickets('test', 40)))"
+    env = {**os.environ, "PYTHONHASHSEED": "1"}
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
+    assert other.strip() == repr(make_tickets("test", 40))
+
+
+def test_vocabulary_is_rich():
+    for split, products, issues, cues in (("train", 60, 25, 15), ("test", 25, 10, 6)):
+        assert len(set(PRODUCTS[split])) >= products
+        assert list(ISSUES[split]) == CATEGORIES and all(len(set(o)) >= issues for o in ISSUES[split].values())
+        assert sorted(CUES[split]) == sorted(PRIORITIES) and all(len(set(o)) >= cues for o in CUES[split].values())
+
+
+def words(text): return re.findall(r"[\w{}'-]+", text.lower())
+def runs(text, k=4): return {tuple(w[i:i+k]) for w in [words(text)] for i in range(len(w) - k + 1)}
+
+
+def test_the_splits_share_nothing():
+    def names(split): return {w for p in PRODUCTS[split] for w in words(p)}
+    assert not names("train") & names("test")
+    every = {s: [t for bank in (ISSUES, CUES) for ts in bank[s].values() for t in ts] for s in ("train", "test")}
+    seen = set().union(*map(runs, every["train"])) | {tuple(words(o)) for o in every["train"]}
+    assert not [o for o in every["test"] if tuple(words(o)) in seen or runs(o) & seen]
+    for o in ("hello", "bye", "order"): assert not set(SMALL["train"][o]) & set(SMALL["test"][o])
+
+
+def test_no_sentence_says_two_things():
+    for split in ("train", "test"):
+        said = [o for bank in (ISSUES, CUES) for s in bank[split].values() for o in s]
+        assert len(said) == len(set(said)) and all(o.count("{p}") == 1 for s in ISSUES[split].values() for o in s)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_records_are_right(seed):
+    train, test = make_tickets("train", 600, seed), make_tickets("test", 300, seed)
+    ids = {}
+    for split, rows in (("train", train), ("test", test)):
+        recs = [json.loads(o["response"]) for o in rows]
+        for row, rec in zip(rows, recs):
+            assert list(rec) == ["product", "category", "priority", "order_id"] and "\n" not in row["response"]
+            text = row["prompt"].split("\n\n", 1)[1]
+            assert rec["product"] in text and rec["product"] in PRODUCTS[split]
+            assert rec["category"] in CATEGORIES and rec["priority"] in PRIORITIES
+            assert (rec["order_id"] or "") in text
+        ids[split] = {o["order_id"] for o in recs} - {None}
+        assert 0.25 < sum(o["order_id"] is None for o in recs)/len(recs) < 0.45
+        assert len({o["prompt"] for o in rows}) == len(rows)
+    assert not ids["train"] & ids["test"]
+    assert not {o["prompt"] for o in train} & {o["prompt"] for o in test}
+
+
+def test_tickets_are_short(tok):
+    sizes = [len(o["input_ids"]) for split in ("train", "test") for o in encode_rows(make_tickets(split, 300), tok)]
+    assert sum(sizes)/len(sizes) < 110 and max(sizes) <= 128
+
+
+# ---- the score ----
+
+REC = '{"product": "Quill", "category": "late", "priority": "low", "order_id": null}'
+
+@pytest.mark.parametrize("pred,right", [
+    (REC, True), (f"\n {REC} ", True), (REC.replace(": ", ":"), True), (REC.replace("low", "high"), False), (REC[:-1], False),
+    (REC + REC, False), (REC.replace("null", '"null"'), False), (REC.replace("Quill", "quill"), False), ("", False), ("null", False),
+    (REC[:-1] + ', "more": 1}', False), ('{"order_id": null, "priority": "low", "category": "late", "product": "Quill"}', True)])
+def test_exact_match(pred, right): assert exact_match(pred, REC) is right
+
+
+def test_scores_of_other_answers():
+    assert exact_match(" 42\n", "42") and not exact_match("42.0", "42") and not exact_match("[1]", "[1, 2]")
+    assert not exact_match('{"a": true}', '{"a": 1}')
+    assert field_scores("anything", "plain text") == {} == field_scores("[1]", "[1]")
+    assert field_scores('{"product": "Quill", "order_id": "null"}', REC) == dict(product=True, category=False, priority=False, order_id=False)
+    assert set(field_scores("[" * 100_000, REC).values()) == {False} and not exact_match("[" * 100_000, REC)
+
+
+def test_import_is_light():
+    code = "import sys, qlora_nb.data; print([o for o in ('datasets', 'transformers', 'trl', 'peft') if o in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
