@@ -57,10 +57,10 @@ TEMPLATES = ("auto", "chat", "article")
 
 def as_messages(row:dict   # From `load_rows`; `response` may be missing when there is only a question
                ) -> list:  # Of {role, content}
-    "A row as a chat."
-    if "messages" in row: return row["messages"]
-    turns = [("user", row["prompt"]), ("assistant", row.get("response"))]
-    return [dict(role=r, content=c) for r, c in turns if c is not None]
+    "A row as a chat. Whitespace around an answer is dropped: a tokenizer would fuse it with the frame."
+    turns = [("user", row.get("prompt")), ("assistant", row.get("response"))]
+    if "messages" in row: turns = [(m["role"], m["content"]) for m in row["messages"]]
+    return [dict(role=r, content=c.strip() if r == "assistant" else c) for r, c in turns if c is not None]
 
 def _article(messages, tokenizer, ask):
     "The article's frame for any number of turns, each answer closed with EOS."

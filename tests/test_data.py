@@ -206,20 +206,16 @@ def test_dishonest_template_is_refused(tok, case):
     with pytest.raises(QLoRAError, match="row 1"): encode_rows([row], other)
 
 
-# Above U+2FFF come characters with bytes that this tokenizer does not know at all, and so cannot decode.
-SAFE = st.text(st.characters(codec="utf-8", max_codepoint=0x2fff, exclude_characters="<|>"), min_size=1, max_size=30).filter(str.strip)
+# This tokenizer lacks a few bytes: it drops most control characters and cannot write all that lies above U+2FFF.
+LETTERS = st.characters(codec="utf-8", max_codepoint=0x2fff, exclude_characters="<|>", exclude_categories=["Cc", "Cn", "Co"])
+SAFE = st.text(LETTERS | st.sampled_from("\n\t "), min_size=1, max_size=30).filter(str.strip)
 
 @given(turns=st.lists(st.tuples(SAFE, SAFE), min_size=1, max_size=3), template=st.sampled_from(["chat", "article"]))
 @settings(max_examples=60, deadline=None)
-def test_every_answer_is_taught_or_the_row_refused(tok, turns, template):
-    row = chat(*[o for u, a in turns for o in (("user", u), ("assistant", a))])
-    try: e = encode(row, tok, template)
-    except QLoRAError as err:
-        assert "shares a token" in err.what
-        return
-    k = sum(o != -100 for o in e["labels"])
-    expected = "".join((a.strip() if template == "article" else a) + "<|im_end|>" for _, a in turns)
-    assert taught(*e.values(), tok) == expected and k < len(e["labels"])
+def test_every_answer_is_taught(tok, turns, template):
+    e = encode(chat(*[o for u, a in turns for o in (("user", u), ("assistant", a))]), tok, template)
+    assert taught(*e.values(), tok) == "".join(a.strip() + "<|im_end|>" for _, a in turns)
+    assert e["labels"][0] == -100 and e["labels"][-1] == tok.eos_token_id
 
 
 def test_too_long(tok):
