@@ -37,7 +37,7 @@ def _from_hub(name, split):
     except Exception as e:
         first = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise QLoRAError(f"the data set cannot be loaded from the Hub ({first.rstrip('.')}).", where=name,
-                         cure=_near(name, Path()) + "Check its id and the network, or give a .jsonl or .csv file.") from e
+                         cure=_near(name, Path()) + "Check its id and the network, or give a .jsonl file.") from e
 
 # %% ../nbs/06_data.ipynb #fc33cb3b
 def load_rows(data:str|Path|list,  # "tickets", a .jsonl/.json/.csv file, a Hub data set id, or rows
@@ -105,7 +105,7 @@ def _spans(messages, tokenizer, template):
         if not (upto.startswith(head) and full.startswith(upto) and m["content"].strip() in upto[len(head):]):
             _fail(f"the template changes message {i}, or the text before it.", full)
         a, b = _ids(head, tokenizer), _ids(upto, tokenizer)
-        if b[-1] not in stops: _fail("the template closes an answer without an end token: the model would not stop.", full)
+        if b[-1] not in stops: _fail("the template closes an answer without an end token: no model could stop.", full)
         if ids[:len(a)] != a or ids[:len(b)] != b: _fail(f"message {i} shares a token with the text around it.", full)
         spans.append((len(a), len(b)))
     return ids[:spans[-1][1]] if spans else ids, spans
@@ -121,7 +121,7 @@ def encode(row:dict,               # From `load_rows`
     labels = [-100]*len(ids)
     for a, b in spans: labels[a:b] = ids[a:b]
     if max_length and len(ids) > max_length:
-        raise QLoRAError(f"the example has {len(ids)} tokens.", cure=f"Set max_length to at least that; it is {max_length}.")
+        raise QLoRAError(f"the example has {len(ids)} tokens.", cure=f"max_length is {max_length}.")
     return dict(input_ids=ids, labels=labels)
 
 # %% ../nbs/06_data.ipynb #1cd7732f
@@ -152,9 +152,10 @@ def encode_rows(rows:list,             # From `load_rows`
     sizes = [len(o["input_ids"]) for o in examples]
     if long := [i for i, n in enumerate(sizes, 1) if n > max_length]:
         cure = f"Set max_length={max(sizes)} to keep all."
-        if len(long) == len(rows): raise QLoRAError(f"all rows are longer than max_length={max_length} tokens.", cure=cure)
-        warnings.warn(f"{len(long)} of {len(rows)} rows are longer than max_length={max_length} tokens and are left out, "
-                      f"the first is row {long[0]}. {cure}", stacklevel=2)
+        too = f"longer than max_length={max_length} tokens"
+        if len(long) == len(rows): raise QLoRAError(f"all rows are {too}.", cure=cure)
+        warnings.warn(f"{len(long)} of {len(rows)} rows are {too} and are left out, the first is row {long[0]}. {cure}",
+                      stacklevel=2)
     return [o for o in examples if len(o["input_ids"]) <= max_length]
 
 # %% ../nbs/06_data.ipynb #0f42a4c8

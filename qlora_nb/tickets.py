@@ -27,7 +27,7 @@ PRODUCTS = dict(train=_split("""Copper Owl/Lumina 40/TrailMate/Quietstone/Brello
     Solid Safe/Cedar Box/Amber Clock/Krona X/Fluxo Cable/Mosaic Printer/Bento Cooker"""),
   test=_split("""Velvet Toaster/Zarquin/Meadow Hammock/Pronto 55/Sable Keyboard/Ixora/Thistle Iron/Cobalt Drone/
     Yuzu Juicer/Falcone/Orbit Scooter/Lantern 8/Wickham Sofa/Tempo Treadmill/Quill/Saffron Wok/Driftwood/Bravura Piano/
-    Nectar Bottle/Helix 21/Umbra Curtain/Galago/Pinnacle Ladder/Toffee Camera/Astrid/Monsoon Umbrella/Ripple Soundbar"""))
+    Nectar Bottle/Helix 21/Umbra Curtain/Galago/Pinnacle Ladder/Toffee Camera/Monsoon Umbrella/Ripple Soundbar"""))
 
 # %% ../nbs/05_tickets.ipynb #c19eda5f
 ISSUES = dict(train={}, test={})
@@ -193,7 +193,7 @@ def make_tickets(split:str="train",  # "train" or "test": they share no product,
         rows[text] = dict(prompt=f"{INSTRUCTION}\n\n{text}", response=json.dumps(rec))
     return list(rows.values())
 
-# %% ../nbs/05_tickets.ipynb #73cc63fd
+# %% ../nbs/05_tickets.ipynb #9a6b50f0
 def _record(text):
     "The JSON object in `text`, or None."
     try: rec = json.loads(text)
@@ -202,7 +202,7 @@ def _record(text):
 
 def _same(a, b): return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
-# %% ../nbs/05_tickets.ipynb #3ac66259
+# %% ../nbs/05_tickets.ipynb #73cc63fd
 def exact_match(pred:str,  # What the model wrote
                 gold:str   # The right answer
                ) -> bool:  # As JSON objects where `gold` is one, else as stripped text
@@ -210,7 +210,7 @@ def exact_match(pred:str,  # What the model wrote
     a, b = _record(pred), _record(gold)
     return pred.strip() == gold.strip() if b is None else a is not None and _same(a, b)
 
-# %% ../nbs/05_tickets.ipynb #649c36af
+# %% ../nbs/05_tickets.ipynb #41370fb5
 def field_scores(pred:str,  # What the model wrote
                  gold:str   # The right answer
                 ) -> dict:  # Field of `gold` → is it right? Empty where `gold` is no JSON object
