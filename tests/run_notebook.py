@@ -7,6 +7,8 @@
 import argparse, os, re, sys
 from configparser import ConfigParser
 from pathlib import Path
+from queue import Empty
+from time import monotonic
 
 import nbformat
 from nbclient import NotebookClient
@@ -37,6 +39,24 @@ def widget_errors(nb):
             for o in m["state"].get("outputs", []) if o.get("output_type") == "error"]
 
 
+class Client(NotebookClient):
+    """nbclient, looking for a reply every half second instead of once.
+
+    For each output inside an Output widget, nbclient sends a message on the very socket where it awaits the cell's reply,
+    and this can swallow ZeroMQ's wake-up call: the reply lies there unread until the time limit of the cell."""
+    async def async_start_new_kernel_client(self):
+        kc = await super().async_start_new_kernel_client()
+        get_msg = kc.shell_channel.get_msg
+        async def get_soon(timeout=None):
+            end = float("inf") if timeout is None else monotonic() + timeout
+            while True:
+                try: return await get_msg(timeout=max(0, min(0.5, end - monotonic())))
+                except Empty:
+                    if monotonic() >= end: raise
+        kc.shell_channel.get_msg = get_soon
+        return kc
+
+
 def run(path, flags=(), save=False, timeout=900):
     "Run `path`; raises nbclient's CellExecutionError, with the cell's source, when a cell fails."
     nb = nbformat.read(path, as_version=4)
@@ -44,8 +64,8 @@ def run(path, flags=(), save=False, timeout=900):
     run_nb.metadata["kernelspec"] = dict(display_name="python3", language="python", name="python3")
     env = {**os.environ, **QUIET}
     if "hub" in flags: env.pop("HF_HUB_OFFLINE")
-    client = NotebookClient(run_nb, timeout=timeout, kernel_name="python3", coalesce_streams=True,
-                            resources={"metadata": {"path": str(Path(path).parent)}})
+    client = Client(run_nb, timeout=timeout, kernel_name="python3", coalesce_streams=True,
+                    resources={"metadata": {"path": str(Path(path).parent)}})
     client.execute(env=env)
     if errs := widget_errors(run_nb):
         raise RuntimeError(f"{path}: an error inside a widget callback: {errs[0]['ename']}: {errs[0]['evalue']}")

@@ -1,5 +1,6 @@
 "Each notebook runs top to bottom in a fresh kernel, and what is committed of it is fit to be read."
 import re
+from time import monotonic
 
 import nbformat, pytest
 from nbclient.exceptions import CellExecutionError
@@ -89,6 +90,13 @@ def test_widget_callback_error_is_reported(tmp_path, capture):
     code = f"out, button = widgets.Output(), widgets.Button()\n{capture}\ndef click(_): raise KeyError('planted')\n"
     path = write(tmp_path, "import ipywidgets as widgets", code + "button.on_click(click)\nbutton.click()\nout")
     assert "KeyError: 'planted'" in message(path)
+
+
+def test_output_widgets_do_not_stall_the_run(tmp_path):
+    many = ["with out:\n    for i in range(5): print(i)"]*150
+    start = monotonic()
+    run(write(tmp_path, "import ipywidgets as widgets\nout = widgets.Output()", *many), timeout=25)
+    assert monotonic() - start < 25, "a reply lay unread until the time limit of its cell (see run_notebook.Client)"
 
 
 def test_flagged_cells_are_skipped(tmp_path):
