@@ -6,7 +6,7 @@
 __all__ = ['MERGED', 'PLAIN', 'LoRA', 'lora_layers', 'set_adapter', 'lora_report', 'add_lora', 'delta', 'merge', 'unmerge',
            'disable_adapter', 'adapter_tensors', 'adapter_config', 'save_adapter', 'load_adapter']
 
-# %% ../nbs/03_lora.ipynb #d6e3a958
+# %% ../nbs/03_lora.ipynb #dabec047
 import contextlib, json, math, re, tempfile, warnings
 from collections import Counter
 from itertools import chain
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .core import QLoRAError, Table
 from .targets import find_targets, layer_kinds, layer_size, match_targets, outer_modules, pattern_value
 
-# %% ../nbs/03_lora.ipynb #ebd3ae14
+# %% ../nbs/03_lora.ipynb #e410064d
 class LoRA(nn.Module):
     "A linear-like layer plus low-rank changes by name: `base(x) + B(A(dropout(x)))*scaling` (Hu et al., 2021, §4.1)."
     def __init__(self,
@@ -42,7 +42,7 @@ class LoRA(nn.Module):
         return y + change.to(y.dtype) if self.packed else (y + change).to(y.dtype)
     weight = property(lambda self: self.base_layer.weight)
 
-# %% ../nbs/03_lora.ipynb #547a7dd1
+# %% ../nbs/03_lora.ipynb #9942dd07
 @patch
 def add(self:LoRA, r, alpha, dropout, rslora, adapter):
     "Add another adapter, which starts from no change."
@@ -55,7 +55,7 @@ def add(self:LoRA, r, alpha, dropout, rslora, adapter):
     self.scaling[adapter] = alpha/(math.sqrt(r) if rslora else r)
     self.train(self.base_layer.training)
 
-# %% ../nbs/03_lora.ipynb #a7269374
+# %% ../nbs/03_lora.ipynb #2c057d59
 MERGED = "an adapter is merged into the weights.", "", "Call unmerge(model) first."
 
 def lora_layers(model:nn.Module,         # A model with adapters
@@ -77,7 +77,7 @@ def set_adapter(model:nn.Module,  # Has adapters, none of them merged
         for n,p in m.named_parameters():
             if n.startswith("lora_"): p.requires_grad_(n.split(".")[1] == adapter)
 
-# %% ../nbs/03_lora.ipynb #58b89d7f
+# %% ../nbs/03_lora.ipynb #04f2cc24
 def lora_report(model:nn.Module,       # Has adapters
                 adapter:str="default"  # Which one to describe
                ) -> Table:             # One row for each kind of layer; a size is: in → r → out
@@ -90,7 +90,7 @@ def lora_report(model:nn.Module,       # Has adapters
                      sum(r*(d_in + d_out) for d_in,r,d_out in sizes)])
     return Table(rows, ["layers", "blocks", "sizes", "parameters"])
 
-# %% ../nbs/03_lora.ipynb #187b3509
+# %% ../nbs/03_lora.ipynb #ceb37a08
 def add_lora(model:nn.Module,              # Changed in place: all its own parameters are frozen
              targets="all-linear",         # A list of name endings, a regular expression, or "all-linear"
              r:int=16,                     # Rank
@@ -120,7 +120,7 @@ def add_lora(model:nn.Module,              # Changed in place: all its own param
     set_adapter(model, adapter)
     return lora_report(model, adapter)
 
-# %% ../nbs/03_lora.ipynb #a1e20588
+# %% ../nbs/03_lora.ipynb #9efa31b1
 def delta(m:LoRA, adapter:str):
     "An adapter's change of the weight, in the base's own layout."
     BA = m.lora_B[adapter].weight @ m.lora_A[adapter].weight
@@ -143,7 +143,7 @@ def unmerge(model:nn.Module):  # Has a merged adapter, or none
     for m in lora_layers(model).values():
         if m.merged: m.weight.sub_(delta(m, m.merged)); m.merged = None
 
-# %% ../nbs/03_lora.ipynb #8459d753
+# %% ../nbs/03_lora.ipynb #1dc248cc
 @contextlib.contextmanager
 def disable_adapter(model:nn.Module):  # Has adapters, none of them merged
     "The base model, for the length of a block."
@@ -154,7 +154,7 @@ def disable_adapter(model:nn.Module):  # Has adapters, none of them merged
     finally:
         for m,o in was.items(): m.active = o
 
-# %% ../nbs/03_lora.ipynb #f8ff6563
+# %% ../nbs/03_lora.ipynb #7a0273d3
 def adapter_tensors(model, adapter):
     "The parameters of an adapter under the names that they have in a file."
     return {f"base_model.model.{n}.lora_{k}.weight": getattr(m, f"lora_{k}")[adapter].weight
@@ -173,7 +173,7 @@ def adapter_config(model, adapter):
                 target_modules=short if exact else sorted(layers),
                 fan_in_fan_out=all(isinstance(m.base_layer, Conv1D) for m in layers.values()))
 
-# %% ../nbs/03_lora.ipynb #96a1f2e3
+# %% ../nbs/03_lora.ipynb #6d2f267b
 def save_adapter(model:nn.Module,            # Has adapters
                  folder:str|Path,            # Made if need be; other files in it are left alone
                  adapter:str="default",      # Which one
@@ -187,7 +187,7 @@ def save_adapter(model:nn.Module,            # Has adapters
         (Path(tmp)/"adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         for o in ("adapter_model.safetensors", "adapter_config.json"): (Path(tmp)/o).replace(Path(folder)/o)
 
-# %% ../nbs/03_lora.ipynb #ce358dd4
+# %% ../nbs/03_lora.ipynb #b0c8643d
 PLAIN = """peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode bias r
     lora_alpha lora_dropout use_rslora target_modules rank_pattern alpha_pattern fan_in_fan_out exclude_modules
     layers_to_transform layers_pattern init_lora_weights megatron_core qalora_group_size""".split()

@@ -5,28 +5,28 @@
 # %% auto #0
 __all__ = ['layer_size', 'outer_modules', 'find_targets', 'match_targets', 'layer_kinds', 'pattern_value']
 
-# %% ../nbs/02_targets.ipynb #96a0ae2b
+# %% ../nbs/02_targets.ipynb #0275dc14
 import difflib, re
 from collections import defaultdict
 
-# %% ../nbs/02_targets.ipynb #0d8023e9
+# %% ../nbs/02_targets.ipynb #5e66201d
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .core import QLoRAError
 
-# %% ../nbs/02_targets.ipynb #79372344
+# %% ../nbs/02_targets.ipynb #d87e184a
 def layer_size(m:nn.Module):  # Any module → `(in_features, out_features)`, or None when it is not linear-like
     "The sizes of `nn.Linear` and its kin, of `Conv1D`, and of any class that has both attributes."
     size = [getattr(m, o, None) for o in (("nx", "nf") if isinstance(m, Conv1D) else ("in_features", "out_features"))]
     return tuple(size) if all(isinstance(o, int) for o in size) else None
 
-# %% ../nbs/02_targets.ipynb #0c75ce57
+# %% ../nbs/02_targets.ipynb #de09d41d
 def outer_modules(model:nn.Module):  # Any model → {name: module}
     "Modules by name; a layer with adapters, ours or PEFT's, stands for all that is inside it."
     inner = {id(o) for m in model.modules() if hasattr(m, "base_layer") for o in m.modules() if o is not m}
     return {n: m for n,m in model.named_modules() if n and id(m) not in inner}
 
-# %% ../nbs/02_targets.ipynb #1abff141
+# %% ../nbs/02_targets.ipynb #a9763528
 def find_targets(model:nn.Module,    # Where to look
                  targets:list|str):  # A list of name endings, a regular expression, or "all-linear"
     "What each target matches by PEFT's rules, as {target: names}, be it linear or not."
@@ -36,7 +36,7 @@ def find_targets(model:nn.Module,    # Where to look
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {targets: [n for n,m in mods.items() if layer_size(m) and m is not head]}
 
-# %% ../nbs/02_targets.ipynb #c6310c8f
+# %% ../nbs/02_targets.ipynb #4766bb26
 def match_targets(model:nn.Module,              # Where to look
                   targets:list|str="all-linear" # As for `find_targets`
                  ) -> list:                     # Names of linear layers, in the order of the model
@@ -53,7 +53,7 @@ def match_targets(model:nn.Module,              # Where to look
     every = {n for names in found.values() for n in names}
     return [n for n in mods if n in every]
 
-# %% ../nbs/02_targets.ipynb #bab6da41
+# %% ../nbs/02_targets.ipynb #49c4b8c5
 def layer_kinds(model:nn.Module,  # The model that has them
                 names:list        # Names of layers
                ) -> dict:         # `model.layers.*.mlp.up_proj` → (its names, blocks with it, blocks in all)
@@ -66,7 +66,7 @@ def layer_kinds(model:nn.Module,  # The model that has them
         return have, len(list(model.get_submodule(stem[1:]).children())) if star else have
     return {k: (members, *blocks(k, members)) for k,members in kinds.items()}
 
-# %% ../nbs/02_targets.ipynb #9d82bc71
+# %% ../nbs/02_targets.ipynb #066f9c9a
 def pattern_value(pattern:dict|None,  # Ending or regular expression → value
                   name:str,           # Name of a layer
                   default):           # What holds where nothing matches
