@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FILE_KINDS', 'TEMPLATES', 'load_rows', 'as_messages', 'render', 'encode', 'encode_prompt', 'answer_of', 'encode_rows',
-           'collate', 'make_tickets', 'exact_match', 'field_scores']
+           'collate', 'exact_match', 'field_scores', 'make_tickets']
 
 # %% ../nbs/06_data.ipynb #db652713
-import difflib, warnings
+import difflib, json, warnings
 from pathlib import Path
 
 # %% ../nbs/06_data.ipynb #56154bad
@@ -16,10 +16,10 @@ import torch
 # %% ../nbs/06_data.ipynb #3b3297d4
 from .core import QLoRAError
 from .rows import EXPECTED, check_rows, read_rows
-from .tickets import exact_match, field_scores, make_tickets
+from .tickets import make_tickets
 
 # %% ../nbs/06_data.ipynb #898d94c3
-_all_ = ["make_tickets", "exact_match", "field_scores"]  # `from qlora_nb.data import *` brings them as well
+_all_ = ["make_tickets"]  # `from qlora_nb.data import *` brings it as well
 
 # %% ../nbs/06_data.ipynb #10b03ad9
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # a name that ends so means a file, not the Hub
@@ -168,3 +168,28 @@ def collate(examples:list,  # Of `encode`'s dicts
     return dict(input_ids=pad([o["input_ids"] for o in examples], pad_id),
                 attention_mask=pad([[1]*len(o["input_ids"]) for o in examples], 0),
                 labels=pad([o["labels"] for o in examples], -100))
+
+# %% ../nbs/06_data.ipynb #abe13e91
+def _record(text):
+    "The JSON object in `text`, or None."
+    try: rec = json.loads(text)
+    except (ValueError, RecursionError): return None
+    return rec if isinstance(rec, dict) else None
+
+def _same(a, b): return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+# %% ../nbs/06_data.ipynb #e3461844
+def exact_match(pred:str,  # What the model wrote
+                gold:str   # The right answer
+               ) -> bool:  # As JSON objects where `gold` is one, else as stripped text
+    "Is the whole answer right?"
+    a, b = _record(pred), _record(gold)
+    return pred.strip() == gold.strip() if b is None else a is not None and _same(a, b)
+
+# %% ../nbs/06_data.ipynb #efa1c105
+def field_scores(pred:str,  # What the model wrote
+                 gold:str   # The right answer
+                ) -> dict:  # Field of `gold` → is it right? Empty where `gold` is no JSON object
+    "Which fields of a record are right? An answer that is not JSON has none right."
+    a, b = _record(pred), _record(gold)
+    return {} if b is None else {k: a is not None and k in a and _same(a[k], v) for k, v in b.items()}
