@@ -15,9 +15,9 @@ import numpy as np, torch
 from tabulate import tabulate
 
 # %% ../nbs/00_core.ipynb #6cef6569
-# Noise of the libraries beneath: an optional CPU inference kernel that training does not want, and a rename inside peft.
+# Noise of the libraries beneath: an optional CPU inference kernel that training does not want, and a rename under way.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
 # %% ../nbs/00_core.ipynb #2d1afe6a
 class QLoRAError(Exception):
