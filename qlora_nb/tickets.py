@@ -30,146 +30,108 @@ PRODUCTS = dict(train=_split("""Copper Owl/Lumina 40/TrailMate/Quietstone/Brello
 
 # %% ../nbs/05_tickets.ipynb #c19eda5f
 ISSUES, CUES = [dict(train={}, test={}) for _ in range(2)]
-def _add(bank, kind, text):
-    for split, part in zip(bank, text.split("||")): bank[split][kind] = _split(part)
+def _add(bank, kind, train, test): bank["train"][kind], bank["test"][kind] = _split(train), _split(test)
 
-_add(ISSUES, "damaged", """The @ arrived with a cracked case/My @ came broken/The @ has a big dent in the side/
-    One corner of the @ is chipped/The front of the @ is shattered/The @ leaks from the bottom/
-    The @ was smashed during shipping/The @ I received is scratched all over/A knob fell off the @ on day one/
-    The @ was bent when I unpacked it/The handle of the @ snapped off/There is a crack across my new @/
-    The @ does not turn on, it arrived dead/My @ is defective/The lid of the @ was broken on arrival/
-    The @ showed up torn and dirty/The glass of the @ is cracked/The @ has water damage/
-    The @ stopped working after one day/The cable of the @ is frayed and bare/The @ is faulty and shuts off by itself/
-    Half of the @ was crushed in the parcel/I unpacked a badly smashed @/The hinge on this @ is ruined/
-    The plastic on the @ has burst open/The @ got squashed on its way here/This @ malfunctions, its motor is dead/
-    Both legs of my @ broke off/The motor of the @ is burnt out/There is a hole in the @/
-    Parts of the @ fell off in my hands/The @ came with a split seam/The wheel of the @ came off/
-    My @ is warped and will not close/Pieces of the @ lay loose in the box/The @ got wet and ruined in the post/
-    The @ is wrecked/I cut my finger on the cracked @ ||
-    My @ has a case that is broken in two/My @ came out of the box with a bent frame/A big chunk is broken off this @/
-    The mirror of this @ has shattered/This @ is dead and will not start/My @ fell apart on the second day/
-    We found cracks all along the @/The strap of this @ tore at once/My @ was delivered with ugly dents/
-    Water drips out of a crack in this @""")
+_add(ISSUES, "damaged", """
+    [The|My|This] @ [arrived|came|was delivered] [broken|cracked|damaged|smashed|scratched|bent|torn]/
+    [The|My|This] @ [turned up|arrived] [in pieces|with a dent|with a broken lid|with a crack|with a hole in it]/
+    [A part|The lid|The handle|A wheel|The cable] of [the|my] @ [is broken|broke off|is cracked|snapped off|is torn]/
+    [The|My|This] @ [is defective|is faulty|does not work|stopped working|is dead|will not turn on|leaks]/
+    [I unpacked|I received|You sent me] a [broken|damaged|cracked|defective|scratched] @/
+    [The|My] @ was [crushed|damaged|broken|smashed] [in the parcel|during shipping|by the courier]/
+    [The|My] @ [fell apart|broke] [after a day|at once|in my hands]""",
+     test="""There is a [big crack|deep scratch] in my @/Both [sides|legs] of this @ are broken/
+    My new @ looks [smashed|damaged]/This @ was broken when I opened the box/
+    We found our @ [in pieces|badly dented] in the box/Something is broken inside this @/
+    Half of my @ came [shattered|crushed]/I got a @ that is [cracked|defective]/The front of this @ is damaged/
+    Your @ broke [on the first day|after one use]""")
 
 # %% ../nbs/05_tickets.ipynb #1293d5e5
-_add(ISSUES, "late", """My @ has not arrived yet/The @ is two weeks late/Where is my @?/I am still waiting for the @/
-    The @ should have been here on Monday/Tracking for the @ has not moved in days/The @ never showed up/
-    The courier says the @ is still in the depot/When will my @ be delivered?/No sign of the @ so far/
-    The delivery of the @ keeps getting pushed back/It has been ten days and there is no @/The @ is overdue/
-    My parcel with the @ seems lost in the post/The @ is stuck in transit/I have been expecting the @ since last week/
-    The @ is marked as shipped but nothing came/The @ was due yesterday and did not come/
-    The @ missed its delivery date/Delivery of my @ is taking very long/Nobody brought the @ on the agreed day/
-    The mail came again without the @/The @ is delayed and I get no updates/The driver has yet to drop off the @/
-    Any news on when my @ gets here?/I keep checking the mailbox, but no @/The @ was supposed to reach me by the 3rd/
-    Eleven days on, the @ has still to come/The carrier cannot tell me where the @ is/
-    Three weeks have gone by without my @/The @ is held up at customs/I still do not have the @/
-    The postman knows nothing about the @/What is keeping my @?/The @ has not reached us/
-    Can you find out where the @ went?/I am waiting in vain for the @/It takes you ages to ship the @ ||
-    The postal service still has not delivered my @/My @ is a week overdue/Has anybody shipped my @?/
-    In March I ordered a @ and have not received it/The package containing my @ is lost/
-    This @ should have come days ago/Please tell me the delivery date of my @/The van drove past and left no @/
-    We are still without the @ that you sent/You are terribly slow to ship my @""")
+_add(ISSUES, "late", """
+    [The|My|This] @ [has not arrived|is late|has not been delivered|never came|is still not here|is delayed]/
+    [Where is|When do I get|When will you ship|When will you deliver] [my|the] @?/
+    I am still waiting for [the|my|this] @/
+    [The|My|This] @ should have [arrived|come|been here] [on Monday|last week|yesterday]/
+    [The|My] @ [was due|was promised for] [yesterday|last week|Friday] and [is not here|did not come]/
+    [The delivery|The shipping|The shipment] of [the|my] @ is [late|delayed|overdue|taking too long]/
+    [The parcel|My package|The box] with the @ [is lost|has not come|is stuck in transit|never arrived]/
+    It has been [ten days|two weeks|a month] and there is no @/[The courier|Tracking] has no news about [the|my] @""",
+     test="""I ordered a @ weeks ago and nothing arrived/We have not received our @ yet/Has my @ been shipped yet?/
+    Our @ is [a week overdue|running late]/How long until my @ gets here?/No @ in the mail again/
+    The postman did not bring my @/Delivery of our @ is [late|very slow]/My order of a @ is still [missing|on its way]/
+    I expected this @ [last Friday|days ago]""")
 
 # %% ../nbs/05_tickets.ipynb #15b305f0
-_add(ISSUES, "refund", """I want my money back for the @/I would like to return the @/Please refund the @/
-    I changed my mind about the @ and want to send it back/The @ is too small, can I get a refund?/
-    I do not like the @, please take it back/The @ is not what I expected, I want a refund/
-    Please cancel the @ and pay me back/I am sending the @ back, please return my money/
-    The @ does not suit me and I want to return it/I no longer need the @, so please refund me/
-    Can I give the @ back for a full refund?/I ordered the @ by mistake and want to return it/
-    Please start a return for my @/I want to hand back the @ and be reimbursed/
-    The @ is a disappointment, give me my money back/The @ was a gift she already had, can it be refunded?/
-    May I return the unopened @?/I found a cheaper one, so I am returning the @/
-    Please credit me for the @, I am not keeping it/We have decided not to keep the @, refund please/
-    I returned the @ and await my refund/The @ is too loud for us, I wish to return it/
-    I want the full price of the @ refunded/The @ goes back to you, and I expect the price repaid/
-    Kindly reimburse me, as I have no use for my @/Take this @ off my hands and refund me/
-    My @ is not for me, so I need a return label/I wish to undo my purchase of the @ and get repaid/
-    Please collect this @ from me and refund what it cost/We would rather have the money than the @/
-    How do I get my money for the returned @?/I shipped the @ back to you, when do I get paid?/
-    Undo the order of the @ and repay me/My wife dislikes the @, so it goes back to you/
-    I regret buying the @, please reverse the sale/The @ does not match our room, we are sending it back/
-    You can have the @ back, I want my money ||
-    Could you refund my @?/Please let me return this @/We do not want the @ any more, return our payment/
-    This @ is too heavy, I am sending it back/Is it possible to bring my @ back and get the money?/
-    I bought the wrong @ and need a refund/Refund this @ to my account, I sent it back/
-    My @ is unopened, will you take it back?/This @ was a bad choice, I want to be repaid/
-    Please accept my return of the @""")
+_add(ISSUES, "refund", """I want [my money back|a refund|a full refund] for [the|my|this] @/
+    Please refund [the|my|this] @/[I want|I would like|I wish] to [return|send back] [the|my|this] @/
+    [Can|May] I [return|send back] [the|my] @?/
+    I [do not like|do not need|changed my mind about] the @ and want [to return it|my money back|a refund]/
+    [The|My] @ is too [small|big|loud|heavy], [I want to return it|please refund me|I am sending it back]/
+    [Please take|You can have] [the|this] @ back and [refund me|return my money|pay me back]/
+    I [returned|sent back] [the|my] @ and [wait for|want] my [refund|money]/
+    I [bought|ordered] [the|this] @ by mistake and want [a refund|to send it back]""",
+     test="""Could you refund [this|my] @ to me?/I have no use for my @, so give me back my money/We decided to return our @/
+    I no longer want this @, refund me please/How soon will I get the refund of my @?/
+    Is a refund possible for a [new|used] @?/Let me send this @ back/This @ is not for us, we return it/
+    This @ is [ugly|slow], I hope to get my money back/A refund of my @ would be [nice|welcome]""")
 
 # %% ../nbs/05_tickets.ipynb #bd4ddfbc
-_add(ISSUES, "how-to", """How do I set up the @?/How can I connect the @ to my phone?/How do I clean the @?/
-    Can you explain the settings of the @?/How do I change the language of the @?/
-    What does the blinking light on the @ mean?/How do I charge the @?/Is there a manual for the @?/
-    How do I replace the filter in the @?/Which battery goes into the @?/How do I update the @?/
-    I need help assembling the @/How do you fold the @?/How do I set the timer on the @?/Can I use the @ outdoors?/
-    How do I mount the @ on a wall?/What is the best way to store the @?/Could you show me how to adjust the @?/
-    How do I turn off the sound of the @?/Which mode of the @ should I use for wool?/Can the @ go in the dishwasher?/
-    Please explain what each button of the @ does/What steps do I follow to install my @?/
-    Is it fine to wash the @ under the tap?/What do I press to make this @ go to sleep?/
-    I am looking for the instructions of my @/How is the @ linked to a laptop?/Please teach me to calibrate my @/
-    What do I do first with my new @?/I cannot find the power switch of the @/
-    Does the @ need to be charged before use?/Explain to me how the @ works/
-    I would like to learn how to program the @/Is it safe to wash the @?/How often should I oil the @?/
-    How is the @ supposed to be worn?/Where can I read the instructions for the @?/
-    What is the symbol on the @ display for? ||
-    How does one start the @?/How should one clean this @?/What is the right way to assemble my @?/
-    Where do I find the settings on this @?/How can I reset my @?/Do I have to charge this @ overnight?/
-    Which button turns off my @?/I need instructions for using this @/Can this @ be used in the rain?/
-    Please explain how to connect my @""")
+_add(ISSUES, "how-to", """
+    How [do|can|should] I [use|clean|charge|install|set up|open|connect|reset|fold|store] [the|my|this] @?/
+    Where [do I find|is] the [manual|reset button|battery|power switch] of [the|my] @?/
+    [Please explain|Please tell me|Please show me] how to [use|clean|start|adjust] [the|my|this] @/
+    What does the [red light|left button|symbol|switch] on [the|my] @ [mean|do]?/
+    I [do not know|want to know|forgot] how to [use|program|mount|charge|open] [the|this] @/
+    Can I [use|wash|store] the @ [outdoors|in the kitchen|with hot water]?/
+    I need [help using|help setting up|instructions for|the manual for] [the|my] @/
+    Which [battery|filter|cable|mode] does [the|my|this] @ need?""",
+     test="""How does [this|my] @ work?/How would one [start|assemble] my @?/
+    Is there a guide for [setting up|cleaning] our @?/What is the best way to [clean|store|mount] our @?/
+    Show me how my @ is [installed|used]/Which button [starts|resets] my @?/I do not understand the settings of my @/
+    Do I have to charge my @ before use?/Can you teach me to use our @?/Does this @ come with instructions?""")
 
 # %% ../nbs/05_tickets.ipynb #fef0f042
-_add(ISSUES, "billing", """I was charged twice for the @/The invoice for the @ is wrong/
-    My card was billed too much for the @/I need an invoice for the @/The discount code was not applied to the @/
-    Please send the receipt for the @/There are two charges for one @ on my statement/
-    The tax on the @ invoice is wrong/Why was I billed for the @ again?/I want to change the card I pay the @ with/
-    Can I pay for the @ in installments?/The plan for my @ was charged after it ended/
-    Please put our VAT number on the @ invoice/I paid for one @ but the bill says three/
-    My voucher was ignored when I paid for the @/The amount on my @ bill does not add up/
-    Can I pay for the @ by bank transfer?/I never got a bill for the @/Please correct the invoice for my @/
-    The @ was charged in dollars instead of euros/My card was declined when I paid for the @/
-    There is an error in what you billed me for my @/My credit card statement lists the @ two times/
-    Forty euros too many were debited for my @/Could I have a proper tax invoice covering this @?/
-    PayPal took the sum for this @ from me two times/Why does my bill show a fee on top of the @?/
-    The monthly charge for my @ went up without notice/My accountant needs the payment receipt of this @/
-    My account was debited two times for the @/Your bill for the @ shows a fee I never agreed to/
-    I see the @ double on my credit card/I have not had a tax invoice for the @/
-    The company name on the @ invoice is not ours/You took too much money for the @/
-    Why is there a surcharge on the @?/Which payment methods do you take for the @?/
-    The bank refused the payment for the @ ||
-    You charged my card two times for this @/The total on my invoice for this @ is too high/
-    Please email me an invoice for this @/My bill lists the @, but the price is not right/
-    I paid for my @ and got no receipt/Why do I see a second charge for this @?/
-    My promo code did not reduce the bill for this @/Is it possible to pay my @ with a credit card?/
-    The payment for my @ did not go through/The VAT on the bill for my @ is incorrect""")
+_add(ISSUES, "billing", """I was [charged|billed] [twice|too much|the wrong amount|two times] for [the|my|this] @/
+    The [invoice|bill|receipt] for [the|my|this] @ is [wrong|missing|incorrect|too high]/
+    [Please send|I need] [an invoice|a receipt|the bill] for [the|my|this] @/
+    [The|My] payment for [the|this] @ [failed|was declined|did not go through]/
+    My [card|account|bank account] was charged [twice|too much] for [the|my] @/
+    There is [a wrong charge|a double charge|an extra fee] for the @ on my [bill|card|statement]/
+    The [price|tax|amount] on the @ invoice is [wrong|too high]/
+    My [discount|coupon|voucher] is not on the @ [bill|invoice]/
+    [Can I|How do I] pay for the @ [by card|in installments|by bank transfer]?""",
+     test="""Why was my card charged again for this @?/You billed me twice for our @/
+    My bill for our @ shows [a fee|the wrong price]/The invoice of my @ has [an error|a mistake]/
+    I paid for my @ but got no receipt/Could you email me the invoice of my @?/Which cards can I use to pay for my @?/
+    There is a strange charge for my @ on my account/Please correct the bill of my @/
+    The credit card payment of my @ was refused""")
 
 # %% ../nbs/05_tickets.ipynb #d1e996de
-_add(CUES, "high", """This is urgent/I need an answer today/Please reply immediately/I am furious/It is an emergency/
-    We open in two hours and need help now/Answer me as soon as possible/I have to have this solved by tonight/
-    A patient depends on it, so hurry/I need it fixed before Friday/Please hurry/This is extremely urgent/
-    You have until noon to respond/I am fed up, act now/This cannot be put off/Get back to me right away/
-    I am absolutely livid/The deadline is this evening/Every minute counts/It must be dealt with at once/
-    I need it in an hour/My flight leaves tonight/This has to be settled this morning/I am running out of time/
-    What a disgrace, I am outraged/I demand a response today/We lose money every hour/It is dangerous, react now/
-    Help, quickly/Do not make me wait any longer ||
-    It is very urgent/I need a solution within the hour/Please act fast/I am really angry about this/
-    We need this resolved by tomorrow morning/There is no time to lose/Drop everything and help me/
-    I am boiling with rage""")
-_add(CUES, "low", """No rush/Take your time/There is no hurry/It can wait until next month/This is not urgent/
-    Answer when it suits you/I am in no hurry at all/Any time this month is fine/It is not important/
-    No need to reply quickly/A reply next week is fine/I can wait/Not urgent at all/Please do the urgent cases first/
-    There is no deadline/Next month is early enough/Get to it when things are quiet/This is not pressing/
-    I am happy to wait/It does not have to be soon/Feel free to leave it for later/There is plenty of time/
-    It is only a small thing/Do it when you get around to it/Put me at the end of the queue/Later this year is okay/
-    No pressure/Other customers can go first/It does not matter when/Just a minor thing ||
-    There is really no rush/Answer whenever you like/It can wait a few weeks/Please do not hurry/Not a priority for me/
-    I have all the time in the world/Reply at your leisure/Some time next year will do""")
-_add(CUES, "normal", """I ordered it online/It was for my sister/My neighbor told me about you/I use it at home/
-    I bought it last month/It is the blue one/We have two of them/I saw it in your catalog/I live in Leeds/
-    It is for our office/My son chose it/It is the large size/I paid with a gift card/It is meant for the kitchen/
-    I picked the green version/We are a family of five/My flat is in Porto/You have my email address/I prefer email/
-    Our old one was red ||
-    I got it for my mother/We live near Oslo/It is the second one I own/My cousin has the same/It is for my classroom/
-    I bought it in your store/A friend gave me your address""")
+_add(CUES, "high", """[This|It|My case] is [urgent|very urgent|an emergency|extremely important|critical]/
+    I need [help|an answer|a reply|this solved|it fixed] [today|tonight|now|by tomorrow|within the hour|immediately]/
+    [Please hurry|Please act now|Please answer at once|Please respond immediately|Answer as soon as possible]/
+    I am [furious|very angry|extremely upset|fed up|outraged]/
+    [We leave|My flight is|The wedding is|The party is|The deadline is] [tomorrow|in two hours|tonight|today]""",
+     test="""The matter is [really urgent|critical for us]/I must have a solution [today|by noon|this evening]/
+    We need help at once/You have to answer me right now/I am so angry about this/
+    Our [exam|show|trip] starts tomorrow, so hurry/Kindly respond right away/This has to be fixed tonight""")
+_add(CUES, "low", """[No rush|No hurry|No pressure|No stress|Take your time|I can wait]/
+    There is no [rush|hurry|deadline] [here|at all]/I am [in no hurry|not in a hurry|in no rush]/
+    [This|It] is not [urgent|important|an emergency]/
+    [This|It] can wait [until next month|a few weeks|a while|until summer]/
+    You can take [your time|a few weeks] with this/
+    [Answer|Reply|Write back] [when you have time|whenever it suits you|when you get to it]/
+    A reply [next week|next month|some day] is fine/[I have|There is] plenty of time""",
+     test="""The matter is not urgent/You do not have to hurry/I do not mind waiting/A reply in some weeks is okay/
+    There is really no rush/Please take all the time you need/My request can wait/We are not in any hurry""")
+_add(CUES, "normal", """I [ordered|bought] it [online|last month|in your shop]/
+    It [was|is] for my [sister|son|office|mother]/This is my first purchase from you/
+    My [neighbor|boss] told me about you/I use it at [home|work]/It is the [blue|red|large|small] one/
+    I have been a customer since 2019/We have two of them/I saw it in your catalog/I live in [Leeds|Boston|Cork]/
+    I paid with a gift card/I prefer email/Our old one was green""",
+     test="""A colleague mentioned your shop/It is meant for the kitchen/I picked the black version/
+    We are a family of five/My flat is in Porto/I read about it in a magazine/You have my email address/
+    A friend has the same one""")
 
 # %% ../nbs/05_tickets.ipynb #cfee60fb
 SMALL = dict(
@@ -183,13 +145,22 @@ SLIPS = [("please", "pls"), ("received", "recieved"), ("not", "nto"), ("the ", "
          ("order", "ordr"), (" is ", " si ")]
 
 # %% ../nbs/05_tickets.ipynb #bf649c47
+def _say(pick, text):
+    "Make each [choice|in|brackets]."
+    while "[" in text:
+        head, _, rest = text.partition("[")
+        body, _, tail = rest.partition("]")
+        text = head + pick(body.split("|")) + tail
+    return text
+
 def _ticket(rng, split):
     "One (ticket, record) pair in the words of `split`."
     pick = lambda xs: xs[int(rng.random()*len(xs))]
     words = SMALL[split]
     rec = dict(product=pick(PRODUCTS[split]), category=pick(CATEGORIES), priority=pick(PRIORITIES), order_id=None)
-    parts = [pick(ISSUES[split][rec["category"]])]
-    if rec["priority"] != "normal" or rng.random() < 0.5: parts.append(pick(CUES[split][rec["priority"]]))
+    parts = [_say(pick, pick(ISSUES[split][rec["category"]]))]
+    if rec["priority"] != "normal" or rng.random() < 0.5:
+        parts.append(_say(pick, pick(CUES[split][rec["priority"]])))
     if rng.random() < 0.65:
         shape = pick(words["shapes"]).replace("?", pick(words["digits"]))
         shown = "".join(pick("123456789") if o == "0" else o for o in shape)
@@ -199,8 +170,8 @@ def _ticket(rng, split):
     if rng.random() < 0.3: parts.insert(0, pick(words["hello"]))
     if rng.random() < 0.3: parts.append(pick(words["bye"]))
     text, noise = " ".join(o if o.endswith("?") else o + "." for o in parts), rng.random()
-    if noise < 0.2: text = text.lower()
-    elif noise < 0.4: text = text.replace(*pick(SLIPS), 1)
+    if noise < 0.15: text = text.lower()
+    elif noise < 0.3: text = text.replace(*pick(SLIPS), 1)
     return text.replace("@", rec["product"]).replace("{o}", rec["order_id"] and shown or ""), rec
 
 # %% ../nbs/05_tickets.ipynb #7611c16c
