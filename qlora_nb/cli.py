@@ -9,10 +9,7 @@ __all__ = ['finetune_parser', 'one_line_errors', 'finetune_main', 'chat_loop', '
 import argparse, contextlib, os, sys, time, warnings
 from pathlib import Path
 
-# %% ../nbs/18_cli.ipynb #3d047a30
-from .runs import latest_run
-
-# %% ../nbs/18_cli.ipynb #81b27ef1
+# %% ../nbs/18_cli.ipynb #3a2526a0
 def finetune_parser() -> argparse.ArgumentParser:
     "The options of `qlora_finetune`."
     p = argparse.ArgumentParser("qlora_finetune", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -43,7 +40,7 @@ def finetune_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the last complete checkpoint of the run")
     return p
 
-# %% ../nbs/18_cli.ipynb #86d639b2
+# %% ../nbs/18_cli.ipynb #340fa72c
 @contextlib.contextmanager
 def one_line_errors(interrupted:str=""):  # What to say after Ctrl-C
     "Exit with status 2 and one message for a `QLoRAError`; with 130 for Ctrl-C."
@@ -54,19 +51,22 @@ def one_line_errors(interrupted:str=""):  # What to say after Ctrl-C
     except QLoRAError as e: print(f"error: {e}", file=sys.stderr), sys.exit(2)
     except KeyboardInterrupt: print(f"\nstopped. {interrupted}", file=sys.stderr), sys.exit(130)
 
-# %% ../nbs/18_cli.ipynb #70575836
+# %% ../nbs/18_cli.ipynb #e4f5dbb7
 def finetune_main(argv:list|None=None):  # None: the options that the command was called with
     "Fine-tune, evaluate, report: the console command `qlora_finetune`."
     o = vars(finetune_parser().parse_args(argv))
     if o["epochs"] is None: o.pop("epochs")
     if "epochs" not in o and o["steps"] is None: o["steps"] = 80
     if o["targets"] != "all-linear": o["targets"] = o["targets"].split(",")
-    o["output"] = Path(o["output"] or o["resume"] and latest_run() or time.strftime("runs/%Y%m%d-%H%M%S"))
+    if o["resume"] and not o["output"]:
+        from qlora_nb.runs import latest_run
+        o["output"] = latest_run()
+    o["output"] = Path(o["output"] or time.strftime("runs/%Y%m%d-%H%M%S"))
     with one_line_errors(f"Go on from the last checkpoint with the same options and --resume --output {o['output']}"):
         from qlora_nb.evaluation import finetune_and_evaluate
         print(finetune_and_evaluate(**o))
 
-# %% ../nbs/18_cli.ipynb #580ea86b
+# %% ../nbs/18_cli.ipynb #a915345b
 def chat_loop(model, tokenizer, notes:dict,  # Of `load_adapter`, or {} for a model as it is
               **how):                        # Of `stream`
     "Read lines from the terminal and stream answers until /exit or the end of the input."
@@ -94,7 +94,7 @@ def chat_loop(model, tokenizer, notes:dict,  # Of `load_adapter`, or {} for a mo
         print()
         said.append(dict(role="assistant", content=answer))
 
-# %% ../nbs/18_cli.ipynb #9b28b14f
+# %% ../nbs/18_cli.ipynb #580ea86b
 def chat_parser() -> argparse.ArgumentParser:
     "The options of `qlora_chat`."
     p = argparse.ArgumentParser("qlora_chat", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -107,7 +107,7 @@ def chat_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default=None, help="cuda, mps or cpu (none: the best one here)")
     return p
 
-# %% ../nbs/18_cli.ipynb #04e30db4
+# %% ../nbs/18_cli.ipynb #9b28b14f
 def chat_main(argv:list|None=None):  # None: the options that the command was called with
     "Chat with an adapter on its base: the console command `qlora_chat`."
     o = chat_parser().parse_args(argv)
@@ -115,6 +115,7 @@ def chat_main(argv:list|None=None):  # None: the options that the command was ca
         from qlora_nb.core import QLoRAError
         from qlora_nb.inference import load_adapter
         from qlora_nb.models import load_model, load_tokenizer
+        from qlora_nb.runs import latest_run
         folder = o.adapter or (None if o.model else latest_run(finished=True))
         if folder: model, tokenizer, notes = load_adapter(folder, base=o.model, device=o.device)
         elif o.model: model, tokenizer, notes = load_model(o.model, device=o.device), load_tokenizer(o.model), {}

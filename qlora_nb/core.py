@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ParamCount', 'COLORS', 'QLoRAError', 'pick_device', 'has_native_bf16', 'pick_dtype', 'set_seed', 'count_params',
-           'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'Table', 'show_figure', 'versions']
+           'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'free_memory', 'Table', 'show_figure',
+           'versions']
 
 # %% ../nbs/00_core.ipynb #76f2112b
-import importlib.metadata, logging, math, os, platform, random, sys, warnings
+import ctypes, gc, importlib.metadata, logging, math, os, platform, random, sys, warnings
 from collections import namedtuple
 
 # %% ../nbs/00_core.ipynb #d430d49f
@@ -112,6 +113,13 @@ def peak_memory(device:torch.device|str="cpu"  # Where the work ran
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/00_core.ipynb #a5880453
+def free_memory():
+    "Give memory that is no longer used back to the system: Python's garbage, CUDA's cache, the C library's heap."
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc": ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+# %% ../nbs/00_core.ipynb #6bb0657b
 class Table:
     "Rows with a header that show as HTML in a notebook, as Markdown on GitHub and as plain text in a terminal."
     def __init__(self,
@@ -125,7 +133,7 @@ class Table:
     def _repr_markdown_(self): return self._as("github")
     __repr__ = __str__
 
-# %% ../nbs/00_core.ipynb #6bb0657b
+# %% ../nbs/00_core.ipynb #0df43b5b
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe & Ito (2008)
 
 def show_figure(fig,       # A matplotlib figure
@@ -136,7 +144,7 @@ def show_figure(fig,       # A matplotlib figure
     display(fig, metadata={"image/png": {"alt": alt}})
     plt.close(fig)
 
-# %% ../nbs/00_core.ipynb #8277dc5a
+# %% ../nbs/00_core.ipynb #5d18a9ce
 def versions() -> dict:  # Library name → version, with Python and the device beside them
     "Versions of everything that can change a number."
     libs = "qlora_nb torch transformers peft bitsandbytes trl datasets accelerate".split()

@@ -12,13 +12,13 @@ from collections import namedtuple
 from pathlib import Path
 
 # %% ../nbs/09_evaluation.ipynb #1a4c1561
-import torch
-
-# %% ../nbs/09_evaluation.ipynb #0a9910a1
-from .core import Table, fmt_bytes, model_bytes, peak_memory
+from .core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
 from .data import answer_of, collate, encode_prompt, encode_rows, exact_match, field_scores, load_rows
 from .inference import generate
 from .training import finetune, write_json
+
+# %% ../nbs/09_evaluation.ipynb #0a9910a1
+import torch
 
 # %% ../nbs/09_evaluation.ipynb #30852779
 @torch.no_grad()
@@ -56,6 +56,7 @@ def evaluate(model, tokenizer,
     prompts = [encode_prompt(r, tokenizer, template) for r in rows]
     answers = generate(model, tokenizer, prompts, max_new_tokens=longest + 8, batch_size=batch_size, progress=progress)
     marks = [field_scores(a, g) for a,g in zip(answers, golds)]
+    free_memory()
     fields = {f: sum(m.get(f, False) for m in marks)/len(rows) for f in dict.fromkeys(f for m in marks for f in m)}
     loss = answer_loss(model, tokenizer, rows, template, max_length)
     return Scores(sum(map(exact_match, answers, golds))/len(rows), loss, fields, len(rows), answers)

@@ -12,6 +12,12 @@ from collections import deque, namedtuple
 from pathlib import Path
 
 # %% ../nbs/07_training.ipynb #73eff3be
+from .core import COLORS, QLoRAError, count_params, free_memory, set_seed, versions
+from .data import as_messages, collate, encode_rows, load_rows
+from .models import audit_4bit, load_model, load_tokenizer, locate, quiet
+from .runs import last_checkpoint, open_run, seal, write_json
+
+# %% ../nbs/07_training.ipynb #c2c44434
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
@@ -19,12 +25,6 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
-
-# %% ../nbs/07_training.ipynb #c2c44434
-from .core import COLORS, QLoRAError, count_params, set_seed, versions
-from .data import as_messages, collate, encode_rows, load_rows
-from .models import audit_4bit, load_model, load_tokenizer, quiet
-from .runs import last_checkpoint, open_run, seal, write_json
 
 # %% ../nbs/07_training.ipynb #823d4bd7
 def linear_names(model) -> list:  # Last parts of the names of the model's linear layers, the head left out
@@ -177,6 +177,7 @@ def finetune(model="smollm2",               # A name for `load_model`, or a mode
     settings = dict(model=name, rows=len(rows), rows_sha256=digest, steps=steps, epochs=epochs, batch_size=batch_size,
                     accumulation=accumulation, lr=lr, rank=rank, alpha=alpha, dropout=dropout, targets=targets,
                     template=template, max_length=max_length, seed=seed)
+    if isinstance(model, (str, Path)): locate(model)   # a wrong name fails before anything is written
     open_run(folder, settings, resume)
     if isinstance(model, (str, Path)): model, tokenizer = load_model(model, device=device), load_tokenizer(model)
     examples = encode_rows(rows, tokenizer, template, max_length)
@@ -187,8 +188,9 @@ def finetune(model="smollm2",               # A name for `load_model`, or a mode
                            save_steps, checkpointing, seed)
     for cb in callbacks: trainer.add_callback(cb)
     found, start = last_checkpoint(folder/"checkpoints") if resume else None, time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    with quiet(): trainer.train(resume_from_checkpoint=str(found) if found else None)
     seconds = time.perf_counter() - start
+    free_memory()
     history = [l for l in trainer.state.log_history if "loss" in l]
     turns = max(sum(m["role"] == "user" for m in as_messages(r)) for r in rows)
     adapter = save_adapter(model, folder/"adapter", name, template=template, turns=turns,

