@@ -70,7 +70,8 @@ _add(ISSUES, "refund", """I want [my money back|a refund|a full refund] for [the
     [Please take|You can have] [the|this] @ back and [refund me|return my money|pay me back]/
     I [returned|sent back] [the|my] @ and [wait for|want] my [refund|money]/
     I [bought|ordered] [the|this] @ by mistake and want [a refund|to send it back]""",
-     test="""Could you refund [this|my] @ to me?/I have no use for my @, so give me back my money/We decided to return our @/
+     test="""Could you refund [this|my] @ to me?/I have no use for my @, so give me back my money/
+    We decided to return our @/
     I no longer want this @, refund me please/How soon will I get the refund of my @?/
     Is a refund possible for a [new|used] @?/Let me send this @ back/This @ is not for us, we return it/
     This @ is [ugly|slow], I hope to get my money back/A refund of my @ would be [nice|welcome]""")
