@@ -8,7 +8,7 @@ __all__ = ['ParamCount', 'COLORS', 'QLoRAError', 'pick_device', 'has_native_bf16
            'versions']
 
 # %% ../nbs/00_core.ipynb #76f2112b
-import ctypes, gc, importlib.metadata, logging, math, os, platform, random, sys, warnings
+import base64, ctypes, gc, importlib.metadata, io, logging, math, os, platform, random, sys, warnings
 from collections import namedtuple
 
 # %% ../nbs/00_core.ipynb #d430d49f
@@ -141,7 +141,9 @@ def show_figure(fig,       # A matplotlib figure
     "Display `fig` once, with alternative text."
     from IPython.display import display
     import matplotlib.pyplot as plt
-    display(fig, metadata={"image/png": {"alt": alt}})
+    fig.savefig(png := io.BytesIO(), format="png", dpi=100)
+    data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
+    display(data, raw=True, metadata={"image/png": {"alt": alt}})
     plt.close(fig)
 
 # %% ../nbs/00_core.ipynb #5d18a9ce

@@ -85,8 +85,8 @@ def make_trainer(model,              # A PEFT model on a 4-bit base
                  tokenizer,
                  examples:list,      # Of `encode_rows`
                  folder:str|Path,    # Where checkpoints go
-                 steps:int=80,       # Optimizer steps
-                 batch_size:int=8,   # Examples a forward pass
+                 steps:int=130,      # Optimizer steps
+                 batch_size:int=4,   # Examples a forward pass
                  accumulation:int=1, # Forward passes a step
                  lr:float=1e-3,      # The highest learning rate
                  save_steps:int=20,  # A checkpoint every so many steps
@@ -156,9 +156,9 @@ def finetune(model="smollm2",               # A name for `load_model`, or a mode
              data="tickets",                # A name for `load_rows`, or its rows
              output:str|Path="runs/latest", # The folder of the run
              tokenizer=None,                # Of a model that is already loaded
-             steps:int|None=80,             # Optimizer steps; None: by `epochs`
+             steps:int|None=130,            # Optimizer steps; None: by `epochs`
              epochs:float=1.,               # Passes over the data, where `steps` is None
-             batch_size:int=4, accumulation:int=2,  # Examples a forward pass, forward passes a step
+             batch_size:int=4, accumulation:int=1,  # Examples a forward pass, forward passes a step
              lr:float=1e-3,                 # The highest learning rate
              rank:int=16, alpha:float=32, dropout:float=0., targets="all-linear",  # See `add_adapters`
              template:str="auto",           # See `qlora_nb.data.encode`

@@ -40,6 +40,7 @@ def make_readme(path):
     nb = nbformat.read(path, as_version=4)
     nb.cells = [c for c in nb.cells if not hidden(c)]
     for c in nb.cells:
+        if re.search(r"^#\|\s*echo:\s*false", c.source, re.M): c.metadata["transient"] = dict(remove_source=True)
         if c.cell_type == "code": c.source = DIRECTIVE.sub("", c.source).strip("\n")
     nb.metadata["language_info"] = dict(name="python")
     exporter = MarkdownExporter(config=Config(NbConvertBase=dict(display_data_priority=FORMS)))
