@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from .core import QLoRAError, Table
 
-# %% ../nbs/02_quantization.ipynb #3ede8027
+# %% ../nbs/02_quantization.ipynb #290d5fa6
 def to_blocks(x:torch.Tensor,   # (n,)
               size:int          # Elements a block
              ) -> torch.Tensor: # (ceil(n/size), size)
@@ -34,7 +34,7 @@ def scale_blocks(W:torch.Tensor,  # Any shape; float32, bfloat16 or float16
         scaled[-1] = b[-1]/absmax[-1].clamp_(min=1e-38)
     return scaled.clamp(-1, 1), absmax
 
-# %% ../nbs/02_quantization.ipynb #76495a4f
+# %% ../nbs/02_quantization.ipynb #0eec306c
 def nf4_codebook(offset:float=0.9677083  # Where both halves start, as a probability
                 ) -> torch.Tensor:       # (16,) float32, from -1 to 1, with an exact 0
     "The levels of NF4: quantiles of a normal distribution, 8 above zero and 7 below (QLoRA paper, section 3)."
@@ -42,7 +42,7 @@ def nf4_codebook(offset:float=0.9677083  # Where both halves start, as a probabi
     v = torch.cat([-half(8), torch.zeros(1), half(9)]).float().sort().values
     return v/v.max()
 
-# %% ../nbs/02_quantization.ipynb #ceba26ed
+# %% ../nbs/02_quantization.ipynb #e08c4707
 def fp4_codebook() -> torch.Tensor: # (16,) float32 in the order of the bit patterns
     "The levels of FP4 as bitsandbytes lays them out (sign, exponent, exponent, fraction), scaled to [-1, 1]."
     e, m = torch.arange(8)//2, torch.arange(8) % 2
@@ -59,7 +59,7 @@ def levels(name:str,                     # "nf4", "fp4" or "int4": a key of `COD
     with torch.device("cpu"): v = CODEBOOKS[name]()
     return v.to(device)
 
-# %% ../nbs/02_quantization.ipynb #1a0c629c
+# %% ../nbs/02_quantization.ipynb #8e9ccf86
 def nearest_code(x:torch.Tensor,      # Any shape, float32
                  levels:torch.Tensor, # (k,) with k at most 256; any order
                 ) -> torch.Tensor:    # The shape of `x`, uint8
@@ -67,7 +67,7 @@ def nearest_code(x:torch.Tensor,      # Any shape, float32
     s, order = levels.sort(stable=True)
     return order[torch.bucketize(x, (s[1:] + s[:-1])/2, out_int32=True)].to(torch.uint8)
 
-# %% ../nbs/02_quantization.ipynb #c41073d4
+# %% ../nbs/02_quantization.ipynb #f7f47f72
 @lru_cache
 def dynamic_code(device:torch.device|str="cpu" # Where the table should lie
                 ) -> torch.Tensor:             # (256,) float32, ascending. Shared: do not write to it
@@ -76,7 +76,7 @@ def dynamic_code(device:torch.device|str="cpu" # Where the table should lie
     v = torch.cat([10.**(i - 6)*((e[1:] + e[:-1])/2) for i,e in enumerate(edges)])
     return torch.cat([-v, v, v.new_tensor([0, 1])]).sort().values.to(device)
 
-# %% ../nbs/02_quantization.ipynb #435799a3
+# %% ../nbs/02_quantization.ipynb #c41073d4
 @dataclass
 class DoubleQuantized:
     "Block scales in 8 bits: `code[codes]*absmax + offset`, with one `absmax` for each group of 256 scales."
@@ -104,7 +104,7 @@ def double_quantize(absmax:torch.Tensor  # (blocks,) float32, the scales of the 
     code = dynamic_code(absmax.device)
     return DoubleQuantized(nearest_code(grid, code).view(-1)[:absmax.numel()].clone(), top, offset, code)
 
-# %% ../nbs/02_quantization.ipynb #02f0b85b
+# %% ../nbs/02_quantization.ipynb #097b5b91
 @lru_cache
 def _pairs(codebook, device):
     "(256,) int64: for each byte its two levels, as the bits of two float32."

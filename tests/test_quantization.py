@@ -16,11 +16,14 @@ SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(H
 
 
 @pytest.fixture(autouse=True, scope="module")
-def eager():
-    "bitsandbytes compiles its fallback for each new shape, which takes longer than all of these tests."
+def small_and_eager():
+    "Compiling a fallback of bitsandbytes for each shape, and threads that wait for each other, take most of the time."
+    threads = torch.get_num_threads()
     torch.compiler.set_stance("force_eager")
+    torch.set_num_threads(1)
     yield
     torch.compiler.set_stance("default")
+    torch.set_num_threads(threads)
 
 
 def same_bits(a, b):
