@@ -145,9 +145,9 @@ def test_scales_alone(seed, n, power, scale):
 @pytest.mark.parametrize("codebook", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
 def test_grid(codebook, double, dtype):
-    for i,shape in enumerate([(3,), (5, 33), (2, 3, 32), (64, 128), (130, 70)]):
+    for i,shape in enumerate([(1,), (3,), (5, 33), (3, 96), (2, 3, 32), (64, 128), (130, 70)]):
         for block_size in BLOCKS:
-            for kind in ("normal", "zero_block"):
+            for kind in ("normal", "zero_block", "middles"):
                 check_equal(make(kind, shape, i, 1.).to(dtype), codebook, block_size, double)
 
 
