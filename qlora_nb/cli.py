@@ -22,11 +22,11 @@ def finetune_parser() -> argparse.ArgumentParser:
     add("--eval-rows", type=int, default=64, help="evaluate on at most so many rows; 0: do not evaluate")
     add("--output", default=None, help="folder of the run (none: runs/DATE-TIME; with --resume, the latest run)")
     length = p.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=None, help="optimizer steps (none: 130, unless --epochs is given)")
+    length.add_argument("--steps", type=int, default=None, help="optimizer steps (none: 150, unless --epochs is given)")
     length.add_argument("--epochs", type=float, default=None, help="passes over the data, instead of --steps")
     add("--batch-size", type=int, default=4, help="examples a forward pass")
     add("--accumulation", type=int, default=1, help="forward passes a step")
-    add("--lr", type=float, default=1e-3, help="highest learning rate")
+    add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--rank", type=int, default=16, help="r, the inner size of the adapters")
     add("--alpha", type=float, default=32, help="the adapters' update is scaled by alpha / r")
     add("--dropout", type=float, default=0., help="dropout on the adapters' input")
@@ -56,7 +56,7 @@ def finetune_main(argv:list|None=None):  # None: the options that the command wa
     "Fine-tune, evaluate, report: the console command `qlora_finetune`."
     o = vars(finetune_parser().parse_args(argv))
     if o["epochs"] is None: o.pop("epochs")
-    if "epochs" not in o and o["steps"] is None: o["steps"] = 130
+    if "epochs" not in o and o["steps"] is None: o["steps"] = 150
     if o["targets"] != "all-linear": o["targets"] = o["targets"].split(",")
     if o["resume"] and not o["output"]:
         from qlora_nb.runs import latest_run

@@ -48,13 +48,14 @@ def evaluate(model, tokenizer,
              rows:list,              # Held-out rows of `load_rows`
              template:str="auto",    # As in training
              max_length:int=512,     # As in training
-             batch_size:int=16,      # Prompts at a time
+             batch_size:int=64,      # Prompts at a time; fewer where they are long
              progress:bool=False) -> Scores:
     "Greedy answers to `rows`, scored: exact match, each field of a JSON record, and the loss on the right answers."
     golds = [answer_of(r) for r in rows]
     longest = max(len(tokenizer(g, add_special_tokens=False).input_ids) for g in golds)
     prompts = [encode_prompt(r, tokenizer, template) for r in rows]
-    answers = generate(model, tokenizer, prompts, max_new_tokens=longest + 8, batch_size=batch_size, progress=progress)
+    size = longest + 8 + max(len(tokenizer(p, add_special_tokens=False).input_ids) for p in prompts)
+    answers = generate(model, tokenizer, prompts, longest + 8, batch_size=min(batch_size, max(1, 8192//size)), progress=progress)
     marks = [field_scores(a, g) for a,g in zip(answers, golds)]
     free_memory()
     fields = {f: sum(m.get(f, False) for m in marks)/len(rows) for f in dict.fromkeys(f for m in marks for f in m)}

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
 from torch import nn
-from .core import QLoRAError, pick_device, pick_dtype, set_seed
+from .core import QLoRAError, keep_memory, pick_device, pick_dtype, set_seed
 
 # %% ../nbs/01_models.ipynb #b7818b01
 import bitsandbytes as bnb, transformers
@@ -208,13 +208,13 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
                dtype:torch.dtype|None=None):  # To compute in, and of unquantized parts; None: what suits the device
     "Load a causal language model for QLoRA, in eval mode, and audit it. Raises `QLoRAError` when that cannot be done."
     if bits not in (4, None): raise QLoRAError(f"bits={bits} is not on offer.", cure="Choose 4, or None for 16 bits.")
-    device = pick_device(device)
+    device, place = pick_device(device), locate(name)
     dtype = dtype or pick_dtype(device)
-    place = locate(name)
     with hub_errors(name), quiet(), plain_linears() if bits else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, device_map={"": device}, use_safetensors=True, trust_remote_code=False,
             **(dict(quantization_config=nf4_config(dtype)) if bits else {}))
+    if device.type == "cpu": keep_memory()
     if bits: audit_4bit(disarm(model))
     model.qlora_nb_name = str(name)   # what an adapter will call its base
     return model.eval()

@@ -74,10 +74,10 @@ def make_trainer(model,              # A PEFT model on a 4-bit base
                  tokenizer,
                  examples:list,      # Of `encode_rows`
                  folder:str|Path,    # Where checkpoints go
-                 steps:int=130,      # Optimizer steps
+                 steps:int=150,      # Optimizer steps
                  batch_size:int=4,   # Examples a forward pass
                  accumulation:int=1, # Forward passes a step
-                 lr:float=1e-3,      # The highest learning rate
+                 lr:float=2e-3,      # The highest learning rate
                  save_steps:int=20,  # A checkpoint every so many steps
                  checkpointing:bool=False,  # Recompute activations in the backward pass, to save memory
                  seed:int=0) -> SFTTrainer:
@@ -87,6 +87,7 @@ def make_trainer(model,              # A PEFT model on a 4-bit base
     args = SFTConfig(str(folder), max_steps=steps, seed=seed, data_seed=seed, use_cpu=device == "cpu",
                      per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
                      learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=max(1, steps//20), optim="adamw_torch",
+                     max_grad_norm=0.3,
                      bf16=on_gpu and dtype == torch.bfloat16, fp16=on_gpu and dtype == torch.float16,
                      gradient_checkpointing=checkpointing, dataloader_pin_memory=on_gpu, remove_unused_columns=False,
                      save_strategy="steps", save_steps=save_steps, save_total_limit=2, logging_steps=1,
@@ -162,10 +163,10 @@ def finetune(model="smollm2",               # A name for `load_model`, or a mode
              data="tickets",                # A name for `load_rows`, or its rows
              output:str|Path="runs/latest", # The folder of the run
              tokenizer=None,                # Of a model that is already loaded
-             steps:int|None=130,            # Optimizer steps; None: by `epochs`
+             steps:int|None=150,            # Optimizer steps; None: by `epochs`
              epochs:float=1.,               # Passes over the data, where `steps` is None
              batch_size:int=4, accumulation:int=1,  # Examples a forward pass, forward passes a step
-             lr:float=1e-3,                 # The highest learning rate
+             lr:float=2e-3,                 # The highest learning rate
              rank:int=16, alpha:float=32, dropout:float=0., targets="all-linear",  # See `add_adapters`
              template:str="auto",           # See `qlora_nb.data.encode`
              max_length:int=512,            # In tokens

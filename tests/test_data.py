@@ -10,7 +10,7 @@ from qlora_nb.core import QLoRAError
 from qlora_nb.data import (answer_of, collate, encode, encode_prompt, encode_rows, exact_match, field_scores, load_rows,
                            make_tickets)
 from qlora_nb.models import load_tokenizer
-from qlora_nb.tickets import CATEGORIES, CUES, ISSUES, PRIORITIES, PRODUCTS, SMALL
+from qlora_nb.tickets import CATEGORIES, PRIORITIES, WORDS
 
 GOOD = json.dumps(dict(prompt="Hi", response="Hello"))
 def lines(*rows): return "\n".join(o if isinstance(o, str) else json.dumps(o) for o in rows)
@@ -257,9 +257,9 @@ def every(sentences):
 
 def test_vocabulary_is_rich():
     for split, products, issues, cues in (("train", 60, 100, 30), ("test", 25, 10, 8)):
-        assert len(set(PRODUCTS[split])) >= products
-        assert list(ISSUES[split]) == CATEGORIES and all(len(set(every(o))) >= issues for o in ISSUES[split].values())
-        assert sorted(CUES[split]) == sorted(PRIORITIES) and all(len(set(every(o))) >= cues for o in CUES[split].values())
+        assert len(set(WORDS[split]["products"])) >= products
+        assert list(WORDS[split]["issues"]) == CATEGORIES and all(len(set(every(o))) >= issues for o in WORDS[split]["issues"].values())
+        assert sorted(WORDS[split]["cues"]) == sorted(PRIORITIES) and all(len(set(every(o))) >= cues for o in WORDS[split]["cues"].values())
 
 
 def words(text): return re.findall(r"[\w@'-]+", text.lower())
@@ -267,19 +267,19 @@ def runs(text, k=4): return {tuple(w[i:i+k]) for w in [words(text)] for i in ran
 
 
 def test_the_splits_share_nothing():
-    def names(split): return {w for p in PRODUCTS[split] for w in words(p)}
+    def names(split): return {w for p in WORDS[split]["products"] for w in words(p)}
     assert not names("train") & names("test")
-    said = {s: [t for bank in (ISSUES, CUES) for ts in bank[s].values() for t in every(ts)] for s in ("train", "test")}
+    said = {s: [t for bank in ("issues", "cues") for ts in WORDS[s][bank].values() for t in every(ts)] for s in ("train", "test")}
     seen = set().union(*map(runs, said["train"])) | {tuple(words(o)) for o in said["train"]}
     assert not [o for o in said["test"] if tuple(words(o)) in seen or runs(o) & seen]
-    for o in ("hello", "bye", "order"): assert not set(SMALL["train"][o]) & set(SMALL["test"][o])
+    for o in ("hello", "bye", "order"): assert not set(WORDS["train"][o]) & set(WORDS["test"][o])
 
 
 def test_no_sentence_says_two_things():
     for split in ("train", "test"):
-        said = [o for bank in (ISSUES, CUES) for s in bank[split].values() for o in every(s)]
+        said = [o for bank in ("issues", "cues") for s in WORDS[split][bank].values() for o in every(s)]
         assert len(said) == len(set(said))
-        assert all(o.count("@") == 1 for s in ISSUES[split].values() for o in every(s))
+        assert all(o.count("@") == 1 for s in WORDS[split]["issues"].values() for o in every(s))
         assert not [o for o in said if re.search(r"[\[\]|{}/]|  |^ | $", o)]
 
 
@@ -292,7 +292,7 @@ def test_records_are_right(seed):
         for row, rec in zip(rows, recs):
             assert list(rec) == ["product", "category", "priority", "order_id"] and "\n" not in row["response"]
             text = row["prompt"].split("\n\n", 1)[1]
-            assert rec["product"] in text and (split == "train" or rec["product"] in PRODUCTS["test"])
+            assert rec["product"] in text and (split == "train" or rec["product"] in WORDS["test"]["products"])
             assert rec["category"] in CATEGORIES and rec["priority"] in PRIORITIES
             assert (rec["order_id"] or "") in text
         names[split] = {w for o in recs for w in words(o["product"]) if w.isalpha()}
