@@ -11,19 +11,19 @@ __all__ = ['ParamCount', 'COLORS', 'QLoRAError', 'pick_device', 'has_native_bf16
 import base64, ctypes, gc, importlib.metadata, io, logging, math, os, platform, random, sys, warnings
 from collections import namedtuple
 
-# %% ../nbs/00_core.ipynb #d430d49f
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch on a CPU asks for pages of 2 MB; see `keep_memory`
-
 # %% ../nbs/00_core.ipynb #6cef6569
+os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MB on a CPU
+
+# %% ../nbs/00_core.ipynb #3e7e9c4b
 import numpy as np, torch
 from tabulate import tabulate
 
-# %% ../nbs/00_core.ipynb #3e7e9c4b
+# %% ../nbs/00_core.ipynb #2d1afe6a
 # Noise of the libraries beneath: an optional CPU inference kernel that training does not want, and a rename under way.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 
-# %% ../nbs/00_core.ipynb #16ee7f59
+# %% ../nbs/00_core.ipynb #fc6d213c
 class QLoRAError(Exception):
     "A mistake that we can foresee: its message names the thing, the place and the cure."
     def __init__(self,
@@ -33,7 +33,7 @@ class QLoRAError(Exception):
         self.what, self.where, self.cure = what, where, cure
         super().__init__((f"{where}: " if where else "") + what + (f" {cure}" if cure else ""))
 
-# %% ../nbs/00_core.ipynb #dd8368b5
+# %% ../nbs/00_core.ipynb #5f1c95a2
 def pick_device(name:str|None=None  # "cuda", "cuda:1", "mps", "cpu"; None picks the best one here
                ) -> torch.device:   # A device that exists on this machine
     "The device to run on. Raises `QLoRAError` when the one asked for is not there."
@@ -41,10 +41,11 @@ def pick_device(name:str|None=None  # "cuda", "cuda:1", "mps", "cpu"; None picks
     if name is None: return torch.device(next(o for o in has if has[o]))
     kind, _, idx = str(name).partition(":")
     if not has.get(kind) or (kind == "cuda" and idx and int(idx) >= torch.cuda.device_count()):
-        raise QLoRAError(f"there is no device '{name}' here.", cure=f"Choose from: {', '.join(o for o in has if has[o])}.")
+        raise QLoRAError(f"there is no device '{name}' here.",
+                         cure=f"Choose from: {', '.join(o for o in has if has[o])}.")
     return torch.device(name)
 
-# %% ../nbs/00_core.ipynb #c73ee79d
+# %% ../nbs/00_core.ipynb #66b1aab1
 def has_native_bf16(device:torch.device|str  # Where the arithmetic will run
                    ) -> bool:                # Does the hardware itself multiply in bfloat16?
     "True where bfloat16 is computed by the hardware rather than emulated."
@@ -53,7 +54,7 @@ def has_native_bf16(device:torch.device|str  # Where the arithmetic will run
     if device.type == "mps": return torch.backends.mps.is_macos_or_newer(14, 0)
     return any(getattr(torch.cpu, o, lambda: False)() for o in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
-# %% ../nbs/00_core.ipynb #ab28423b
+# %% ../nbs/00_core.ipynb #50e1613a
 def pick_dtype(device:torch.device|str|None=None  # None asks `pick_device`
               ) -> torch.dtype:                   # bfloat16 where it is native; else float16 (CUDA) or float32
     "The dtype to compute in: the fastest one on `device` that trains without overflow."
@@ -61,12 +62,12 @@ def pick_dtype(device:torch.device|str|None=None  # None asks `pick_device`
     if has_native_bf16(device): return torch.bfloat16
     return torch.float16 if device.type == "cuda" else torch.float32
 
-# %% ../nbs/00_core.ipynb #53ff7c46
+# %% ../nbs/00_core.ipynb #01ba2e1b
 def set_seed(seed:int):  # Any non-negative integer below 2**32
     "Seed Python, NumPy and PyTorch (all devices)."
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #c9875c25
+# %% ../nbs/00_core.ipynb #adec31f3
 ParamCount = namedtuple("ParamCount", "trainable total")
 
 def count_params(model:torch.nn.Module  # May hold 4-bit weights of bitsandbytes or of `qlora_nb.qlora`
@@ -79,7 +80,7 @@ def count_params(model:torch.nn.Module  # May hold 4-bit weights of bitsandbytes
     ps = list(model.parameters())
     return ParamCount(sum(numel(p) for p in ps if p.requires_grad), sum(map(numel, ps)) + extra)
 
-# %% ../nbs/00_core.ipynb #d13df4df
+# %% ../nbs/00_core.ipynb #0e2b2ef6
 def model_tensors(model:torch.nn.Module):  # Yields each tensor that the model keeps in memory
     "Parameters, buffers and the quantization state (scales, codebooks, offsets) of 4-bit weights."
     for t in [*model.parameters(), *model.buffers()]:
@@ -89,14 +90,14 @@ def model_tensors(model:torch.nn.Module):  # Yields each tensor that the model k
             yield from (o for o in (state.absmax, state.code, getattr(state, "offset", None)) if torch.is_tensor(o))
             state = getattr(state, "state2", None)
 
-# %% ../nbs/00_core.ipynb #8d25e640
+# %% ../nbs/00_core.ipynb #9ce5cde3
 def model_bytes(model:torch.nn.Module  # Any module, quantized or not
                ) -> int:               # Bytes of all that it keeps: weights, scales, codebooks, buffers
     "Bytes that `model` occupies, each storage counted once."
     seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model_tensors(model)}
     return sum(seen.values())
 
-# %% ../nbs/00_core.ipynb #a9e71df4
+# %% ../nbs/00_core.ipynb #eae245a3
 def fmt_bytes(n:float  # A number of bytes
              ) -> str: # Three significant digits with a decimal unit: 1 MB is 10**6 bytes
     "Bytes for people."
@@ -104,7 +105,7 @@ def fmt_bytes(n:float  # A number of bytes
         if abs(n) < 999.5 or unit == "GB": return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
 
-# %% ../nbs/00_core.ipynb #5c0f550b
+# %% ../nbs/00_core.ipynb #6bb0657b
 def peak_memory(device:torch.device|str="cpu"  # Where the work ran
                ) -> int:                       # Bytes: CUDA's peak allocation, or the process's peak resident size
     "The most memory in use so far (since the last reset on CUDA; since the start of the process on a CPU)."
@@ -115,21 +116,22 @@ def peak_memory(device:torch.device|str="cpu"  # Where the work ran
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/00_core.ipynb #eae245a3
+# %% ../nbs/00_core.ipynb #8277dc5a
 def free_memory():
     "Give memory that is no longer used back to the system: Python's garbage, CUDA's cache, the C library's heap."
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc": ctypes.CDLL("libc.so.6").malloc_trim(0)
 
-# %% ../nbs/00_core.ipynb #8277dc5a
+# %% ../nbs/00_core.ipynb #370e54bf
 def keep_memory():
-    "Let the C library (glibc on Linux; elsewhere nothing happens) reuse large freed blocks. Holds for the whole process."
+    "Let the C library (glibc on Linux; elsewhere nothing happens) reuse large freed blocks, in the whole process."
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc": return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 512*2**20)): ctypes.CDLL("libc.so.6").mallopt(option, value)
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, 512*2**20)
 
-# %% ../nbs/00_core.ipynb #c266b99a
+# %% ../nbs/00_core.ipynb #788d6911
 class Table:
     "Rows with a header that show as HTML in a notebook, as Markdown on GitHub and as plain text in a terminal."
     def __init__(self,
@@ -139,11 +141,13 @@ class Table:
         self.rows, self.headers, self.floatfmt = [list(r) for r in rows], list(headers), floatfmt
     def _as(self, fmt): return tabulate(self.rows, self.headers, tablefmt=fmt, floatfmt=self.floatfmt)
     def __str__(self): return self._as("simple")
-    def _repr_html_(self): return self._as("html")
+    def _repr_html_(self):
+        left = 'style="text-align: left;"'
+        return self._as("html").replace("<td>", f"<td {left}>").replace("<th>", f"<th {left}>")
     def _repr_markdown_(self): return self._as("github")
     __repr__ = __str__
 
-# %% ../nbs/00_core.ipynb #cd67abb2
+# %% ../nbs/00_core.ipynb #b3730509
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe & Ito (2008)
 
 def show_figure(fig,       # A matplotlib figure
@@ -156,7 +160,7 @@ def show_figure(fig,       # A matplotlib figure
     display(data, raw=True, metadata={"image/png": {"alt": alt}})
     plt.close(fig)
 
-# %% ../nbs/00_core.ipynb #256b45d7
+# %% ../nbs/00_core.ipynb #e2c08746
 def versions() -> dict:  # Library name → version, with Python and the device beside them
     "Versions of everything that can change a number."
     libs = "qlora_nb torch transformers peft bitsandbytes trl datasets accelerate".split()
