@@ -12,17 +12,15 @@ from pathlib import Path
 
 # %% ../nbs/06_data.ipynb #56154bad
 import torch
-
-# %% ../nbs/06_data.ipynb #3b3297d4
 from .core import QLoRAError
 from .rows import EXPECTED, check_rows, read_rows
 from .tickets import make_tickets
 
-# %% ../nbs/06_data.ipynb #898d94c3
+# %% ../nbs/06_data.ipynb #3b3297d4
 _all_ = ["make_tickets"]  # `from qlora_nb.data import *` brings it as well
 
-# %% ../nbs/06_data.ipynb #10b03ad9
-FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # a name that ends so means a file, not the Hub
+# %% ../nbs/06_data.ipynb #74ec0096
+FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet")  # names that end so mean a file, not the Hub
 
 def _near(name, folder):
     "Names in `folder` that resemble `name`, as a sentence."
@@ -30,6 +28,7 @@ def _near(name, folder):
     near = difflib.get_close_matches(name, names, n=3)
     return f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
 
+# %% ../nbs/06_data.ipynb #fc33cb3b
 def _from_hub(name, split):
     "The rows of a Hub data set."
     from datasets import load_dataset
@@ -39,7 +38,7 @@ def _from_hub(name, split):
         raise QLoRAError(f"the data set cannot be loaded from the Hub ({first.rstrip('.')}).", where=name,
                          cure=_near(name, Path()) + "Check its id and the network, or give a .jsonl file.") from e
 
-# %% ../nbs/06_data.ipynb #fc33cb3b
+# %% ../nbs/06_data.ipynb #fa6aa910
 def load_rows(data:str|Path|list,  # "tickets", a .jsonl/.json/.csv file, a Hub data set id, or rows
               split:str="train"    # Of the tickets or of a Hub data set; a file is read whole
              ) -> list:            # Checked dicts of `prompt` and `response`, or of `messages`
@@ -52,7 +51,7 @@ def load_rows(data:str|Path|list,  # "tickets", a .jsonl/.json/.csv file, a Hub 
         raise QLoRAError("there is no such file.", where=name, cure=_near(path.name, path.parent) + EXPECTED)
     return check_rows(_from_hub(name, split), name)
 
-# %% ../nbs/06_data.ipynb #11e52b5d
+# %% ../nbs/06_data.ipynb #e5450bc6
 TEMPLATES = ("auto", "chat", "article")
 
 def as_messages(row:dict   # From `load_rows`; `response` may be missing when there is only a question
@@ -62,6 +61,7 @@ def as_messages(row:dict   # From `load_rows`; `response` may be missing when th
     if "messages" in row: turns = [(m["role"], m["content"]) for m in row["messages"]]
     return [dict(role=r, content=c.strip() if r == "assistant" else c) for r, c in turns if c is not None]
 
+# %% ../nbs/06_data.ipynb #da4aba7d
 def _article(messages, tokenizer, ask):
     "The article's frame for any number of turns, each answer closed with EOS."
     bos = tokenizer.bos_token_id
@@ -72,7 +72,7 @@ def _article(messages, tokenizer, ask):
         text += f"{heads[m['role']]}{m['content'].strip()}{end}\n\n"
     return text + heads["assistant"]*ask
 
-# %% ../nbs/06_data.ipynb #7db7382c
+# %% ../nbs/06_data.ipynb #73fd91a7
 def render(messages:list,        # Of {role, content}
            tokenizer,            # Its chat template is used by "chat"
            template:str="auto",  # "chat", "article", or "auto": chat where the tokenizer has a template
@@ -87,12 +87,13 @@ def render(messages:list,        # Of {role, content}
     try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
     except Exception as e: raise QLoRAError(f"the chat template refuses this row ({e}).", cure=cure) from e
 
-# %% ../nbs/06_data.ipynb #73fd91a7
+# %% ../nbs/06_data.ipynb #3d06f603
 def _fail(why, text):
     raise QLoRAError(why, cure=f"Use template='article', or mend the chat template. Rendered text: {text!r}")
 
 def _ids(text, tokenizer): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
+# %% ../nbs/06_data.ipynb #41fe0066
 def _spans(messages, tokenizer, template):
     "(ids of the whole chat, [(start, end) of each answer, in tokens, its end token included])."
     full, spans = render(messages, tokenizer, template), []
@@ -110,7 +111,7 @@ def _spans(messages, tokenizer, template):
         spans.append((len(a), len(b)))
     return ids[:spans[-1][1]] if spans else ids, spans
 
-# %% ../nbs/06_data.ipynb #533fa7ca
+# %% ../nbs/06_data.ipynb #1cd7732f
 def encode(row:dict,               # From `load_rows`
            tokenizer,              # A Hugging Face tokenizer
            template:str="auto",    # "auto", "chat" or "article"
@@ -124,7 +125,7 @@ def encode(row:dict,               # From `load_rows`
         raise QLoRAError(f"the example has {len(ids)} tokens.", cure=f"max_length is {max_length}.")
     return dict(input_ids=ids, labels=labels)
 
-# %% ../nbs/06_data.ipynb #1cd7732f
+# %% ../nbs/06_data.ipynb #b3aaffb4
 def encode_prompt(row:dict,             # A row, with or without its last answer
                   tokenizer,            # As in training
                   template:str="auto"   # As in training
@@ -133,12 +134,13 @@ def encode_prompt(row:dict,             # A row, with or without its last answer
     messages = as_messages(row)
     return render(messages[:-1] if messages[-1]["role"] == "assistant" else messages, tokenizer, template, ask=True)
 
+# %% ../nbs/06_data.ipynb #8a00a283
 def answer_of(row:dict   # From `load_rows`
              ) -> str:   # Its last answer, without the end token
     "The right answer of a row."
     return as_messages(row)[-1]["content"]
 
-# %% ../nbs/06_data.ipynb #3aba1a66
+# %% ../nbs/06_data.ipynb #ea917596
 def encode_rows(rows:list,             # From `load_rows`
                 tokenizer,             # A Hugging Face tokenizer
                 template:str="auto",   # "auto", "chat" or "article"
@@ -158,7 +160,7 @@ def encode_rows(rows:list,             # From `load_rows`
                       stacklevel=2)
     return [o for o in examples if len(o["input_ids"]) <= max_length]
 
-# %% ../nbs/06_data.ipynb #0f42a4c8
+# %% ../nbs/06_data.ipynb #e3461844
 def collate(examples:list,  # Of `encode`'s dicts
             pad_id:int      # Any id will do: neither the mask nor the labels look at it
            ) -> dict:       # `input_ids`, `attention_mask`, `labels`: (batch, longest) int64, padded on the right
@@ -169,7 +171,7 @@ def collate(examples:list,  # Of `encode`'s dicts
                 attention_mask=pad([[1]*len(o["input_ids"]) for o in examples], 0),
                 labels=pad([o["labels"] for o in examples], -100))
 
-# %% ../nbs/06_data.ipynb #abe13e91
+# %% ../nbs/06_data.ipynb #612dd8e1
 def _record(text):
     "The JSON object in `text`, or None."
     try: rec = json.loads(text)
@@ -178,7 +180,7 @@ def _record(text):
 
 def _same(a, b): return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
-# %% ../nbs/06_data.ipynb #e3461844
+# %% ../nbs/06_data.ipynb #198ef45e
 def exact_match(pred:str,  # What the model wrote
                 gold:str   # The right answer
                ) -> bool:  # As JSON objects where `gold` is one, else as stripped text
@@ -186,7 +188,7 @@ def exact_match(pred:str,  # What the model wrote
     a, b = _record(pred), _record(gold)
     return pred.strip() == gold.strip() if b is None else a is not None and _same(a, b)
 
-# %% ../nbs/06_data.ipynb #efa1c105
+# %% ../nbs/06_data.ipynb #eab89670
 def field_scores(pred:str,  # What the model wrote
                  gold:str   # The right answer
                 ) -> dict:  # Field of `gold` → is it right? Empty where `gold` is no JSON object
