@@ -11,16 +11,14 @@ from collections import namedtuple
 from pathlib import Path
 
 # %% ../nbs/08_inference.ipynb #d64da45e
-from .core import QLoRAError
-from .models import load_model, load_tokenizer, quiet
-
-# %% ../nbs/08_inference.ipynb #40c6fe3a
 import torch
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import TextIteratorStreamer
+from .core import QLoRAError
+from .models import load_model, load_tokenizer, quiet
 
-# %% ../nbs/08_inference.ipynb #d0f94ce8
+# %% ../nbs/08_inference.ipynb #dbbf52fd
 def close_gaps(model):  # Any causal language model; calling it again does nothing
     "Hand the output head a contiguous input, whatever was cut out of it."
     head = model.get_output_embeddings()
@@ -29,7 +27,7 @@ def close_gaps(model):  # Any causal language model; calling it again does nothi
         head.qlora_nb_closed = True
     return model
 
-# %% ../nbs/08_inference.ipynb #3961eeec
+# %% ../nbs/08_inference.ipynb #70d359e4
 @torch.no_grad()
 def generate(model,                  # From `load_model`, `finetune` or `load_adapter`
              tokenizer,
@@ -53,14 +51,15 @@ def generate(model,                  # From `load_model`, `finetune` or `load_ad
         for i,t in zip(idx, texts): answers[i] = t.strip()
     return answers
 
-# %% ../nbs/08_inference.ipynb #888612d7
+# %% ../nbs/08_inference.ipynb #3049e0cd
 def sampling(tokenizer, temperature, top_p):
     "Arguments for transformers' `generate`."
-    if temperature < 0: raise QLoRAError(f"the temperature is {temperature}.", cure="Choose 0 (greedy) or a number above it.")
+    if temperature < 0:
+        raise QLoRAError(f"the temperature is {temperature}.", cure="Choose 0 (greedy) or a number above it.")
     how = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature else dict(do_sample=False)
     return dict(use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **how)
 
-# %% ../nbs/08_inference.ipynb #4fd8b47c
+# %% ../nbs/08_inference.ipynb #6cd1b4f9
 def stream(model, tokenizer,
            prompt:str,             # Text of `encode_prompt`
            max_new_tokens:int=256, temperature:float=0., top_p:float=1.):
@@ -72,8 +71,9 @@ def stream(model, tokenizer,
     def work():
         try:
             with torch.no_grad():
-                close_gaps(model).eval().generate(**batch, streamer=pieces, max_new_tokens=max_new_tokens, stopping_criteria=[stopped],
-                                      **sampling(tokenizer, temperature, top_p))
+                how = sampling(tokenizer, temperature, top_p)
+                close_gaps(model).eval().generate(**batch, streamer=pieces, max_new_tokens=max_new_tokens,
+                                                  stopping_criteria=[stopped], **how)
         except BaseException as e: failure.append(e), pieces.end()
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -81,7 +81,7 @@ def stream(model, tokenizer,
     finally: stop.set(), thread.join()
     if failure: raise failure[0]
 
-# %% ../nbs/08_inference.ipynb #3fef584d
+# %% ../nbs/08_inference.ipynb #e2cd3011
 Loaded = namedtuple("Loaded", "model tokenizer notes")
 
 def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds one
