@@ -42,7 +42,7 @@ def _say(pick, text):
         text = head + pick(body.split("|")) + tail
     return text
 
-# %% ../nbs/05_tickets.ipynb #7611c16c
+# %% ../nbs/05_tickets.ipynb #f10a3460
 def _ticket(rng, split):
     "One (ticket, record) pair in the words of `split`."
     pick = lambda xs: xs[int(rng.random()*len(xs))]
@@ -65,7 +65,7 @@ def _ticket(rng, split):
     elif noise < 0.3: text = text.replace(*pick(SLIPS), 1)
     return text.replace("@", rec["product"]).replace("{o}", rec["order_id"] and shown or ""), rec
 
-# %% ../nbs/05_tickets.ipynb #f10a3460
+# %% ../nbs/05_tickets.ipynb #40cd47db
 def make_tickets(split:str="train",  # "train" or "test": they share no product, sentence or order number
                  n:int=800,          # Rows; no two are equal
                  seed:int=0          # Another seed draws other rows from the same words
