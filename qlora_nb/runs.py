@@ -8,11 +8,9 @@ __all__ = ['write_json', 'seal', 'is_sealed', 'last_checkpoint', 'open_run', 'la
 # %% ../nbs/06_runs.ipynb #a3071801
 import json, shutil
 from pathlib import Path
-
-# %% ../nbs/06_runs.ipynb #11595030
 from .core import QLoRAError
 
-# %% ../nbs/06_runs.ipynb #9781e861
+# %% ../nbs/06_runs.ipynb #449a5b5d
 def write_json(path:Path, obj:dict):
     "Write `obj` in one atomic step."
     tmp = path.with_suffix(".tmp")
@@ -26,14 +24,14 @@ def seal(folder:Path):  # A folder that is now complete
     (folder/"complete.tmp").write_text(json.dumps(sizes))
     (folder/"complete.tmp").replace(folder/"complete.json")
 
-# %% ../nbs/06_runs.ipynb #a44c289c
+# %% ../nbs/06_runs.ipynb #eed88efe
 def is_sealed(folder:Path) -> bool:  # Is everything there that the seal lists?
     "True for a folder that was sealed and has not lost anything since."
     try: sizes = json.loads((folder/"complete.json").read_text())
     except (OSError, ValueError): return False
     return all((folder/f).is_file() and (folder/f).stat().st_size == n for f,n in sizes.items())
 
-# %% ../nbs/06_runs.ipynb #eed88efe
+# %% ../nbs/06_runs.ipynb #ab809086
 def last_checkpoint(folder:str|Path  # The `checkpoints` folder of a run
                    ) -> Path|None:   # The sealed checkpoint with the highest step, or None
     "The checkpoint to resume from; half-written ones are removed."
@@ -42,12 +40,13 @@ def last_checkpoint(folder:str|Path  # The `checkpoints` folder of a run
         if not is_sealed(f): shutil.rmtree(f)
     return next((f for f in reversed(found) if f.exists()), None)
 
-# %% ../nbs/06_runs.ipynb #78fbc628
+# %% ../nbs/06_runs.ipynb #1de356b6
 def open_run(folder:Path, settings:dict, resume:bool):
     "Make the folder of a run, or check that it is the same run. Raises `QLoRAError` when it holds another's work."
     file, has_work = folder/"settings.json", any(folder.glob("checkpoints/checkpoint-*")) or (folder/"adapter").exists()
     if not file.exists() and folder.exists() and any(o.suffix != ".tmp" for o in folder.iterdir()):
-        raise QLoRAError("this folder is not empty and holds no run.", where=str(folder), cure="Choose another --output.")
+        raise QLoRAError("this folder is not empty and holds no run.", where=str(folder),
+                         cure="Choose another --output.")
     if not has_work:
         folder.mkdir(parents=True, exist_ok=True)
         return write_json(file, settings)
@@ -60,7 +59,7 @@ def open_run(folder:Path, settings:dict, resume:bool):
         raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.", where=str(folder),
                          cure="Use the same options, or start a new run.")
 
-# %% ../nbs/06_runs.ipynb #552aa18c
+# %% ../nbs/06_runs.ipynb #672177b4
 def latest_run(root:str|Path="runs",  # Where runs are kept
                finished:bool=False    # Only runs with an adapter?
               ) -> Path|None:
