@@ -9,13 +9,13 @@ __all__ = ['Loaded', 'close_gaps', 'generate', 'sampling', 'stream', 'load_adapt
 import json, threading
 from collections import namedtuple
 from pathlib import Path
+from .core import QLoRAError
 
 # %% ../nbs/08_inference.ipynb #d64da45e
 import torch
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import TextIteratorStreamer
-from .core import QLoRAError
 from .models import load_model, load_tokenizer, quiet
 
 # %% ../nbs/08_inference.ipynb #dbbf52fd
