@@ -38,7 +38,8 @@ class LoRA(nn.Module):
         y, name = self.base_layer(x, *args, **kwargs), self.active
         if self.merged or name not in self.lora_A: return y
         x = self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype))
-        change = self.lora_B[name](self.lora_A[name](x)) * self.scaling[name]
+        h, s, B = self.lora_A[name](x), self.scaling[name], self.lora_B[name]
+        change = B(h*s) if math.frexp(s)[0] == 0.5 else B(h)*s   # a power of two changes no digit: scale the smaller one
         return y + change.to(y.dtype) if self.packed else (y + change).to(y.dtype)
     weight = property(lambda self: self.base_layer.weight)
 

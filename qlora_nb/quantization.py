@@ -121,7 +121,8 @@ def dequantize_packed(packed:torch.Tensor, # (ceil(n/2),) uint8, or any shape of
     "Weights from packed codes and block scales."
     n = math.prod(shape)
     whole = n - n % block_size
-    w = _pairs(codebook, packed.device).index_select(0, packed.reshape(-1).int()).view(torch.float32)[:n]
+    p = packed.reshape(math.gcd(packed.numel(), 8), -1).long()   # in rows, which the threads of a CPU share
+    w = _pairs(codebook, packed.device).expand(len(p), -1).gather(1, p).view(-1).view(torch.float32)[:n]
     w[:whole].view(-1, block_size).mul_(absmax[:whole//block_size,None])
     if whole < n: w[whole:].mul_(absmax[-1])
     return w.view(shape).to(dtype)
