@@ -8,13 +8,11 @@ __all__ = ['layer_size', 'outer_modules', 'find_targets', 'match_targets', 'laye
 # %% ../nbs/02_targets.ipynb #0275dc14
 import difflib, re
 from collections import defaultdict
-
-# %% ../nbs/02_targets.ipynb #5e66201d
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .core import QLoRAError
 
-# %% ../nbs/02_targets.ipynb #d87e184a
+# %% ../nbs/02_targets.ipynb #1265f1df
 def layer_size(m:nn.Module):  # Any module → `(in_features, out_features)`, or None when it is not linear-like
     "The sizes of `nn.Linear` and its kin, of `Conv1D`, and of any class that has both attributes."
     size = [getattr(m, o, None) for o in (("nx", "nf") if isinstance(m, Conv1D) else ("in_features", "out_features"))]
@@ -36,7 +34,7 @@ def find_targets(model:nn.Module,    # Where to look
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {targets: [n for n,m in mods.items() if layer_size(m) and m is not head]}
 
-# %% ../nbs/02_targets.ipynb #4766bb26
+# %% ../nbs/02_targets.ipynb #106876a7
 def match_targets(model:nn.Module,              # Where to look
                   targets:list|str="all-linear" # As for `find_targets`
                  ) -> list:                     # Names of linear layers, in the order of the model
@@ -53,7 +51,7 @@ def match_targets(model:nn.Module,              # Where to look
     every = {n for names in found.values() for n in names}
     return [n for n in mods if n in every]
 
-# %% ../nbs/02_targets.ipynb #49c4b8c5
+# %% ../nbs/02_targets.ipynb #066f9c9a
 def layer_kinds(model:nn.Module,  # The model that has them
                 names:list        # Names of layers
                ) -> dict:         # `model.layers.*.mlp.up_proj` → (its names, blocks with it, blocks in all)
@@ -66,7 +64,7 @@ def layer_kinds(model:nn.Module,  # The model that has them
         return have, len(list(model.get_submodule(stem[1:]).children())) if star else have
     return {k: (members, *blocks(k, members)) for k,members in kinds.items()}
 
-# %% ../nbs/02_targets.ipynb #066f9c9a
+# %% ../nbs/02_targets.ipynb #5dbf0842
 def pattern_value(pattern:dict|None,  # Ending or regular expression → value
                   name:str,           # Name of a layer
                   default):           # What holds where nothing matches
