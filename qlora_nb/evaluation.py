@@ -16,7 +16,8 @@ import torch
 from .core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
 from .data import answer_of, collate, encode_prompt, encode_rows, exact_match, field_scores, load_rows
 from .inference import generate
-from .training import finetune, write_json
+from .runs import write_json
+from .training import finetune
 
 # %% ../nbs/09_evaluation.ipynb #d0b8a172
 @torch.no_grad()
@@ -137,7 +138,7 @@ def finetune_and_evaluate(data="tickets",          # See `load_rows`
     "Fine-tune, and score the model without and with its adapter on rows that it was not trained on."
     start, name = time.perf_counter(), data if isinstance(data, (str, Path)) else "rows"
     rows, held = train_and_held_out(data, eval_data, eval_rows, seed)
-    run = finetune(data=rows, seed=seed, **settings)
+    run = finetune(data=rows, seed=seed, progress=progress, **settings)
     s, before, after = run.info["settings"], None, None
     if held:
         how = dict(template=s["template"], max_length=s["max_length"], progress=progress)

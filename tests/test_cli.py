@@ -100,7 +100,7 @@ from unittest.mock import patch
 from qlora_nb.cli import finetune_main
 import qlora_nb.training
 def refuse(*a, **k): raise AssertionError("a model was loaded")
-qlora_nb.training.load_model = refuse
+qlora_nb.training.BACKENDS["bnb"] = refuse
 for name in {sorted(BROKEN) + ["nowhere.jsonl"]!r}:
     err = io.StringIO()
     with contextlib.redirect_stderr(err):
