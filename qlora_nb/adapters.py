@@ -9,17 +9,19 @@ __all__ = ['BACKENDS', 'add_adapters', 'save_adapter', 'read_adapter']
 import json, shutil, tempfile
 from functools import partial
 from pathlib import Path
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from .lora import adapter_tensors, add_lora, disable_adapter, save_adapter as save_lora
 from .models import load_model, quiet
 from .qlora import is_scratch, load_scratch
 from .targets import match_targets
 
-# %% ../nbs/05_adapters.ipynb #97442b92
+# %% ../nbs/05_adapters.ipynb #21f96976
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+# %% ../nbs/05_adapters.ipynb #b5329fae
 BACKENDS = dict(bnb=load_model, scratch=load_scratch)   # name → how to load a model for it
 
-# %% ../nbs/05_adapters.ipynb #65980d47
+# %% ../nbs/05_adapters.ipynb #1ce8d3b6
 def add_adapters(model,                       # A 4-bit model from `load_model`
                  rank:int=16,                 # r: the inner size of each adapter
                  alpha:float=32,              # The update is scaled by alpha / r
@@ -35,7 +37,7 @@ def add_adapters(model,                       # A 4-bit model from `load_model`
     cfg = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, cfg)
 
-# %% ../nbs/05_adapters.ipynb #178581e4
+# %% ../nbs/05_adapters.ipynb #90564f31
 def save_adapter(model,            # A PEFT model
                  folder:str|Path,  # Replaced if it exists
                  base:str,         # The name that `load_model` was given
@@ -57,7 +59,7 @@ def save_adapter(model,            # A PEFT model
         new.replace(folder)
     return folder
 
-# %% ../nbs/05_adapters.ipynb #4a8f75d2
+# %% ../nbs/05_adapters.ipynb #f25ada7a
 def read_adapter(model,             # With our own adapters on it
                  folder:str|Path):  # Of `save_adapter`, for the same targets and rank
     "Fill the adapters with the values of a file."
