@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 BACKENDS = dict(bnb=load_model, scratch=load_scratch)   # name → how to load a model for it
 
 # %% ../nbs/05_adapters.ipynb #1ce8d3b6
-def add_adapters(model,                       # A 4-bit model from `load_model`
+def add_adapters(model,                       # A 4-bit model of either backend
                  rank:int=16,                 # r: the inner size of each adapter
                  alpha:float=32,              # The update is scaled by alpha / r
                  dropout:float=0.,            # On the adapters' input
                  targets:str|list="all-linear"):  # Or names of layers, such as ["q_proj", "v_proj"]
-    "Put LoRA adapters on `model` with PEFT. Raises `QLoRAError` for a target that matches no layer."
+    "Put LoRA adapters on `model`: PEFT's, or ours on our own layers. Raises `QLoRAError` for a target that matches no layer."
     if isinstance(targets, str) and targets != "all-linear": targets = [targets]
     match_targets(model, targets)   # raises, with near names
     if is_scratch(model):           # our own layers take our own adapters
@@ -38,7 +38,7 @@ def add_adapters(model,                       # A 4-bit model from `load_model`
     return get_peft_model(model, cfg)
 
 # %% ../nbs/05_adapters.ipynb #90564f31
-def save_adapter(model,            # A PEFT model
+def save_adapter(model,            # With adapters of either backend
                  folder:str|Path,  # Replaced if it exists
                  base:str,         # The name that `load_model` was given
                  **notes           # Kept beside it, such as template="chat"

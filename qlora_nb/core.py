@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ParamCount', 'COLORS', 'QLoRAError', 'pick_device', 'has_native_bf16', 'pick_dtype', 'set_seed', 'count_params',
-           'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'free_memory', 'keep_memory', 'Table',
+           'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'glibc', 'free_memory', 'keep_memory', 'Table',
            'show_figure', 'versions']
 
 # %% ../nbs/00_core.ipynb #76f2112b
@@ -117,19 +117,21 @@ def peak_memory(device:torch.device|str="cpu"  # Where the work ran
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/00_core.ipynb #8277dc5a
+def glibc():
+    "The C library of this process where it is glibc, else None."
+    return ctypes.CDLL("libc.so.6") if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
+
 def free_memory():
     "Give memory that is no longer used back to the system: Python's garbage, CUDA's cache, the C library's heap."
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc": ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if libc := glibc(): libc.malloc_trim(0)
 
 # %% ../nbs/00_core.ipynb #370e54bf
 def keep_memory():
     "Let the C library (glibc on Linux; elsewhere nothing happens) reuse large freed blocks, in the whole process."
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc": return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, 512*2**20)
+    if libc := glibc(): libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, 512*2**20)
 
 # %% ../nbs/00_core.ipynb #788d6911
 class Table:

@@ -91,14 +91,15 @@ def make_trainer(model,              # A PEFT model on a 4-bit base
     args = SFTConfig(str(folder), max_steps=steps, seed=seed, data_seed=seed, use_cpu=device == "cpu",
                      per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
                      learning_rate=lr, lr_scheduler_type="cosine", warmup_steps=max(1, steps//20), optim="adamw_torch",
-                     max_grad_norm=0.3,
+                     max_grad_norm=0.3,   # QLoRA paper, appendix B.2
                      bf16=on_gpu and dtype == torch.bfloat16, fp16=on_gpu and dtype == torch.float16,
                      gradient_checkpointing=checkpointing, dataloader_pin_memory=on_gpu, remove_unused_columns=False,
                      save_strategy="steps", save_steps=save_steps, save_total_limit=2, logging_steps=1,
+                     logging_nan_inf_filter=False,   # or the log shows an earlier loss in place of NaN
                      report_to="none", disable_tqdm=True, dataset_kwargs=dict(skip_prepare_dataset=True))
     with quiet():
         trainer = AdapterTrainer(model, args, train_dataset=Dataset.from_list(examples), processing_class=tokenizer,
-                             data_collator=lambda b: collate(b, tokenizer.pad_token_id))
+                                 data_collator=lambda b: collate(b, tokenizer.pad_token_id))
     float32_adapters(trainer.model)
     trainer.remove_callback(PrinterCallback)
     for cb in ([ProgressBar()] if progress else []) + [Sealer(), StopAtNaN()]: trainer.add_callback(cb)

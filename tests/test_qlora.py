@@ -165,10 +165,9 @@ def test_the_command_trains_with_our_layers(tmp_path):
     "`--backend scratch` writes the same kind of adapter, and a run cannot be resumed with the other backend."
     rows = [dict(prompt=f"Say {i}.", response=f"{i}!") for i in range(20)]
     (tmp_path/"rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    cmd = [sys.executable, "-m", "qlora_nb.cli", "--data", str(tmp_path/"rows.jsonl"), "--output", str(tmp_path/"run")]
     code = "import sys; from qlora_nb.cli import finetune_main; finetune_main(sys.argv[1:])"
-    def run(*o): return subprocess.run([sys.executable, "-c", code, *cmd[3:], "--steps", "2", "--eval-rows", "2", *o],
-                                       capture_output=True, text=True)
+    how = ["--data", str(tmp_path/"rows.jsonl"), "--output", str(tmp_path/"run"), "--steps", "2", "--eval-rows", "2"]
+    def run(*o): return subprocess.run([sys.executable, "-c", code, *how, *o], capture_output=True, text=True)
     p = run("--backend", "scratch")
     assert p.returncode == 0, p.stderr
     info = json.loads((tmp_path/"run"/"run.json").read_text())
