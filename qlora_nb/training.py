@@ -95,7 +95,7 @@ def make_trainer(model,              # A PEFT model on a 4-bit base
                      bf16=on_gpu and dtype == torch.bfloat16, fp16=on_gpu and dtype == torch.float16,
                      gradient_checkpointing=checkpointing, dataloader_pin_memory=on_gpu, remove_unused_columns=False,
                      save_strategy="steps", save_steps=save_steps, save_total_limit=2, logging_steps=1,
-                     logging_nan_inf_filter=False,   # or the log shows an earlier loss in place of NaN
+                     logging_nan_inf_filter=False,   # or the log shows a number in place of NaN
                      report_to="none", disable_tqdm=True, dataset_kwargs=dict(skip_prepare_dataset=True))
     with quiet():
         trainer = AdapterTrainer(model, args, train_dataset=Dataset.from_list(examples), processing_class=tokenizer,
