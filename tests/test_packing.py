@@ -1,0 +1,217 @@
+"Packs that cut nothing, and documents that cannot see each other, on every architecture that is let through."
+import math, time
+from collections import Counter
+
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, GPTNeoXConfig, MistralConfig, OPTConfig,
+                          PhiConfig, Qwen3Config)
+
+from qlora_nb.core import QLoRAError, set_seed
+from qlora_nb.models import load_model, tiny_model
+from qlora_nb.packing import (check_packing, collate_packed, document_ids, pack, pack_lengths, pack_stats,
+                              separate_documents)
+
+BASE = dict(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2)
+GQA = BASE | dict(intermediate_size=128, num_key_value_heads=2)
+CONFIGS = dict(mistral=MistralConfig(**GQA, sliding_window=8), qwen3=Qwen3Config(**GQA, head_dim=16),
+               gemma2=Gemma2Config(**GQA, head_dim=16, sliding_window=8), phi=PhiConfig(**BASE, intermediate_size=128),
+               neox=GPTNeoXConfig(**BASE, intermediate_size=128),
+               gpt2=GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2))
+LEAKY = dict(opt=OPTConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128,
+                           word_embed_proj_dim=64),
+             bloom=BloomConfig(vocab_size=512, hidden_size=64, n_layer=2, n_head=4))
+
+
+def make(kind, attention=None):
+    how = dict(attn_implementation=attention) if attention else {}
+    if kind in ("llama", "falcon"): return tiny_model(kind, **how)
+    if kind == "falcon-rope": return tiny_model("falcon", alibi=False, **how)
+    set_seed(0)
+    return AutoModelForCausalLM.from_config((CONFIGS | LEAKY)[kind], dtype=torch.float32, **how).eval()
+
+
+def doc(n, seed, trained=None):
+    ids = torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    k = n - (trained or n)
+    return dict(input_ids=ids, labels=[-100]*k + ids[k:])
+
+
+def ids(d): return torch.tensor([d["input_ids"]])
+
+
+# ---- putting examples together ----
+
+lengths_and_width = st.integers(1, 60).flatmap(lambda w: st.tuples(st.lists(st.integers(1, w), max_size=60), st.just(w)))
+
+
+def slow_best_fit(lengths, width):
+    "Best fit decreasing as one would write it first."
+    gaps = []
+    for n in sorted(lengths, reverse=True):
+        fits = [g for g in gaps if g >= n]
+        if fits: gaps.remove(min(fits))
+        gaps.append((min(fits) if fits else width) - n)
+    return gaps
+
+
+@given(lengths_and_width)
+def test_packs_are_whole_and_as_few_as_best_fit_needs(case):
+    lengths, width = case
+    packs = pack_lengths(lengths, width)
+    assert Counter(i for p in packs for i in p) == Counter(range(len(lengths)))
+    assert all(p and sum(lengths[i] for i in p) <= width for p in packs)
+    assert sorted(width - sum(lengths[i] for i in p) for p in packs) == sorted(slow_best_fit(lengths, width))
+    assert math.ceil(sum(lengths)/width) <= len(packs) <= 11/9*math.ceil(sum(lengths)/width) + len(lengths)
+    assert packs == pack_lengths(lengths, width) == sorted(map(sorted, packs))
+
+
+@settings(deadline=None, max_examples=20)
+@given(lengths_and_width.filter(lambda c: c[0]))
+def test_as_many_rows_as_trl(case):
+    import pyarrow as pa
+    from trl.data_utils import _pack_bfd
+    lengths, width = case
+    table = pa.table(dict(input_ids=pa.array([[1]*n for n in lengths], pa.list_(pa.int64()))))
+    assert len(_pack_bfd(table, width)) == len(pack_lengths(lengths, width))
+
+
+@pytest.mark.parametrize("lengths,say", [([5, 0], "example 2: the example has 0 tokens"),
+                                         ([5, 9, 12], "example 2: the example has 9 tokens, and a pack holds 1 to 8")])
+def test_an_example_that_fits_nowhere(lengths, say):
+    with pytest.raises(QLoRAError) as e: pack_lengths(lengths, 8)
+    assert say in str(e.value) and ("max_length=12" in str(e.value)) == (0 not in lengths)
+
+
+def test_a_hundred_thousand():
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randn(100_000, generator=g).mul(0.9).add(4.4).exp().clamp(8, 2048).int().tolist()
+    start = time.perf_counter()
+    packs = pack_lengths(lengths, 2048)
+    assert time.perf_counter() - start < 20
+    assert len(packs) <= 1.01*math.ceil(sum(lengths)/2048)
+
+
+def test_empty_and_single():
+    assert pack([], 8) == [] and pack([doc(8, 0)], 8) == [[doc(8, 0)]]
+
+
+# ---- batches ----
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4), st.integers(1, 16),
+       st.booleans())
+def test_a_batch_can_be_taken_apart_again(sizes, multiple, flat):
+    packs = [[doc(n, 10*i + k) for k, n in enumerate(p)] for i, p in enumerate(sizes)]
+    b = collate_packed(packs, pad_id=0, multiple=multiple, flat=flat)
+    rows = [[d for p in packs for d in p]] if flat else packs
+    B, T = b["input_ids"].shape
+    assert set(b) == {"input_ids", "labels", "position_ids"} and B == len(rows) and T % multiple == 0
+    assert T - max(sum(len(d["input_ids"]) for d in r) for r in rows) < multiple
+    for r, row in enumerate(rows):
+        start = 0
+        for k, d in enumerate(row):
+            part = slice(start, start := start + len(d["input_ids"]))
+            assert b["input_ids"][r, part].tolist() == d["input_ids"]
+            assert b["labels"][r, part].tolist() == [-100, *d["labels"][1:]]
+            assert b["position_ids"][r, part].tolist() == list(range(len(d["input_ids"])))
+            if len(d["input_ids"]) > 1: assert set(document_ids(b["position_ids"])[r, part].tolist()) == {k}
+        assert set(b["labels"][r, start:].tolist()) <= {-100} and b["position_ids"][r, start:].tolist() == [*range(T - start)]
+    stats = pack_stats(packs, batch_size=1 if flat else len(packs), multiple=multiple)
+    assert stats.useful == sum(map(sum, sizes)) and (flat or stats.computed == B*T)
+
+
+# ---- walls ----
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "falcon", "falcon-rope", *CONFIGS])
+def test_each_document_gets_what_it_gets_alone(kind, attention):
+    try: model = make(kind, attention)
+    except ValueError: return pytest.skip(f"{kind} has no {attention}")
+    with pytest.raises(QLoRAError, match="see each other.*separate_documents"): check_packing(model)
+    state = torch.get_rng_state()
+    separate_documents(model)
+    assert torch.equal(state, torch.get_rng_state()) and not model.training
+    a, other, b, c = doc(20, 1), doc(20, 2), doc(300, 3), doc(25, 4)
+    for flat in (False, True):
+        with torch.no_grad(): p, q = (model(**collate_packed([[o, b], [c]], flat=flat)).logits for o in (a, other))
+        p, q = (o.flatten(0, 1) for o in (p, q))
+        parts = {20: b, 320: c}
+        for start, d in parts.items():
+            n = len(d["input_ids"])
+            assert torch.equal(p[start:start+n], q[start:start+n]), "a document sees its neighbour"
+            torch.testing.assert_close(p[start:start+n], model(ids(d)).logits[0], atol=5e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LEAKY)
+def test_a_model_without_walls_is_refused(kind):
+    with pytest.raises(QLoRAError, match=f"{kind}: .*Train this architecture without packing"):
+        separate_documents(make(kind, "eager"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_half_precision_is_let_through(kind, dtype):
+    model = tiny_model(kind, num_hidden_layers=12).to(dtype)
+    assert separate_documents(model) is model
+    found = check_packing(model)
+    assert found.leak == 0 and found.shift < 8*torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+@pytest.mark.parametrize("bits", [4, None])
+def test_gradients_of_adapters(kind, bits, tmp_path):
+    tiny_model(kind, vocab_size=512).save_pretrained(tmp_path)
+    model = load_model(tmp_path, bits=bits, device="cpu", dtype=torch.float32)
+    set_seed(1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+    separate_documents(model)
+    assert model.training and separate_documents(model) is model
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    assert max(hooks) == 1, "set twice"
+    docs = [doc(40, 1, 12), doc(300, 2, 50), doc(33, 3, 7), doc(1, 4)]
+    total = sum(x != -100 for d in docs for x in d["labels"][1:])
+
+    def gradient(loss):
+        model.zero_grad()
+        loss().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    def one(d):
+        logits, labels = model(ids(d)).logits[0, :-1], torch.tensor(d["labels"][1:])
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")/total
+
+    def packed(docs=docs, **how): return model(**collate_packed(pack(docs, 340), **how)).loss
+    g = gradient(lambda: sum(one(d) for d in docs[:3]))
+    def gap(loss): return ((gradient(loss) - g).norm()/g.norm()).item()
+    assert gap(packed) < 1e-5 and gap(lambda: packed(flat=True)) < 1e-5
+    assert gap(lambda: packed(multiple=64)) < 1e-5
+    model.enable_input_require_grads(), model.gradient_checkpointing_enable()
+    assert gap(packed) < 1e-5
+    # several forward passes before the one backward pass: each layer runs again and must meet the walls of its own batch
+    assert gap(lambda: 0*packed(docs[:2]) + packed() + 0*packed(docs[1:])) < 1e-5
+
+
+def test_modes_are_put_back():
+    model = tiny_model("llama").train()
+    model.model.layers[0].eval()
+    before = [m.training for m in model.modules()]
+    separate_documents(model)
+    assert before == [m.training for m in model.modules()]
+    with pytest.raises(QLoRAError): check_packing(make("opt").train())
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+def test_everything_that_is_not_packed_stays_as_it_was(kind):
+    plain, hooked = tiny_model(kind), separate_documents(tiny_model(kind))
+    prompts = torch.stack([torch.cat([torch.zeros(9, dtype=int), ids(doc(6, 1))[0]]), ids(doc(15, 2))[0]])
+    mask = torch.stack([torch.tensor([0]*9 + [1]*6), torch.ones(15, dtype=int)])
+    left = dict(input_ids=prompts, attention_mask=mask)     # padded on the left, as in generation
+    how = dict(max_new_tokens=8, do_sample=False)
+    assert torch.equal(plain.generate(**left, **how), hooked.generate(**left, **how))
+    with torch.no_grad():
+        for kw in (left, dict(input_ids=prompts), left | dict(position_ids=mask.cumsum(-1).sub(1).clamp(0))):
+            assert torch.equal(plain(**kw).logits, hooked(**kw).logits)
+    assert hooked(prompts).past_key_values is not None, "the cache is off where nothing is packed"
