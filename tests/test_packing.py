@@ -6,7 +6,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, GPTNeoXConfig, MistralConfig, OPTConfig,
-                          PhiConfig, Qwen3Config)
+                          PhiConfig, Qwen3Config, Qwen3MoeConfig)
 
 from qlora_nb.core import QLoRAError, set_seed
 from qlora_nb.models import load_model, tiny_model
@@ -149,6 +149,15 @@ def test_each_document_gets_what_it_gets_alone(kind, attention):
 def test_a_model_without_walls_is_refused(kind):
     with pytest.raises(QLoRAError, match=f"{kind}: .*Train this architecture without packing"):
         separate_documents(make(kind, "eager"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_are_let_through(dtype):
+    set_seed(0)   # tokens are sorted by expert, so another document may change the last bit
+    model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**GQA, head_dim=16, num_experts=8, moe_intermediate_size=32,
+                                                            num_experts_per_tok=2), dtype=dtype)
+    assert check_packing(separate_documents(model)).leak < 1e-6
+    with pytest.raises(QLoRAError, match="see each other"): check_packing(AutoModelForCausalLM.from_config(model.config))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
