@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 from .core import QLoRAError
 
-# %% ../nbs/06_packing.ipynb #c472cf7d
+# %% ../nbs/06_packing.ipynb #12e886a9
 PackStats = namedtuple("PackStats", "packs useful computed efficiency")
 
 def pack_stats(packs:list,        # Lists of examples that share a row, as from `pack`
@@ -28,14 +28,14 @@ def pack_stats(packs:list,        # Lists of examples that share a row, as from 
     computed = sum(len(g)*-(-max(g)//multiple)*multiple for g in groups)
     return PackStats(len(packs), sum(sizes), computed, sum(sizes)/computed)
 
-# %% ../nbs/06_packing.ipynb #b80686d1
+# %% ../nbs/06_packing.ipynb #7a11934e
 def _check_lengths(lengths, max_length):
     if not (bad := [i for i, n in enumerate(lengths) if not 0 < n <= max_length]): return
     n, longest = lengths[bad[0]], max(lengths)
     raise QLoRAError(f"the example has {n} tokens, and a pack holds 1 to {max_length}.", f"example {bad[0] + 1}",
                      f"Packing cuts nothing: set max_length={longest}, or leave it out." if n else "Leave it out.")
 
-# %% ../nbs/06_packing.ipynb #0237eac4
+# %% ../nbs/06_packing.ipynb #778c4d7c
 def pack_lengths(lengths:list,    # Tokens of each example
                  max_length:int   # Of a pack, in tokens
                 ) -> list:        # Packs: sorted lists of indices into `lengths`; the same for the same lengths
@@ -57,14 +57,14 @@ def pack_lengths(lengths:list,    # Tokens of each example
             rooms[left].append(p)
     return sorted(map(sorted, packs))
 
-# %% ../nbs/06_packing.ipynb #6535023c
+# %% ../nbs/06_packing.ipynb #da640661
 def pack(examples:list,   # Dicts of `input_ids` and `labels`
          max_length:int   # Of a pack, in tokens
         ) -> list:        # Packs: lists of examples, none of them cut
     "Put whole examples together so that few rows are needed. Raises `QLoRAError` as `pack_lengths` does."
     return [[examples[i] for i in p] for p in pack_lengths([len(e["input_ids"]) for e in examples], max_length)]
 
-# %% ../nbs/06_packing.ipynb #53455f72
+# %% ../nbs/06_packing.ipynb #006713f8
 def collate_packed(packs:list,       # From `pack`
                    pad_id:int=0,     # Any id of the vocabulary: what fills a row up is seen by nobody
                    multiple:int=1,   # Rows are filled up to a multiple: 8 for tensor cores, `max_length` for one shape
@@ -83,13 +83,13 @@ def collate_packed(packs:list,       # From `pack`
         batch["position_ids"].append([t for e in r for t in range(len(e["input_ids"]))])
     return {k: torch.tensor(v) for k, v in batch.items()}
 
-# %% ../nbs/06_packing.ipynb #f40ca60e
+# %% ../nbs/06_packing.ipynb #9a9e67b5
 def document_ids(position_ids:torch.Tensor  # (B, T), as from `collate_packed`
                 ) -> torch.Tensor:          # (B, T): 0 for the first document of each row, 1 for the second, ...
     "Which document of its row each token belongs to."
     return (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
 
-# %% ../nbs/06_packing.ipynb #4d2f9610
+# %% ../nbs/06_packing.ipynb #eb981515
 def _walled(mask, pos):
     "A causal mask (B, heads, T, T) of bool or float, with walls at `pos`, and its bias begun again at each."
     doc, low = document_ids(pos), False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
@@ -98,7 +98,7 @@ def _walled(mask, pos):
 
 def _begin_again(row, pos): return row.gather(-1, pos[:, None, None].expand(-1, row.shape[1], 1, -1))
 
-# %% ../nbs/06_packing.ipynb #9736c7d5
+# %% ../nbs/06_packing.ipynb #818b6430
 def _before_model(model, args, kw):
     "Mark a packed batch, and keep it away from the cache."
     pos = kw.get("position_ids")
@@ -114,7 +114,7 @@ def _before_layer(layer, args, kw):
     if not hasattr(pos, "walled"): pos.walled = _walled(mask, pos)
     return args, kw | dict(attention_mask=pos.walled, alibi=None if alibi is None else _begin_again(alibi, pos))
 
-# %% ../nbs/06_packing.ipynb #06d87cc0
+# %% ../nbs/06_packing.ipynb #7f8f1a0c
 Separation = namedtuple("Separation", "leak shift")
 
 def _logits(model, *packs):
@@ -129,7 +129,7 @@ def _tolerance(model):
     kinds = [o for o in kinds if isinstance(o, torch.dtype) and o.is_floating_point]
     return max(1e-4, *(8*torch.finfo(o).eps for o in kinds))
 
-# %% ../nbs/06_packing.ipynb #e0a5bc3e
+# %% ../nbs/06_packing.ipynb #91cd98b1
 def check_packing(model       # As it will be trained: with adapters, in 4 bits, on its device
                  ) -> Separation:  # How far its logits move with another document, and from those alone (relative)
     "Does a document in a pack get the logits that it gets alone? Raises `QLoRAError` when it does not."
@@ -147,7 +147,7 @@ def check_packing(model       # As it will be trained: with adapters, in 4 bits,
     _judge(model, found, _tolerance(model))
     return found
 
-# %% ../nbs/06_packing.ipynb #12ff4aaa
+# %% ../nbs/06_packing.ipynb #6f61b568
 def _judge(model, found, tolerance):
     if found.leak <= 0.1*tolerance and found.shift <= tolerance: return   # a NaN is not below anything
     why = (f"documents in a pack see each other: changing one moves the logits of another by {found.leak:.1%}."
@@ -157,7 +157,7 @@ def _judge(model, found, tolerance):
     raise QLoRAError(why, where=model.config.model_type, cure="Train this architecture without packing." if ready else
                      "Call qlora_nb.packing.separate_documents(model) before training.")
 
-# %% ../nbs/06_packing.ipynb #d937d179
+# %% ../nbs/06_packing.ipynb #16eca0e5
 def separate_documents(model  # A causal language model of transformers, also with adapters; hooks are put on it
                       ):      # The same model; batches that are not packed pass through it unchanged
     "Keep packed documents apart in every forward pass, and check it. Raises `QLoRAError` for a model that cannot."
