@@ -7,17 +7,14 @@ __all__ = ['METHODS', 'OPTIMIZERS', 'Lookup', 'Planned', 'skeleton', 'parts_of',
            'Hook', 'rehearse', 'with_layers', 'grow', 'Plan', 'config_of', 'check', 'plan']
 
 # %% ../nbs/05_memory.ipynb #9c6f3415
-import contextlib, difflib, gc, json, math
-from functools import lru_cache
-from pathlib import Path
+import contextlib, gc
 
 # %% ../nbs/05_memory.ipynb #a88f27f3
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
-from .core import COLORS, QLoRAError, Table, fmt_bytes
+from .core import QLoRAError, Table
 from .ledger import Autocast, Ledger
 from .models import hub_errors, locate, quiet
 
@@ -77,7 +74,8 @@ def parts_of(model) -> dict:  # Name → bytes
     trained = [p for p in model.parameters() if p.requires_grad]
     other = [t for t in [*model.parameters(), *model.buffers()] if not t.requires_grad]
     if not stand: return {"weights": size([*trained, *other])}
-    four = {"4-bit weights": size(t for m in stand for t in m.packed), "scales": size(t for m in stand for t in m.scales)}
+    packed, scales = ([t for m in stand for t in getattr(m, k)] for k in ("packed", "scales"))
+    four = {"4-bit weights": size(packed), "scales": size(scales)}
     return (four if stand[0].packed else {}) | {"16-bit weights": size(other), "adapters": size(trained)}
 
 # %% ../nbs/05_memory.ipynb #482bd792
@@ -169,11 +167,12 @@ class Plan:
         if self.when == "optimizer": kept = 0
         name = dict(loss="logits and loss", optimizer="gradients and roots").get(self.when, f"in passing ({self.when})")
         self.parts = parts | {"kept for backward": kept, name: self.peak - fixed - kept}
-    def needs(self, context:float=0.95e9, spare:float=0.05) -> float:
+    def needs(self, context:float=0.95e9, spare:float=0.06) -> float:
         "Bytes of a card's memory: with CUDA's own part, and a share lost to gaps between tensors."
         return self.peak*(1 + spare) + context
-    def table(self): return Table([[k, v/1e9, v/self.peak] for k, v in self.parts.items()] + [["peak", self.peak/1e9, 1.]],
-                                  [self.title(), "GB", "share"])
+    def table(self):
+        rows = [[k, v/1e9, v/self.peak] for k, v in self.parts.items()]
+        return Table([*rows, ["peak", self.peak/1e9, 1.]], [self.title(), "GB", "share"])
     def title(self):
         s = self.settings
         return f"{s['method']}, {s['batch']} x {s['seq']} tokens" + (", checkpointing" if s["checkpointing"] else "")
@@ -200,7 +199,7 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
          optim:str="adamw",    # "adamw", "adamw_8bit" or "paged_adamw_8bit"
          loss:str="chunked",   # "chunked", as TRL 1.x computes it, or "full": all logits at once
          dtype:torch.dtype=torch.bfloat16) -> Plan:  # What is computed in
-    "Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError` for settings that do not exist."
+    "Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError` for unknown settings."
     check("method", method, METHODS), check("optimizer", optim, OPTIMIZERS), check("loss", loss, ("chunked", "full"))
     for k, v in dict(batch=batch, seq=seq, rank=rank).items():
         if v < 1: raise QLoRAError(f"{k} is {v}.", cure="It has to be 1 or more.")
