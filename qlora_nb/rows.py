@@ -36,7 +36,6 @@ def _text_problem(value, name):
 
 # %% ../nbs/05_rows.ipynb #91e2f95e
 SPEAKERS = dict(human="user", gpt="assistant", chatgpt="assistant", bot="assistant", model="assistant")  # of ShareGPT
-
 def _translate(turns):
     "ShareGPT's turns as messages. What is no turn is left as it is, for the check to find."
     def one(t):
@@ -46,7 +45,6 @@ def _translate(turns):
 
 # %% ../nbs/05_rows.ipynb #f3aa6a97
 ROLES, ROLE_AND_TEXT = ("system", "user", "assistant"), ("role", "content")
-
 def _message_problem(i, m):
     "What is wrong with message number `i`?"
     if not isinstance(m, dict) or not set(ROLE_AND_TEXT) <= set(m): return f"message {i} needs `role` and `content`."
@@ -54,6 +52,7 @@ def _message_problem(i, m):
     if m["role"] == "system" and i > 1: return f"message {i} is a system message; only the first one can be."
     return _text_problem(m["content"], f"content of message {i}")
 
+# %% ../nbs/05_rows.ipynb #887b537c
 def _chat_problem(messages):
     "What is wrong with a list of messages?"
     if not isinstance(messages, list) or not messages: return "`messages` must be a list that is not empty."
@@ -65,13 +64,13 @@ def _chat_problem(messages):
     alone = (i for i, o in enumerate(roles, 1) if o == "assistant" and (i == 1 or roles[i-2] != "user"))
     if i := next(alone, None): return f"message {i} is an answer of the assistant that follows no question."
 
-# %% ../nbs/05_rows.ipynb #73ed7ec6
+# %% ../nbs/05_rows.ipynb #4defb7b1
 def _messages(row, shape):
     "The messages of a row with a chat, the field `system` first."
     turns, system = row["messages"] if shape == "messages" else _translate(row["conversations"]), row.get("system")
     return [dict(role="system", content=system), *turns] if system and isinstance(turns, list) else turns
 
-# %% ../nbs/05_rows.ipynb #3b5ec119
+# %% ../nbs/05_rows.ipynb #b3a1e155
 def _row_problem(row, shape):
     "What is wrong with `row`, in a file whose first row has `shape`?"
     if not isinstance(row, dict): return f"the row is a {_kind(row)}, not an object with fields."
@@ -85,7 +84,7 @@ def _row_problem(row, shape):
     if mine in CHATS: return _chat_problem(_messages(row, mine))
     return next((p for f in SHAPES[mine] if (p := _text_problem(row[f], f))), None)
 
-# %% ../nbs/05_rows.ipynb #638d26c1
+# %% ../nbs/05_rows.ipynb #fcac80d5
 def _unify(row, shape):
     "A checked row in one of two shapes, without any other fields."
     if shape in CHATS: return {"messages": [{k: m[k] for k in ROLE_AND_TEXT} for m in _messages(row, shape)]}
@@ -94,7 +93,7 @@ def _unify(row, shape):
         row = row | dict(prompt="\n\n".join(question), response=row["output"])
     return {k: row[k] for k in ("system", "prompt", "response") if row.get(k)}
 
-# %% ../nbs/05_rows.ipynb #fcac80d5
+# %% ../nbs/05_rows.ipynb #7dca670c
 def check_row(row,        # As read
               shape:str,  # Of the first row, by `shape_of`; None when it has none
               where:str   # The file and the row, for the message
@@ -103,7 +102,7 @@ def check_row(row,        # As read
     if problem := _row_problem(row, shape): raise QLoRAError(problem, where=where, cure=EXPECTED)
     return _unify(row, shape)
 
-# %% ../nbs/05_rows.ipynb #13317bf8
+# %% ../nbs/05_rows.ipynb #e540d0e3
 def check_rows(rows:list,  # Dicts in one of the accepted shapes
                name:str    # The file or data set, for the message
               ) -> list:   # Of `check_row`'s dicts
@@ -112,7 +111,7 @@ def check_rows(rows:list,  # Dicts in one of the accepted shapes
     shape = shape_of(rows[0]) if isinstance(rows[0], dict) else None
     return [check_row(row, shape, f"{name}, row {i}") for i, row in enumerate(rows, 1)]
 
-# %% ../nbs/05_rows.ipynb #9b11d0cf
+# %% ../nbs/05_rows.ipynb #7fe2f785
 def _row_at(text, kind):
     "In which row does `text`, the beginning of a file, end?"
     text += "x"  # whatever comes next
@@ -120,7 +119,7 @@ def _row_at(text, kind):
     n = sum(map(bool, rows)) - (kind == ".csv")
     return f"row {n}" if n else "the header"
 
-# %% ../nbs/05_rows.ipynb #ec48da69
+# %% ../nbs/05_rows.ipynb #184563c2
 def _read_text(path):
     "The text of a UTF-8 file, with or without a byte order mark."
     raw = path.read_bytes()
@@ -130,14 +129,14 @@ def _read_text(path):
         raise QLoRAError(f"byte {raw[e.start]:#04x} at position {e.start} is not UTF-8.", where=where,
                          cure="Save the file as UTF-8; a spreadsheet offers it as 'CSV UTF-8'.") from e
 
-# %% ../nbs/05_rows.ipynb #3bc6f378
+# %% ../nbs/05_rows.ipynb #20312aa3
 def parse_json(text, where):
     "JSON, or a `QLoRAError` that says where it breaks."
     try: return json.loads(text)
     except (ValueError, RecursionError) as e:
         raise QLoRAError(f"this is not valid JSON ({e}).", where=where, cure=EXPECTED) from e
 
-# %% ../nbs/05_rows.ipynb #34c240eb
+# %% ../nbs/05_rows.ipynb #97ea8af2
 def _check_header(header, name):
     "Raise `QLoRAError` for columns that are unknown or there twice."
     if shape_of(dict.fromkeys(header)) in (None, *CHATS):
@@ -146,7 +145,7 @@ def _check_header(header, name):
     if twice := [o for i, o in enumerate(header) if o in header[:i]]:
         raise QLoRAError(f"the column {twice[0]!r} is there twice.", where=f"{name}, the header", cure=EXPECTED)
 
-# %% ../nbs/05_rows.ipynb #97ea8af2
+# %% ../nbs/05_rows.ipynb #4a608d07
 def _read_csv(text, name):
     "The rows of a CSV file as dicts."
     rows, reader = [], csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -162,11 +161,10 @@ def _read_csv(text, name):
     except csv.Error as e: fail(f"this is not valid CSV ({e}).")
     return rows
 
-# %% ../nbs/05_rows.ipynb #4a608d07
+# %% ../nbs/05_rows.ipynb #58259282
 def _read_jsonl(text, name):
     "The rows of a file with one JSON value a line."
-    lines = [o for o in text.split("\n") if o.strip()]
-    return [parse_json(o, f"{name}, row {i}") for i, o in enumerate(lines, 1)]
+    return [parse_json(o, f"{name}, row {i}") for i, o in enumerate(filter(str.strip, text.split("\n")), 1)]
 
 def _read_json(text, name):
     "The rows of a file that is one JSON list."
@@ -175,7 +173,7 @@ def _read_json(text, name):
     return rows
 PARSERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
 
-# %% ../nbs/05_rows.ipynb #12c66a72
+# %% ../nbs/05_rows.ipynb #fa7e0865
 def _read_parquet(path):
     "The rows of a Parquet file, unchecked."
     import pyarrow as pa, pyarrow.parquet as pq
@@ -184,7 +182,7 @@ def _read_parquet(path):
         raise QLoRAError(f"this is not a Parquet file ({str(e).splitlines()[0]}).", where=str(path),
                          cure="Write it again, or save the rows as .jsonl. " + EXPECTED) from e
 
-# %% ../nbs/05_rows.ipynb #84536afa
+# %% ../nbs/05_rows.ipynb #4122678f
 def read_rows(path:Path  # A .jsonl, .json, .csv or .parquet file
              ) -> list:  # Its rows, unchecked
     "Read a file. Raises `QLoRAError` for one that cannot be read, is empty, or is of another kind."

@@ -207,6 +207,16 @@ def test_thinking_switched_off_as_trl(name, stand_in, theirs):
     assert ours["input_ids"][:len(prompt)] == prompt
 
 
+@pytest.mark.parametrize("name", [o for o in THINKS if not o.startswith("deepseek")] + ["qwen3", "qwen3_5_nothink"])
+def test_chats_with_thinking_switched_off_as_trl(name, stand_in, theirs):
+    "TRL's marks hold the empty thought that our prompt holds."
+    if not SOURCES: pytest.skip("this TRL ships no templates")
+    t = dressed(stand_in, SOURCES[name + "_training"])
+    other = theirs(SYSTEM | dict(chat_template_kwargs=dict(enable_thinking=False, thinking=False)), t, assistant_only_loss=True)
+    more = differences(encode(SYSTEM, t, "no-thinking"), other, t) - NEVER
+    assert more <= {(o, "before") for o in ("<think></think>", "<think>\n\n</think>\n\n")}
+
+
 def test_article_as_trl(tok, theirs):
     for row in (ONE, ONE | dict(system="Be brief.")):
         other = theirs(dict(prompt=encode_prompt(row, tok, "article"), completion=answer_of(row) + tok.eos_token), tok)
