@@ -30,7 +30,7 @@ def is_file(data:str|Path, # A path, or the id of a Hub data set
         raise QLoRAError("there is no such file.", where=name, cure=near(path.name, path.parent) + cure)
     return False
 
-# %% ../nbs/05_files.ipynb #7f9591df
+# %% ../nbs/05_files.ipynb #b4056909
 def from_hub(name:str,  # Its id
              split:str, # "train", "test[:100]", ...
              **how):    # For `datasets.load_dataset`
@@ -42,7 +42,7 @@ def from_hub(name:str,  # Its id
         raise QLoRAError(f"the data set cannot be loaded from the Hub ({first.rstrip('.')}).", where=name,
                          cure=near(name, Path()) + "Check its id and the network, or give a .jsonl file.") from e
 
-# %% ../nbs/05_files.ipynb #4baff644
+# %% ../nbs/05_files.ipynb #14b9ca0d
 def digest(data          # A file, or rows
           ) -> str:      # Hexadecimal SHA-256 of the file's bytes, or of the rows as JSON
     "The identity of data. Raises `QLoRAError` naming the row of a .jsonl file that is not UTF-8."
@@ -58,7 +58,7 @@ def digest(data          # A file, or rows
                                  cure="Save the file as UTF-8.") from e
     return sha.hexdigest()
 
-# %% ../nbs/05_files.ipynb #3f38a8aa
+# %% ../nbs/05_files.ipynb #35c273d7
 LARGE = 100_000_000  # bytes of a file, whose examples would take one or two gigabytes as lists
 
 def is_large(data,           # A name for `load_rows`, or rows
@@ -68,7 +68,7 @@ def is_large(data,           # A name for `load_rows`, or rows
     path = Path(data) if isinstance(data, (str, Path)) else Path()
     return path.suffix.lower() in (".jsonl", ".parquet") and path.is_file() and path.stat().st_size > limit
 
-# %% ../nbs/05_files.ipynb #35c273d7
+# %% ../nbs/05_files.ipynb #0b460984
 def open_table(data:str|Path,      # A .jsonl or .parquet file, or a Hub data set id
                split:str="train",  # Of a Hub data set
                **how):             # `streaming`, `cache_dir`: for `datasets.load_dataset`

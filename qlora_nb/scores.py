@@ -25,7 +25,7 @@ def exact_match(pred:str,  # What the model wrote
     a, b = _record(pred), _record(gold)
     return pred.strip() == gold.strip() if b is None else a is not None and _same(a, b)
 
-# %% ../nbs/05_scores.ipynb #c6973aa9
+# %% ../nbs/05_scores.ipynb #42d0f856
 def field_scores(pred:str,  # What the model wrote
                  gold:str   # The right answer
                 ) -> dict:  # Field of `gold` → is it right? Empty where `gold` is no JSON object

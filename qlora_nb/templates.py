@@ -105,7 +105,7 @@ def encode(row:dict,               # From `load_rows`
         raise QLoRAError(f"the example has {len(ids)} tokens.", cure=f"max_length is {max_length}.")
     return dict(input_ids=ids, labels=labels)
 
-# %% ../nbs/05_templates.ipynb #f15944c6
+# %% ../nbs/05_templates.ipynb #1c28704d
 def encode_prompt(row:dict,             # A row, with or without its last answer
                   tokenizer,            # As in training
                   template:str="auto"   # As in training
@@ -119,7 +119,7 @@ def answer_of(row:dict   # From `load_rows`
     "The right answer of a row."
     return as_messages(row)[-1]["content"]
 
-# %% ../nbs/05_templates.ipynb #f24957c0
+# %% ../nbs/05_templates.ipynb #0105d92a
 GAP = " […] "
 
 def _most(fits, n):
@@ -131,7 +131,7 @@ def _most(fits, n):
         low, high = (mid, high) if fits(mid) else (low, mid - 1)
     return low
 
-# %% ../nbs/05_templates.ipynb #67f5b327
+# %% ../nbs/05_templates.ipynb #b0504ea7
 def shorten(row:dict,        # From `load_rows`
             tokenizer,       # A Hugging Face tokenizer
             template:str,    # One of `TEMPLATES`
