@@ -14,7 +14,7 @@ import torch
 from .core import QLoRAError, fmt_bytes, free_memory, model_tensors
 
 # %% ../nbs/06_failures.ipynb #0916b5a6
-def broken_gradients(model:nn.Module) -> list:  # Names of parameters whose gradient is not finite
+def broken_gradients(model:torch.nn.Module) -> list:  # Names of parameters whose gradient is not finite
     "Which gradients hold NaN or infinity?"
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     if not grads: return []
@@ -22,7 +22,7 @@ def broken_gradients(model:nn.Module) -> list:  # Names of parameters whose grad
     return [n for n, ok in zip(grads, fine) if not ok]
 
 # %% ../nbs/06_failures.ipynb #dd58023c
-def broken_weights(model:nn.Module) -> list:  # Names of layers
+def broken_weights(model:torch.nn.Module) -> list:  # Names of layers
     "Which layers hold weights or scales that are NaN or infinite?"
     def tensors(m): return m.parameters(recurse=False) if any(True for _ in m.children()) else model_tensors(m)
     def broken(t): return t.is_floating_point() and not t.isfinite().all()
@@ -106,6 +106,6 @@ def explain_failure(folder,                # Of the run
         free_memory()
         if is_memory_error(e): what, cure = "memory ran out.", memory_cure(**batch)
         elif is_disk_error(e):
-            what, cure = f"the disk is full ({fmt_bytes(shutil.disk_usage(folder).free)} free).", "Make room there."
+            what, cure = f"there was no room to write ({fmt_bytes(shutil.disk_usage(folder).free)} free).", "Make room there."
         else: raise
         raise QLoRAError(what, str(folder), f"{cure} {go_on(kept())}") from e
