@@ -70,14 +70,15 @@ class Chat:
         self.turns, self.busy, self.halt, self.thread = [], False, threading.Event(), None
         self.lock, names = threading.Lock(), adapter_names(model)
         who = [(n, (n,)) for n in names] + [("base", (None,))] + [(f"base and {n}", (None, n)) for n in names]
-        self.who = W.Dropdown(options=who, value=(active_adapter(model),), description="ask")
-        slide = dict(continuous_update=False)
+        slide = dict(continuous_update=False, style=dict(description_width="7em"))
+        self.who = W.Dropdown(options=who, value=(active_adapter(model),), description="ask",
+                              style=slide["style"])
         self.temperature = W.FloatSlider(value=temperature, min=0, max=max(2, temperature), step=.05,
                                          description="temperature", **slide)
         self.top_p = W.FloatSlider(value=top_p, min=0, max=1, step=.01, description="top-p", **slide)
         self.longest = W.IntSlider(value=max_new_tokens, min=1, max=max(1024, max_new_tokens), description="max tokens",
                                    **slide)
-        self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3, layout=W.Layout(width="100%"))
+        self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3, layout=W.Layout(width="auto"))
         self.send, self.stop, self.clear = (W.Button(description=o) for o in ("Send", "Stop", "Clear"))
         for button, handler in ((self.send, self.ask), (self.stop, self.end), (self.clear, self.forget)):
             button.on_click(handler)

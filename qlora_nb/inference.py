@@ -44,7 +44,7 @@ def pads_safely(model) -> bool:  # Asked once for each model, then remembered
     if not hasattr(model, "qlora_nb_pads"): model.qlora_nb_pads = padding_error(model) < PAD_NOISE.get(model.dtype, .25)
     return model.qlora_nb_pads
 
-# %% ../nbs/08_inference.ipynb #b2f643ed
+# %% ../nbs/08_inference.ipynb #7a77a321
 def batches(model, tokenizer, prompts:list, batch_size:int) -> list:  # Lists of indices into `prompts`
     "Which prompts to answer together: neighbours in length; of one length only where the model takes padding for text."
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -56,7 +56,7 @@ def batches(model, tokenizer, prompts:list, batch_size:int) -> list:  # Lists of
                       "together.", stacklevel=3)
     return [g[k:k+batch_size] for g in groups for k in range(0, len(g), batch_size)]
 
-# %% ../nbs/08_inference.ipynb #459c50fa
+# %% ../nbs/08_inference.ipynb #3fef584d
 def close_gaps(model):  # Any causal language model; calling it again does nothing
     "Hand the output head a contiguous input, whatever was cut out of it."
     head = model.get_output_embeddings()
@@ -65,7 +65,7 @@ def close_gaps(model):  # Any causal language model; calling it again does nothi
         head.qlora_nb_closed = True
     return model
 
-# %% ../nbs/08_inference.ipynb #6e21ed7d
+# %% ../nbs/08_inference.ipynb #044c26bf
 @torch.no_grad()
 def generate(model,                  # From `load_model`, `finetune` or `load_adapter`
              tokenizer,
@@ -92,7 +92,7 @@ def generate(model,                  # From `load_model`, `finetune` or `load_ad
             for i, t in zip(idx, tokenizer.batch_decode(out, skip_special_tokens=True)): answers[i] = t.strip()
     return answers[0] if isinstance(prompts, str) else answers
 
-# %% ../nbs/08_inference.ipynb #044c26bf
+# %% ../nbs/08_inference.ipynb #17a250bd
 def sampling(tokenizer, temperature=0., top_p=1., top_k=0, min_p=0., repetition_penalty=1., mask=None):
     "Arguments for transformers' `generate`."
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -111,7 +111,7 @@ def write(model, tokenizer, texts, max_new_tokens, streamer=None, stopping_crite
                          **sampling(tokenizer, **how, mask=batch["attention_mask"]))
     return out[:, batch["input_ids"].shape[1]:]
 
-# %% ../nbs/08_inference.ipynb #b0e5b1cd
+# %% ../nbs/08_inference.ipynb #e14a5ae1
 def stream(model, tokenizer,
            prompt:str,             # Text of `encode_prompt`
            max_new_tokens:int=256, temperature:float=0., top_p:float=1.,
@@ -133,7 +133,7 @@ def stream(model, tokenizer,
     finally: stop.set(), thread.join()
     if failure: raise failure[0]
 
-# %% ../nbs/08_inference.ipynb #7b38e112
+# %% ../nbs/08_inference.ipynb #d86c218d
 Loaded = namedtuple("Loaded", "model tokenizer notes")
 
 def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds one

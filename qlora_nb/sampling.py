@@ -100,7 +100,7 @@ def seeded(seed:int|None, device="cpu"):  # None: nothing is set
 
 # %% ../nbs/07_sampling.ipynb #8db343a5
 @torch.no_grad()
-def decode(model,                          # Any causal language model
+def decode(model,                          # A causal language model that takes `position_ids`, as most do
            ids:torch.Tensor,               # Prompts, padded on the left: (batch, tokens)
            mask:torch.Tensor|None=None,    # 0 at padding, 1 elsewhere
            max_new_tokens:int=20, stop_id:int|None=None,  # The end token; None writes on
