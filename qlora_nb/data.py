@@ -53,6 +53,7 @@ def _fit(row, tokenizer, template, max_length, long):
 
 # %% ../nbs/06_data.ipynb #82aff43e
 def _turns(row): return sum(m["role"] == "user" for m in as_messages(row))
+def _present(fates): return [o < FATES.index("dropped") for o in fates]
 
 def _report(count, first, longest, max_length, turns):
     "What became of the rows, as data; warns when not all were kept, and raises `QLoRAError` when none was."
@@ -60,7 +61,7 @@ def _report(count, first, longest, max_length, turns):
     report = dict(rows=rows, **{o: count.get(o, 0) for o in FATES}, first=first, longest=longest,
                   max_length=max_length, turns=turns)
     cure, too = f"Set max_length={longest} to keep all.", f"longer than max_length={max_length} tokens"
-    if not report["kept"] + report["cut"]: raise QLoRAError(f"all rows are {too}.", cure=cure)
+    if rows and not report["kept"] + report["cut"]: raise QLoRAError(f"all rows are {too}.", cure=cure)
     words = {"cut": "cut in the prompt", "dropped": "left out", "no room": "left out as the answer alone has no room"}
     said = [f"{count[o]} {words[o]}, the first is row {n}" for o, n in first.items()]
     if said: warnings.warn(f"{rows - report['kept']} of {rows} rows are {too}: {'; '.join(said)}. {cure}", stacklevel=3)
@@ -128,7 +129,6 @@ def _open(data, split, **how):
     "(table, the names of its columns, the first row, what `_encode_batch` needs to know of the rows)."
     if not isinstance(data, (str, Path)) or str(data) == "tickets":
         raise QLoRAError("these rows are in memory already.", cure="Use `encode_rows(load_rows(data), ...)`.")
-    is_file(data, EXPECTED)  # or the error says what is expected
     table, name, lines = open_table(data, split, **how), str(data), str(data).lower().endswith(".jsonl")
     row = next((o for o in table if not lines or o["text"].strip()), None)
     if row is None: raise QLoRAError("there are no rows.", where=name, cure=EXPECTED)
@@ -178,8 +178,6 @@ def map_rows(data:str|Path,         # A .jsonl or .parquet file of any size, or 
     done = done.remove_columns(["fate", "size", "turns"])
     done.report = report
     return done
-
-def _present(fates): return [o < FATES.index("dropped") for o in fates]
 
 # %% ../nbs/06_data.ipynb #698d9c08
 def _kept(fate):
