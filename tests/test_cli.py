@@ -64,6 +64,34 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and "--resume" in err and "Traceback" not in err
+    assert "stopped. checkpoint-" in err and "is complete" in err
+
+
+def test_evaluated_while_it_trains(tiny, tmp_path):
+    "The options of a run that is watched arrive, and `run.json` says which step was the best."
+    args = [o for o in options(tiny, tmp_path/"run", "--eval-steps", 3, "--patience", 2, "--optim", "adamw_8bit") if o not in ("--steps", 30)]
+    status, out, err = call("finetune_main", *args, "--steps", 6)
+    assert status == 0, err
+    run = json.loads((tmp_path/"run"/"run.json").read_text())
+    assert [s for s, _ in run["eval_losses"]] == [3, 6] and run["best_step"] in (3, 6)
+    assert run["best_eval_loss"] == min(o for _, o in run["eval_losses"]) and run["settings"]["optim"] == "adamw_8bit"
+
+
+@pytest.mark.parametrize("more", ["--optim paged_adamw_8bit", "--optim adam", "--patience 0", "--eval-steps 0", "--report-to everywhere"])
+def test_options_that_cannot_work(more, tmp_path):
+    "Exit status 2 and one line, before a model is loaded or a folder made."
+    code = """
+import sys, qlora_nb.training
+from qlora_nb.cli import finetune_main
+def refuse(*a, **k): raise AssertionError("a model was loaded")
+qlora_nb.training.BACKENDS["bnb"] = refuse
+finetune_main(sys.argv[1:])
+"""
+    args = ["--device", "cpu", "--output", str(tmp_path/"run"), *more.split()]
+    p = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+    errors = [o for o in p.stderr.splitlines() if o.startswith("error: ")]
+    assert p.returncode == 2 and len(errors) == 1 and "Traceback" not in p.stderr, p.stderr
+    assert not (tmp_path/"run").exists()
 
 
 def test_the_run_json_of_own_data(tiny, tmp_path):
@@ -120,7 +148,7 @@ def test_help_is_quick_and_complete():
     code = "import sys; from qlora_nb.cli import finetune_main; finetune_main(['--help'])"
     p = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
     assert not [o for o in p.stderr.splitlines() if o.split("|")[-1].strip() == "torch"]
-    for o in "--model --data --output --steps --epochs --lr --rank --alpha --targets --max-length --seed --resume".split(): assert o in p.stdout
+    for o in "--model --data --output --steps --epochs --lr --rank --alpha --targets --max-length --seed --resume --eval-steps --patience --optim --report-to".split(): assert o in p.stdout
     options = [o for o in finetune_parser()._actions if o.dest != "help"]
     assert " ".join(p.stdout.split()).count("(default:") == len(options)
 

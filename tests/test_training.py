@@ -1,0 +1,310 @@
+"Training runs that are killed, starved, filled up, poisoned and resumed: what is left must be whole, and what follows the same bits."
+import importlib.util, json, math, os, random, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_nb.core import QLoRAError
+from qlora_nb.data import load_rows
+from qlora_nb.models import load_model, load_tokenizer, quiet, tiny_model
+from qlora_nb.runs import is_sealed, last_checkpoint
+from qlora_nb.training import finetune, make_trainer, number_rows
+
+unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+ROWS = 24
+# Dropout, accumulation, evaluations that come between the checkpoints, the end of the data in the middle, early stopping at work.
+HOW = dict(steps=9, batch_size=2, accumulation=2, lr=1e-2, save_steps=4, eval_steps=3, patience=9, dropout=0.1, device="cpu", progress=False)
+KILLS = 4  # of each run that is killed, for each backend
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    "A folder with a small random Llama and a real tokenizer."
+    folder = tmp_path_factory.mktemp("base")
+    with quiet():
+        tiny_model("llama", vocab_size=49152, hidden_size=64, pad_token_id=2).save_pretrained(folder)
+        load_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(): return load_rows("tickets")[:ROWS]
+
+
+@pytest.fixture(scope="session")
+def whole(base, rows, tmp_path_factory):
+    "A run that was left alone, for each backend."
+    folder = tmp_path_factory.mktemp("whole")
+    for backend in ("bnb", "scratch"): finetune(base, rows, folder/backend, backend=backend, **HOW)
+    return folder
+
+
+def outcome(folder):
+    "All that a resumed run must share with one that was left alone."
+    info = json.loads((folder/"run.json").read_text())
+    return {k: info[k] for k in ("losses", "eval_losses", "best_step", "best_eval_loss", "steps")}, \
+           (folder/"adapter"/"adapter_model.safetensors").read_bytes()
+
+
+# A process that has imported everything, and forks a child for each attempt: imports would take longer than the runs.
+FORKS = """
+import json, os, random, signal, sys, time, torch
+import qlora_nb.training as training
+from qlora_nb.data import load_rows
+base, folder, backend, kills, seed, how, rows = json.loads(sys.argv[1])
+rng, rows = random.Random(seed), load_rows("tickets")[:rows]
+real_seal, real_save = training.seal, torch.save
+def slow_seal(f): time.sleep(.15), real_seal(f), time.sleep(.02)       # a save takes longer, so that kills fall into it
+def slow_save(*a, **k): time.sleep(.1), real_save(*a, **k)
+training.seal, torch.save = slow_seal, slow_save
+def run(resume):
+    training.finetune(base, rows, folder, backend=backend, resume=resume, **how)
+def attempt(resume, seconds, sig):
+    "Exit status of a child, killed after so many seconds of training; -9 where the kill came in time."
+    if (pid := os.fork()) == 0:
+        try: run(resume); os._exit(0)
+        except BaseException as e: sys.stderr.write(f"{type(e).__name__}: {e}\\n"); sys.stderr.flush(); os._exit(1)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (got := os.waitpid(pid, os.WNOHANG))[0]: return os.waitstatus_to_exitcode(got[1])
+        time.sleep(.005)
+    os.kill(pid, sig)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def state(): return sorted(o.name for o in __import__("pathlib").Path(folder).glob("checkpoints/checkpoint-*"))
+"""
+
+KILLED = FORKS + """
+from qlora_nb.runs import is_sealed
+from pathlib import Path
+report, length, k = [], 3., 0
+while k < kills:
+    status = attempt(k > 0, rng.uniform(.3, 1)*length, signal.SIGKILL)
+    if status == 0: break
+    torn = [o.name for o in Path(folder).glob("checkpoints/checkpoint-*") if not is_sealed(o)]
+    report.append((status, state(), torn)); k += 1; length *= 1.5
+if not (Path(folder)/"run.json").exists(): report.append((attempt(True, 300, signal.SIGKILL), state(), []))
+print(json.dumps(report))
+"""
+
+
+def forks(code, *args):
+    p = subprocess.run([sys.executable, "-c", code, json.dumps(args)], capture_output=True, text=True, timeout=500)
+    assert p.stdout.strip(), p.stderr[-2000:]
+    return json.loads(p.stdout.splitlines()[-1]), p.stderr
+
+
+@unix
+@pytest.mark.parametrize("backend", ["bnb", "scratch"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_again_and_again(backend, seed, base, whole, tmp_path):
+    "kill -9 at random moments of training, evaluation and saving; each time it is resumed, and killed again."
+    run = tmp_path/"run"
+    report, err = forks(KILLED, str(base), str(run), backend, KILLS, seed, HOW, ROWS)
+    statuses = [o[0] for o in report]
+    assert set(statuses) <= {0, -signal.SIGKILL} and statuses.count(-signal.SIGKILL) >= 2, (report, err[-2000:])
+    assert outcome(run) == outcome(whole/backend), report
+    print(f"{backend}: {statuses.count(-signal.SIGKILL)} kills, {sum(bool(o[2]) for o in report)} in the middle of a save")
+
+
+@unix
+def test_ctrl_c_at_any_moment(base, whole, tmp_path):
+    "SIGINT, as a terminal sends it: one message that names what is complete, and a resume to the same bits."
+    code = FORKS + "print(json.dumps([attempt(False, 3.5, signal.SIGINT), attempt(True, 300, signal.SIGINT)]))"
+    statuses, err = forks(code, str(base), str(tmp_path/"run"), "bnb", 1, 0, HOW, ROWS)
+    assert statuses[1] == 0, err[-2000:]
+    if statuses[0]: assert "KeyboardInterrupt: " in err and ("is complete: go on from it" in err or "No checkpoint was complete" in err)
+    assert outcome(tmp_path/"run") == outcome(whole/"bnb")
+
+
+def test_a_damaged_checkpoint_is_never_used(whole, tmp_path):
+    "Each file of the last checkpoint is cut short, emptied, removed in turn."
+    import shutil
+    names = [o.relative_to(last_checkpoint(whole/"bnb"/"checkpoints")) for o in last_checkpoint(whole/"bnb"/"checkpoints").rglob("*") if o.is_file()]
+    assert {"trainer_state.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "adapter_model.safetensors"} <= {str(o) for o in names}
+    for name in names:
+        for k, harm in enumerate((lambda f: f.write_bytes(f.read_bytes()[:-1]), lambda f: f.write_bytes(b""), lambda f: f.unlink())):
+            copy = tmp_path/f"{name.name}-{k}"
+            shutil.copytree(whole/"bnb"/"checkpoints", copy)
+            last = last_checkpoint(copy)
+            harm(last/name)
+            found = last_checkpoint(copy)
+            assert found is not None and found != last and is_sealed(found) and not last.exists(), name
+            shutil.rmtree(copy)
+
+
+def test_resume_after_the_last_checkpoint_was_damaged(base, rows, whole, tmp_path):
+    import shutil
+    run = tmp_path/"run"
+    shutil.copytree(whole/"bnb", run), shutil.rmtree(run/"adapter"), (run/"run.json").unlink()
+    (last_checkpoint(run/"checkpoints")/"optimizer.pt").write_bytes(b"half a file")
+    assert finetune(base, rows, run, resume=True, **HOW).info["resumed_from"] != "checkpoint-9"
+    assert outcome(run) == outcome(whole/"bnb")
+
+
+# ---- failures ----
+
+class Step:
+    "Something that happens before the forward pass of one step."
+    def __init__(self, step, do): self.step, self.do = step, do
+
+
+def disturbed(base, rows, out, step, do, **more):
+    "The exception of a run in which `do(trainer, inputs)` is called in the given step."
+    from qlora_nb.trainer import AdapterTrainer
+    real = AdapterTrainer.training_step
+    def training_step(self, model, inputs, n=None):
+        if self.state.global_step + 1 == step: do(self, inputs)
+        return real(self, model, inputs, n)
+    AdapterTrainer.training_step = training_step
+    try: finetune(base, rows, out, **HOW | more)
+    except BaseException as e: return e
+    finally: AdapterTrainer.training_step = real
+
+
+def cuda_oom(*_): raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 14.75 GiB")
+def cpu_oom(*_): torch.empty(2**62, dtype=torch.uint8)
+def python_oom(*_): raise MemoryError
+
+
+@pytest.mark.parametrize("do", [cuda_oom, cpu_oom, python_oom], ids=lambda o: o.__name__)
+def test_out_of_memory(do, base, rows, tmp_path):
+    e = disturbed(base, rows, tmp_path/"run", 6, do)
+    assert isinstance(e, QLoRAError) and str(e).count("\n") == 0
+    for o in ("memory ran out", "--batch-size 1 --accumulation 4", "--checkpointing", "--max-length", "checkpoint-4 is complete", "--resume"):
+        assert o in str(e), (o, str(e))
+    assert last_checkpoint(tmp_path/"run"/"checkpoints").name == "checkpoint-4"
+    info = finetune(base, rows, tmp_path/"run", resume=True, **HOW | dict(batch_size=1, accumulation=4, checkpointing=True)).info
+    assert len(info["losses"]) == 9 and all(map(math.isfinite, info["losses"]))
+
+
+def test_no_space_left(base, rows, whole, tmp_path, monkeypatch):
+    "The optimizer's state cannot be written at step 8: ENOSPC, as Python says it."
+    import errno
+    real = torch.save
+    def full(obj, f, *a, **k):
+        if "checkpoint-8" in str(f) and "optimizer" in str(f):
+            Path(f).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(obj, f, *a, **k)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(QLoRAError, match="no room to write .* checkpoint-6 is complete"): finetune(base, rows, tmp_path/"run", **HOW)
+    assert not (tmp_path/"run"/"checkpoints"/"checkpoint-8").exists()
+    monkeypatch.setattr(torch, "save", real)
+    finetune(base, rows, tmp_path/"run", resume=True, **HOW)
+    assert outcome(tmp_path/"run") == outcome(whole/"bnb")
+
+
+def test_a_disk_that_is_really_full(base, rows, whole, tmp_path):
+    "A file system in memory with room for two checkpoints; with room for more, the run goes on to the same bits."
+    disk = tmp_path/"disk"
+    disk.mkdir()
+    one = sum(f.stat().st_size for f in last_checkpoint(whole/"bnb"/"checkpoints").rglob("*") if f.is_file())
+    def mount(how, n): return subprocess.run(["mount", "-t", "tmpfs", "-o", f"{how}size={n}", "tmpfs", str(disk)], capture_output=True).returncode
+    if not hasattr(os, "geteuid") or os.geteuid() or mount("", int(2.6*one)): pytest.skip("may not mount a file system")
+    try:
+        with pytest.raises(QLoRAError, match="no room to write"): finetune(base, rows, disk/"run", **HOW)
+        left = list((disk/"run"/"checkpoints").iterdir())
+        assert left and all(map(is_sealed, left))
+        assert not mount("remount,", 10*one)
+        assert finetune(base, rows, disk/"run", resume=True, **HOW).info["resumed_from"] in {o.name for o in left}
+        assert outcome(disk/"run") == outcome(whole/"bnb")
+    finally: subprocess.run(["umount", str(disk)])
+
+
+# ---- NaN ----
+
+def first_adapter(trainer): return next(p for n, p in trainer.model.named_parameters() if p.requires_grad)
+def nan_gradient(trainer, inputs): first_adapter(trainer).register_hook(lambda g: g*float("inf"))
+def nan_adapter(trainer, inputs): first_adapter(trainer).data[0, 0] = float("inf")
+def nan_base(trainer, inputs): trainer.model.get_input_embeddings().weight.data[inputs["input_ids"][0, 3]] = float("nan")
+
+
+@pytest.mark.parametrize("backend", ["bnb", "scratch"])
+@pytest.mark.parametrize("do, said", [(nan_gradient, "the learning rate is too high"), (nan_adapter, "the adapters hold NaN already"),
+                                      (nan_base, "weights of the base are damaged")], ids=["gradient", "adapter", "base"])
+def test_nan_stops_before_the_optimizer(do, said, backend, base, rows, tmp_path):
+    "The step and its rows are named, the last checkpoint stays, and no adapter has been written to."
+    seen = []
+    def watched(trainer, inputs):
+        seen.append((trainer, list(inputs["rows"]), {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}))
+        if len(seen) == 1: do(trainer, inputs)
+    e = disturbed(base, rows, tmp_path/"run", 6, watched, backend=backend)
+    assert isinstance(e, QLoRAError) and all(o in str(e) for o in ("at step 6", said, "checkpoint-4 is complete")), str(e)
+    trainer, _, before = seen[0]
+    now = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    changed = [n for n in before if not torch.equal(before[n], now[n])]
+    assert changed == [] or do is nan_adapter and len(changed) == 1
+    from qlora_nb.training import set_aside
+    numbers = set_aside(rows, wanted=True)[0]
+    named = [str(numbers[i]) for _, drawn, _ in seen for i in drawn]
+    assert all(f" {n} (" in str(e) for n in named[:2]), (named, str(e))
+
+
+def test_rows_keep_their_numbers(rows):
+    "Also where rows that are too long were left out in between."
+    tok = load_tokenizer()
+    with pytest.warns(UserWarning, match="left out"): examples = number_rows(rows, range(1, len(rows) + 1), tok, "auto", 95)
+    from qlora_nb.data import encode
+    assert 0 < len(examples) < len(rows) and all(e["input_ids"] == encode(rows[e["row"] - 1], tok)["input_ids"] for e in examples)
+
+
+# ---- the same gradient, however a step is divided ----
+
+@pytest.mark.parametrize("kind, backend", [("falcon", "bnb"), ("falcon", "scratch"), ("llama", "bnb")])
+def test_accumulation_over_unequal_lengths(kind, backend, rows, tmp_path):
+    from qlora_nb.adapters import BACKENDS, add_adapters
+    from qlora_nb.core import set_seed
+    from qlora_nb.data import encode_rows
+    tok = load_tokenizer()
+    with quiet(): tiny_model(kind, vocab_size=49152, hidden_size=64, pad_token_id=2).save_pretrained(tmp_path/"base")
+    examples = encode_rows(rows, tok)
+    def run(size, accumulation):
+        set_seed(0)
+        model = add_adapters(BACKENDS[backend](tmp_path/"base", device="cpu", dtype=torch.float32))
+        t = make_trainer(model, tok, examples, tmp_path/"out", False, steps=3, batch_size=size, accumulation=accumulation, lr=1e-2)
+        with quiet(): t.train()
+        return [(h["loss"], h["grad_norm"]) for h in t.state.log_history if "loss" in h]
+    one, four = run(8, 1), run(2, 4)
+    assert max(abs(a/b - 1) for x, y in zip(four, one) for a, b in zip(x, y)) < 1e-5
+
+
+# ---- settings ----
+
+def refuse(*a, **k): raise AssertionError("a model was loaded")
+
+
+@pytest.mark.parametrize("more, said", [
+    (dict(optim="paged_adamw_8bit"), "does not work on cpu. Choose from: auto, adamw_torch, adamw_8bit"),
+    (dict(optim="adam"), "there is no optimizer 'adam'"), (dict(report_to="wandb"), "pip install wandb"), (dict(report_to="all"), "no report to 'all'"),
+    (dict(patience=0), "patience is 0"), (dict(eval_steps=-1), "eval-steps is -1"), (dict(data=[dict(prompt="a", response="b")]*5), "too few"),
+    (dict(eval_data="nowhere.jsonl"), "no such file")], ids=lambda o: next(iter(o)) if isinstance(o, dict) else "")
+def test_wrong_settings_fail_before_a_model_is_loaded(more, said, base, rows, tmp_path, monkeypatch):
+    import qlora_nb.training as training
+    monkeypatch.setitem(training.BACKENDS, "bnb", refuse)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
+    with pytest.raises(QLoRAError, match="") as e: finetune(**dict(HOW, model=base, data=rows, output=tmp_path/"run") | more)
+    assert said in str(e.value) and not (tmp_path/"run").exists()
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed")
+def test_tensorboard(base, rows, tmp_path):
+    finetune(base, rows, tmp_path/"run", report_to="tensorboard", **HOW | dict(steps=2))
+    assert list((tmp_path/"run").rglob("events.out.tfevents*"))
+
+
+def test_eight_bit_optimizer_resumes_to_the_same_bits(base, rows, tmp_path):
+    how = HOW | dict(optim="adamw_8bit")
+    run = finetune(base, rows, tmp_path/"a", **how)
+    e = disturbed(base, rows, tmp_path/"b", 6, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt), optim="adamw_8bit")
+    assert isinstance(e, KeyboardInterrupt) and "checkpoint-4 is complete" in str(e)
+    assert finetune(base, rows, tmp_path/"b", resume=True, **how).info["losses"] == run.info["losses"]
+    assert outcome(tmp_path/"a") == outcome(tmp_path/"b")
+
+
+def test_evaluation_does_not_touch_training_in_the_types_of_this_machine(base, rows, tmp_path):
+    "The trap of bitsandbytes on a CPU with bfloat16: an evaluation that repacks the weights would ruin all later gradients."
+    plain = {k: v for k, v in HOW.items() if k not in ("eval_steps", "patience")}
+    a = finetune(base, rows, tmp_path/"a", **plain).info["losses"]
+    b = finetune(base, rows, tmp_path/"b", eval_data=rows[:4], eval_steps=1, **plain).info["losses"]
+    assert a == b
