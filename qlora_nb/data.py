@@ -69,8 +69,9 @@ def _report(count, first, longest, max_length, turns):
 
 # %% ../nbs/06_data.ipynb #caf0894c
 class Examples(list):
-    "A list of examples with a `report` on their lengths."
+    "A list of examples with a `report` on their lengths, and the number of the row that each came from."
     report:dict = None
+    rows:list = None
 
 # %% ../nbs/06_data.ipynb #3d06f603
 def encode_rows(rows:list,             # From `load_rows`
@@ -80,15 +81,15 @@ def encode_rows(rows:list,             # From `load_rows`
                 long:str="drop"        # What to do with longer rows: "drop" them, "cut" their prompt, or an "error"
                ) -> Examples:          # Of `encode`'s dicts; `report` counts what was kept, cut and left out
     "Encode all rows. Raises `QLoRAError` when none fits, or naming the row whose answer cannot be found."
-    examples, count, first, longest, turns = Examples(), Counter(), {}, 0, 0
+    examples, numbers, count, first, longest, turns = Examples(), [], Counter(), {}, 0, 0
     for i, row in enumerate(rows, 1):
         try: example, fate, n = _fit(row, tokenizer, template, max_length, long)
         except QLoRAError as e: raise QLoRAError(e.what, where=f"row {i}", cure=e.cure) from e
-        if example: examples.append(example)
+        if example: examples.append(example), numbers.append(i)
         if fate != "kept": first.setdefault(fate, i)
         count[fate] += 1
         longest, turns = max(longest, n), max(turns, _turns(row))
-    examples.report = _report(count, first, longest, max_length, turns)
+    examples.report, examples.rows = _report(count, first, longest, max_length, turns), numbers
     return examples
 
 # %% ../nbs/06_data.ipynb #183ca2df

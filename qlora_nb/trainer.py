@@ -77,9 +77,10 @@ class AdapterCheckpoints(SFTTrainer):
 # %% ../nbs/06_trainer.ipynb #909e50e5
 class AdapterTrainer(AdapterCheckpoints):
     "TRL's trainer for adapters. `guard` sees each batch, `held_out` are the batches to evaluate on."
-    guard, held_out = None, ()
+    guard, held_out, tokens = None, (), 0
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows, labels = inputs.pop("rows", []), inputs["labels"]
+        self.tokens += int(inputs.get("attention_mask", torch.ones_like(labels)).sum())
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.guard is None: return loss
         self.guard.saw(loss, rows, (labels != -100).sum())
@@ -87,6 +88,9 @@ class AdapterTrainer(AdapterCheckpoints):
             scaler = self.accelerator.scaler
             self.guard.check(self.state.global_step + 1, self.model, scaler and scaler.get_scale())
         return loss
+    def log(self, logs, *args, **kw):
+        if "loss" in logs: self._metrics["train"]["num_tokens"] = [self.tokens]   # TRL counts one row of packed ones
+        super().log(logs, *args, **kw)
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         metrics = {f"{metric_key_prefix}_loss": (loss := mean_loss(self.model, self.held_out))}
         if not math.isfinite(loss):
