@@ -1,0 +1,318 @@
+"Merging, writing and reading back: adapters of every kind, folders that are whole or absent, cards whose code runs."
+import json, re, shutil, signal, subprocess, sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest, torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors import safe_open
+from tokenizers import pre_tokenizers as pre
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from qlora_nb.adapters import BACKENDS, add_adapters, save_adapter
+from qlora_nb.card import read_source
+from qlora_nb.core import QLoRAError, set_seed
+from qlora_nb.export import ONTO, export_adapter, merge_and_save, merged, new_folder
+from qlora_nb.gguf_file import export_gguf, export_run, pair_neighbours, pre_name, write_gguf
+from qlora_nb.models import load_tokenizer, quiet, tiny_model
+
+Disk = namedtuple("Disk", "total used free")
+IDS = torch.arange(3, 27).view(2, 12)
+F32 = dict(dtype="float32", trained_in="float32")
+
+
+def make_base(folder, kind="llama", **config):
+    tok = load_tokenizer()
+    with quiet(): tiny_model(kind, vocab_size=len(tok), hidden_size=64, **config).save_pretrained(folder), tok.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(base, folder, backend="bnb", template="auto", **peft):
+    "An adapter that changes the model a lot, and the model that it is on."
+    model = BACKENDS[backend](str(base), device="cpu", dtype=torch.float32)
+    set_seed(0)
+    if peft: model = get_peft_model(model, LoraConfig(**dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM") | peft))
+    else: model = add_adapters(model, 4)
+    for n, p in model.named_parameters():
+        if "lora_B" in n: torch.nn.init.normal_(p, std=.05)
+    with quiet(): save_adapter(model, folder, str(base), template=template, example="Hello there")
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad(): return model(input_ids=IDS).logits.float()
+
+
+def greedy(model): return model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, do_sample=False)
+
+
+def from_gguf(path):
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
+                                                    quantization_config=GgufConfig(dequantize=True))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory): return make_base(tmp_path_factory.mktemp("base")/"tiny-llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def adapter(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")/"adapter"
+    make_adapter(llama, folder)
+    return folder
+
+
+# ---- the merge ----
+
+CASES = [("llama", "bnb", {}), ("llama", "scratch", {}), ("falcon", "bnb", {}), ("falcon", "scratch", {}),
+         ("llama", "bnb", dict(use_dora=True)), ("llama", "bnb", dict(use_rslora=True)), ("falcon", "bnb", dict(use_dora=True)),
+         ("llama", "bnb", dict(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 2}))]
+
+
+@pytest.mark.parametrize("kind,backend,peft", CASES, ids=[f"{k}-{b}-{'-'.join(p)}" for k, b, p in CASES])
+def test_merged_is_the_model_that_was_trained(kind, backend, peft, tmp_path):
+    base = make_base(tmp_path/"base", kind)
+    model = make_adapter(base, tmp_path/"adapter", backend, **peft)
+    want = logits(model)
+    def error(m): return ((logits(m) - want).abs().max()/want.abs().max()).item()
+    errors = {o: error(merged(tmp_path/"adapter", o, **F32).model) for o in ONTO}
+    assert errors["dequantized"] < 1e-5, errors   # the order in which float32 adds
+    assert min(errors["original"], errors["4bit"]) > 1e-2, errors
+    out = merge_and_save(tmp_path/"adapter", tmp_path/"out", **F32)
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.equal(greedy(plain), greedy(model)) and error(plain) < 1e-5
+    assert not hasattr(plain.config, "quantization_config") and type(plain).__name__.lower() == f"{kind}forcausallm"
+
+
+def test_what_lies_in_the_folder(adapter, llama, tmp_path):
+    out = merge_and_save(adapter, tmp_path/"out", dtype="bfloat16", trained_in="float32")
+    names = {o.name for o in out.iterdir()}
+    assert names == {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+                     "tokenizer.json", "tokenizer_config.json"}
+    with safe_open(out/"model.safetensors", "pt") as f:
+        assert "lm_head.weight" not in f.keys(), "tied embeddings were written twice"
+        assert {f.get_tensor(k).dtype for k in f.keys()} == {torch.bfloat16}
+    tok = load_tokenizer()
+    assert AutoTokenizer.from_pretrained(out).chat_template == tok.chat_template
+    assert {k: v for k, v in json.loads((out/"generation_config.json").read_text()).items() if k.endswith("_id")} == dict(
+        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    for o in out.iterdir():
+        if o.suffix in (".json", ".md", ".jinja"):
+            assert not {str(tmp_path), str(llama), str(Path.home())} & {m for m in re.findall(r"/[\w./-]+", o.read_text())}, o.name
+            assert str(llama.parent) not in o.read_text() and str(adapter.parent) not in o.read_text(), o.name
+    assert [o.name for o in tmp_path.iterdir()] == ["out"]
+
+
+def test_base_with_odd_sampling_defaults(adapter, llama, tmp_path):
+    "A generation_config that transformers itself would refuse to save, as some models on the Hub have."
+    base = tmp_path/"base"
+    shutil.copytree(llama, base)
+    (base/"generation_config.json").write_text(json.dumps(dict(temperature=.7, top_p=.9, do_sample=False, eos_token_id=[0, 2])))
+    out = merge_and_save(adapter, tmp_path/"out", base=str(base), **F32)
+    made = json.loads((out/"generation_config.json").read_text())
+    assert made["eos_token_id"] == [2, 0] and "temperature" not in made
+
+
+def test_the_template_of_training_is_saved(llama, tmp_path):
+    make_adapter(llama, tmp_path/"adapter", template="article")
+    tok = AutoTokenizer.from_pretrained(merge_and_save(tmp_path/"adapter", tmp_path/"out", **F32))
+    text = tok.apply_chat_template([dict(role="user", content="Hi")], tokenize=False, add_generation_prompt=True)
+    assert text == "### Instruction:\nHi\n\n### Response:\n"
+
+
+def test_the_noted_format_is_used(llama, tmp_path):
+    model = make_adapter(llama, tmp_path/"adapter")
+    for dtype in ("bfloat16", "float32"):
+        save_adapter(model, tmp_path/"adapter", str(llama), template="auto", dtype=dtype)
+        assert merged(tmp_path/"adapter").facts["base_in"] == dtype
+    assert merged(tmp_path/"adapter", trained_in=torch.bfloat16).facts["base_in"] == "bfloat16"
+
+
+# ---- refusals ----
+
+def test_not_everything_can_be_merged(llama, adapter, tmp_path):
+    make_adapter(llama, tmp_path/"more", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(QLoRAError, match=r"cannot be merged here: modules_to_save=\['lm_head'\]"): merged(tmp_path/"more")
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(llama)
+        get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(tmp_path/"prompt")
+    with pytest.raises(QLoRAError, match="peft_type=PROMPT_TUNING"): merged(tmp_path/"prompt", base=str(llama))
+    with quiet(): save_adapter(add_adapters(BACKENDS["bnb"](str(llama), device="cpu")), tmp_path/"fresh", str(llama))
+    with pytest.raises(QLoRAError, match="the adapter changes nothing"): merged(tmp_path/"fresh")
+    with pytest.raises(QLoRAError, match="there is no onto='8bit'. Choose from: dequantized, original, 4bit"): merged(adapter, "8bit")
+    with pytest.raises(QLoRAError, match="'int4' is no format"): merged(adapter, dtype="int4")
+    with pytest.raises(QLoRAError, match="there is no adapter here"): merged(llama)
+
+
+@pytest.mark.parametrize("other", [dict(num_hidden_layers=3), dict(num_hidden_layers=1), dict(intermediate_size=128)])
+def test_another_base_is_noticed(llama, tmp_path, other):
+    "PEFT itself leaves out what does not fit, for more or fewer layers without an error."
+    make_adapter(llama, tmp_path/"adapter", target_modules=["q_proj", "up_proj"])
+    base = make_base(tmp_path/"base", **other)
+    with pytest.raises(QLoRAError, match="the adapter does not fit"): merged(tmp_path/"adapter", base=str(base))
+
+
+def test_too_large_for_float16(llama, tmp_path):
+    model = make_adapter(llama, tmp_path/"adapter")
+    for n, p in model.named_parameters():
+        if "lora_B" in n: p.data.mul_(1e7)
+    with quiet(): save_adapter(model, tmp_path/"adapter", str(llama))
+    with pytest.raises(QLoRAError, match="a weight is too large for torch.float16. Choose dtype='bfloat16'"): merged(tmp_path/"adapter", dtype="float16")
+    merged(tmp_path/"adapter", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "adapter", "gguf"])
+def test_a_folder_in_use_and_a_full_disk(form, adapter, tmp_path, monkeypatch):
+    (tmp_path/"used").mkdir(), (tmp_path/"used"/"mine").write_text("x")
+    with pytest.raises(QLoRAError, match="there is something here already"): export_run(adapter, tmp_path/"used", form)
+    (tmp_path/"file").write_text("x")
+    with pytest.raises(QLoRAError, match="there is something here already"): export_run(adapter, tmp_path/"file", form)
+    monkeypatch.setattr("shutil.disk_usage", lambda p: Disk(10**9, 10**9, 10))
+    with pytest.raises(QLoRAError, match="and the disk has 10 B left. Make room"): export_run(adapter, tmp_path/"new", form)
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["file", "used"]
+
+
+LIMIT = """
+import resource, signal, sys
+from qlora_nb.core import QLoRAError
+from qlora_nb.gguf_file import export_run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))   # no file may grow beyond this: writing fails half way
+try: export_run(*sys.argv[1:])
+except QLoRAError as e: print(e)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
+@pytest.mark.parametrize("form", ["safetensors", "adapter", "gguf"])
+def test_a_write_that_fails_half_way(form, adapter, tmp_path):
+    r = subprocess.run([sys.executable, "-c", LIMIT, adapter, tmp_path/"new", form], capture_output=True, text=True)
+    assert "could not be written" in r.stdout and "Nothing was left behind." in r.stdout, r.stderr
+    assert not list(tmp_path.iterdir())
+
+
+KILL = """
+import sys, time
+from qlora_nb import export
+from qlora_nb.gguf_file import export_run
+whole = export.Path.write_text
+def slow(self, *a, **k): print("writing", flush=True); time.sleep(60)
+export.Path.write_text = slow   # the card is written last
+export_run(*sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_killed_before_the_end(form, adapter, tmp_path):
+    p = subprocess.Popen([sys.executable, "-c", KILL, adapter, tmp_path/"new", form], stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == "writing\n"
+    p.send_signal(signal.SIGKILL), p.wait()
+    assert not (tmp_path/"new").exists() and [o.name.startswith("new.partial-") for o in tmp_path.iterdir()] == [True]
+    export_run(adapter, tmp_path/"new", form)   # and the next attempt is not in its way
+    assert (tmp_path/"new"/"README.md").exists()
+
+
+def test_an_empty_folder_may_be_given(tmp_path):
+    (tmp_path/"empty").mkdir()
+    with new_folder(tmp_path/"empty") as new: (new/"x").write_text("1")
+    with new_folder(tmp_path/"a"/"b") as new: (new/"x").write_text("2")
+    assert (tmp_path/"empty"/"x").read_text() + (tmp_path/"a"/"b"/"x").read_text() == "12"
+    with pytest.raises(KeyboardInterrupt):
+        with new_folder(tmp_path/"c") as new: raise KeyboardInterrupt
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["a", "empty"]
+
+
+# ---- cards ----
+
+@pytest.mark.parametrize("form", ["safetensors", "adapter", "gguf"])
+def test_the_code_of_a_card_runs(form, adapter, tmp_path):
+    export_run(adapter, tmp_path/"new", form, trained_in="float32")
+    card = (tmp_path/"new"/"README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)\n```", card, re.S)[1]
+    assert "Hello there" in code
+    r = subprocess.run([sys.executable, "-c", code], cwd=tmp_path/"new", capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert str(tmp_path) not in card and str(adapter.parent) not in card
+
+
+def test_an_adapter_that_only_peft_knows(llama, tmp_path):
+    "Saved by PEFT, without our notes, for a base whose tokenizer has no template: nothing is made up."
+    base = tmp_path/"base"
+    make_base(base)
+    (base/"chat_template.jinja").unlink()
+    model = make_adapter(base, tmp_path/"ours")
+    with quiet(): model.save_pretrained(tmp_path/"theirs")
+    out = merge_and_save(tmp_path/"theirs", tmp_path/"out", **F32)
+    card = (out/"README.md").read_text(encoding="utf-8")
+    assert AutoTokenizer.from_pretrained(out).chat_template is None
+    assert "apply_chat_template" not in card and "without the notes of its training run" in card
+    r = subprocess.run([sys.executable, "-c", re.search(r"```python\n(.*?)\n```", card, re.S)[1]], cwd=out, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+
+def test_an_adapter_alone_loads_again(adapter, tmp_path):
+    out = export_adapter(adapter, tmp_path/"out")
+    a, b = read_source(adapter), read_source(out)
+    assert (a.config, a.notes) == (b.config, b.notes)
+    assert (out/"adapter_model.safetensors").read_bytes() == (adapter/"adapter_model.safetensors").read_bytes()
+
+
+# ---- GGUF ----
+
+@pytest.mark.parametrize("config", [dict(vocab_size=49200, num_key_value_heads=4), dict(tie_word_embeddings=True, num_key_value_heads=1)],
+                         ids=str)   # ids that the vocabulary does not use; a tied head
+def test_gguf_gives_the_same_weights(config, tmp_path):
+    tok = load_tokenizer()
+    model = tiny_model("llama", **dict(vocab_size=len(tok), hidden_size=64) | config)
+    back = from_gguf(write_gguf(model, tok, tmp_path/"a.gguf", "f32"))
+    have, want = dict(back.named_parameters()), dict(model.named_parameters())
+    assert have.keys() == want.keys() and all(torch.equal(have[k], want[k]) for k in want)
+    assert torch.equal(logits(back), logits(model))
+    with quiet(): again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
+    assert again("Order 4711 — naïve\n").input_ids == tok("Order 4711 — naïve\n").input_ids
+
+
+def test_pairs_of_rows():
+    "llama.cpp rotates rows 2i and 2i+1 of a head, transformers i and i + half."
+    for heads, size in ((1, 2), (3, 8), (9, 64)):
+        rows = pair_neighbours(torch.arange(heads*size), heads).view(heads, size//2, 2)
+        assert torch.equal(rows[..., 1] - rows[..., 0], torch.full((heads, size//2), size//2))
+
+
+def test_what_gguf_refuses(llama, tmp_path):
+    falcon = make_base(tmp_path/"falcon", "falcon")
+    make_adapter(falcon, tmp_path/"adapter")
+    with pytest.raises(QLoRAError, match="FalconForCausalLM are not written here, only those of LlamaForCausalLM. llama.cpp's convert"):
+        export_gguf(tmp_path/"adapter", tmp_path/"out")
+    tok = load_tokenizer()
+    tok.backend_tokenizer.pre_tokenizer = pre.Whitespace()
+    with pytest.raises(QLoRAError, match="byte-level BPE, split as gpt-2 or smollm"): pre_name(tok)
+    with pytest.raises(QLoRAError, match="there is no format 'q4'"): export_gguf(llama, tmp_path/"out", "q4")
+    assert not (tmp_path/"out").exists()
+
+
+def test_gguf_of_a_merged_folder(adapter, tmp_path):
+    "By way of the folder, or at once: the same file."
+    folder = merge_and_save(adapter, tmp_path/"merged", **F32)
+    a = export_gguf(folder, tmp_path/"a"/"talk", "f32")
+    b = export_gguf(adapter, tmp_path/"b"/"talk", "f32", trained_in="float32")
+    a, b = from_gguf(a), from_gguf(b)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert (tmp_path/"a"/"talk"/"README.md").exists()
+
+
+def test_llama_cpp_reads_it(adapter, tmp_path):
+    "The program that the file is for: its own tokenizer, its own template engine, its own arithmetic."
+    x = pytest.importorskip("xllamacpp")
+    m = merged(adapter, **F32)
+    params = x.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(write_gguf(m.model, m.tokenizer, tmp_path/"a.gguf", "f32")), 256, 1, False
+    server = x.Server(params)
+    for text in ("Hello there", "a  7\n\n1. 2024", "日本語 👩‍👩‍👧‍👦"):
+        said = server.handle_chat_completions(dict(messages=[dict(role="user", content=text)], temperature=0, max_tokens=8))
+        ids = m.tokenizer.apply_chat_template([dict(role="user", content=text)], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        out = m.model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1]:]
+        assert said["usage"]["prompt_tokens"] == ids["input_ids"].shape[1]
+        assert said["choices"][0]["message"]["content"] == m.tokenizer.decode(out, skip_special_tokens=True)
