@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['check_fits', 'adapter_folder', 'adapter_names', 'free_name', 'add_adapter_from', 'same_trainable', 'find_adapter',
-           'use_adapter', 'active_adapter', 'answering_as', 'drop_adapter', 'unload', 'combine_adapters', 'save_one']
+           'use_adapter', 'active_adapter', 'answering_as', 'drop_adapter', 'unload', 'shrink', 'combine_adapters',
+           'save_one']
 
 # %% ../nbs/07_switching.ipynb #818970d6
 import contextlib, json, shutil, tempfile, warnings
 from pathlib import Path
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from .core import QLoRAError
 from .lora import lora_layers, set_adapter
@@ -126,8 +128,21 @@ def unload(model):  # With PEFT's adapters; they are lost unless they are saved
     "The base model without any adapter, as it was before the first. The model given must not be used any more."
     return model.unload() if hasattr(model, "peft_config") else model
 
-# %% ../nbs/07_switching.ipynb #09af18d8
-def combine_adapters(model,              # With PEFT's adapters
+# %% ../nbs/07_switching.ipynb #87e201bb
+@torch.no_grad()
+def shrink(model, name:str, rank:int):
+    "Replace each update of an adapter, whose scale is 1, by its best approximation of a lower rank."
+    for layer in (m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A):
+        A, B = layer.lora_A[name], layer.lora_B[name]
+        (P, R), (Q, S) = torch.linalg.qr(B.weight.float()), torch.linalg.qr(A.weight.float().T)   # BA = P(RSᵀ)Qᵀ
+        U, sizes, V = torch.linalg.svd(R @ S.T)
+        A.weight.data = (V[:rank] @ Q.T).to(A.weight)
+        B.weight.data = (P @ U[:, :rank] * sizes[:rank]).to(B.weight)
+        A.out_features = B.in_features = layer.r[name] = layer.lora_alpha[name] = rank
+    model.peft_config[name].r = model.peft_config[name].lora_alpha = rank
+
+# %% ../nbs/07_switching.ipynb #11b2754e
+def combine_adapters(model,              # With PEFT's adapters, on linear layers
                      weights:dict,       # Name of an adapter → its weight, such as {"json": 1, "bold": .5}
                      name:str,           # Of the new adapter; it is not switched to
                      how:str="cat",      # "cat": exact, ranks add up; "svd": best of `rank`; "linear": rough
@@ -141,11 +156,14 @@ def combine_adapters(model,              # With PEFT's adapters
     if not weights: raise QLoRAError("there is nothing to combine.", cure=f"There are: {adapter_names(model)}.")
     if how == "linear" and len(set(ranks.values())) > 1:
         raise QLoRAError(f"the ranks differ: {ranks}.", cure="Use how='cat', which keeps all, or how='svd'.")
+    if rank is not None and (how != "svd" or not 1 <= rank <= sum(ranks.values())):
+        raise QLoRAError(f"rank={rank} is not on offer.", cure=f"With how='svd', choose 1 to {sum(ranks.values())}.")
+    values = [float(o) for o in weights.values()]
     with same_trainable(model):
-        model.add_weighted_adapter([*weights], [float(o) for o in weights.values()], name, combination_type=how,
-                                   svd_rank=rank if how == "svd" else None, svd_full_matrices=False)
+        model.add_weighted_adapter([*weights], values, name, combination_type="cat" if how == "svd" else how)
+        if how == "svd": shrink(model, name, rank or max(ranks.values()))
 
-# %% ../nbs/07_switching.ipynb #bd56d11a
+# %% ../nbs/07_switching.ipynb #508da56e
 def save_one(model, name:str,     # One of `adapter_names`
              folder:str|Path,     # Must not exist yet
              base:str, **notes) -> Path:  # As for `save_adapter`

@@ -347,7 +347,9 @@ def test_linear_has_cross_terms_and_svd_the_tail(base_folder, two):
         assert abs(off - tail) < 1e-4*total.norm() and tail > 0
     assert same(digest(model), before)
     for bad, match in [(dict(weights=dict(a=1), name="b"), "already"), (dict(weights=dict(a=1, z=1), name="n"), "There are: a, b, c"),
-                       (dict(weights=dict(a=1, c=1), name="n", how="linear"), "ranks differ"), (dict(weights={}, name="n"), "nothing"),
+                       (dict(weights=dict(a=1, c=1), name="n", how="linear"), "ranks differ"),
+                       (dict(weights=dict(a=1, c=1), name="n", rank=3), "rank=3"), (dict(weights=dict(a=1), name="n", how="svd", rank=5), "1 to 4"),
+                       (dict(weights={}, name="n"), "nothing"),
                        (dict(weights=dict(a=1), name="n", how="add"), "Choose cat"), (dict(weights=dict(a=1), name="a.b"), "letters")]:
         with pytest.raises(QLoRAError, match=match): combine_adapters(model, **bad)
 
