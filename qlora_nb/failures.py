@@ -106,6 +106,7 @@ def explain_failure(folder,                # Of the run
         free_memory()
         if is_memory_error(e): what, cure = "memory ran out.", memory_cure(**batch)
         elif is_disk_error(e):
-            what, cure = f"there was no room to write ({fmt_bytes(shutil.disk_usage(folder).free)} free).", "Make room there."
+            free = fmt_bytes(shutil.disk_usage(folder).free)
+            what, cure = f"there was no room to write ({free} free).", "Make room there."
         else: raise
         raise QLoRAError(what, str(folder), f"{cure} {go_on(kept())}") from e

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from .core import QLoRAError
 from .adapters import read_adapter, save_lora
-from .optimizers import float32_adapters, mixed_precision, pick_optimizer
+from .optimizers import mixed_precision, pick_optimizer
 from .qlora import is_scratch
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer

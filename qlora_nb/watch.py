@@ -127,7 +127,8 @@ def svg_panel(x0:int, y0:int, title:str, curves:list) -> str:  # Of (xs, ys, col
 def svg_run(history:list) -> str:  # HTML
     "Loss, learning rate, tokens a second and memory as one small SVG."
     loss = [(*curve(history, "loss"), COLORS[0]), (*curve(history, "eval_loss"), COLORS[3])]
-    panels = [svg_panel(0, 0, "loss", [c for c in loss if c[1]])]
+    name = f"loss (held-out rows in orange: {loss[1][1][-1]:.4g})" if loss[1][1] else "loss"
+    panels = [svg_panel(0, 0, name, [c for c in loss if c[1]])]
     for k, (key, name, unit) in enumerate(SMALL, 1):
         x, y = curve(history, key)
         panels.append(svg_panel(k%2*340, k//2*130, name, [(x, [unit*o for o in y], COLORS[2])] if y else []))
