@@ -10,16 +10,18 @@ __all__ = ['check_fits', 'adapter_folder', 'adapter_names', 'free_name', 'add_ad
 # %% ../nbs/07_switching.ipynb #818970d6
 import contextlib, json, shutil, tempfile, warnings
 from pathlib import Path
-import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from .core import QLoRAError
 from .lora import lora_layers, set_adapter
 from .models import quiet
 from .targets import layer_size
 
-# %% ../nbs/07_switching.ipynb #ac56d9ee
+# %% ../nbs/07_switching.ipynb #e0512bd5
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+
+# %% ../nbs/07_switching.ipynb #a8c8d6dd
 def check_fits(model,              # A base model, or one with adapters
                folder:str|Path):   # Of an adapter in PEFT's format
     "Raise `QLoRAError` unless each LoRA matrix in the file has a layer of its size in `model`. Changes nothing."
@@ -38,7 +40,7 @@ def check_fits(model,              # A base model, or one with adapters
                               str(folder), cure)
     if odd: raise QLoRAError(f"{len(odd)} matrices have another size: {odd[0]}.", str(folder), cure)
 
-# %% ../nbs/07_switching.ipynb #991877e8
+# %% ../nbs/07_switching.ipynb #d23db30a
 def adapter_folder(folder:str|Path) -> tuple:  # (its folder, our notes with `template`, the name of its base)
     "Find an adapter, in a run or on its own. Raises `QLoRAError` for a folder without a complete one."
     folder = Path(folder)
@@ -50,7 +52,7 @@ def adapter_folder(folder:str|Path) -> tuple:  # (its folder, our notes with `te
     notes = read("qlora_nb.json") if (folder/"qlora_nb.json").exists() else {}
     return folder, dict(template="auto") | notes, read("adapter_config.json")["base_model_name_or_path"]
 
-# %% ../nbs/07_switching.ipynb #4456c920
+# %% ../nbs/07_switching.ipynb #cd0ea55f
 def adapter_names(model) -> list:  # Empty for a base model
     "The adapters on a model, PEFT's or ours."
     if hasattr(model, "peft_config"): return list(model.peft_config)
@@ -77,7 +79,7 @@ def add_adapter_from(model,               # A base, or a model with PEFT's adapt
         else: model = PeftModel.from_pretrained(model, folder, adapter_name=name)
     return model.eval(), notes
 
-# %% ../nbs/07_switching.ipynb #e8b37caa
+# %% ../nbs/07_switching.ipynb #b8a60025
 @contextlib.contextmanager
 def same_trainable(model):
     "What is trainable before the block is trainable after it, and nothing else that was there."
@@ -98,7 +100,7 @@ def use_adapter(model, name:str):  # One of `adapter_names`
     with same_trainable(model):
         model.set_adapter(name) if hasattr(model, "peft_config") else set_adapter(model, name)
 
-# %% ../nbs/07_switching.ipynb #53ba05be
+# %% ../nbs/07_switching.ipynb #94b95959
 def active_adapter(model) -> str|None:
     "The adapter in use; None where there is none."
     if hasattr(model, "peft_config"): return model.active_adapter
@@ -115,7 +117,7 @@ def answering_as(model, name:str|None):  # An adapter on the model; None: the ba
         finally:
             if name not in (None, was): use_adapter(model, was)
 
-# %% ../nbs/07_switching.ipynb #7da8fcdf
+# %% ../nbs/07_switching.ipynb #25e1d9a4
 def drop_adapter(model, name:str) -> str:  # The adapter that is in use afterwards
     "Take one of several adapters off and free its memory. Raises `QLoRAError` for the last one, or an unknown name."
     if find_adapter(model, name) and len(adapter_names(model)) == 1:
@@ -128,7 +130,7 @@ def unload(model):  # With PEFT's adapters; they are lost unless they are saved
     "The base model without any adapter, as it was before the first. The model given must not be used any more."
     return model.unload() if hasattr(model, "peft_config") else model
 
-# %% ../nbs/07_switching.ipynb #87e201bb
+# %% ../nbs/07_switching.ipynb #4610c055
 @torch.no_grad()
 def shrink(model, name:str, rank:int):
     "Replace each update of an adapter, whose scale is 1, by its best approximation of a lower rank."
@@ -141,7 +143,7 @@ def shrink(model, name:str, rank:int):
         A.out_features = B.in_features = layer.r[name] = layer.lora_alpha[name] = rank
     model.peft_config[name].r = model.peft_config[name].lora_alpha = rank
 
-# %% ../nbs/07_switching.ipynb #11b2754e
+# %% ../nbs/07_switching.ipynb #e0c038c4
 def combine_adapters(model,              # With PEFT's adapters, on linear layers
                      weights:dict,       # Name of an adapter → its weight, such as {"json": 1, "bold": .5}
                      name:str,           # Of the new adapter; it is not switched to
@@ -163,7 +165,7 @@ def combine_adapters(model,              # With PEFT's adapters, on linear layer
         model.add_weighted_adapter([*weights], values, name, combination_type="cat" if how == "svd" else how)
         if how == "svd": shrink(model, name, rank or max(ranks.values()))
 
-# %% ../nbs/07_switching.ipynb #508da56e
+# %% ../nbs/07_switching.ipynb #b8789d5b
 def save_one(model, name:str,     # One of `adapter_names`
              folder:str|Path,     # Must not exist yet
              base:str, **notes) -> Path:  # As for `save_adapter`
