@@ -53,7 +53,7 @@ def adapter_options(p:argparse.ArgumentParser):
     add("--alpha", type=float, default=32, help="the adapters' update is scaled by alpha / r")
     add("--dropout", type=float, default=0., help="dropout on the adapters' input")
     add("--targets", default="all-linear", help="names of layers, separated by commas, or all-linear")
-    add("--template", default="auto", choices=["auto", "chat", "article"], help="prompt template")
+    add("--template", default="auto", choices=["auto", "chat", "article", "no-thinking"], help="prompt template")
     add("--max-length", type=int, default=512, help="longest example, in tokens")
     add("--long", default="drop", choices=["drop", "cut", "error"],
         help="longer examples: leave them out, cut their question, or stop")

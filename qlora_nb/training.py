@@ -97,8 +97,9 @@ def finish(model, trainer, folder:Path, rows:list, settings:dict, **facts) -> di
     "Save what a run was for: the adapter, the picture of the loss, the numbers."
     best, history = trainer.load_best(), trainer.state.log_history
     turns = max(sum(m["role"] == "user" for m in as_messages(r)) for r in rows)
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")   # what the base was loaded in
     adapter = save_adapter(model, folder/"adapter", settings["model"], template=settings["template"], turns=turns,
-                           example=as_messages(rows[0])[-2]["content"])
+                           dtype=dtype, example=as_messages(rows[0])[-2]["content"])
     plot_loss(history).savefig(folder/"loss.png", dpi=150)
     trainable, total = count_params(model)
     if best: facts |= dict(best_step=best[0], best_eval_loss=best[1])

@@ -7,7 +7,7 @@ import psutil
 GIB = 2**30
 PER_WORKER = 3*GIB  # a page that loads SmolLM2-135M and trains it peaks below this
 # The pages that take longest, by what follows their number; then come the other pages, then everything else.
-SLOW = "cli evaluation training falcon inference models tickets data".split()  # `pytest` ends with the slowest five
+SLOW = "export cli evaluation training falcon gguf inference switching sampling cards packing models data".split()  # `pytest` ends with the slowest five
 
 
 def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -10,9 +10,9 @@ from tokenizers import pre_tokenizers as pre
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qlora_nb.adapters import BACKENDS, add_adapters, save_adapter
-from qlora_nb.card import read_source
+from qlora_nb.card import export_adapter, new_folder, read_source
 from qlora_nb.core import QLoRAError, set_seed
-from qlora_nb.export import ONTO, export_adapter, merge_and_save, merged, new_folder
+from qlora_nb.export import ONTO, merge_and_save, merged
 from qlora_nb.gguf_file import export_gguf, export_run, pair_neighbours, pre_name, write_gguf
 from qlora_nb.models import load_tokenizer, quiet, tiny_model
 
@@ -50,6 +50,13 @@ def from_gguf(path):
     with quiet():
         return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32,
                                                     quantization_config=GgufConfig(dequantize=True))
+
+
+def code_runs(card, folder):
+    code = re.search(r"```python\n(.*?)\n```", card, re.S)[1]
+    r = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    return code
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +201,10 @@ def test_a_write_that_fails_half_way(form, adapter, tmp_path):
 
 KILL = """
 import sys, time
-from qlora_nb import export
+from pathlib import Path
 from qlora_nb.gguf_file import export_run
-whole = export.Path.write_text
 def slow(self, *a, **k): print("writing", flush=True); time.sleep(60)
-export.Path.write_text = slow   # the card is written last
+Path.write_text = slow   # the card is written last
 export_run(*sys.argv[1:])
 """
 
@@ -230,10 +236,7 @@ def test_an_empty_folder_may_be_given(tmp_path):
 def test_the_code_of_a_card_runs(form, adapter, tmp_path):
     export_run(adapter, tmp_path/"new", form, trained_in="float32")
     card = (tmp_path/"new"/"README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)\n```", card, re.S)[1]
-    assert "Hello there" in code
-    r = subprocess.run([sys.executable, "-c", code], cwd=tmp_path/"new", capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr
+    assert "Hello there" in code_runs(card, tmp_path/"new")
     assert str(tmp_path) not in card and str(adapter.parent) not in card
 
 
@@ -248,8 +251,7 @@ def test_an_adapter_that_only_peft_knows(llama, tmp_path):
     card = (out/"README.md").read_text(encoding="utf-8")
     assert AutoTokenizer.from_pretrained(out).chat_template is None
     assert "apply_chat_template" not in card and "without the notes of its training run" in card
-    r = subprocess.run([sys.executable, "-c", re.search(r"```python\n(.*?)\n```", card, re.S)[1]], cwd=out, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr
+    code_runs(card, out)
 
 
 def test_an_adapter_alone_loads_again(adapter, tmp_path):
@@ -284,7 +286,7 @@ def test_pairs_of_rows():
 def test_what_gguf_refuses(llama, tmp_path):
     falcon = make_base(tmp_path/"falcon", "falcon")
     make_adapter(falcon, tmp_path/"adapter")
-    with pytest.raises(QLoRAError, match="FalconForCausalLM are not written here, only those of LlamaForCausalLM. llama.cpp's convert"):
+    with pytest.raises(QLoRAError, match="FalconForCausalLM is not written as GGUF here, only LlamaForCausalLM. llama.cpp's convert"):
         export_gguf(tmp_path/"adapter", tmp_path/"out")
     tok = load_tokenizer()
     tok.backend_tokenizer.pre_tokenizer = pre.Whitespace()
@@ -298,9 +300,11 @@ def test_gguf_of_a_merged_folder(adapter, tmp_path):
     folder = merge_and_save(adapter, tmp_path/"merged", **F32)
     a = export_gguf(folder, tmp_path/"a"/"talk", "f32")
     b = export_gguf(adapter, tmp_path/"b"/"talk", "f32", trained_in="float32")
-    a, b = from_gguf(a), from_gguf(b)
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-    assert (tmp_path/"a"/"talk"/"README.md").exists()
+    p, q = from_gguf(a), from_gguf(b)
+    assert all(torch.equal(x, y) for x, y in zip(p.parameters(), q.parameters()))
+    card = (a.parent/"README.md").read_text(encoding="utf-8")
+    assert "library_name: gguf" in card and f'gguf_file="{a.name}"' in card
+    assert code_runs(card, a.parent)
 
 
 def test_llama_cpp_reads_it(adapter, tmp_path):
