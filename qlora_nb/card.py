@@ -13,6 +13,7 @@ from collections import namedtuple
 from pathlib import Path
 from safetensors import SafetensorError
 from .core import QLoRAError, fmt_bytes, versions
+from .switching import find_folder
 
 # %% ../nbs/08_card.ipynb #ca980177
 Source = namedtuple("Source", "folder config notes run base")
@@ -21,11 +22,7 @@ def read_source(folder:str|Path,      # Of a run, or of an adapter in PEFT's for
                 base:str|None=None    # Instead of the base model that the adapter names
                ) -> Source:           # The adapter's folder, PEFT's settings, our notes, `run.json`, the base's name
     "All that is known about an adapter. Raises `QLoRAError` for a folder without one."
-    folder = Path(folder)
-    if (folder/"adapter").is_dir(): folder = folder/"adapter"
-    if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder/f).exists()]:
-        raise QLoRAError(f"there is no adapter here: {' and '.join(missing)} missing.", where=str(folder),
-                         cure="Give the folder of a finished run, or of an adapter in PEFT's format.")
+    folder = find_folder(folder)
     def read(path): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     config, notes = read(folder/"adapter_config.json"), read(folder/"qlora_nb.json")
     base = base or config.get("base_model_name_or_path") or notes.get("base")

@@ -7,14 +7,14 @@ __all__ = ['LEVERS', 'CARDS', 'plot_plans', 'levers', 'card_bytes', 'fits', 'lar
            'kv_cache_bytes', 'against_card', 'controls', 'as_img', 'explorer']
 
 # %% ../nbs/06_cards.ipynb #1273f5a3
-import base64, difflib, io, re
+import difflib, re
 from html import escape
 from matplotlib.figure import Figure
 from numpy import polyfit
-from .core import COLORS, QLoRAError, Table
+from .core import COLORS, QLoRAError, Table, figure_data
 from .memory import METHODS, OPTIMIZERS, Plan, config_of, plan
 
-# %% ../nbs/06_cards.ipynb #78da2ced
+# %% ../nbs/06_cards.ipynb #9b518cf5
 def plot_plans(plans:dict) -> Figure:  # Name → `Plan`
     "Stacked bars: what each plan has in use at its highest moment."
     names = list(dict.fromkeys(k for p in plans.values() for k in p.parts))
@@ -30,7 +30,7 @@ def plot_plans(plans:dict) -> Figure:  # Name → `Plan`
     fig.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return fig
 
-# %% ../nbs/06_cards.ipynb #fb9642a4
+# %% ../nbs/06_cards.ipynb #d165249a
 LEVERS = {"checkpointing": lambda s: dict(checkpointing=True),
           "half the batch, twice the accumulation": lambda s: dict(batch=s["batch"]//2),
           "half the length": lambda s: dict(seq=s["seq"]//2), "a loss in tiles": lambda s: dict(loss="chunked"),
@@ -42,7 +42,7 @@ def levers(p:Plan) -> dict:  # Name → `Plan` with that one change; the most he
     plans = {k: plan(p.cfg, **s) for k, s in changed.items() if s != p.settings and s["batch"] and s["seq"] > 32}
     return dict(sorted(((k, q) for k, q in plans.items() if q.peak < p.peak), key=lambda o: o[1].peak))
 
-# %% ../nbs/06_cards.ipynb #945dfe84
+# %% ../nbs/06_cards.ipynb #90b124e6
 CARDS = dict(T4=15360, L4=23034, A10G=23028, V100=16384, RTX3060=12288, RTX3090=24576, RTX4090=24564, RTX5090=32607,
              A6000=49140, L40S=46068, A100_40=40960, A100_80=81920, H100=81559, H200=143771,  # MiB, as nvidia-smi says
              Apple16=10922, Apple32=21845, Apple64=49152, Apple128=98304)  # of unified memory, what Metal recommends
@@ -57,7 +57,7 @@ def card_bytes(card:str|float) -> float:  # A name of `CARDS`, in any spelling, 
     raise QLoRAError(f"there is no card '{card}' in the list.", cure=(f"Near: {', '.join(near)}. " if near else "") +
                      f"Give its memory in GB, or one of {', '.join(CARDS)}.")
 
-# %% ../nbs/06_cards.ipynb #d71711bc
+# %% ../nbs/06_cards.ipynb #05b264d0
 def fits(p:Plan, card) -> bool:
     "Does a plan fit on a card, with CUDA's own part and some room for gaps?"
     return p.needs() <= card_bytes(card)
@@ -83,7 +83,7 @@ def longest(model, card, batch=1, limit=131072, **settings) -> int:
     while t < limit and need(t + 128) <= room: t += 128
     return t
 
-# %% ../nbs/06_cards.ipynb #05b264d0
+# %% ../nbs/06_cards.ipynb #0ff90989
 def advise(model, card="T4", seq:int=2048, batch:int=1, **settings) -> str:  # See `plan`
     "A plan for a card, in words and tables."
     p = plan(model, batch, seq, **settings)
@@ -98,7 +98,7 @@ def advise(model, card="T4", seq:int=2048, batch:int=1, **settings) -> str:  # S
     rows = [[k, q.peak/1e9, "yes" if fits(q, card) else "no"] for k, q in helps.items()]
     return "\n".join([*out, f"It does not fit: {verdict}.", "", str(Table(rows, ["one change", "peak (GB)", "fits?"]))])
 
-# %% ../nbs/06_cards.ipynb #60e54422
+# %% ../nbs/06_cards.ipynb #b5396419
 def kv_cache_bytes(model, batch:int=1, seq:int=2048, element:int=2) -> int:  # Bytes of a number in the cache
     "Bytes of keys and values: 2 × layers × key heads × head size, for each token of each row."
     c = config_of(model)
@@ -106,7 +106,7 @@ def kv_cache_bytes(model, batch:int=1, seq:int=2048, element:int=2) -> int:  # B
     size = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
     return 2*c.num_hidden_layers*heads*size*element*batch*seq
 
-# %% ../nbs/06_cards.ipynb #4fbfa690
+# %% ../nbs/06_cards.ipynb #318d2b3e
 def against_card(p:Plan, card) -> tuple:  # (figure, what it shows)
     "One plan as a stacked bar, with the card's memory as a dashed line."
     fig, room = plot_plans({"": p}), card_bytes(card)/1e9
@@ -115,7 +115,7 @@ def against_card(p:Plan, card) -> tuple:  # (figure, what it shows)
     verdict = "fits" if fits(p, card) else "does not fit"
     return fig, f"{p.title()}: {p.peak/1e9:.1f} GB at its highest ({p.when}); it {verdict} on a card of {room:.1f} GB."
 
-# %% ../nbs/06_cards.ipynb #b5396419
+# %% ../nbs/06_cards.ipynb #5ca09b21
 def controls() -> dict:  # Name of an argument of `plan` → widget
     "One widget for each setting that is worth playing with."
     import ipywidgets as w
@@ -129,10 +129,10 @@ def controls() -> dict:  # Name of an argument of `plan` → widget
 
 def as_img(fig, alt:str) -> str:
     "A figure as an HTML image with its alternative text."
-    fig.savefig(png := io.BytesIO(), format="png", dpi=100)
-    return f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+    png = figure_data(fig, alt)[0]["image/png"]
+    return f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{png}">'
 
-# %% ../nbs/06_cards.ipynb #bbaab2d4
+# %% ../nbs/06_cards.ipynb #14b93b2f
 def explorer(model, card="T4"):
     "Sliders over `plan`, and a picture of what they lead to."
     import ipywidgets as w

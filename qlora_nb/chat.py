@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .core import QLoRAError
 from .data import encode_prompt
 from .inference import load_adapter, stream
-from .runs import latest_run
+from .runs import finished_run
 from .sampling import check_sampling
 from .switching import active_adapter, adapter_names, answering_as
 
@@ -184,6 +184,5 @@ def chat(folder:str|Path|None=None,  # Of a run or an adapter; None: the latest 
          base:str|None=None, device:str|None=None,  # As in `load_adapter`
          **how) -> Chat:             # Of `Chat`
     "Talk to an adapter in a notebook. Raises `QLoRAError` when there is none."
-    if (folder := folder or latest_run(finished=True)) is None:
-        raise QLoRAError("there is no finished run under runs/.", cure="Fine-tune first, or give an adapter's folder.")
+    folder = folder or finished_run("Fine-tune first, or give an adapter's folder.")
     return Chat(*load_adapter(folder, base, device), **how)

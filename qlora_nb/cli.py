@@ -154,15 +154,13 @@ def chat_parser() -> argparse.ArgumentParser:
 # %% ../nbs/18_cli.ipynb #ad7fbac4
 def load_chat(adapter, base, device) -> tuple:  # (model, tokenizer, notes, name)
     "What to talk to: an adapter, a base as it is, or the latest finished run. Raises `QLoRAError` when there is none."
-    from qlora_nb.core import QLoRAError
     from qlora_nb.inference import load_adapter
     from qlora_nb.models import load_model, load_tokenizer
-    from qlora_nb.runs import latest_run
-    folder = adapter or (None if base else latest_run(finished=True))
-    if folder: return *load_adapter(folder, base=base, device=device), folder
-    if base: return load_model(base, device=device), load_tokenizer(base), {}, base
-    raise QLoRAError("there is no finished run under runs/.", cure="Run qlora_finetune first, give --adapter FOLDER, "
-                     "or chat with a model as it is: --model smollm2.")
+    from qlora_nb.runs import finished_run
+    if base and not adapter: return load_model(base, device=device), load_tokenizer(base), {}, base
+    folder = adapter or finished_run("Run qlora_finetune first, give --adapter FOLDER, or chat with a model as it is: "
+                                     "--model smollm2.")
+    return *load_adapter(folder, base=base, device=device), folder
 
 # %% ../nbs/18_cli.ipynb #0aae17e9
 def chat_main(argv:list|None=None):  # None: the options that the command was called with

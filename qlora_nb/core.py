@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ParamCount', 'COLORS', 'QLoRAError', 'pick_device', 'has_native_bf16', 'pick_dtype', 'set_seed', 'count_params',
            'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'glibc', 'free_memory', 'keep_memory', 'Table',
-           'show_figure', 'versions']
+           'figure_data', 'show_figure', 'versions']
 
 # %% ../nbs/00_core.ipynb #76f2112b
 import base64, ctypes, gc, importlib.metadata, io, logging, math, os, platform, random, sys, warnings
@@ -152,14 +152,19 @@ class Table:
 # %% ../nbs/00_core.ipynb #b3730509
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe & Ito (2008)
 
-def show_figure(fig,       # A matplotlib figure
-                alt:str):  # What the figure shows, for a reader who cannot see it
+def figure_data(fig,       # A matplotlib figure
+                alt:str    # What the figure shows, for a reader who cannot see it
+               ) -> tuple: # What `display(raw=True)` takes: (data, metadata)
+    "A figure as PNG with its alternative text."
+    fig.savefig(png := io.BytesIO(), format="png", dpi=100)
+    return {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}, {"image/png": {"alt": alt}}
+
+def show_figure(fig, alt:str):  # As in `figure_data`
     "Display `fig` once, with alternative text."
     from IPython.display import display
     import matplotlib.pyplot as plt
-    fig.savefig(png := io.BytesIO(), format="png", dpi=100)
-    data = {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}
-    display(data, raw=True, metadata={"image/png": {"alt": alt}})
+    data, metadata = figure_data(fig, alt)
+    display(data, raw=True, metadata=metadata)
     plt.close(fig)
 
 # %% ../nbs/00_core.ipynb #e2c08746

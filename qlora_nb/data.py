@@ -8,14 +8,14 @@ __all__ = ['LONG', 'FATES', 'load_rows', 'Examples', 'encode_rows', 'collate', '
            'exact_match', 'field_scores', 'digest', 'is_large']
 
 # %% ../nbs/06_data.ipynb #db652713
-import json, warnings
+import warnings
 from collections import Counter
 from pathlib import Path
 
 # %% ../nbs/06_data.ipynb #56154bad
 import torch
 from .core import QLoRAError, versions
-from .files import LARGE, digest, from_hub, is_file, is_large, open_table
+from .files import digest, from_hub, is_file, is_large, open_table
 from .rows import EXPECTED, check_row, check_rows, parse_json, read_rows, shape_of
 from .scores import exact_match, field_scores
 from .templates import TEMPLATES, answer_of, as_messages, encode, encode_prompt, render, shorten

@@ -12,15 +12,14 @@ from collections import namedtuple
 from pathlib import Path
 
 # %% ../nbs/09_evaluation.ipynb #1a4c1561
-import torch
 from .core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
 from .data import answer_of, collate, encode_prompt, encode_rows, exact_match, field_scores, load_rows
 from .inference import generate
 from .runs import write_json
+from .trainer import mean_loss
 from .training import finetune
 
 # %% ../nbs/09_evaluation.ipynb #d0b8a172
-@torch.no_grad()
 def answer_loss(model, tokenizer,
                 rows:list,            # Of `load_rows`
                 template:str="auto",  # As in training
@@ -30,15 +29,8 @@ def answer_loss(model, tokenizer,
     "Cross-entropy on the answers, each token weighing the same whatever batch it falls into."
     model.eval()
     examples = sorted(encode_rows(rows, tokenizer, template, max_length), key=lambda e: len(e["input_ids"]))
-    total, count = 0., 0
-    for k in range(0, len(examples), batch_size):
-        batch = {n: t.to(model.device) for n,t in collate(examples[k:k+batch_size], tokenizer.pad_token_id).items()}
-        labels = batch.pop("labels")[:, 1:]
-        hidden = model.get_decoder()(**batch, use_cache=False)[0][:, :-1][labels != -100]
-        logits = model.get_output_embeddings()(hidden).float()   # of the answers' tokens only
-        total += torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum").item()
-        count += len(logits)
-    return total/count
+    chunks = [examples[k:k+batch_size] for k in range(0, len(examples), batch_size)]
+    return mean_loss(model, (collate(o, tokenizer.pad_token_id) for o in chunks))
 
 # %% ../nbs/09_evaluation.ipynb #521fe2ea
 def answer_rows(model, tokenizer, rows, template="auto", batch_size=64, progress=False) -> list:

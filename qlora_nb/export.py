@@ -15,6 +15,7 @@ from .core import QLoRAError, free_memory, pick_dtype
 from .lora import PLAIN
 from .models import load_model, load_tokenizer, locate, quiet
 from .quantization import quantize
+from .templates import begins_with_bos
 
 # %% ../nbs/09_export.ipynb #096fc658
 import torch
@@ -115,8 +116,7 @@ def export_tokenizer(source) -> tuple:   # (tokenizer, is the prompt's frame kno
     tok = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False) if own else load_tokenizer(source.base)
     template = source.notes.get("template")
     if template == "article" or template == "auto" and not tok.chat_template:
-        bos = tok.bos_token_id is not None and tok("").input_ids[:1] == [tok.bos_token_id]
-        tok.chat_template = ARTICLE.replace("BOS", "bos_token" if bos else "''")
+        tok.chat_template = ARTICLE.replace("BOS", "bos_token" if begins_with_bos(tok) else "''")
     return tok, bool(tok.chat_template)
 
 # %% ../nbs/09_export.ipynb #d900cd72

@@ -14,6 +14,7 @@ from .card import check_room, export_adapter, license_of, model_card, new_folder
 from .core import QLoRAError, count_params, free_memory
 from .export import merge_and_save, merge_words, merged
 from .models import quiet
+from .templates import begins_with_bos
 
 # %% ../nbs/10_gguf.ipynb #1c367b64
 import torch
@@ -109,8 +110,7 @@ def add_tokenizer(w:GGUFWriter, tokenizer, size:int):   # Rows of the embedding
     for name in ("bos", "eos", "unk", "pad"):
         i = getattr(tokenizer, f"{name}_token_id")
         if i is not None: getattr(w, f"add_{name}_token_id")(i)
-    bos = tokenizer.bos_token_id
-    w.add_add_bos_token(bos is not None and tokenizer("").input_ids[:1] == [bos]), w.add_add_space_prefix(False)
+    w.add_add_bos_token(begins_with_bos(tokenizer)), w.add_add_space_prefix(False)
     if tokenizer.chat_template: w.add_chat_template(tokenizer.chat_template)
 
 # %% ../nbs/10_gguf.ipynb #66619883

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'OPTIMIZERS', 'Lookup', 'Planned', 'skeleton', 'parts_of', 'state_bytes', 'TiledLoss', 'forward_loss',
-           'Hook', 'rehearse', 'with_layers', 'grow', 'Plan', 'config_of', 'check', 'plan']
+           'rehearse', 'with_layers', 'grow', 'Plan', 'config_of', 'plan']
 
 # %% ../nbs/05_memory.ipynb #9c6f3415
 import contextlib, gc
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 from .core import QLoRAError, Table
-from .ledger import Autocast, Ledger
+from .ledger import Autocast, Ledger, on_card
 from .models import hub_errors, locate, quiet
 
 # %% ../nbs/05_memory.ipynb #08622b57
@@ -66,10 +66,10 @@ def skeleton(cfg, method:str, rank:int, targets, dtype:torch.dtype) -> nn.Module
             setattr(model.get_submodule(parent), child, Planned(m, method == "qlora", rank if hit else 0, dtype))
     return model
 
-# %% ../nbs/05_memory.ipynb #afe8686a
+# %% ../nbs/05_memory.ipynb #5b50956b
 def parts_of(model) -> dict:  # Name → bytes
     "What a skeleton keeps for good, by kind."
-    def size(ts): return sum(-(-t.nbytes//512)*512 for t in {id(t): t for t in ts}.values())
+    def size(ts): return sum(on_card(t.nbytes) for t in {id(t): t for t in ts}.values())
     stand = [m for m in model.modules() if isinstance(m, Planned)]
     trained = [p for p in model.parameters() if p.requires_grad]
     other = [t for t in [*model.parameters(), *model.buffers()] if not t.requires_grad]
@@ -78,7 +78,7 @@ def parts_of(model) -> dict:  # Name → bytes
     four = {"4-bit weights": size(packed), "scales": size(scales)}
     return (four if stand[0].packed else {}) | {"16-bit weights": size(other), "adapters": size(trained)}
 
-# %% ../nbs/05_memory.ipynb #482bd792
+# %% ../nbs/05_memory.ipynb #85d3298b
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 
 def state_bytes(p:torch.Tensor, optim:str) -> int:
@@ -88,7 +88,7 @@ def state_bytes(p:torch.Tensor, optim:str) -> int:
     scales = 2*4*-(-n//256)
     return scales if optim.startswith("paged") and n >= 100_000 else 2*n + scales
 
-# %% ../nbs/05_memory.ipynb #d432f132
+# %% ../nbs/05_memory.ipynb #6771f3dc
 class TiledLoss(torch.autograd.Function):
     "What a loss in tiles allocates (TRL's `_ChunkedLogProbFunction`): one tile, and a gradient in float32."
     @staticmethod
@@ -101,25 +101,20 @@ class TiledLoss(torch.autograd.Function):
         grad, _ = ctx.h.new_empty(ctx.h.shape, dtype=torch.float32), ctx.h.new_empty(ctx.tile)
         return grad.to(ctx.h.dtype), None
 
-# %% ../nbs/05_memory.ipynb #6771f3dc
+# %% ../nbs/05_memory.ipynb #f05012d3
 def forward_loss(model, ids, loss, mark):
     "The loss of a step; `mark` is called when the head is reached, forwards and backwards."
     def before_head(m, args):
         mark("forward")
         args[0].register_hook(lambda g: mark("loss"))
     if loss == "full":
-        with contextlib.closing(Hook(model.get_output_embeddings(), before_head)):
+        with model.get_output_embeddings().register_forward_pre_hook(before_head):   # taken off at the end
             return model(input_ids=ids, labels=ids, use_cache=False).loss
     h = model.get_decoder()(input_ids=ids, use_cache=False)[0]
     before_head(None, [h])
     return TiledLoss.apply(h[:, :-1].reshape(-1, h.shape[-1]).clone(), model.get_output_embeddings().weight.shape[0])
 
-class Hook:
-    "A hook before a module's forward, for the length of a block."
-    def __init__(self, module, f): self.handle = module.register_forward_pre_hook(f)
-    def close(self): self.handle.remove()
-
-# %% ../nbs/05_memory.ipynb #21252e8c
+# %% ../nbs/05_memory.ipynb #b10e1abe
 def rehearse(cfg, batch, seq, method, rank, targets, checkpointing, optim, loss, dtype) -> tuple:
     "One training step without memory: (parts that stay, moments of a `Ledger`)."
     with Ledger() as ledger, torch.device("meta"):
@@ -140,7 +135,7 @@ def rehearse(cfg, batch, seq, method, rank, targets, checkpointing, optim, loss,
         ledger.mark("optimizer")
     return parts, ledger.moments
 
-# %% ../nbs/05_memory.ipynb #a08878aa
+# %% ../nbs/05_memory.ipynb #69b0b565
 def with_layers(cfg, n:int):
     "The same config with `n` layers."
     cfg = type(cfg).from_dict(cfg.to_dict())
@@ -156,7 +151,7 @@ def grow(cfg, **how) -> tuple:
     def line(a, b): return a + (n - 2)*(b - a)
     return ({k: line(p2[k], p3[k]) for k in p2}, {k: tuple(map(line, m2[k], m3[k])) for k in m2})
 
-# %% ../nbs/05_memory.ipynb #69b0b565
+# %% ../nbs/05_memory.ipynb #f0a07650
 class Plan:
     "What a training step has in use at its highest moment; shows as a table."
     def __init__(self, cfg, settings, parts, moments):
@@ -181,16 +176,17 @@ class Plan:
     def _repr_markdown_(self): return self.table()._repr_markdown_()
     __repr__ = __str__
 
-# %% ../nbs/05_memory.ipynb #1ed1efc7
+# %% ../nbs/05_memory.ipynb #dea8dfc9
 def config_of(model) -> PretrainedConfig:
     "The config of a model's name, folder, config or of itself. Raises `QLoRAError` when it cannot be read."
     if isinstance(model, PretrainedConfig): return model.get_text_config()
     if hasattr(model, "config"): return model.config.get_text_config()
     with hub_errors(model): return AutoConfig.from_pretrained(locate(model), trust_remote_code=False).get_text_config()
 
-def check(name, value, allowed):
+def _check(name, value, allowed):
     if value not in allowed: raise QLoRAError(f"there is no {name} '{value}'.", cure=f"Choose {', '.join(allowed)}.")
 
+# %% ../nbs/05_memory.ipynb #d2b70aec
 def plan(model,                # A Hub id, a folder, "smollm2", a config, or a model
          batch:int=1, seq:int=2048,   # Rows of a forward pass, tokens of a row
          method:str="qlora",   # "qlora", "lora" (16-bit base) or "full" (float32 weights, mixed precision)
@@ -200,7 +196,7 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
          loss:str="chunked",   # "chunked", as TRL 1.x computes it, or "full": all logits at once
          dtype:torch.dtype=torch.bfloat16) -> Plan:  # What is computed in
     "Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError` for unknown settings."
-    check("method", method, METHODS), check("optimizer", optim, OPTIMIZERS), check("loss", loss, ("chunked", "full"))
+    _check("method", method, METHODS), _check("optimizer", optim, OPTIMIZERS), _check("loss", loss, ("chunked", "full"))
     for k, v in dict(batch=batch, seq=seq, rank=rank).items():
         if v < 1: raise QLoRAError(f"{k} is {v}.", cure="It has to be 1 or more.")
     cfg = config_of(model)

@@ -27,7 +27,7 @@ def plan_parser() -> argparse.ArgumentParser:
     add("--loss", default="chunked", choices=["chunked", "full"], help="in tiles, as TRL 1.x does, or all at once")
     return p
 
-# %% ../nbs/19_tools.ipynb #571cf81e
+# %% ../nbs/19_tools.ipynb #8f9c24f8
 def plan_main(argv:list|None=None):  # None: the options that the command was called with
     "Plan a training step: the console command `qlora_plan`."
     o = vars(plan_parser().parse_args(argv))
@@ -36,7 +36,7 @@ def plan_main(argv:list|None=None):  # None: the options that the command was ca
         from qlora_nb.cards import advise
         print(advise(o.pop("model"), o.pop("gpu"), **o))
 
-# %% ../nbs/19_tools.ipynb #8ac75941
+# %% ../nbs/19_tools.ipynb #e85538aa
 def export_parser() -> argparse.ArgumentParser:
     "The options of `qlora_export`."
     p = argparse.ArgumentParser("qlora_export", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -53,14 +53,11 @@ def export_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="where to merge")
     return p
 
-# %% ../nbs/19_tools.ipynb #15384958
+# %% ../nbs/19_tools.ipynb #70263a7c
 def export_main(argv:list|None=None):  # None: the options that the command was called with
     "Export a run: the console command `qlora_export`."
     o = vars(export_parser().parse_args(argv))
     with one_line_errors():
-        from qlora_nb.core import QLoRAError
         from qlora_nb.gguf_file import export_run
-        from qlora_nb.runs import latest_run
-        if not (folder := o.pop("folder") or latest_run(finished=True)):
-            raise QLoRAError("there is no finished run under runs/.", cure="Run qlora_finetune, or give a FOLDER.")
-        print(export_run(folder, **o))
+        from qlora_nb.runs import finished_run
+        print(export_run(o.pop("folder") or finished_run("Run qlora_finetune, or give a FOLDER."), **o))

@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 # %% ../nbs/06_trainer.ipynb #ae51cb5d
 @torch.no_grad()
-def mean_loss(model, batches:list  # Of dicts of tensors: `input_ids`, `attention_mask`, `labels`
+def mean_loss(model, batches  # Dicts of tensors: `input_ids`, `attention_mask`, `labels`
              ) -> float:           # Nats a token, each trained token weighing the same
     "The loss on `batches`, without dropout; nothing in the model or in the random state is changed."
     was, total, count = model.training, 0., 0

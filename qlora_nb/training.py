@@ -9,18 +9,19 @@ __all__ = ['Run', 'SETTINGS', 'POSITIVE', 'Sealer', 'make_trainer', 'set_aside',
 # %% ../nbs/07_training.ipynb #37fa86e9
 import random, time
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/07_training.ipynb #73eff3be
 from .core import QLoRAError, count_params, free_memory, pick_device, set_seed, versions
 from .adapters import BACKENDS, add_adapters, save_adapter
-from .data import as_messages, collate, encode_rows, load_rows
+from .data import as_messages, collate, digest, encode_rows, load_rows
 from .failures import Guard, explain_failure
 from .models import load_tokenizer, locate, quiet
 from .optimizers import float32_adapters, pick_optimizer
 from .packing import collate_packed, pack, separate_documents
 from .qlora import is_scratch
-from .runs import digest, last_checkpoint, open_run, seal, write_json
+from .runs import last_checkpoint, open_run, seal, write_json
 from .trainer import AdapterTrainer, KeepBest, out_of_patience, trainer_settings
 from .watch import LivePlot, ProgressBar, check_reports, curve, in_notebook, plot_loss
 
@@ -168,11 +169,10 @@ def start_run(model, tokenizer, rows, folder, resume, device, backend, settings:
 # %% ../nbs/07_training.ipynb #6d8c1f8b
 def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, **how) -> tuple:  # `s`: the settings
     "Encode the rows, put adapters on the model, build the trainer: (model, trainer)."
-    encoding, collator = dict(tokenizer=tokenizer) | {k: s[k] for k in ("template", "max_length", "long")}, None
+    encoding = dict(tokenizer=tokenizer) | {k: s[k] for k in ("template", "max_length", "long")}
     examples = number_rows(rows, numbers, **encoding)
-    if s["packing"]:
-        examples, model = pack(examples, s["max_length"]), separate_documents(model)
-        def collator(packs): return collate_packed(packs, tokenizer.pad_token_id)
+    if s["packing"]: examples, model = pack(examples, s["max_length"]), separate_documents(model)
+    collator = partial(collate_packed, pad_id=tokenizer.pad_token_id) if s["packing"] else None
     steps = s["steps"] or max(1, round(s["epochs"]*len(examples)/(s["batch_size"]*s["accumulation"])))
     set_seed(s["seed"])
     model = add_adapters(model, s["rank"], s["alpha"], s["dropout"], s["targets"])
@@ -203,11 +203,12 @@ def finetune(model="smollm2",               # A name for `load_model`, or a mode
              seed:int=0, resume:bool=False, progress:bool=True) -> Run:
     "Fine-tune LoRA adapters on a 4-bit model. Raises `QLoRAError` for bad data, bad settings and a folder in use."
     settings = {k: v for k, v in locals().items() if k in SETTINGS}
-    rows, folder, how = load_rows(data), Path(output), dict(save_steps=save_steps, checkpointing=checkpointing)
-    check_positive(**settings, **how), check_reports(report_to)
+    rows, folder, reports = load_rows(data), Path(output), check_reports(report_to)
+    how = dict(save_steps=save_steps, checkpointing=checkpointing)
+    check_positive(**settings, **how)
     numbers, held = set_aside(rows, eval_data, bool(eval_steps or patience), seed)
     model, tokenizer, settings = start_run(model, tokenizer, rows, folder, resume, device, backend,
                                            settings | dict(eval_sha256=digest(held)))
     model, trainer = prepare(model, tokenizer, rows, numbers, held, folder, settings, progress,
-                             report_to=check_reports(report_to), **how)
+                             report_to=reports, **how)
     return train_run(model, tokenizer, trainer, folder, rows, settings, callbacks, resume)

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'REPORTS', 'Speed', 'ProgressBar', 'curve', 'draw_loss', 'plot_loss', 'memory_now', 'plot_run', 'tell_run',
-           'png', 'svg_panel', 'svg_run', 'in_notebook', 'LivePlot', 'check_reports']
+           'svg_panel', 'svg_run', 'in_notebook', 'LivePlot', 'check_reports']
 
 # %% ../nbs/06_watch.ipynb #4737ad6e
-import base64, importlib.util, io, math, time
+import importlib.util, math, time
 from collections import deque
 
 # %% ../nbs/06_watch.ipynb #2ab21698
 import psutil, torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from .core import COLORS, QLoRAError, fmt_bytes
+from .core import COLORS, QLoRAError, figure_data, fmt_bytes
 from transformers import TrainerCallback
 
 # %% ../nbs/06_watch.ipynb #ba3e07aa
@@ -102,13 +102,7 @@ def tell_run(history:list) -> str:
     if speed: text += f" The last speed is {speed[-1]:.0f} tokens/s."
     return text + (f" The memory reaches {fmt_bytes(max(memory))}." if memory else "")
 
-# %% ../nbs/06_watch.ipynb #f3a170eb
-def png(fig, alt) -> tuple:  # What `display(raw=True)` takes: (data, metadata)
-    "A figure with its alternative text, ready to be shown or to replace what is shown."
-    fig.savefig(f := io.BytesIO(), format="png", dpi=100)
-    return {"image/png": base64.b64encode(f.getvalue()).decode(), "text/plain": alt}, {"image/png": {"alt": alt}}
-
-# %% ../nbs/06_watch.ipynb #e67f0209
+# %% ../nbs/06_watch.ipynb #cd622bd2
 def svg_panel(x0:int, y0:int, title:str, curves:list) -> str:  # Of (xs, ys, colour)
     "One small plot of 330 × 130 pixels, as SVG."
     xs, ys = ([v for c in curves for v in c[k] if math.isfinite(v)] for k in (0, 1))
@@ -123,7 +117,7 @@ def svg_panel(x0:int, y0:int, title:str, curves:list) -> str:  # Of (xs, ys, col
         out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
     return "".join(out)
 
-# %% ../nbs/06_watch.ipynb #1aeb89f2
+# %% ../nbs/06_watch.ipynb #b2d06480
 def svg_run(history:list) -> str:  # HTML
     "Loss, learning rate, tokens a second and memory as one small SVG."
     loss = [(*curve(history, "loss"), COLORS[0]), (*curve(history, "eval_loss"), COLORS[3])]
@@ -134,14 +128,14 @@ def svg_run(history:list) -> str:  # HTML
         panels.append(svg_panel(k%2*340, k//2*130, name, [(x, [unit*o for o in y], COLORS[2])] if y else []))
     return f'<svg width="680" height="255" role="img" aria-label="{tell_run(history)}">{"".join(panels)}</svg>'
 
-# %% ../nbs/06_watch.ipynb #1e463c66
+# %% ../nbs/06_watch.ipynb #e91499bb
 def in_notebook() -> bool:
     "Is there a notebook to draw in? A terminal, a script and IPython's shell have none."
     try: from IPython import get_ipython
     except ImportError: return False
     return getattr(get_ipython(), "kernel", None) is not None
 
-# %% ../nbs/06_watch.ipynb #8fed9dd0
+# %% ../nbs/06_watch.ipynb #1e463c66
 class LivePlot(TrainerCallback):
     "Draws a run while it goes on, for less than a hundredth of its time, and leaves one figure with alternative text."
     def __init__(self, every:float=2.):  # Seconds between two drawings, at the least
@@ -162,10 +156,10 @@ class LivePlot(TrainerCallback):
         else: self.handle = display(data, display_id=True, **how)
     def on_train_end(self, args, state, control, **kw): self.close()
     def close(self):
-        if not self.closed and self.history: self.show(*png(plot_run(self.history), tell_run(self.history)))
+        if not self.closed and self.history: self.show(*figure_data(plot_run(self.history), tell_run(self.history)))
         self.closed = True
 
-# %% ../nbs/06_watch.ipynb #9ce17dec
+# %% ../nbs/06_watch.ipynb #e5831a3a
 REPORTS = ("tensorboard", "wandb")   # also the names of their packages
 
 def check_reports(report_to:str|list|None="none"  # "none", "tensorboard", "wandb", or a list of the latter two
