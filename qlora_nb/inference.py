@@ -28,7 +28,9 @@ PAD_NOISE = {torch.float32: 1e-3, torch.float16: .05}   # of the scores' spread;
 @torch.no_grad()
 def padding_error(model) -> float:
     "How much padding on the left changes the next two scores, as a part of their spread; 0 is not at all."
-    ids, how = torch.arange(3, 9)[None].to(model.device), dict(max_new_tokens=2, do_sample=False, pad_token_id=0)
+    words = model.get_input_embeddings().num_embeddings
+    ids, how = torch.arange(6)*(words//9) + words//4, dict(max_new_tokens=2, do_sample=False, pad_token_id=0)
+    ids = ids[None].to(model.device)   # words of every frequency
     def scores(n):
         row, mask = F.pad(ids, (n, 0)), F.pad(torch.ones_like(ids), (n, 0))
         return model.generate(input_ids=row, attention_mask=mask, eos_token_id=None, return_dict_in_generate=True,
