@@ -80,18 +80,21 @@ def generate(model,                  # From `load_model`, `finetune` or `load_ad
              top_k:int=0,            # Sample from so many of the likeliest tokens; 0: from all
              min_p:float=0.,         # Sample from tokens at least so likely as this part of the likeliest
              repetition_penalty:float=1.,  # Above 1: what was said already is less likely
-             seed:int|None=None      # Of the draws; None: as the random state has it
+             seed:int|None=None,     # Of the draws; None: as the random state has it
+             ended:list|None=None    # Filled with a bool for each prompt: did the model end its answer itself?
             ) -> str|list:           # An answer for each prompt, without special tokens
     "Answer prompts in batches. The model is left in eval mode. Raises `QLoRAError` for settings that make no sense."
     how = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
     check_sampling(seed=seed, **how)
     close_gaps(model).eval()
     texts = [prompts] if isinstance(prompts, str) else prompts
-    plan, answers = batches(model, tokenizer, texts, batch_size), [None]*len(texts)
+    plan, answers, ends = batches(model, tokenizer, texts, batch_size), [None]*len(texts), [None]*len(texts)
     with seeded(seed, model.device):
         for idx in tqdm(plan, desc="answering", disable=not progress, unit="batch", leave=False):
             out = write(model, tokenizer, [texts[i] for i in idx], max_new_tokens, **how)
             for i, t in zip(idx, tokenizer.batch_decode(out, skip_special_tokens=True)): answers[i] = t.strip()
+            for i, ids in zip(idx, out.tolist()): ends[i] = tokenizer.eos_token_id in ids
+    if ended is not None: ended[:] = ends
     return answers[0] if isinstance(prompts, str) else answers
 
 # %% ../nbs/08_inference.ipynb #17a250bd

@@ -4,7 +4,7 @@
     python tests/run_notebook.py nbs/00_core.ipynb --save           # and keep the outputs, cleaned, in the file
     python tests/run_notebook.py nbs/13_kernels.ipynb --flags cuda  # run the cells marked `#| cuda` too
 """
-import argparse, os, re, sys
+import argparse, os, re, sys, tempfile
 from configparser import ConfigParser
 from pathlib import Path
 from queue import Empty
@@ -57,6 +57,14 @@ class Client(NotebookClient):
         return kc
 
 
+def hide_paths(nb):
+    "Paths of this machine, as warnings print them, out of the outputs: a reader has others."
+    home = [Path(sys.prefix), Path(tempfile.gettempdir()), ROOT]
+    for o in (o for c in nb.cells for o in c.get("outputs", []) if o.output_type == "stream"):
+        o.text = re.sub(r"\S*/(?:site|dist)-packages/", "", o.text)
+        for p in home: o.text = o.text.replace(f"{p}/", "")
+
+
 def run(path, flags=(), save=False, timeout=900):
     "Run `path`; raises nbclient's CellExecutionError, with the cell's source, when a cell fails."
     nb = nbformat.read(path, as_version=4)
@@ -70,6 +78,7 @@ def run(path, flags=(), save=False, timeout=900):
     if errs := widget_errors(run_nb):
         raise RuntimeError(f"{path}: an error inside a widget callback: {errs[0]['ename']}: {errs[0]['evalue']}")
     if save:
+        hide_paths(run_nb)
         nb.metadata.pop("widgets", None)
         if any("jupyter.widget-view" in str(c.get("outputs")) for c in run_nb.cells) and "widgets" in run_nb.metadata:
             nb.metadata["widgets"] = run_nb.metadata["widgets"]

@@ -106,6 +106,15 @@ def test_flagged_cells_are_skipped(tmp_path):
     with pytest.raises(CellExecutionError, match="division by zero"): run(path, flags={"slow"})
 
 
+def test_paths_are_hidden(tmp_path):
+    path = write(tmp_path, "import warnings, tempfile, numpy\nwarnings.warn_explicit('odd', UserWarning, numpy.__file__, 3)\n"
+                           "print(f'kept in {tempfile.gettempdir()}/run')")
+    run(path, save=True)
+    text = "".join(o.text for o in read(path).cells[1].outputs)
+    assert "numpy/__init__.py:3: UserWarning: odd" in text and "kept in run" in text
+    assert not MACHINE_PATH.search(text)
+
+
 # ---- what is committed ----
 
 @each_notebook
