@@ -23,7 +23,7 @@ QUIET = dict(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALL
 
 def directives(source):
     "The `#|` lines of a cell, as {name: value}."
-    return {m[1]: m[2].strip() for m in re.finditer(r"^#\|\s*([\w-]+)\s*:?(.*)$", source, re.M)}
+    return {m[1]: m[2].strip() for m in re.finditer(r"^#\|[ \t]*([\w-]+)[ \t]*:?(.*)$", source, re.M)}
 
 
 def skipped(cell, flags=()):

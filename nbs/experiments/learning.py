@@ -23,8 +23,9 @@ def tasks(groups="methods targets formats ranks"):
     nf4 = base | dict(format="nf4", block=64, double=True)
     for seed in SEEDS:
         if "methods" in groups:
-            yield nf4 | dict(method="qlora", seed=seed)
-            yield base | dict(method="lora", seed=seed)
+            for lr in (2e-3, 5e-4):
+                yield nf4 | dict(method="qlora", seed=seed, lr=lr)
+                yield base | dict(method="lora", seed=seed, lr=lr)
             for lr in (5e-5, 2e-4, 5e-4): yield base | dict(method="full", seed=seed, lr=lr, rank=None, targets=None)
     for seed in SEEDS:
         if "unrounded" in groups: yield base | dict(method="lora", seed=seed)
@@ -82,7 +83,7 @@ def learn(task, steps, n_eval, workers):
     s["answers"] = s["answers"][:3]
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return task | before | s | dict(prose_after=perplexity(base, tok, prose()), trainable_parameters=trainable,
-                                    last_losses=statistics.mean(losses[-10:]), steps=steps, seconds_shared=seconds)
+                                    losses=losses, steps=steps, seconds_shared=seconds)
 
 
 def cost(wanted, steps=30):
