@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['harness_model', 'benchmark', 'rows_task']
 
-# %% ../nbs/10_harness.ipynb #c6fcdb1d
+# %% ../nbs/10_harness.ipynb #f4ca61fa
 import json, logging
 from pathlib import Path
 from .core import QLoRAError, Table
 from .data import answer_of, encode_prompt
 from .models import quiet
 
-# %% ../nbs/10_harness.ipynb #8d9da5b6
+# %% ../nbs/10_harness.ipynb #c2796e23
 def harness_model(model, tokenizer, batch_size:int=8):  # Requests at a time
     "A loaded model as lm-evaluation-harness wants it. Raises `QLoRAError` where that is not installed."
     try: from lm_eval.models.huggingface import HFLM
@@ -38,7 +38,7 @@ def benchmark(model, tokenizer,
             if isinstance(value, float) and "," in key and "_stderr" not in key]
     return Table(rows, ["task", "metric", "value", "standard error"])
 
-# %% ../nbs/10_harness.ipynb #087cf321
+# %% ../nbs/10_harness.ipynb #6ae0f855
 def rows_task(rows:list,              # Of `load_rows`
               tokenizer, folder:str|Path,  # Where a file for the harness is written
               name:str="rows",        # What the results call it
