@@ -1,0 +1,57 @@
+"The loss in tiles against PyTorch's own, in every shape and with every way to call it."
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch.nn import functional as F
+
+from qlora_nb.core import QLoRAError
+from qlora_nb.loss import tiled_loss
+
+
+def case(B, T, V, D, part, dtype=torch.float64):
+    g = torch.Generator().manual_seed(B*1000 + T*100 + V)
+    hidden, weight = torch.randn(B, T, D, generator=g, dtype=dtype), torch.randn(V, D, generator=g, dtype=dtype)
+    labels = torch.randint(V, (B, T), generator=g).masked_fill(torch.rand(B, T, generator=g) > part, -100)
+    labels[0, -1] = 1
+    return hidden, weight, labels
+
+
+def usual(hidden, weight, labels, bias=None, n=None):
+    scores = F.linear(hidden[:, :-1], weight, bias).reshape(-1, len(weight))
+    return F.cross_entropy(scores, labels[:, 1:].reshape(-1), reduction="sum")/(n or (labels[:, 1:] != -100).sum())
+
+
+@given(B=st.integers(1, 4), T=st.integers(2, 20), V=st.integers(2, 60), part=st.floats(0, 1), tile=st.integers(1, 50),
+       with_bias=st.booleans(), n=st.sampled_from([None, 7]))
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_equal_to_pytorch(B, T, V, part, tile, with_bias, n):
+    hidden, weight, labels = case(B, T, V, 8, part, torch.float32)
+    bias = torch.linspace(-1, 1, V) if with_bias else None
+    a, b = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    one, two = usual(a, weight, labels, bias, n), tiled_loss(b, weight, labels, bias, n, tile)
+    (one*3).backward(), (two*3).backward()   # what comes from above is not always 1
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_scale_of_float16_survives():
+    "Divided by 4,096 labels before the scale, a gradient of 1e-4 would fall below the smallest float16."
+    hidden, weight, labels = case(2, 2049, 64, 16, 1., torch.float32)
+    hidden, weight = hidden/20, weight/20
+    a, b = hidden.clone().requires_grad_(), hidden.half().requires_grad_()
+    usual(a, weight, labels).backward()
+    (tiled_loss(b, weight.half(), labels)*2**14).backward()
+    off = (b.grad.float()/2**14 - a.grad).norm()/a.grad.norm()
+    assert off < 2e-3, off
+
+
+def test_the_graph_is_used_once():
+    hidden, weight, labels = case(1, 5, 7, 4, 1., torch.float32)
+    loss = tiled_loss(h := hidden.requires_grad_(), weight, labels)
+    grad, = torch.autograd.grad(loss, h, create_graph=True)
+    with pytest.raises(RuntimeError): grad.sum().backward()
+
+
+def test_refusals():
+    hidden, weight, labels = case(1, 5, 7, 4, 1., torch.float32)
+    with pytest.raises(QLoRAError, match="head is trained"): tiled_loss(hidden, weight.requires_grad_(), labels)
+    with pytest.raises(QLoRAError, match="no position"): tiled_loss(hidden, weight.detach(), labels.fill_(-100))
