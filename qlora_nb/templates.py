@@ -7,7 +7,6 @@ __all__ = ['TEMPLATES', 'GAP', 'as_messages', 'begins_with_bos', 'render', 'answ
            'shorten']
 
 # %% ../nbs/05_templates.ipynb #3933ebaf
-from functools import lru_cache
 from os.path import commonprefix
 from .core import QLoRAError
 
@@ -60,8 +59,7 @@ def _fail(why, text):
 def _ids(text, tokenizer): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 # %% ../nbs/05_templates.ipynb #ab5b9d68
-@lru_cache(maxsize=8)
-def _stops(tokenizer, size):
+def _stops(tokenizer):
     "Every token of `tokenizer` that may close an answer, as text."
     return {tokenizer.eos_token or "", *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
 
@@ -83,7 +81,7 @@ def answer_spans(messages:list,       # Of {role, content}
                  template:str="auto"  # One of `TEMPLATES`
                 ) -> tuple:           # (ids up to the last answer's end, [(start, end) of each, end token included])
     "Where the answers are, in tokens. Raises `QLoRAError` with the rendered text when one cannot be found."
-    full, stops, found, spans = render(messages, tokenizer, template), _stops(tokenizer, len(tokenizer)), [], []
+    full, stops, found, spans = render(messages, tokenizer, template), _stops(tokenizer), [], []
     for i, m in enumerate(messages, 1):
         if m["role"] != "assistant": continue
         head = render(messages[:i-1], tokenizer, template, ask=True)
