@@ -1,12 +1,14 @@
 """Does a 4-bit base learn as well? SmolLM2 on the support tickets, many times over.
 
     python nbs/experiments/learning.py nbs/results/learning.json [--steps 150] [--workers 6] [--limit SECONDS]
+    python nbs/experiments/learning.py nbs/results/learning.json --parts learn --name short --steps 60 \\
+        --eval-rows 64 --workers 2 --groups "unrounded formats gentle"      # on a CPU
 
 Each row is one fine-tune: a method, the number format of the base, a rank, targets, a learning rate, a seed. The
 steps, the batches and their order depend on the seed alone. `full` trains all weights (float32, autocast), `lora`
 adapters on the 16-bit base, `qlora` adapters on bitsandbytes' NF4 with double quantization; `rounded` trains adapters
 on a 16-bit base whose weights were rounded to a format first, which is what a frozen quantized base computes with.
-Rows are written as they come in. Times and memory are measured apart, one process at a time.
+Rows are written as they come in. Times and memory are measured apart, one after the other.
 `nbs/10_datatypes.ipynb` and `nbs/10_methods.ipynb` show the results.
 """
 import argparse, json, os, statistics, sys, tempfile, time
@@ -29,6 +31,7 @@ def tasks(groups="methods targets formats ranks"):
             for lr in (5e-5, 2e-4, 5e-4): yield base | dict(method="full", seed=seed, lr=lr, rank=None, targets=None)
     for seed in SEEDS:
         if "unrounded" in groups: yield base | dict(method="lora", seed=seed)
+        if "gentle" in groups: yield base | dict(method="full", seed=seed, lr=5e-5, rank=None, targets=None)
         if "formats" in groups:
             for name, block, double in FORMATS:
                 yield base | dict(method="rounded", seed=seed, format=name, block=block, double=double)
@@ -88,14 +91,13 @@ def learn(task, steps, n_eval, workers):
 
 def cost(wanted, steps=30):
     "Time of a step and peak memory, one after the other, with nothing else on the machine."
-    import gc, torch
+    import torch
+    from qlora_nb.core import free_memory
     from qlora_nb.data import load_rows
     out = []
     for task in wanted:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        free_memory()
+        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
         model, tok = load(task)
         with tempfile.TemporaryDirectory() as folder:
             model, trainer = trainer_for(model, tok, load_rows("tickets"), task, steps, folder)
