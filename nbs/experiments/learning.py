@@ -1,8 +1,6 @@
 """Does a 4-bit base learn as well? SmolLM2 on the support tickets, many times over.
 
     python nbs/experiments/learning.py nbs/results/learning.json [--steps 150] [--workers 6] [--limit SECONDS]
-    python nbs/experiments/learning.py nbs/results/learning.json --parts learn --name short --steps 60 \\
-        --eval-rows 64 --workers 2 --groups "unrounded formats gentle"      # on a CPU
 
 Each row is one fine-tune: a method, the number format of the base, a rank, targets, a learning rate, a seed. The
 steps, the batches and their order depend on the seed alone. `full` trains all weights (float32, autocast), `lora`
