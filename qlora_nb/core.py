@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ParamCount', 'COLORS', 'QLoRAError', 'pick_device', 'has_native_bf16', 'pick_dtype', 'set_seed', 'count_params',
            'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'glibc', 'free_memory', 'keep_memory', 'Table',
-           'figure_data', 'show_figure', 'versions', 'stored_results']
+           'figure_data', 'show_figure', 'versions', 'stored_results', 'load_triton']
 
 # %% ../nbs/00_core.ipynb #76f2112b
 import base64, ctypes, gc, importlib.metadata, io, json, logging, math, os, platform, random, sys, warnings
@@ -189,3 +189,11 @@ def stored_results(name:str  # Of a file in `nbs/results/`, without .json
     if (folder/f"{name}.json").exists(): return json.loads((folder/f"{name}.json").read_text(encoding="utf-8"))
     names = sorted(o.stem for o in folder.glob("*.json"))
     raise QLoRAError(f"there are no results '{name}'.", cure=f"Choose from: {', '.join(names)}.")
+
+# %% ../nbs/00_core.ipynb #f6ec7bb9
+def load_triton() -> tuple:  # (triton, triton.language)
+    "Triton, in its interpreter where there is no GPU. Raises `QLoRAError` where it is not installed."
+    if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
+    try: import triton, triton.language
+    except ImportError as e: raise QLoRAError("Triton is not installed.", cure="On Linux: pip install triton.") from e
+    return triton, triton.language

@@ -7,12 +7,13 @@ __all__ = ['row_losses', 'mean_loss', 'best_eval', 'out_of_patience', 'KeepBest'
            'trainer_settings']
 
 # %% ../nbs/06_trainer.ipynb #2ffa94c0
-import math
+import math, warnings
+from importlib import import_module
 from pathlib import Path
 
 # %% ../nbs/06_trainer.ipynb #f543dfaf
 import torch
-from .core import QLoRAError
+from .core import QLoRAError, count_params
 from .adapters import read_adapter, save_lora
 from .optimizers import mixed_precision, pick_optimizer
 from .qlora import is_scratch
@@ -93,6 +94,19 @@ class AdapterTrainer(AdapterCheckpoints):
             scaler = self.accelerator.scaler
             self.guard.check(self.state.global_step + 1, self.model, scaler and scaler.get_scale())
         return loss
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kw):
+        fast = getattr(self.model, "step_loss", None)   # of `speed_up`
+        if fast is None or return_outputs: return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kw)
+        loss = fast(inputs, n=num_items_in_batch)
+        spread = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        return loss*self.accelerator.num_processes if spread else loss   # which the mean over devices divides by
+    def speed_up(self):
+        "Go through `make_fast` of `14_fast_training`, the one page further on that is used here."
+        big = self.model.device.type == "cuda" and count_params(self.model).total > 5e8   # else compiling costs more
+        make_fast, memory = import_module("qlora_nb.fast").make_fast, 0. if self.args.gradient_checkpointing else 1.
+        for part, number, now, first in make_fast(self.model, memory, compile=big, dynamic=True).rows:
+            if "as before" in now: warnings.warn(f"not made faster: {number} x {part}, {now} ({first})")
+        self.args.gradient_checkpointing &= not big   # compiled layers do it themselves
     def log(self, logs, *args, **kw):
         if "loss" in logs: self._metrics["train"]["num_tokens"] = [self.tokens]   # TRL counts one row of packed ones
         super().log(logs, *args, **kw)

@@ -141,7 +141,7 @@ def train_run(model, tokenizer, trainer, folder, rows, settings, callbacks=(), r
 
 # %% ../nbs/07_training.ipynb #0ea7f2dc
 SETTINGS = ("steps epochs batch_size accumulation lr rank alpha dropout targets template max_length seed eval_steps "
-            "patience optim long packing").split()   # what makes a run what it is
+            "patience optim long packing fast").split()   # what makes a run what it is
 POSITIVE = "steps epochs batch_size accumulation lr rank max_length save_steps eval_steps patience".split()
 
 def check_positive(**settings):
@@ -160,7 +160,9 @@ def start_run(model, tokenizer, rows, folder, resume, device, backend, settings:
     if not named: backend = "scratch" if is_scratch(model) else "bnb"
     settings = dict(model=str(model) if named else model.qlora_nb_name, backend=backend, rows=len(rows),
                     rows_sha256=digest(rows), **settings)
-    settings["optim"] = pick_optimizer(settings["optim"], pick_device(device) if named else model.device)
+    place = pick_device(device) if named else model.device
+    settings |= dict(optim=pick_optimizer(settings["optim"], place), fast=settings["fast"] or
+                     settings["fast"] is None and place.type == "cuda")
     if named: locate(model)   # a wrong name fails before anything is written
     open_run(folder, settings, resume)
     if named: model, tokenizer = BACKENDS[backend](model, device=device), load_tokenizer(model)
@@ -177,10 +179,12 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, **h
     set_seed(s["seed"])
     model = add_adapters(model, s["rank"], s["alpha"], s["dropout"], s["targets"])
     how |= dict(steps=steps, eval_steps=(s["eval_steps"] or how["save_steps"]) if held else None)
-    return model, make_trainer(
+    trainer = make_trainer(
         model, tokenizer, examples, folder/"checkpoints", progress, held and encode_rows(held, **encoding),
         s["patience"], collator, describe=lambda drawn: name_rows(drawn, examples, rows), **how,
         **{k: s[k] for k in ("batch_size", "accumulation", "lr", "seed", "optim")})
+    if s["fast"]: trainer.speed_up()
+    return model, trainer
 
 # %% ../nbs/07_training.ipynb #ac9bf7fa
 def finetune(model="smollm2",               # A name for `load_model`, or a model that it loaded
@@ -197,6 +201,7 @@ def finetune(model="smollm2",               # A name for `load_model`, or a mode
              eval_steps:int|None=None, patience:int|None=None,  # Evaluate so often; end after so many in vain
              optim:str="auto", report_to="none",           # See `pick_optimizer`, `check_reports`
              save_steps:int=20, checkpointing:bool=False,  # See `trainer_settings`
+             fast:bool|None=None,           # See `qlora_nb.fast.make_fast`; None: on a GPU
              backend:str="bnb",             # "bnb": bitsandbytes and PEFT; "scratch": our `qlora` and `lora`
              device:str|None=None,          # See `load_model`
              callbacks=(),                  # Of transformers' Trainer, beside our own

@@ -1,0 +1,207 @@
+"The fast step against the ordinary one: same losses, same gradients, same files, and a word for whatever is left as it was."
+import shutil
+
+import pytest, torch
+from peft import LoraConfig, get_peft_model
+
+from qlora_nb.adapters import add_adapters
+from qlora_nb.core import QLoRAError
+from qlora_nb.fast import adapted_layers, decoder_layers, fast_loss, make_fast, make_plain
+from qlora_nb.fused import fuse, unfuse, why_not
+from qlora_nb.models import load_model, load_tokenizer, quiet, tiny_model
+from qlora_nb.packing import collate_packed, separate_documents
+from qlora_nb.qlora import quantize_model
+from qlora_nb.training import finetune
+
+EAGER = "aot_eager_decomp_partition"   # decides on memory as the real compiler does, and generates no code
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    "Small random models with a real tokenizer beside them."
+    made = {}
+    for kind in ("llama", "falcon"):
+        made[kind] = tmp_path_factory.mktemp(kind)
+        with quiet():
+            tiny_model(kind, vocab_size=49152, hidden_size=64, num_hidden_layers=2, pad_token_id=2).save_pretrained(made[kind])
+            load_tokenizer().save_pretrained(made[kind])
+    return made
+
+
+def adapted(folder, backend="bnb", dtype=torch.float32, rank=8, **how):
+    torch.manual_seed(0)
+    if backend == "bnb": model = load_model(folder, device="cpu", dtype=dtype)
+    else: quantize_model(model := load_model(folder, bits=None, device="cpu", dtype=dtype))
+    model = add_adapters(model, rank, 2*rank) if not how else get_peft_model(model, LoraConfig(r=rank, **how))
+    for n, p in model.named_parameters():
+        if "lora_" in n: p.data = torch.randn_like(p, dtype=torch.float32)*.05
+    return model.train()
+
+
+def batch(seed=0, rows=2, tokens=24):
+    g = torch.Generator().manual_seed(seed)
+    ids, mask = torch.randint(3, 400, (rows, tokens), generator=g), torch.ones(rows, tokens, dtype=torch.long)
+    mask[1, -5:] = 0
+    labels = ids.masked_fill((mask == 0) | (torch.rand(rows, tokens, generator=g) < .5), -100)
+    return dict(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    (value := loss()).backward()
+    return value.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def same(one, two, rtol=1e-4):
+    assert one[0] == pytest.approx(two[0], rel=1e-5) and one[1].keys() == two[1].keys() and one[1]
+    for n, g in one[1].items(): assert (g - two[1][n]).norm() <= rtol*g.norm() + 1e-8, n
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+@pytest.mark.parametrize("backend", ["bnb", "scratch"])
+@pytest.mark.parametrize("rank", [1, 8, 20])
+def test_fused_layers_have_the_same_gradients(folders, kind, backend, rank):
+    model, b = adapted(folders[kind], backend, rank=rank), batch()
+    want = gradients(model, lambda: model(**b).loss)
+    for fold in (False, True):
+        for m in adapted_layers(model).values(): assert why_not(m) is None; fuse(m, fold)
+        same(want, gradients(model, lambda: model(**b).loss))
+        for m in adapted_layers(model).values(): unfuse(m)
+    again = gradients(model, lambda: model(**b).loss)
+    assert again[0] == want[0] and all(torch.equal(g, again[1][n]) for n, g in want[1].items())
+
+
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+@pytest.mark.parametrize("memory", [0., .5])
+def test_the_whole_step(folders, kind, memory):
+    model, b = adapted(folders[kind]), batch()
+    want = gradients(model, lambda: model(**b).loss)
+    keys = list(model.state_dict())
+    table = make_fast(model, memory, compile=EAGER)
+    assert not [r for r in table.rows if "as before" in r[2]] and list(model.state_dict()) == keys
+    same(want, gradients(model, lambda: model.step_loss(b)))
+    other = batch(1, rows=3, tokens=31)
+    same(gradients(model, lambda: model(**other).loss), gradients(model, lambda: model.step_loss(other)))
+    make_plain(model)
+    assert not hasattr(model, "step_loss") and gradients(model, lambda: model(**b).loss)[0] == want[0]
+
+
+def test_accumulation_and_an_output_head_in_tiles(folders):
+    model, b = adapted(folders["llama"]), batch(rows=4)
+    whole, n = gradients(model, lambda: fast_loss(model, b)), (b["labels"][:, 1:] != -100).sum()
+    parts = [{k: v[i:i+2] for k, v in b.items()} for i in (0, 2)]
+    same(whole, gradients(model, lambda: sum(fast_loss(model, p, n, tile=5) for p in parts)))
+
+
+def test_evaluation_and_generation_do_not_change(folders):
+    model = adapted(folders["llama"]).eval()
+    ids = batch()["input_ids"]
+    def answers(): return model(input_ids=ids).logits.detach(), model.generate(input_ids=ids[:1], max_new_tokens=5, do_sample=False)
+    want = answers()
+    make_fast(model, compile=EAGER)
+    assert all(torch.equal(a, b) for a, b in zip(answers(), want))
+    model.train()
+    with model.disable_adapter(), torch.no_grad(): off = model(input_ids=ids).logits
+    assert not torch.equal(off, want[0])
+
+
+def test_packed_documents_stay_apart(folders):
+    for kind in ("llama", "falcon"):
+        model = separate_documents(adapted(folders[kind]))
+        docs = [dict(input_ids=list(range(5 + k, 17 + 2*k)), labels=list(range(5 + k, 17 + 2*k))) for k in range(3)]
+        packed = collate_packed([docs], 2)
+        n = sum(len(d["labels"]) - 1 for d in docs)
+        def alone():
+            one = [{k: torch.tensor([v]) for k, v in d.items()} for d in docs]
+            return sum(model(**o).loss*(o["labels"].shape[1] - 1) for o in one)/n
+        want = gradients(model, alone)
+        make_fast(model, memory=.3, compile=EAGER)
+        same(want, gradients(model, lambda: model.step_loss(packed)))
+
+
+@pytest.mark.parametrize("how, reason", [(dict(target_modules=["q_proj"], use_dora=True), "Dora"),
+    (dict(target_modules=["q_proj"], lora_dropout=.1), "dropout is 0.1"), (dict(target_modules=["q_proj"], lora_bias=True), "bias")])
+def test_what_cannot_be_fused_says_why(folders, how, reason):
+    model, b = adapted(folders["llama"], **how), batch()
+    table = make_fast(model)
+    left = [r for r in table.rows if "as before" in r[2]]
+    assert len(left) == 1 and reason in left[0][2] and left[0][1] == 2
+    model.step_loss(b).backward()
+
+
+def test_merged_and_switched_adapters(folders):
+    model = adapted(folders["llama"])
+    make_fast(model)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["q_proj"]))
+    layer = next(iter(adapted_layers(model).values()))
+    model.base_model.set_adapter(["default", "second"])
+    assert "2 adapters" in (why_not(layer) or "")
+    model.set_adapter("default")
+    with quiet(): model.merge_adapter()
+    assert why_not(layer) == "its adapter is merged"
+
+
+def test_32_bit_copies_of_16_bits_go_back(folders):
+    from peft import prepare_model_for_kbit_training
+    torch.manual_seed(0)
+    model = load_model(folders["llama"], device="cpu", dtype=torch.bfloat16)
+    was = {n: p.dtype for n, p in model.named_parameters()}
+    model = get_peft_model(prepare_model_for_kbit_training(model), LoraConfig(r=4, target_modules="all-linear"))
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    table = make_fast(model)
+    assert any(r[0] == "frozen weight" for r in table.rows) and model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert all(p.dtype == was[n.removeprefix("base_model.model.").replace(".base_layer", "")]
+               for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def test_errors(folders):
+    with pytest.raises(QLoRAError, match="no adapters"): make_fast(tiny_model())
+    model = adapted(folders["llama"])
+    with pytest.raises(QLoRAError, match="between 0 and 1"): make_fast(model, memory=2)
+    with pytest.raises(QLoRAError, match="label"): fast_loss(model, batch() | dict(labels=torch.full((2, 24), -100)))
+    with pytest.raises(QLoRAError, match="no list of decoder layers"):
+        decoder_layers(type("M", (), dict(get_decoder=lambda self: torch.nn.Linear(2, 2)))())
+
+
+def test_trl_trains_a_fast_model(folders, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    found = []
+    for fast in (False, True):
+        model = adapted(folders["llama"])
+        if fast: make_fast(model, compile=EAGER)
+        rows = Dataset.from_dict(dict(input_ids=[list(range(5, 30))]*8))
+        args = SFTConfig(str(tmp_path/str(fast)), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, bf16=False,
+                         logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, gradient_checkpointing=False)
+        with quiet():
+            trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=load_tokenizer())
+            trainer.train()
+        found.append([h["loss"] for h in trainer.state.log_history if "loss" in h])
+    assert len(found[0]) == 3 and found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["bnb", "scratch"])
+def test_a_fast_run_is_the_same_run_and_resumes_to_the_same_bits(folders, tmp_path, backend):
+    from qlora_nb.data import load_rows
+    rows = load_rows("tickets")[:16]
+    def run(name, steps=4, **how):
+        return finetune(str(folders["llama"]), rows, tmp_path/name, steps=steps, batch_size=2, accumulation=2, save_steps=2, lr=1e-2,
+                        device="cpu", progress=False, backend=backend, **how)
+    usual, fast = run("usual").info, run("fast", fast=True).info
+    assert usual["settings"]["fast"] is False and fast["settings"]["fast"] is True   # a CPU stays as it was, unless asked
+    assert usual["losses"] == pytest.approx(fast["losses"], rel=5e-3)
+    (tmp_path/"fast"/"run.json").unlink()
+    shutil.rmtree(tmp_path/"fast"/"checkpoints"/"checkpoint-4")
+    again = run("fast", fast=True, resume=True).info
+    assert again["resumed_from"] == "checkpoint-2" and again["losses"][-2:] == fast["losses"][-2:]
+    with pytest.raises(QLoRAError, match="fast"): run("fast", resume=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_inputs_on_the_host(folders):
+    model = adapted(folders["llama"]).cuda()
+    b = {k: v.cuda() for k, v in batch().items()}
+    want = gradients(model, lambda: model(**b).loss)
+    for offload in (False, True):
+        make_fast(model, memory=0., offload=offload)
+        for _ in range(3): same(want, gradients(model, lambda: model.step_loss(b)), rtol=2e-2)
