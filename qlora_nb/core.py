@@ -12,6 +12,7 @@ import base64, ctypes, gc, importlib.metadata, io, json, logging, math, os, plat
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 # %% ../nbs/00_core.ipynb #6cef6569
 os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MB on a CPU
@@ -191,9 +192,12 @@ def stored_results(name:str  # Of a file in `nbs/results/`, without .json
     raise QLoRAError(f"there are no results '{name}'.", cure=f"Choose from: {', '.join(names)}.")
 
 # %% ../nbs/00_core.ipynb #f6ec7bb9
-def load_triton() -> tuple:  # (triton, triton.language)
-    "Triton, in its interpreter where there is no GPU. Raises `QLoRAError` where it is not installed."
+def load_triton(needed:bool=True  # False: kernels can be defined without it, but not run
+               ) -> tuple:        # (triton, triton.language)
+    "Triton, in its interpreter where there is no GPU. Raises `QLoRAError` where it is needed and not installed."
     if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
     try: import triton, triton.language
-    except ImportError as e: raise QLoRAError("Triton is not installed.", cure="On Linux: pip install triton.") from e
+    except ImportError as e:
+        if needed: raise QLoRAError("Triton is not installed.", cure="On Linux: pip install triton.") from e
+        return SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
     return triton, triton.language

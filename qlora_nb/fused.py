@@ -15,7 +15,7 @@ from .qlora import NF4Linear
 from .quantization import dynamic_code, levels
 
 # %% ../nbs/13_fused.ipynb #0eec59cb
-triton, tl = load_triton()
+triton, tl = load_triton(needed=False)   # a CPU does without
 
 # %% ../nbs/13_fused.ipynb #3fa50b6e
 @triton.jit
@@ -127,6 +127,8 @@ def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
     if variant := getattr(layer, "lora_variant", {}).get(name): return type(variant).__name__
     if layer.lora_B[name].bias is not None: return "its adapter has a bias"
     if getattr(layer, "fan_in_fan_out", False): return "its weight is stored transposed"
+    if base.packed.is_cuda if state is None else base.weight.is_cuda:
+        if not hasattr(triton, "cdiv"): return "Triton is not installed"
     block, kind = (base.how["block_size"], base.how["codebook"]) if state is None else (state.blocksize, state.quant_type)
     if kind not in ("nf4", "fp4"): return f"its codebook is {kind}"
     if layer.in_features % block: return f"its {layer.in_features} inputs are no multiple of {block}"

@@ -160,9 +160,7 @@ def start_run(model, tokenizer, rows, folder, resume, device, backend, settings:
     if not named: backend = "scratch" if is_scratch(model) else "bnb"
     settings = dict(model=str(model) if named else model.qlora_nb_name, backend=backend, rows=len(rows),
                     rows_sha256=digest(rows), **settings)
-    place = pick_device(device) if named else model.device
-    settings |= dict(optim=pick_optimizer(settings["optim"], place), fast=settings["fast"] or
-                     settings["fast"] is None and place.type == "cuda")
+    settings["optim"] = pick_optimizer(settings["optim"], pick_device(device) if named else model.device)
     if named: locate(model)   # a wrong name fails before anything is written
     open_run(folder, settings, resume)
     if named: model, tokenizer = BACKENDS[backend](model, device=device), load_tokenizer(model)
@@ -201,7 +199,7 @@ def finetune(model="smollm2",               # A name for `load_model`, or a mode
              eval_steps:int|None=None, patience:int|None=None,  # Evaluate so often; end after so many in vain
              optim:str="auto", report_to="none",           # See `pick_optimizer`, `check_reports`
              save_steps:int=20, checkpointing:bool=False,  # See `trainer_settings`
-             fast:bool|None=None,           # See `qlora_nb.fast.make_fast`; None: on a GPU
+             fast:bool=False,               # See `qlora_nb.fast.make_fast`
              backend:str="bnb",             # "bnb": bitsandbytes and PEFT; "scratch": our `qlora` and `lora`
              device:str|None=None,          # See `load_model`
              callbacks=(),                  # Of transformers' Trainer, beside our own

@@ -1,5 +1,5 @@
 "The fast step against the ordinary one: same losses, same gradients, same files, and a word for whatever is left as it was."
-import shutil
+import shutil, subprocess, sys
 
 import pytest, torch
 from peft import LoraConfig, get_peft_model
@@ -188,13 +188,34 @@ def test_a_fast_run_is_the_same_run_and_resumes_to_the_same_bits(folders, tmp_pa
         return finetune(str(folders["llama"]), rows, tmp_path/name, steps=steps, batch_size=2, accumulation=2, save_steps=2, lr=1e-2,
                         device="cpu", progress=False, backend=backend, **how)
     usual, fast = run("usual").info, run("fast", fast=True).info
-    assert usual["settings"]["fast"] is False and fast["settings"]["fast"] is True   # a CPU stays as it was, unless asked
+    assert usual["settings"]["fast"] is False and fast["settings"]["fast"] is True
     assert usual["losses"] == pytest.approx(fast["losses"], rel=5e-3)
     (tmp_path/"fast"/"run.json").unlink()
     shutil.rmtree(tmp_path/"fast"/"checkpoints"/"checkpoint-4")
     again = run("fast", fast=True, resume=True).info
     assert again["resumed_from"] == "checkpoint-2" and again["losses"][-2:] == fast["losses"][-2:]
     with pytest.raises(QLoRAError, match="fast"): run("fast", resume=True)
+
+
+def test_a_cpu_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None   # as where it is not installed
+import torch
+from qlora_nb.core import QLoRAError
+from qlora_nb.adapters import add_adapters
+from qlora_nb.fast import make_fast
+from qlora_nb.models import tiny_model
+from qlora_nb.qlora import quantize_model
+quantize_model(model := tiny_model())
+model, ids = add_adapters(model).train(), torch.arange(20)[None]
+assert "fused" in str(make_fast(model))
+model.step_loss(dict(input_ids=ids, labels=ids)).backward()
+try: import qlora_nb.kernels
+except QLoRAError as e: print(e)
+"""
+    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert r.returncode == 0 and r.stdout == "Triton is not installed. On Linux: pip install triton.\n", r.stderr[-2000:]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
