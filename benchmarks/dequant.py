@@ -55,7 +55,10 @@ def main():
     ap.add_argument("--one", help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.one: return measure(args.one)
-    found = {}
+    import torch
+    from qlora_nb.core import versions
+    found, doc = {}, dict(hardware=torch.cuda.get_device_name(), versions=versions(), rows=[])
+    def middle(rows, key): return statistics.median(r[key] for r in rows)
     for _ in range(args.rounds):
         for peer in args.peers:
             res = subprocess.run([sys.executable, __file__, str(args.out), "--one", peer], capture_output=True, text=True,
@@ -63,16 +66,13 @@ def main():
             if res.returncode: print(f"{peer} failed:\n{res.stderr[-1500:]}", file=sys.stderr)
             for row in (json.loads(o) for o in res.stdout.splitlines() if o.startswith('{"peer"')):
                 found.setdefault((peer, row["rows"], row["cols"]), []).append(row)
+            doc["rows"] = [dict(peer=p, rows=r, cols=c, rounds=len(o), equal_bits=all(x["equal_bits"] for x in o),
+                                **{k: middle(o, k) for k in ("us", "gb_per_s", "copy_gb_per_s")})
+                           for (p, r, c), o in found.items()]
+            if found: args.out.write_text(json.dumps(doc, indent=1) + "\n")   # a run that is cut short keeps what it has
     if not found: raise SystemExit("nothing was measured; nothing is written.")
-    import torch
-    from qlora_nb.core import versions
-    def middle(rows, key): return statistics.median(r[key] for r in rows)
-    table = [dict(peer=p, rows=r, cols=c, rounds=len(o), equal_bits=all(x["equal_bits"] for x in o),
-                  **{k: middle(o, k) for k in ("us", "gb_per_s", "copy_gb_per_s")}) for (p, r, c), o in found.items()]
-    doc = dict(hardware=torch.cuda.get_device_name(), versions=versions(), rows=table)
-    args.out.write_text(json.dumps(doc, indent=1) + "\n")
-    for r in table: print("{peer:14} {rows:6} x {cols:5} {us:8.1f} us {gb_per_s:7.0f} GB/s".format(**r),
-                          f"{r['gb_per_s']/r['copy_gb_per_s']:.0%} of copy", "equal" if r["equal_bits"] else "NOT EQUAL")
+    for r in doc["rows"]: print("{peer:14} {rows:6} x {cols:5} {us:8.1f} us {gb_per_s:7.0f} GB/s".format(**r),
+                                f"{r['gb_per_s']/r['copy_gb_per_s']:.0%} of copy", "equal" if r["equal_bits"] else "NOT EQUAL")
 
 
 if __name__ == "__main__": main()

@@ -21,7 +21,8 @@ ROWS = [("Tell me a joke about programming.", "Why do programmers prefer dark mo
          "Overfitting occurs when a model learns the training data too well, including its noise.")]
 LORA = dict(r=8, lora_alpha=32, target_modules=["query_key_value"], bias="none", task_type="CAUSAL_LM")
 WAYS = {"article": {}, "ours, as many updates": dict(rows=8, width=256), "ours, packs of 512": dict(width=512),
-        "ours, packs of 2048": dict(width=2048), "ours, packs of 2048, memory 0": dict(width=2048, memory=0.),
+        "ours, packs of 1536": dict(width=1536), "ours, packs of 2048": dict(width=2048),
+        "ours, packs of 2048, memory 0": dict(width=2048, memory=0.),
         "ours, all linear layers, packs of 2048": dict(width=2048, targets="all-linear")}
 
 
