@@ -9,7 +9,7 @@ on a 16-bit base whose weights were rounded to a format first, which is what a f
 Rows are written as they come in. Times and memory are measured apart, one after the other.
 `nbs/10_datatypes.ipynb` and `nbs/10_methods.ipynb` show the results.
 """
-import argparse, json, os, statistics, sys, tempfile, time
+import argparse, json, os, statistics, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -28,8 +28,6 @@ def tasks(groups="methods targets formats ranks"):
                 yield base | dict(method="lora", seed=seed, lr=lr)
             for lr in (5e-5, 2e-4, 5e-4): yield base | dict(method="full", seed=seed, lr=lr, rank=None, targets=None)
     for seed in SEEDS:
-        if "unrounded" in groups: yield base | dict(method="lora", seed=seed)
-        if "gentle" in groups: yield base | dict(method="full", seed=seed, lr=5e-5, rank=None, targets=None)
         if "formats" in groups:
             for name, block, double in FORMATS:
                 yield base | dict(method="rounded", seed=seed, format=name, block=block, double=double)
