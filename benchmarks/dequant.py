@@ -1,6 +1,7 @@
 """How fast is NF4 with double quantization undone? Each peer in a process of its own, in turns, beside a plain copy.
 
-    python benchmarks/dequant.py benchmarks/results/dequant.json [--peers ours bitsandbytes unsloth] [--rounds 3]
+    python benchmarks/dequant.py benchmarks/results/dequant.json [--peers ours bitsandbytes unsloth] [--rounds 3] \
+        [--peers-path FOLDER]      # where Unsloth is, which only its own process sees
 
 A row holds medians over the rounds. `gb_per_s` are the bytes that must be moved (see `13_kernels`) by the time taken;
 `copy_gb_per_s` is what copying a gigabyte reached in the same process. The cache is emptied before each call. CUDA only.
@@ -9,7 +10,7 @@ import argparse, json, os, statistics, subprocess, sys
 from pathlib import Path
 
 SHAPES = [(2048, 2048), (4096, 4096), (14336, 4096), (28672, 8192)]
-ENV = dict(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
+ROOT, ENV = Path(__file__).resolve().parent.parent, dict(HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1")
 
 
 def peer_function(peer):
@@ -52,6 +53,7 @@ def main():
     ap.add_argument("out", type=Path)
     ap.add_argument("--peers", nargs="+", default=["ours", "bitsandbytes"])
     ap.add_argument("--rounds", type=int, default=3)
+    ap.add_argument("--peers-path", type=Path)
     ap.add_argument("--one", help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.one: return measure(args.one)
@@ -61,8 +63,9 @@ def main():
     def middle(rows, key): return statistics.median(r[key] for r in rows)
     for _ in range(args.rounds):
         for peer in args.peers:
-            res = subprocess.run([sys.executable, __file__, str(args.out), "--one", peer], capture_output=True, text=True,
-                                 env={**os.environ, **ENV})
+            paths = [args.peers_path if peer == "unsloth" else None, ROOT, os.environ.get("PYTHONPATH")]
+            env = {**os.environ, **ENV, "PYTHONPATH": os.pathsep.join(str(o) for o in paths if o)}
+            res = subprocess.run([sys.executable, __file__, str(args.out), "--one", peer], capture_output=True, text=True, env=env)
             if res.returncode: print(f"{peer} failed:\n{res.stderr[-1500:]}", file=sys.stderr)
             for row in (json.loads(o) for o in res.stdout.splitlines() if o.startswith('{"peer"')):
                 found.setdefault((peer, row["rows"], row["cols"]), []).append(row)

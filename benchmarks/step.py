@@ -6,8 +6,9 @@
 
 All peers load the same packed bytes and take the same steps: LoRA of rank 16 on every linear layer, bfloat16, fused
 AdamW, the same token ids, all of them labels. Steps are timed after a warm-up, compiling included in that; a row holds
-the median and the quartiles of all rounds. Peaks are those of the timed steps. `--gpu` with several numbers runs a
-process on each at a time. `--peers-path` is a folder with Unsloth and Liger, which only their own processes see.
+the median and the quartiles of all rounds. Peaks are those of the timed steps; of ours, which replays recordings whose
+memory counts while they are made, those of all steps. `--gpu` with several numbers runs a process on each at a time.
+`--peers-path` is a folder with Unsloth and Liger, which only their own processes see.
 """
 import argparse, contextlib, gc, importlib.metadata, json, os, queue, statistics, subprocess, sys, tempfile, threading
 import time
@@ -72,9 +73,10 @@ def make(shape, folder, device):
 
 
 class Clock:
-    "Times steps, the first few apart; peaks are counted from the end of those."
-    def __init__(self, device, warmup):
+    "Times steps, the first few apart; peaks are counted from the end of those, or with them."
+    def __init__(self, device, warmup, all_peaks):
         self.cuda, self.warmup, self.warmup_s, self.n, self.t, self.times = device == "cuda", warmup, None, 0, None, []
+        self.all_peaks = all_peaks
 
     def now(self):
         import torch
@@ -93,7 +95,7 @@ class Clock:
         if self.cuda: import torch; torch.cuda.synchronize()
         if self.n == self.warmup:
             self.warmup_s = time.perf_counter() - self.t
-            reset_peaks(self.cuda)
+            if not self.all_peaks: reset_peaks(self.cuda)
 
     def ms(self): return [a.elapsed_time(b) if self.cuda else 1e3*(b - a) for a, b in self.times]
 
@@ -167,11 +169,15 @@ def ours(job):
     from peft import get_peft_model
     from qlora_nb.fast import make_fast
     model = get_peft_model(load(job), lora(job)).train()
-    make_fast(model, memory=job["memory"], offload=job["way"] == "host")
     class Loss(torch.nn.Module):   # what `loop` calls
         parameters = staticmethod(model.parameters)
         def forward(self, **batch): return argparse.Namespace(loss=model.step_loss(batch))
-    return loop(Loss(), job, autocast=False)
+    run = loop(Loss(), job, autocast=False)
+    def anew(ids, clock):   # without what was recorded for another batch
+        make_fast(model, memory=job["memory"], offload=job["way"] == "host")
+        gc.collect(), reset_peaks(job["device"] == "cuda")
+        return run(ids, clock)
+    return anew
 
 
 def peft(job): return loop(with_peft(load(job), job), job)
@@ -274,7 +280,7 @@ def measure(job):
     base = torch.cuda.memory_allocated()/1e9 if cuda else None
     ids = torch.randint(0, 32000, (max(job["batches"]), job["seq"]), generator=torch.Generator().manual_seed(0))
     for batch in sorted(job["batches"]):
-        clock, row = Clock(job["device"], job["warmup"]), dict(batch=batch, base_gb=base)
+        clock, row = Clock(job["device"], job["warmup"], job["peer"] == "ours"), dict(batch=batch, base_gb=base)
         with contextlib.suppress(AttributeError): torch._dynamo.reset()   # each length of batch is compiled for itself
         reset_peaks(cuda)
         try:
@@ -356,7 +362,8 @@ def jobs(args):
     for shape in args.shapes:
         for peer in args.peers:
             for way in WAYS[peer]:
-                if way in ("on", "off") and len(WAYS[peer]) > 1 and way not in args.checkpointing: continue
+                if way == "off" and len(WAYS[peer]) > 1 and peer not in args.without: continue
+                if peer.startswith("unsloth") and "falcon" in shape: continue   # not among its models
                 for memory in args.memory if peer == "ours" else [None]:
                     if way == "host" and memory: continue   # the layers' inputs alone can move to the host
                     yield dict(peer=peer, shape=shape, way=way, memory=memory,
@@ -374,9 +381,9 @@ def main():
     ap.add_argument("--batches", nargs="+", type=int, default=[1, 2, 8])
     ap.add_argument("--seq", type=int, default=2048)
     ap.add_argument("--memory", nargs="+", type=float, default=[0, 0.2, 0.5, 1], help="ours: how much to keep")
-    ap.add_argument("--checkpointing", nargs="+", default=["on", "off"], choices=["on", "off"])
+    ap.add_argument("--without", nargs="*", default=["peft"], help="peers that run without checkpointing as well")
     ap.add_argument("--rounds", type=int, default=1)
-    ap.add_argument("--warmup", type=int, default=3)
+    ap.add_argument("--warmup", type=int, default=4)
     ap.add_argument("--steps", type=int, default=8)
     ap.add_argument("--gpu", nargs="+", default=["0"], help="each runs one process at a time")
     ap.add_argument("--device", default="cuda", choices=["cuda", "cpu"])

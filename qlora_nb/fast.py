@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decoder_layers', 'fast_loss', 'why_no_tiles', 'to_16_bits', 'compiler', 'compile_layer', 'HostMemory', 'on_host',
-           'make_plain', 'fuse_layers', 'make_fast']
+           'make_plain', 'fuse_layers', 'speed_up_layers', 'make_fast']
 
 # %% ../nbs/14_fast_training.ipynb #673ef94e
 import contextlib, torch, types
@@ -13,6 +13,7 @@ from torch import nn
 from .core import QLoRAError, Table
 from .cpu import cpu_pieces, cpu_pieces_undo
 from .fused import adapted_layers, fuse, unfuse, why_not
+from .graphs import Stack
 from .loss import fused_gradient, score_gradient, tiled_loss
 
 # %% ../nbs/14_fast_training.ipynb #70645919
@@ -116,8 +117,8 @@ class HostMemory:
 # %% ../nbs/14_fast_training.ipynb #94519df9
 def on_host(host:HostMemory, hidden):  # A layer's input
     "While it is on, autograd keeps this tensor on the host, and all others where they are."
-    at = hidden.data_ptr()
-    def pack(t): return host.save(t) if t.data_ptr() == at and t.shape == hidden.shape else t
+    at, shape = hidden.data_ptr(), hidden.shape   # not `hidden`: autograd keeps `pack`, which would keep it
+    def pack(t): return host.save(t) if t.data_ptr() == at and t.shape == shape else t
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda o: host.load(o) if isinstance(o, int) else o)
 
 # %% ../nbs/14_fast_training.ipynb #822f10f6
@@ -125,6 +126,7 @@ def make_plain(model):
     "Undo `make_fast`."
     for m in adapted_layers(model).values(): unfuse(m)
     cpu_pieces_undo(model)
+    if stack := vars(model).pop("stack", None): stack.undo()
     compiled = [m for m in model.modules() if hasattr(m, "compiled")]
     for m in compiled: del m.forward, m.compiled
     if compiled: torch._dynamo.reset()   # or the next budget would count as one more variant of the same code
@@ -143,30 +145,44 @@ def fuse_layers(model, layers:dict) -> list:  # Rows of a table: (part, number, 
     names = to_16_bits(model, dtypes[0]) if dtypes else []
     return rows + [["frozen weight", len(names), str(dtypes[0]), n] for n in names[:1]]
 
+# %% ../nbs/14_fast_training.ipynb #5c1e77aa
+def speed_up_layers(model, device, memory, compile, offload, record, dynamic) -> list:  # Rows of a table
+    "Compile the decoder's layers, and let them be recorded; see `make_fast`."
+    blocks, how = list(decoder_layers(model)), []
+    if compile:
+        if getattr(model, "is_gradient_checkpointing", False): model.gradient_checkpointing_disable()
+        if offload: model.host_memory = HostMemory(device)
+        backend = compiler(memory, "inductor" if compile is True else compile)
+        for m in blocks: compile_layer(m, backend, getattr(model, "host_memory", None), dynamic)
+        how.append(f"compiled, memory {memory:g}" + ", inputs on the host"*offload)
+    if record:
+        first, host = next(iter(adapted_layers(model).values())), getattr(model, "host_memory", None)
+        def state(): return getattr(first, "disable_adapters", False), first.merged, torch.is_autocast_enabled(device.type)
+        model.stack = Stack(blocks, state, end=(lambda: host.let_go(0)) if host else lambda: None)
+        how.append("recorded")
+    return [["decoder layer", len(blocks), ", ".join(how), ""]] if how else []
+
 # %% ../nbs/14_fast_training.ipynb #d7f1104d
 def make_fast(model,                 # With adapters of PEFT or our own on a 4-bit base; changed in place
               memory:float=1.,       # 1: keep what the backward pass needs ... 0: only layers' inputs, compute the rest again
               compile:bool|str|None=None,  # Compile each decoder layer, by this backend; None: on a GPU
               offload:bool=False,    # Keep the layers' inputs in memory of the host (a GPU's)
+              record:bool|None=None,  # Replay the layers' passes, as `13_graphs` does; None: on a GPU
               dynamic:bool|None=None,  # True: one compilation for batches of all lengths
               tile:int=512) -> Table:  # See `fast_loss`. Result: what was done to how many layers, and why not to the others
     "Make training fast: `model.step_loss(batch)` is its loss. `make_plain` undoes it. Raises `QLoRAError` without adapters."
     layers, device = adapted_layers(make_plain(model)), model.get_input_embeddings().weight.device
     if not layers: raise QLoRAError("this model has no adapters.", type(model).__name__, "Call add_adapters first.")
     if not 0 <= memory <= 1: raise QLoRAError(f"memory is {memory}.", cure="Choose a share between 0 and 1.")
-    compile = device.type == "cuda" if compile is None else compile
-    if offload and not (compile and device.type == "cuda"):
+    cuda = device.type == "cuda"
+    compile, record = cuda if compile is None else compile, cuda if record is None else record
+    if offload and not (compile and cuda):
         raise QLoRAError("offload needs a GPU and compiled layers.", str(device), "Leave it out.")
     rows = fuse_layers(model, layers)
     if device.type == "cpu": rows += [[*row, ""] for row in cpu_pieces(model)]
     no_tiles = why_no_tiles(model)
     rows.append(["loss", 1, f"as before: {no_tiles}" if no_tiles else f"in tiles of {tile}", ""])
-    if compile:
-        if getattr(model, "is_gradient_checkpointing", False): model.gradient_checkpointing_disable()
-        if offload: model.host_memory = HostMemory(device)
-        blocks, backend = list(decoder_layers(model)), compiler(memory, "inductor" if compile is True else compile)
-        for m in blocks: compile_layer(m, backend, getattr(model, "host_memory", None), dynamic)
-        rows.append(["decoder layer", len(blocks), f"compiled, memory {memory:g}" + ", inputs on the host"*offload, ""])
-    gradient = fused_gradient if compile and device.type == "cuda" else score_gradient
+    rows += speed_up_layers(model, device, memory, compile, offload, record, dynamic)
+    gradient = fused_gradient if compile and cuda else score_gradient
     if not no_tiles: model.step_loss = partial(fast_loss, model, tile=tile, gradient=gradient)
     return Table(rows, ["part", "number", "now", "first"])

@@ -45,7 +45,7 @@ def folded_kernel(Q, SCALES, CODE, SCALES2, CODE2, OFFSET, A, B, OUT, N, K, alph
         j = tl.arange(0, R)
         b = tl.load(B + n[:, None]*r + j[None, :], mask=rows & (j < r)[None, :], other=0)
         a = tl.load(A + j[:, None]*K + k[None, :], mask=(j < r)[:, None] & (k < K)[None, :], other=0)
-        w += alpha*tl.dot(b, a, input_precision="ieee")
+        w = tl.dot((b*alpha).to(a.dtype), a, acc=w, input_precision="ieee")
     w, to = w.to(OUT.dtype.element_ty), OUT + n[:, None]*K + k[None, :]
     if EVEN: tl.store(to, w)
     else: tl.store(to, w, mask=inside)

@@ -111,8 +111,9 @@ def _before_layer(layer, args, kw):
     "Give a layer of a model that does not look at positions the mask, and the ALiBi bias, of a packed batch."
     pos, mask, alibi = (kw.get(o) for o in ("position_ids", "attention_mask", "alibi"))
     if mask is None or not getattr(pos, "packed", False): return
-    if not hasattr(pos, "walled"): pos.walled = _walled(mask, pos)
-    return args, kw | dict(attention_mask=pos.walled, alibi=None if alibi is None else _begin_again(alibi, pos))
+    if not hasattr(pos, "walled"):   # by the first layer, for all of them
+        pos.walled = dict(attention_mask=_walled(mask, pos), alibi=None if alibi is None else _begin_again(alibi, pos))
+    return args, kw | pos.walled
 
 # %% ../nbs/06_packing.ipynb #7f8f1a0c
 Separation = namedtuple("Separation", "leak shift")
