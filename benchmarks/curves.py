@@ -1,9 +1,9 @@
 """Does the fast step learn the same? SmolLM2 on the support tickets with `fast` and without, from the same seeds.
 
-    python benchmarks/curves.py benchmarks/results/curves.json [--steps 150] [--seeds 0 1] [--ways usual fast]
+    python benchmarks/curves.py benchmarks/results/curves.json [--steps 150] [--seeds 0 1] [--ways usual fast float32]
 
-`scratch` is the usual step on this course's own layers, the same mathematics once more in another order: how far it is
-from `usual` is how far 16 bits let two right ways come apart. Rows of other ways in the file are kept.
+`float32` is the usual step in 32 bits, and the judge of the others. `scratch` is the usual step on this course's own
+layers, the same mathematics once more in another order. Rows of other ways in the file are kept.
 """
 import argparse, json, tempfile
 from pathlib import Path
@@ -15,6 +15,7 @@ def main():
     from qlora_nb.core import versions
     from qlora_nb.data import load_rows
     from qlora_nb.evaluation import evaluate
+    from qlora_nb.models import load_model, load_tokenizer
     from qlora_nb.training import finetune
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out", type=Path)
@@ -30,13 +31,14 @@ def main():
         for way in args.ways:
             if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
             backend = "scratch" if way == "scratch" else "bnb"
-            packed = dict(packing=True, batch_size=1, max_length=512) if "packing" in way else {}
+            how = dict(packing=True, batch_size=1, max_length=512) if "packing" in way else {}
+            if way == "float32": how = dict(model=load_model(dtype=torch.float32), tokenizer=load_tokenizer())
             with tempfile.TemporaryDirectory() as folder:
                 run = finetune(output=Path(folder)/"run", steps=args.steps, seed=seed, fast="fast" in way, backend=backend,
-                               progress=False, **packed)
+                               progress=False, **how)
                 peak = torch.cuda.max_memory_allocated()/1e9 if torch.cuda.is_available() else None
                 score = evaluate(run.model, run.tokenizer, held, batch_size=64)
-            row = dict(way=way, seed=seed, losses=run.info["losses"], train_seconds=run.info["train_seconds"], peak_gb=peak,
+            row = dict(way=way, hardware=hardware, seed=seed, losses=run.info["losses"], train_seconds=run.info["train_seconds"], peak_gb=peak,
                        exact_match=score.exact_match, answer_loss=score.answer_loss)
             doc["rows"] = [r for r in doc["rows"] if (r["way"], r["seed"]) != (way, seed)] + [row]
             args.out.write_text(json.dumps(doc, indent=1) + "\n")

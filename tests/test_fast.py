@@ -119,6 +119,53 @@ def test_packed_documents_stay_apart(folders):
         same(want, gradients(model, lambda: model.step_loss(packed)))
 
 
+@pytest.mark.parametrize("kind", ["llama", "falcon"])
+@pytest.mark.parametrize("compile", [False, EAGER])
+def test_recorded_passes(folders, kind, compile):
+    model, b = separate_documents(adapted(folders[kind])), batch()
+    docs = [dict(input_ids=list(range(5 + k, 17 + 2*k)), labels=list(range(5 + k, 17 + 2*k))) for k in range(3)]
+    packed, kept = collate_packed([docs], 2), []
+    want = [gradients(model, lambda: model(**o).loss) for o in (b, packed)]
+    assert "recorded" in str(make_fast(model, memory=.3, compile=compile, record=True))
+    def step(o):
+        kept.append(loss := model.step_loss(o))   # as in a list of losses that nobody detaches
+        return loss
+    for _ in range(4):
+        for o, w in zip((b, packed), want): same(w, gradients(model, lambda: step(o)))
+    assert len(model.stack.passes) == 2 and model.stack.why is None
+    twice = gradients(model, lambda: (model.step_loss(b).backward(), model.step_loss(b))[1])
+    same((want[0][0], {n: 2*g for n, g in want[0][1].items()}), twice)
+    make_plain(model)
+    assert not hasattr(model, "stack") and gradients(model, lambda: model(**b).loss)[0] == want[0][0]
+
+
+def test_a_recording_is_of_one_state(folders):
+    model, b = adapted(folders["llama"]), batch()
+    make_fast(model, record=True)
+    for _ in range(3): value = gradients(model, lambda: model.step_loss(b))[0]
+    with model.disable_adapter(): off = model.step_loss(b).item()   # in training, without the adapters
+    assert abs(off - value) > 1e-3 and len(model.stack.passes) == 1
+    assert model.step_loss(b).item() == pytest.approx(value, rel=1e-6)
+    with torch.no_grad(): assert model.step_loss(b).item() == pytest.approx(value, rel=1e-5)
+
+
+def test_a_recording_that_fails_is_said(folders, monkeypatch):
+    from qlora_nb import graphs
+    model, b, once = adapted(folders["llama"]), batch(), graphs.Passes
+    want = gradients(model, lambda: model(**b).loss)
+    make_fast(model, record=True)
+    def passes(*args):
+        if model.stack.seen.most_common(1)[0][1] == 3: raise RuntimeError("not permitted when stream is capturing")
+        return once(*args)
+    monkeypatch.setattr(graphs, "Passes", passes)
+    same(want, gradients(model, lambda: model.step_loss(b)))
+    same(want, gradients(model, lambda: model.step_loss(b)))
+    with pytest.warns(UserWarning, match="layers are not recorded: recording failed .RuntimeError: not permitted"):
+        same(want, gradients(model, lambda: model.step_loss(b)))
+    same(want, gradients(model, lambda: model.step_loss(b)))   # and not a word more
+    assert not model.stack.passes
+
+
 @pytest.mark.parametrize("how, reason", [(dict(target_modules=["q_proj"], use_dora=True), "Dora"),
     (dict(target_modules=["q_proj"], lora_dropout=.1), "dropout is 0.1"), (dict(target_modules=["q_proj"], lora_bias=True), "bias")])
 def test_what_cannot_be_fused_says_why(folders, how, reason):
