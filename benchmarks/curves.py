@@ -38,8 +38,8 @@ def main():
                                progress=False, **how)
                 peak = torch.cuda.max_memory_allocated()/1e9 if torch.cuda.is_available() else None
                 score = evaluate(run.model, run.tokenizer, held, batch_size=64)
-            row = dict(way=way, hardware=hardware, seed=seed, losses=run.info["losses"], train_seconds=run.info["train_seconds"], peak_gb=peak,
-                       exact_match=score.exact_match, answer_loss=score.answer_loss)
+            row = dict(way=way, hardware=hardware, seed=seed, losses=run.info["losses"], peak_gb=peak,
+                       train_seconds=run.info["train_seconds"], exact_match=score.exact_match, answer_loss=score.answer_loss)
             doc["rows"] = [r for r in doc["rows"] if (r["way"], r["seed"]) != (way, seed)] + [row]
             args.out.write_text(json.dumps(doc, indent=1) + "\n")
             print({k: v for k, v in row.items() if k != "losses"}, row["losses"][:2], row["losses"][-1], flush=True)
