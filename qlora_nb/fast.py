@@ -156,8 +156,9 @@ def speed_up_layers(model, device, memory, compile, offload, record, dynamic) ->
         for m in blocks: compile_layer(m, backend, getattr(model, "host_memory", None), dynamic)
         how.append(f"compiled, memory {memory:g}" + ", inputs on the host"*offload)
     if record:
-        first, host = next(iter(adapted_layers(model).values())), getattr(model, "host_memory", None)
-        def state(): return getattr(first, "disable_adapters", False), first.merged, torch.is_autocast_enabled(device.type)
+        layers, host = list(adapted_layers(model).values()), getattr(model, "host_memory", None)
+        def state():   # what a recording has fixed
+            return torch.is_autocast_enabled(device.type), *[(getattr(m, "disable_adapters", False), m.merged) for m in layers]
         model.stack = Stack(blocks, state, end=(lambda: host.let_go(0)) if host else lambda: None)
         how.append("recorded")
     return [["decoder layer", len(blocks), ", ".join(how), ""]] if how else []
@@ -175,13 +176,17 @@ def make_fast(model,                 # With adapters of PEFT or our own on a 4-b
     if not layers: raise QLoRAError("this model has no adapters.", type(model).__name__, "Call add_adapters first.")
     if not 0 <= memory <= 1: raise QLoRAError(f"memory is {memory}.", cure="Choose a share between 0 and 1.")
     cuda = device.type == "cuda"
-    compile, record = cuda if compile is None else compile, cuda if record is None else record
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    compile, record = cuda if compile is None else compile, cuda and alone if record is None else record
+    if cuda and device.index != torch.cuda.current_device():
+        raise QLoRAError(f"the model is on {device}, and PyTorch's current device is another.", cure="Call torch.cuda.set_device(device).")
     if offload and not (compile and cuda):
         raise QLoRAError("offload needs a GPU and compiled layers.", str(device), "Leave it out.")
     rows = fuse_layers(model, layers)
     if device.type == "cpu": rows += [[*row, ""] for row in cpu_pieces(model)]
     no_tiles = why_no_tiles(model)
     rows.append(["loss", 1, f"as before: {no_tiles}" if no_tiles else f"in tiles of {tile}", ""])
+    if offload and no_tiles: raise QLoRAError(f"offload needs the loss in tiles, and {no_tiles}.", cure="Leave it out.")
     rows += speed_up_layers(model, device, memory, compile, offload, record, dynamic)
     gradient = fused_gradient if compile and cuda else score_gradient
     if not no_tiles: model.step_loss = partial(fast_loss, model, tile=tile, gradient=gradient)

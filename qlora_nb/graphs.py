@@ -23,7 +23,7 @@ def record(work, pool=None):  # A function that returns tensors; where a GPU rec
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"): out = work()
     return list(out), graph.replay
 
-# %% ../nbs/13_graphs.ipynb #1571e3de
+# %% ../nbs/13_graphs.ipynb #5d745413
 class Passes:
     "The forward and the backward pass of `call`, recorded for arguments of one shape."
     def __init__(self, call, leaves, spec, params, pool):  # Arguments as `tree_flatten` leaves them; what is trained
@@ -36,12 +36,12 @@ class Passes:
             return [self.live.detach()]
         def backward():
             live, self.live = self.live, None
-            return torch.autograd.grad(live, self.wanted, self.d_out)
+            return torch.autograd.grad(live, self.wanted, self.d_out, allow_unused=True)
         self.out, self.forward = record(forward, pool)
         self.d_out = torch.zeros_like(hidden)   # layers keep the shape
         self.grads, self.backward = record(backward, pool)
 
-# %% ../nbs/13_graphs.ipynb #d21796e9
+# %% ../nbs/13_graphs.ipynb #21b44974
 class Replay(torch.autograd.Function):
     "One function in the place of all layers; the parameters' gradients are set in its backward pass."
     @staticmethod
@@ -56,17 +56,18 @@ class Replay(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
         p, ctx.passes = ctx.passes, None   # a loss that is kept keeps nothing else
-        if ctx.turn != ctx.stack.turn:
+        if p is None or ctx.turn != ctx.stack.turn:
             raise QLoRAError("another forward pass came before the backward pass of this one.", "recorded layers",
                              "Call backward() after each loss, or make_fast(..., record=False).")
         held = {i: q.grad.clone() for i, q in enumerate(p.params) if q.grad is not None}
         p.d_out.copy_(d_out)
         p.backward()
-        if held: torch._foreach_add_([p.grads[i] for i in held], list(held.values()))
-        for q, g in zip(p.params, p.grads): q.grad = g
+        both = [i for i in held if p.grads[i] is not None]   # None: a parameter that these layers did not use
+        if both: torch._foreach_add_([p.grads[i] for i in both], [held[i] for i in both])
+        for q, g in zip(p.params, p.grads): q.grad = q.grad if g is None else g
         return None, None, None, p.grads[-1] if len(p.wanted) > len(p.params) else None, *[None]*(len(p.slots) - 1)
 
-# %% ../nbs/13_graphs.ipynb #40d08429
+# %% ../nbs/13_graphs.ipynb #59f4b991
 class Recordings:
     "Passes of `call` for each shape of its arguments, recorded when it comes for the third time."
     def __init__(self, call, params, device, after:int=2, most:int=16):
@@ -81,24 +82,25 @@ class Recordings:
         self.seen[key] += 1
         if key in self.passes: return self.passes[key]
         if self.why or self.seen[key] < self.after or len(self.passes) >= self.most: return None
-        if self.seen[key] == self.after: return Passes(self.call, leaves, spec, self.params, None)   # a rehearsal
+        if self.seen[key] == self.after: return Passes(self.call, leaves, spec, self.params(), None)   # a rehearsal
         gc.collect()   # what a rehearsal leaves behind would count
-        try: self.passes[key] = Passes(self.call, leaves, spec, self.params, self.pool)
+        try: self.passes[key] = Passes(self.call, leaves, spec, self.params(), self.pool)
         except Exception as e:   # whatever a layer does that cannot be recorded
             while e.__context__: e = e.__context__   # what came first says most
             self.why = f"recording failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
             warnings.warn(f"the layers are not recorded: {self.why}")
         return self.passes.get(key)
 
-# %% ../nbs/13_graphs.ipynb #e8d0cff2
+# %% ../nbs/13_graphs.ipynb #0ec4e3fb
 class Stack(Recordings):
     "Decoder layers, the first of which answers for all when there is a recording."
     def __init__(self, layers, state=lambda: None, end=lambda: None, **how):  # What else tells calls apart; called at the end
         self.layers, self.calls, self.state, self.end = list(layers), [m.forward for m in layers], state, end
         self.turn, self.now, self.n_out, device = 0, None, None, next(self.layers[0].parameters()).device
         self.anchor = torch.zeros((), device=device, requires_grad=True)   # no parameter: a kept loss would hold on to it
-        super().__init__(self.chain, [p for m in self.layers for p in m.parameters() if p.requires_grad], device, **how)
+        super().__init__(self.chain, self.trained, device, **how)
         for i, m in enumerate(self.layers): m.forward = self.layer(i)
+    def trained(self): return [p for m in self.layers for p in m.parameters() if p.requires_grad]
     def chain(self, hidden, *args, **kwargs):
         for call in self.calls:
             out = call(hidden, *args, **kwargs)
@@ -107,7 +109,9 @@ class Stack(Recordings):
         return hidden
     def layer(self, i):
         def forward(hidden, *args, **kwargs):
-            if not self.layers[i].training or not torch.is_grad_enabled(): return self.calls[i](hidden, *args, **kwargs)
+            m = self.layers[i]
+            off = not m.training or not torch.is_grad_enabled() or getattr(m, "gradient_checkpointing", False)
+            if off: return self.calls[i](hidden, *args, **kwargs)
             leaves, spec = tree_flatten(((hidden, *args), kwargs))
             if i == 0: self.now = None   # and with it, a rehearsal's memory
             if i == 0: self.now = self.find(leaves, spec, self.state())

@@ -166,6 +166,26 @@ def test_a_recording_that_fails_is_said(folders, monkeypatch):
     assert not model.stack.passes
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_are_not_recorded(folders, reentrant):
+    model, b = adapted(folders["llama"]), batch()
+    want = gradients(model, lambda: model(**b).loss)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+    make_fast(model, record=True)
+    for _ in range(4): same(want, gradients(model, lambda: model.step_loss(b)))
+    assert not model.stack.passes
+
+
+def test_an_adapter_that_is_off_in_some_layers(folders):
+    model, b = adapted(folders["llama"]), batch()
+    make_fast(model, record=True)
+    list(adapted_layers(model).values())[3].enable_adapters(False)
+    want = gradients(model, lambda: model.step_loss(b))
+    for _ in range(3): same(want, gradients(model, lambda: model.step_loss(b)))
+    assert len(model.stack.passes) == 1
+
+
 @pytest.mark.parametrize("how, reason", [(dict(target_modules=["q_proj"], use_dora=True), "Dora"),
     (dict(target_modules=["q_proj"], lora_dropout=.1), "dropout is 0.1"), (dict(target_modules=["q_proj"], lora_bias=True), "bias")])
 def test_what_cannot_be_fused_says_why(folders, how, reason):
