@@ -2,6 +2,7 @@
 
     python benchmarks/step.py --make --models /dev/shm/models --shapes llama-3-8b
     python benchmarks/levers.py benchmarks/results/levers.json --models /dev/shm/models [--shape llama-3-8b] [--rounds 3]
+    python benchmarks/levers.py benchmarks/results/offload.json --models /dev/shm/models --set offload
 
 A row is a way to take the step, with all levers of the rows before it: median and quartiles of its time over the rounds,
 peak memory, and how far its gradients are from those of the same packed weights in float32 (`--check`, fewer layers).
@@ -17,6 +18,7 @@ WAYS = [("PEFT + bitsandbytes", {}), ("loss in tiles", dict(loss=True)), ("one f
         ("passes recorded", dict(memory=1.)), ("memory 0.85", dict(memory=.85)),
         ("memory 0.5", dict(memory=.5)), ("memory 0.2", dict(memory=.2)), ("memory 0", dict(memory=0.)),
         ("inputs on the host", dict(memory=0., offload=True))]
+OFFLOAD = [(f"memory {m:g}", dict(memory=m, offload=True)) for m in (0., .1, .2, .25, .3, .4, .5)]
 
 
 def prepare(model, loss=False, fuse=None, **how):
@@ -89,6 +91,7 @@ def main():
     ap.add_argument("out", type=Path)
     ap.add_argument("--models", type=Path, default=Path("/dev/shm/models"))
     ap.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
+    ap.add_argument("--set", default="levers", choices=["levers", "offload"], help="how much to keep on the host, instead")
     ap.add_argument("--check", action="store_true", help="gradients instead of times, with the first two layers")
     ap.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="with --check")
     for name, default in dict(batch=2, seq=2048, rounds=2, steps=6).items():
@@ -121,7 +124,7 @@ def main():
         del exact
         doc["float32_loss"] = loss
     for round in range(1 if args.check else args.rounds):
-        for name, how in WAYS:
+        for name, how in OFFLOAD if args.set == "offload" else WAYS:
             gc.collect(), torch.cuda.empty_cache()
             try:
                 loss_of = prepare(model, **how)
@@ -135,6 +138,8 @@ def main():
                     found.setdefault(name, []).extend(r.pop("ms"))
                     low, mid, high = statistics.quantiles(found[name], n=4, method="inclusive")
                     row = r | dict(step_ms=mid, step_ms_low=low, step_ms_high=high)
+                    if host := getattr(model, "host_memory", None):
+                        row |= dict(memory=how["memory"], host_gb=sum(t.nbytes for o in host.buffers.values() for t in o)/1e9)
             except Exception as e: row = dict(error=f"{type(e).__name__}: {str(e)[:200]}")
             row = dict(way=name) | row
             doc["rows"] = [o for o in doc["rows"] if o["way"] != name] + [row]

@@ -10,7 +10,7 @@ the median and the quartiles of all rounds. Peaks are those of the timed steps; 
 memory counts while they are made, those of all steps. `--gpu` with several numbers runs a process on each at a time.
 `--peers-path` is a folder with Unsloth and Liger, which only their own processes see.
 """
-import argparse, contextlib, gc, importlib.metadata, json, os, queue, statistics, subprocess, sys, tempfile, threading
+import argparse, contextlib, gc, importlib.metadata, json, math, os, queue, statistics, subprocess, sys, tempfile, threading
 import time
 from pathlib import Path
 
@@ -30,7 +30,7 @@ SHAPES = {
         num_attention_heads=4, bias=True, multi_query=False, parallel_attn=False, new_decoder_architecture=False))}
 TARGETS = dict(LlamaConfig="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(),
                FalconConfig="query_key_value dense dense_h_to_4h dense_4h_to_h".split())
-WAYS = {"ours": ("device", "host"),
+WAYS = {"ours": ("device", "host", "host-not-recorded"),
         "unsloth": ("unsloth",), "unsloth-none": ("off",), "unsloth-small-loss": ("unsloth",),
         "peft": ("on", "off"), "trl": ("on", "off"), "liger": ("on", "off"), "peft+compile": ("on", "off"),
         "peft+regions": ("on", "off")}
@@ -110,8 +110,7 @@ def reset_peaks(cuda):
 def peaks(cuda):
     import torch
     if not cuda: return {}
-    host = torch.cuda.host_memory_stats()   # its names differ between versions; what is owned is never less than in use
-    pinned = max((v for k, v in host.items() if k.endswith("bytes.peak")), default=0)
+    pinned = torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0)   # owned; the bytes in use are not counted right
     return dict(peak_allocated_gb=torch.cuda.max_memory_allocated()/1e9,
                 peak_reserved_gb=torch.cuda.max_memory_reserved()/1e9, pinned_host_gb=pinned/1e9)
 
@@ -174,7 +173,7 @@ def ours(job):
         def forward(self, **batch): return argparse.Namespace(loss=model.step_loss(batch))
     run = loop(Loss(), job, autocast=False)
     def anew(ids, clock):   # without what was recorded for another batch
-        make_fast(model, memory=job["memory"], offload=job["way"] == "host")
+        make_fast(model, memory=job["memory"], offload="host" in job["way"], record=False if "not" in job["way"] else None)
         gc.collect(), reset_peaks(job["device"] == "cuda")
         return run(ids, clock)
     return anew
@@ -258,19 +257,36 @@ PEERS = {"ours": ours, "peft": peft, "trl": trl, "liger": liger, "unsloth": unsl
 def say(kind, **what): print(f"\n{kind} {json.dumps(what)}", flush=True)
 
 
+def near_gpu():
+    "Bind this process to the CPUs beside its GPU, where the system tells: pinned memory on the other side is slower."
+    import torch
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        p = torch.cuda.get_device_properties(0)
+        name = f"{p.pci_domain_id:04x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"
+        ends = [list(map(int, o.split("-"))) for o in Path(f"/sys/bus/pci/devices/{name}/local_cpulist").read_text().split(",")]
+        os.sched_setaffinity(0, {c for e in ends for c in range(e[0], e[-1] + 1)} & os.sched_getaffinity(0))
+
+
 def about(job):
     from qlora_nb.core import versions
     import torch
     found = versions()
     for o in ("triton", "unsloth", "unsloth_zoo", "liger_kernel"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[o] = importlib.metadata.version(o)
-    say("ABOUT", hardware=torch.cuda.get_device_name() if job["device"] == "cuda" else "CPU", versions=found)
+    say("ABOUT", hardware=hardware(job), versions=found)
+
+
+def hardware(job):
+    import torch
+    return torch.cuda.get_device_name() if job["device"] == "cuda" else "CPU"
 
 
 def measure(job):
     "One process: one peer on one shape, for each batch; a row is printed as soon as it is known."
     error = None
-    try: run = PEERS[job["peer"]](job)
+    try:
+        if job["device"] == "cuda": near_gpu()
+        run = PEERS[job["peer"]](job)
     except Exception as e: error = describe(e)
     import torch
     if job["device"] == "cuda" and not torch.cuda.is_available(): error = error or "there is no GPU"
@@ -280,11 +296,12 @@ def measure(job):
     base = torch.cuda.memory_allocated()/1e9 if cuda else None
     ids = torch.randint(0, 32000, (max(job["batches"]), job["seq"]), generator=torch.Generator().manual_seed(0))
     for batch in sorted(job["batches"]):
-        clock, row = Clock(job["device"], job["warmup"], job["peer"] == "ours"), dict(batch=batch, base_gb=base)
+        clock, row = Clock(job["device"], job["warmup"], job["peer"] == "ours"), dict(batch=batch, base_gb=base, hardware=hardware(job))
         with contextlib.suppress(AttributeError): torch._dynamo.reset()   # each length of batch is compiled for itself
         reset_peaks(cuda)
         try:
             loss = run(ids[:batch].to(job["device"]), clock)
+            if not math.isfinite(loss): raise ArithmeticError(f"its loss is {loss}")
             row |= dict(ok=True, error=None, ms=clock.ms(), warmup_s=clock.warmup_s, loss=loss, **peaks(cuda))
         except Exception as e: row |= dict(ok=False, error=describe(e))
         say("ROW", **row)
@@ -328,7 +345,7 @@ def start(job, args, gpu, tell):
 
 KEY = ("peer", "shape", "batch", "seq", "checkpointing", "memory")
 PEAKS = ("peak_allocated_gb", "peak_reserved_gb", "pinned_host_gb", "base_gb")
-FOUND = ("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "step_ms", *PEAKS, "warmup_s", "loss")
+FOUND = ("hardware", "tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "step_ms", *PEAKS, "warmup_s", "loss")
 
 
 def summary(key, runs):
@@ -339,21 +356,21 @@ def summary(key, runs):
     tokens = row["batch"]*row["seq"]
     def top(k): return max((r[k] for r in good if r.get(k) is not None), default=None)
     return row | dict(tokens_per_s=1e3*tokens/mid, tokens_per_s_low=1e3*tokens/high, tokens_per_s_high=1e3*tokens/low,
-                      step_ms=mid, **{k: top(k) for k in PEAKS},
+                      step_ms=mid, hardware=good[-1]["hardware"], **{k: top(k) for k in PEAKS},
                       warmup_s=statistics.median(r["warmup_s"] for r in good), loss=good[-1]["loss"],
                       rounds=len(good), ok=True, error=None if len(good) == len(runs) else "a round failed")
 
 
 def line(r):
     "A row, for a person."
-    how = r["checkpointing"] if r["memory"] is None or r["checkpointing"] == "host" else f"memory {r['memory']:g}"
-    head = f"{r['peer']:18} {r['shape']:13} {how:11} {r['batch']:2} x {r['seq']}"
+    how = r["checkpointing"] if r["memory"] is None else f"memory {r['memory']:g}" + ", host"*("host" in r["checkpointing"])
+    head = f"{r['peer']:18} {r['shape']:13} {how:17} {r['batch']:2} x {r['seq']}"
     if not r["ok"]: return f"{head}  {r['error'][:90]}"
     gb = "".join(f"{r[k]:7.2f}" if r[k] is not None else "      -" for k in PEAKS)
     return f"{head} {r['tokens_per_s']:8.0f} {r['step_ms']:9.1f}{gb} {r['warmup_s']:6.1f} {r['loss']:8.4f}"
 
 
-HEAD = f"{'peer':18} {'shape':13} {'checkpoints':11} {'batch':9}{'tokens/s':>7} {'ms':>9} {'alloc.':>6} {'resv.':>6} " \
+HEAD = f"{'peer':18} {'shape':13} {'checkpoints':17} {'batch':9}{'tokens/s':>7} {'ms':>9} {'alloc.':>6} {'resv.':>6} " \
        f"{'pinned':>6} {'base':>6} {'warm':>6} {'loss':>8}   (GB, s)"
 
 
@@ -364,8 +381,8 @@ def jobs(args):
             for way in WAYS[peer]:
                 if way == "off" and len(WAYS[peer]) > 1 and peer not in args.without: continue
                 if peer.startswith("unsloth") and "falcon" in shape: continue   # not among its models
-                for memory in args.memory if peer == "ours" else [None]:
-                    if way == "host" and memory: continue   # the layers' inputs alone can move to the host
+                for memory in [None] if peer != "ours" else args.host if "host" in way else args.memory:
+                    if "not" in way and memory != max(args.host): continue   # recording costs a little memory: how much?
                     yield dict(peer=peer, shape=shape, way=way, memory=memory,
                                folder=str((args.models/shape).resolve()), batches=sorted(args.batches),
                                seq=args.seq, device=args.device, warmup=args.warmup, steps=args.steps)
@@ -381,6 +398,7 @@ def main():
     ap.add_argument("--batches", nargs="+", type=int, default=[1, 2, 8])
     ap.add_argument("--seq", type=int, default=2048)
     ap.add_argument("--memory", nargs="+", type=float, default=[0, 0.2, 0.5, 1], help="ours: how much to keep")
+    ap.add_argument("--host", nargs="*", type=float, default=[0, 0.25], help="ours: how much to keep in memory of the host")
     ap.add_argument("--without", nargs="*", default=["peft"], help="peers that run without checkpointing as well")
     ap.add_argument("--rounds", type=int, default=1)
     ap.add_argument("--warmup", type=int, default=4)

@@ -26,7 +26,7 @@ def record(work, pool=None):  # A function that returns tensors; where a GPU rec
 # %% ../nbs/13_graphs.ipynb #5d745413
 class Passes:
     "The forward and the backward pass of `call`, recorded for arguments of one shape."
-    def __init__(self, call, leaves, spec, params, pool):  # Arguments as `tree_flatten` leaves them; what is trained
+    def __init__(self, call, leaves, spec, params, pool, homes={}):  # Arguments, flat; what is trained, and by its id, where gradients go
         def own(t): return t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t
         self.slots, self.params = list(map(own, leaves)), params
         (hidden, *args), kwargs = tree_unflatten(self.slots, spec)
@@ -36,7 +36,8 @@ class Passes:
             return [self.live.detach()]
         def backward():
             live, self.live = self.live, None
-            return torch.autograd.grad(live, self.wanted, self.d_out, allow_unused=True)
+            found = torch.autograd.grad(live, self.wanted, self.d_out, allow_unused=True)
+            return [g if g is None or id(p) not in homes else homes[id(p)].copy_(g) for p, g in zip(self.wanted, found)]
         self.out, self.forward = record(forward, pool)
         self.d_out = torch.zeros_like(hidden)   # layers keep the shape
         self.grads, self.backward = record(backward, pool)
@@ -84,10 +85,12 @@ class Recordings:
         if self.why or self.seen[key] < self.after or len(self.passes) >= self.most: return None
         if self.seen[key] == self.after: return Passes(self.call, leaves, spec, self.params(), None)   # a rehearsal
         gc.collect()   # what a rehearsal leaves behind would count
-        try: self.passes[key] = Passes(self.call, leaves, spec, self.params(), self.pool)
+        homes = {id(p): g for o in [*self.passes.values()][:1] for p, g in zip(o.params, o.grads) if g is not None}
+        try: self.passes[key] = Passes(self.call, leaves, spec, self.params(), self.pool, homes)
         except Exception as e:   # whatever a layer does that cannot be recorded
             while e.__context__: e = e.__context__   # what came first says most
             self.why = f"recording failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+            if "legacy stream" in self.why: self.why += ". Is a loss from before still held? Keep loss.detach() of it"
             warnings.warn(f"the layers are not recorded: {self.why}")
         return self.passes.get(key)
 

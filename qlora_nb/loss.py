@@ -23,15 +23,16 @@ class TiledLoss(torch.autograd.Function):
     "Sum of the cross-entropies; the gradient of the hidden states is made in the forward pass."
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, tile, gradient):  # (N, D), (V, D), (V,) or None, (N,)
-        total, ctx.grad = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
-        for h, y, g in zip(hidden.split(tile), labels.split(tile), ctx.grad.split(tile)):
+        total, d_hidden = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        for h, y, g in zip(hidden.split(tile), labels.split(tile), d_hidden.split(tile)):
             loss, p = gradient(F.linear(h, weight, bias), y)
             total += loss
             torch.mm(p, weight, out=g)
+        ctx.save_for_backward(d_hidden)   # which is freed as soon as it is used
         return total
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad): return ctx.grad*grad, None, None, None, None, None
+    def backward(ctx, grad): return ctx.saved_tensors[0]*grad, None, None, None, None, None
 
 # %% ../nbs/13_loss.ipynb #2f247b26
 def tiled_loss(hidden:torch.Tensor,       # (B, T, D), the input of the output head

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['row_losses', 'mean_loss', 'best_eval', 'out_of_patience', 'KeepBest', 'AdapterCheckpoints', 'FastTrainer',
-           'AdapterTrainer', 'trainer_settings']
+           'fast_by_default', 'AdapterTrainer', 'trainer_settings']
 
 # %% ../nbs/06_trainer.ipynb #2ffa94c0
-import math, warnings
-from importlib import import_module
+import math, os, shutil, warnings
+from importlib import import_module, util
 from pathlib import Path
 
 # %% ../nbs/06_trainer.ipynb #f543dfaf
@@ -89,13 +89,22 @@ class FastTrainer(AdapterCheckpoints):
         loss = fast(inputs, n=num_items_in_batch)
         spread = self.args.average_tokens_across_devices and num_items_in_batch is not None
         return loss*self.accelerator.num_processes if spread else loss   # which the mean over devices divides by
-    def speed_up(self):
-        "Go through `make_fast` of `14_fast_training`."
-        big = self.model.device.type == "cuda" and count_params(self.model).total > 5e8   # else compiling costs more
-        make_fast, memory = import_module("qlora_nb.fast").make_fast, 0. if self.args.gradient_checkpointing else 1.
+    def speed_up(self, length:float):  # Mean tokens of a row
+        "Go through `make_fast` of `14_fast_training`; layers are compiled where the run is long enough to be paid back."
+        args = self.args
+        tokens = args.max_steps*args.train_batch_size*args.gradient_accumulation_steps*length
+        big = self.model.device.type == "cuda" and 6*count_params(self.model).total*tokens > 3e16   # multiplications, additions
+        make_fast, memory = import_module("qlora_nb.fast").make_fast, 0. if args.gradient_checkpointing else 1.
         for part, number, now, first in make_fast(self.model, memory, compile=big, dynamic=True).rows:
             if "as before" in now: warnings.warn(f"not made faster: {number} x {part}, {now} ({first})")
-        self.args.gradient_checkpointing &= not big   # compiled layers do it themselves
+        args.gradient_checkpointing &= not big   # compiled layers do it themselves
+
+# %% ../nbs/06_trainer.ipynb #a832be38
+def fast_by_default(device:torch.device) -> bool:
+    "Is the fast step known to be right here? On the current CUDA device, in one process, with Triton and its C compiler."
+    if device.type != "cuda" or torch.distributed.is_available() and torch.distributed.is_initialized(): return False
+    here = device.index in (None, torch.cuda.current_device())
+    return here and bool(util.find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")))
 
 # %% ../nbs/06_trainer.ipynb #c90185a4
 class AdapterTrainer(FastTrainer):

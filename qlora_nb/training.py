@@ -22,7 +22,7 @@ from .optimizers import float32_adapters, pick_optimizer
 from .packing import collate_packed, pack, separate_documents
 from .qlora import is_scratch
 from .runs import last_checkpoint, open_run, seal, write_json
-from .trainer import AdapterTrainer, KeepBest, out_of_patience, trainer_settings
+from .trainer import AdapterTrainer, KeepBest, fast_by_default, out_of_patience, trainer_settings
 from .watch import LivePlot, ProgressBar, check_reports, curve, in_notebook, plot_loss
 
 # %% ../nbs/07_training.ipynb #c2c44434
@@ -160,7 +160,9 @@ def start_run(model, tokenizer, rows, folder, resume, device, backend, settings:
     if not named: backend = "scratch" if is_scratch(model) else "bnb"
     settings = dict(model=str(model) if named else model.qlora_nb_name, backend=backend, rows=len(rows),
                     rows_sha256=digest(rows), **settings)
-    settings["optim"] = pick_optimizer(settings["optim"], pick_device(device) if named else model.device)
+    where = pick_device(device) if named else model.device
+    settings["optim"] = pick_optimizer(settings["optim"], where)
+    if settings["fast"] is None: settings["fast"] = fast_by_default(where)
     if named: locate(model)   # a wrong name fails before anything is written
     open_run(folder, settings, resume)
     if named: model, tokenizer = BACKENDS[backend](model, device=device), load_tokenizer(model)
@@ -181,7 +183,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, **h
         model, tokenizer, examples, folder/"checkpoints", progress, held and encode_rows(held, **encoding),
         s["patience"], collator, describe=lambda drawn: name_rows(drawn, examples, rows), **how,
         **{k: s[k] for k in ("batch_size", "accumulation", "lr", "seed", "optim")})
-    if s["fast"]: trainer.speed_up()
+    if s["fast"]: trainer.speed_up(sum(len(o["input_ids"]) for o in examples)/len(examples))
     return model, trainer
 
 # %% ../nbs/07_training.ipynb #ac9bf7fa
@@ -199,7 +201,7 @@ def finetune(model="smollm2",               # A name for `load_model`, or a mode
              eval_steps:int|None=None, patience:int|None=None,  # Evaluate so often; end after so many in vain
              optim:str="auto", report_to="none",           # See `pick_optimizer`, `check_reports`
              save_steps:int=20, checkpointing:bool=False,  # See `trainer_settings`
-             fast:bool=False,               # See `qlora_nb.fast.make_fast`
+             fast:bool|None=None,           # See `qlora_nb.fast.make_fast`; None: where it is known to be right, on a GPU
              backend:str="bnb",             # "bnb": bitsandbytes and PEFT; "scratch": our `qlora` and `lora`
              device:str|None=None,          # See `load_model`
              callbacks=(),                  # Of transformers' Trainer, beside our own

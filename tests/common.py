@@ -16,6 +16,15 @@ _ini.read(ROOT/"settings.ini", encoding="utf-8")
 SETTINGS = _ini["DEFAULT"]
 
 
+def small_tokenizer(size=1000):
+    """SmolLM2's tokenizer, its rules, special tokens and template, with entries learnt from the tickets instead of 49,152.
+
+    For models whose weights are random anyway: most of their time would go into the head, and into a GGUF's vocabulary."""
+    from qlora_nb.models import load_tokenizer
+    from qlora_nb.tickets import make_tickets
+    return load_tokenizer().train_new_from_iterator([str(row) for row in make_tickets("train")], size)
+
+
 def read(path): return nbformat.read(path, as_version=4)
 def code_cells(nb): return [c for c in nb.cells if c.cell_type == "code"]
 def install_cells(nb): return [c.source for c in code_cells(nb) if "%pip install" in c.source]

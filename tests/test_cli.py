@@ -5,7 +5,9 @@ import pytest
 import safetensors.torch, torch
 
 from qlora_nb.cli import finetune_parser
-from qlora_nb.models import load_tokenizer, quiet, tiny_model
+from qlora_nb.models import quiet, tiny_model
+
+from common import small_tokenizer
 
 
 def command(name, *args, **kw):
@@ -22,9 +24,9 @@ def call(name, *args, stdin=None, **kw):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    "A folder with a small random Llama and a real tokenizer."
+    "A folder with a small random Llama and a small tokenizer."
     folder = tmp_path_factory.mktemp("tiny")
-    tok = load_tokenizer()
+    tok = small_tokenizer()
     with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder), tok.save_pretrained(folder)
     return folder
 

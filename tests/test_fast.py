@@ -285,11 +285,55 @@ except QLoRAError as e: print(e)
     assert r.returncode == 0 and r.stdout == "Triton is not installed. On Linux: pip install triton.\n", r.stderr[-2000:]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_inputs_on_the_host(folders):
-    model = adapted(folders["llama"]).cuda()
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("kind, memory, offload", [("llama", 0., True), ("llama", .4, True), ("llama", 1., 1), ("falcon", .4, True)])
+def test_kept_on_the_host(folders, kind, memory, offload, record):
+    model = adapted(folders[kind]).cuda()
     b = {k: v.cuda() for k, v in batch().items()}
     want = gradients(model, lambda: model(**b).loss)
-    for offload in (False, True):
-        make_fast(model, memory=0., offload=offload)
-        for _ in range(3): same(want, gradients(model, lambda: model.step_loss(b)), rtol=2e-2)
+    make_fast(model, memory=memory, offload=offload, record=record)
+    for _ in range(4): same(want, gradients(model, lambda: model.step_loss(b)), rtol=2e-2)
+    assert model.host_memory.buffers and (not record or model.stack.passes and model.stack.why is None)
+    first = model.step_loss(b)
+    with torch.no_grad(): model.step_loss(b)   # an evaluation between the two passes
+    first.backward()
+    first = model.step_loss(b)
+    model.step_loss(b)
+    with pytest.raises(QLoRAError, match="another forward pass"): first.backward()
+
+
+@needs_gpu
+def test_recordings_share_their_gradients(folders):
+    model, shapes = adapted(folders["llama"]).cuda(), [{k: v.cuda() for k, v in batch(tokens=t).items()} for t in (24, 30)]
+    want = [gradients(model, lambda: model(**b).loss) for b in shapes]
+    make_fast(model, compile=False)
+    for _ in range(4):
+        for b, w in zip(shapes, want): same(w, gradients(model, lambda: model.step_loss(b)), rtol=2e-2)
+    one, two = model.stack.passes.values()
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(one.grads, two.grads))
+    model.zero_grad()
+    for b in shapes: model.step_loss(b).backward()   # two shapes in a step are added up
+    for n, p in model.named_parameters():
+        if p.requires_grad: torch.testing.assert_close(p.grad, want[0][1][n] + want[1][1][n], rtol=2e-2, atol=1e-4)
+
+
+@needs_gpu
+def test_a_loss_that_is_held_is_named(folders):
+    model = adapted(folders["llama"]).cuda()
+    b = {k: v.cuda() for k, v in batch().items()}
+    make_fast(model)
+    held = model.step_loss(b)
+    with pytest.warns(UserWarning, match="a loss from before still held"):
+        for _ in range(2): model.step_loss(b).backward()
+    assert held.isfinite()
+
+
+@needs_gpu
+def test_a_gpu_trains_fast_by_itself(folders, tmp_path):
+    model = load_model(folders["llama"], device="cuda")
+    run = finetune(model, tokenizer=load_tokenizer(folders["llama"]), output=tmp_path/"run", steps=2, progress=False)
+    assert run.info["settings"]["fast"] is True and hasattr(run.model, "step_loss")

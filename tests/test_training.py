@@ -11,6 +11,8 @@ from qlora_nb.models import load_model, load_tokenizer, quiet, tiny_model
 from qlora_nb.runs import is_sealed, last_checkpoint
 from qlora_nb.training import finetune, make_trainer, number_rows
 
+from common import small_tokenizer
+
 unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 ROWS = 24
 # Dropout, accumulation, evaluations that come between the checkpoints, the end of the data in the middle, early stopping at work.
@@ -20,11 +22,11 @@ KILLS = 4  # of each run that is killed, for each backend
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    "A folder with a small random Llama and a real tokenizer."
-    folder = tmp_path_factory.mktemp("base")
+    "A folder with a small random Llama and a small tokenizer."
+    folder, tok = tmp_path_factory.mktemp("base"), small_tokenizer()
     with quiet():
-        tiny_model("llama", vocab_size=49152, hidden_size=64, pad_token_id=2).save_pretrained(folder)
-        load_tokenizer().save_pretrained(folder)
+        tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder)
+        tok.save_pretrained(folder)
     return folder
 
 
@@ -77,7 +79,7 @@ def state(): return sorted(o.name for o in __import__("pathlib").Path(folder).gl
 KILLED = FORKS + """
 from qlora_nb.runs import is_sealed
 from pathlib import Path
-report, length, k = [], 3., 0
+report, length, k = [], 1.5, 0
 while k < kills:
     status = attempt(k > 0, rng.uniform(.3, 1)*length, signal.SIGKILL)
     if status == 0: break
@@ -110,7 +112,7 @@ def test_killed_again_and_again(backend, seed, base, whole, tmp_path):
 @unix
 def test_ctrl_c_at_any_moment(base, whole, tmp_path):
     "SIGINT, as a terminal sends it: one message that names what is complete, and a resume to the same bits."
-    code = FORKS + "print(json.dumps([attempt(False, 3.5, signal.SIGINT), attempt(True, 300, signal.SIGINT)]))"
+    code = FORKS + "print(json.dumps([attempt(False, 1.9, signal.SIGINT), attempt(True, 300, signal.SIGINT)]))"
     statuses, err = forks(code, str(base), str(tmp_path/"run"), "bnb", 1, 0, HOW, ROWS)
     assert statuses[1] == 0, err[-2000:]
     if statuses[0]: assert "KeyboardInterrupt: " in err and ("is complete: go on from it" in err or "No checkpoint was complete" in err)
@@ -251,8 +253,8 @@ def test_accumulation_over_unequal_lengths(kind, backend, rows, tmp_path):
     from qlora_nb.adapters import BACKENDS, add_adapters
     from qlora_nb.core import set_seed
     from qlora_nb.data import encode_rows
-    tok = load_tokenizer()
-    with quiet(): tiny_model(kind, vocab_size=49152, hidden_size=64, pad_token_id=2).save_pretrained(tmp_path/"base")
+    tok = small_tokenizer()
+    with quiet(): tiny_model(kind, vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(tmp_path/"base")
     examples = encode_rows(rows, tok)
     def run(size, accumulation):
         set_seed(0)
@@ -309,4 +311,4 @@ def test_evaluation_does_not_touch_training_in_the_types_of_this_machine(base, r
     for m in armed.modules():
         if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = True
     # What the loader prevents: with this the test would notice, or the trap is gone and the loader may forget about it.
-    assert finetune(armed, rows, tmp_path/"c", load_tokenizer(), **watched, **plain).info["losses"] != alone
+    assert finetune(armed, rows, tmp_path/"c", load_tokenizer(base), **watched, **plain).info["losses"] != alone
