@@ -87,7 +87,8 @@ def compile_layer(layer, backend,  # Changed in place; of `compiler`
     layer.forward, layer.compiled = types.MethodType(forward, layer), compiled
 
 # %% ../nbs/14_fast_training.ipynb #822f10f6
-def make_plain(model):
+def make_plain(model,
+               widen:bool=True):  # Make weights as wide again as they were; False: where they will be narrowed at once
     "Undo `make_fast`."
     for m in adapted_layers(model).values(): unfuse(m)
     cpu_pieces_undo(model)
@@ -95,6 +96,9 @@ def make_plain(model):
     for m in model.modules():
         if hasattr(m, "compiled"): del m.forward, m.compiled
     for name in ("step_loss", "host_memory"): vars(model).pop(name, None)
+    if widen:
+        for p in map(model.get_parameter, vars(model).pop("narrowed", [])): p.data = p.data.float()
+        if (how := vars(model).pop("checkpointed", None)) is not None: model.gradient_checkpointing_enable(how)
     return model
 
 # %% ../nbs/14_fast_training.ipynb #ce5a4237
@@ -107,6 +111,7 @@ def fuse_layers(model, layers:dict) -> list:  # Rows of a table: (part, number, 
         rows.append(["adapter", len(names), f"as before: {reason}" if reason else "fused", names[0]])
     dtypes = [m.fused[-1] for m in layers.values() if hasattr(m, "fused")]
     names = to_16_bits(model, dtypes[0]) if dtypes else []
+    model.narrowed = [*vars(model).get("narrowed", []), *names]   # for `make_plain`
     return rows + [["frozen weight", len(names), str(dtypes[0]), n] for n in names[:1]]
 
 # %% ../nbs/14_fast_training.ipynb #5c1e77aa
@@ -114,7 +119,9 @@ def speed_up_layers(model, device, memory, compile, offload, record, dynamic) ->
     "Compile the decoder's layers, and let them be recorded; see `make_fast`."
     blocks, how = list(decoder_layers(model)), []
     if compile:
-        if getattr(model, "is_gradient_checkpointing", False): model.gradient_checkpointing_disable()
+        if getattr(model, "is_gradient_checkpointing", False):
+            model.checkpointed = getattr(getattr(blocks[0], "_gradient_checkpointing_func", None), "keywords", {})   # for `make_plain`
+            model.gradient_checkpointing_disable()
         if offload: model.host_memory = HostMemory(device)
         backend = compiler(memory, "inductor" if compile is True else compile)
         torch._dynamo.reset()   # variants of another model's layers would count
@@ -138,7 +145,7 @@ def make_fast(model,                 # With adapters of PEFT or our own on a 4-b
               dynamic:bool|None=None,  # True: one compilation for batches of all lengths
               tile:int=512) -> Table:  # See `fast_loss`. Result: what was done to how many layers, and why not to the others
     "Make training fast: `model.step_loss(batch)` is its loss. `make_plain` undoes it. Raises `QLoRAError` without adapters."
-    layers, device = adapted_layers(make_plain(model)), model.get_input_embeddings().weight.device
+    layers, device = adapted_layers(make_plain(model, widen=False)), model.get_input_embeddings().weight.device
     if not layers: raise QLoRAError("this model has no adapters.", type(model).__name__, "Call add_adapters first.")
     if not 0 <= memory <= 1: raise QLoRAError(f"memory is {memory}.", cure="Choose a share between 0 and 1.")
     if offload < 0: raise QLoRAError(f"offload is {offload}.", cure="Choose True, False, or a number of layers.")

@@ -135,6 +135,11 @@ def usual(self:Stack, i, leaves, *args, **kwargs):
     return out
 
 @patch
+def forget(self:Stack):
+    "Give back the memory of all recordings; the layers go on, and are recorded anew when their shapes come again."
+    self.passes, self.seen, self.now = {}, Counter(), None
+
+@patch
 def undo(self:Stack):
     "Give the layers back what they had."
     for m, call in zip(self.layers, self.calls):

@@ -89,6 +89,10 @@ class FastTrainer(AdapterCheckpoints):
         loss = fast(inputs, n=num_items_in_batch)
         spread = self.args.average_tokens_across_devices and num_items_in_batch is not None
         return loss*self.accelerator.num_processes if spread else loss   # which the mean over devices divides by
+    def train(self, *args, **kw):
+        try: return super().train(*args, **kw)
+        finally:   # what comes next may need the memory of recorded passes
+            if stack := getattr(self.model, "stack", None): stack.forget()
     def speed_up(self, length:float):  # Mean tokens of a row
         "Go through `make_fast` of `14_fast_training`; layers are compiled where the run is long enough to be paid back."
         args = self.args

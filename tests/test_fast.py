@@ -177,6 +177,20 @@ def test_checkpointed_layers_are_not_recorded(folders, reentrant):
     assert not model.stack.passes
 
 
+def test_make_plain_gives_back_widths_and_checkpointing(folders):
+    from peft import prepare_model_for_kbit_training
+    model = prepare_model_for_kbit_training(load_model(folders["llama"], device="cpu", dtype=torch.bfloat16),
+                                            gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    model = add_adapters(model, 8, 16).train()
+    def state(): return {n: p.dtype for n, p in model.named_parameters()}, model.is_gradient_checkpointing
+    before = state()
+    for _ in range(2): make_fast(model, compile=EAGER)
+    (widths, checkpointing), head = state(), "base_model.model.lm_head.weight"
+    assert (before[0][head], widths[head], before[1], checkpointing) == (torch.float32, torch.bfloat16, True, False)
+    make_plain(model)
+    assert state() == before and decoder_layers(model)[0]._gradient_checkpointing_func.keywords == dict(use_reentrant=False)
+
+
 def test_an_adapter_that_is_off_in_some_layers(folders):
     model, b = adapted(folders["llama"]), batch()
     make_fast(model, record=True)
@@ -336,4 +350,4 @@ def test_a_loss_that_is_held_is_named(folders):
 def test_a_gpu_trains_fast_by_itself(folders, tmp_path):
     model = load_model(folders["llama"], device="cuda")
     run = finetune(model, tokenizer=load_tokenizer(folders["llama"]), output=tmp_path/"run", steps=2, progress=False)
-    assert run.info["settings"]["fast"] is True and hasattr(run.model, "step_loss")
+    assert run.info["settings"]["fast"] is True and hasattr(run.model, "step_loss") and not run.model.stack.passes
