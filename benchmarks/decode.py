@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from qlora_nb.core import load_triton, versions
 from qlora_nb.fused import packed_of
+from qlora_nb.kernels import bytes_moved
 
 triton, tl = load_triton()
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (28672, 8192)]   # of Llama-3-8B, and of a 70B's MLP
@@ -95,14 +96,14 @@ def main():
     sizes = itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8)) if args.sweep else [(4, 1024, 4)]
     sizes = [dict(zip(("rows", "cols", "warps"), o)) for o in sizes]
     for N, K in SHAPES:
-        n = max(2, int(200e6/(N*K*.516)) + 1)   # more than the cache holds
+        n = max(2, int(200e6/bytes_moved(N*K, 0)) + 1)   # more than the cache holds
         layers = [layer(N, K, device, torch.bfloat16) for _ in range(min(n, 64))]
         dense = [torch.randn(N, K, device=device, dtype=torch.bfloat16)*.02 for _ in range(min(len(layers), 6))]
         x = torch.randn(1, K, device=device, dtype=torch.bfloat16)
         best = min(sizes, key=lambda how: timed(ways(layers, dense, x, how)["ours"], len(layers), 5)[0][1]) if args.sweep else sizes[0]
         for way, call in ways(layers, dense, x, best).items():
             (low, mid, high), eager = timed(call, len(dense) if way == "16 bits" else len(layers))
-            nbytes = N*K*(2 if way == "16 bits" else .5 + 1/64 + 4/(64*256))
+            nbytes = 2*N*K if way == "16 bits" else bytes_moved(N*K, 0)
             row = dict(peer=way, rows=N, cols=K, us=mid, us_low=low, us_high=high, eager_us=eager, gb_per_s=nbytes/mid/1e3,
                        how=best if way == "ours" else None)
             doc["rows"].append(row)

@@ -134,10 +134,12 @@ def usual(self:Stack, i, leaves, *args, **kwargs):
     self.n_out, self.others = len(out) if isinstance(out, tuple) else None, leaves[1:]
     return out
 
+# %% ../nbs/13_graphs.ipynb #49e9b466
 @patch
 def forget(self:Stack):
     "Give back the memory of all recordings; the layers go on, and are recorded anew when their shapes come again."
     self.passes, self.seen, self.now = {}, Counter(), None
+    self.pool = self.pool and torch.cuda.graph_pool_handle()   # one that was given up cannot be recorded into again
 
 @patch
 def undo(self:Stack):

@@ -333,6 +333,9 @@ def test_recordings_share_their_gradients(folders):
     for b in shapes: model.step_loss(b).backward()   # two shapes in a step are added up
     for n, p in model.named_parameters():
         if p.requires_grad: torch.testing.assert_close(p.grad, want[0][1][n] + want[1][1][n], rtol=2e-2, atol=1e-4)
+    model.stack.forget()
+    for _ in range(4): same(want[0], gradients(model, lambda: model.step_loss(shapes[0])), rtol=2e-2)
+    assert len(model.stack.passes) == 1 and model.stack.why is None   # recorded anew
 
 
 @needs_gpu
