@@ -10,16 +10,17 @@ from pathlib import Path
 
 import torch
 from qlora_nb.core import load_triton, versions
+
+triton, tl = load_triton()   # before bitsandbytes, which would import it without the interpreter
 from qlora_nb.fused import packed_of
 from qlora_nb.kernels import bytes_moved
 
-triton, tl = load_triton()
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (28672, 8192)]   # of Llama-3-8B, and of a 70B's MLP
 
 
 @triton.jit
 def multiply_kernel(X, Q, SCALES, CODE, SCALES2, CODE2, OFFSET, OUT, N, K, BLOCK: tl.constexpr, BLOCK2: tl.constexpr,
-                    ROWS: tl.constexpr, COLS: tl.constexpr):
+                    ROWS: tl.constexpr, COLS: tl.constexpr, APART: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS)
     inside, sums = (n < N)[:, None], tl.zeros((ROWS,), tl.float32)
     for k0 in range(0, K, COLS):
@@ -30,17 +31,23 @@ def multiply_kernel(X, Q, SCALES, CODE, SCALES2, CODE2, OFFSET, OUT, N, K, BLOCK
             scale2 = tl.load(SCALES2 + at//BLOCK2, mask=there, other=0)
             scale = tl.load(CODE2 + scale.to(tl.int32))*scale2 + tl.load(OFFSET)
         q = tl.load(Q + n[:, None]*(K//2) + half[None, :], mask=inside & (half < K//2)[None, :], other=0).to(tl.int32)
-        w = tl.reshape(tl.join(tl.load(CODE + (q >> 4)), tl.load(CODE + (q & 15))), (ROWS, COLS//BLOCK, BLOCK))
-        x = tl.reshape(tl.load(X + k, mask=k < K, other=0).to(tl.float32), (1, COLS//BLOCK, BLOCK))
-        sums += tl.sum(tl.sum(w*x, 2)*scale, 1)
+        if APART:   # high and low halves of the bytes for themselves
+            x0 = tl.load(X + 2*half, mask=half < K//2, other=0).to(tl.float32)
+            x1 = tl.load(X + 2*half + 1, mask=half < K//2, other=0).to(tl.float32)
+            wx = tl.load(CODE + (q >> 4))*x0[None, :] + tl.load(CODE + (q & 15))*x1[None, :]
+            wx = tl.reshape(wx, (ROWS, COLS//BLOCK, BLOCK//2))
+        else:
+            w = tl.reshape(tl.join(tl.load(CODE + (q >> 4)), tl.load(CODE + (q & 15))), (ROWS, COLS//BLOCK, BLOCK))
+            wx = w*tl.reshape(tl.load(X + k, mask=k < K, other=0).to(tl.float32), (1, COLS//BLOCK, BLOCK))
+        sums += tl.sum(tl.sum(wx, 2)*scale, 1)
     tl.store(OUT + n, sums.to(OUT.dtype.element_ty), mask=n < N)
 
 
-def multiply(x, shape, packed, block, block2, rows=4, cols=1024, warps=4):  # (K,) → (N,)
+def multiply(x, shape, packed, block, block2, rows=4, cols=1024, warps=4, apart=True):  # (K,) → (N,)
     (N, K), p = shape, packed
     out = torch.empty(N, dtype=x.dtype, device=x.device)
     multiply_kernel[(triton.cdiv(N, rows),)](x, p.q, p.scales, p.code, p.scales2, p.code2, p.offset, out, N, K, block, block2,
-                                             rows, cols, num_warps=warps)
+                                             rows, cols, apart, num_warps=warps)
     return out
 
 
@@ -88,13 +95,14 @@ def main():
         for N, K in ((64, 128), (70, 320), (33, 1024)):
             m, x = layer(N, K, device, torch.float32), torch.randn(K, device=device)
             packed, block, block2, _ = packed_of(m)
-            got, want = multiply(x, (N, K), packed, block, block2, rows=4, cols=256), m(x[None])[0]
-            print(N, K, ((got - want).norm()/want.norm()).item())
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            for apart in (False, True):
+                got, want = multiply(x, (N, K), packed, block, block2, rows=4, cols=256, apart=apart), m(x[None])[0]
+                print(N, K, ((got - want).norm()/want.norm()).item())
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         return
     doc = dict(hardware=torch.cuda.get_device_name(), versions=versions(), rows=[])
-    sizes = itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (2, 4, 8)) if args.sweep else [(4, 1024, 4)]
-    sizes = [dict(zip(("rows", "cols", "warps"), o)) for o in sizes]
+    sizes = itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (1, 2, 4, 8), (False, True)) if args.sweep else [(4, 1024, 4, True)]
+    sizes = [dict(zip(("rows", "cols", "warps", "apart"), o)) for o in sizes if o[0]*o[1] <= 128*32*o[2]]   # what registers hold
     for N, K in SHAPES:
         n = max(2, int(200e6/bytes_moved(N*K, 0)) + 1)   # more than the cache holds
         layers = [layer(N, K, device, torch.bfloat16) for _ in range(min(n, 64))]

@@ -11,7 +11,7 @@ import argparse, contextlib, copy, gc, json, statistics, time
 from pathlib import Path
 
 import torch
-from step import SHAPES, load, lora, reset_peaks, peaks
+from step import SHAPES, load, lora, near_gpu, peaks, reset_peaks
 
 WAYS = [("PEFT + bitsandbytes", {}), ("loss in tiles", dict(loss=True)), ("one function", dict(loss=True, fuse=False)),
         ("adapter folded in", dict(loss=True, fuse=True)), ("layers compiled", dict(memory=1., record=False)),
@@ -84,6 +84,19 @@ def in_float32(model):
     return exact.float()
 
 
+def link(nbytes=2**28, times=5):
+    "GB/s of a copy to pinned memory of the host, and back, with nothing beside it."
+    here, there, found = torch.empty(nbytes, dtype=torch.uint8, device="cuda"), torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), {}
+    for name, a, b in (("to_host", there, here), ("to_gpu", here, there)):
+        ms = []
+        for _ in range(times):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(), a.copy_(b, non_blocking=True), end.record(), torch.cuda.synchronize()
+            ms.append(start.elapsed_time(end))
+        found[name] = nbytes/statistics.median(ms)/1e6
+    return found
+
+
 def main():
     from peft import get_peft_model
     from qlora_nb.core import set_seed, versions
@@ -117,6 +130,9 @@ def main():
     hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "models")}
     doc = dict(hardware=hardware, versions=versions(), settings=settings, rows=[])
+    if args.set == "offload":
+        near_gpu()
+        doc["link_gb_per_s"] = link()
     found = {}
     if args.check:
         exact = in_float32(model)
