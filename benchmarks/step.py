@@ -2,7 +2,7 @@
 
     python benchmarks/step.py --make --models /dev/shm/models --shapes llama-3-8b          # once: random weights in NF4
     python benchmarks/step.py benchmarks/results/step.json --models /dev/shm/models --shapes llama-3-8b \
-        [--peers ours peft unsloth] [--batches 1 2 8] [--memory 0 0.5 1] [--rounds 3] [--gpu 0 1] [--limit 500]
+        [--peers ours peft unsloth] [--batches 1 2 8] [--seqs 2048] [--memory 0 0.5 1] [--rounds 3] [--gpu 0 1] [--limit 500]
 
 All peers load the same packed bytes and take the same steps: LoRA of rank 16 on every linear layer, bfloat16, fused
 AdamW, the same token ids, all of them labels. Steps are timed after a warm-up, compiling included in that; a row holds
@@ -104,6 +104,7 @@ def reset_peaks(cuda):
     if not cuda: return
     import torch
     gc.collect(), torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError): torch._C._host_emptyCache()   # or pinned memory of the batch before would count
     torch.cuda.reset_peak_memory_stats(), torch.cuda.reset_peak_host_memory_stats()
 
 
@@ -166,13 +167,14 @@ def loop(model, job, autocast=True, **inputs):
 def ours(job):
     import torch
     from peft import get_peft_model
-    from qlora_nb.fast import make_fast
+    from qlora_nb.fast import make_fast, make_plain
     model = get_peft_model(load(job), lora(job)).train()
     class Loss(torch.nn.Module):   # what `loop` calls
         parameters = staticmethod(model.parameters)
         def forward(self, **batch): return argparse.Namespace(loss=model.step_loss(batch))
     run = loop(Loss(), job, autocast=False)
     def anew(ids, clock):   # without what was recorded for another batch
+        make_plain(model, widen=False), reset_peaks(job["device"] == "cuda")
         make_fast(model, memory=job["memory"], offload="host" in job["way"], record=False if "not" in job["way"] else None)
         gc.collect(), reset_peaks(job["device"] == "cuda")
         return run(ids, clock)
@@ -205,7 +207,7 @@ def unsloth(job):
     import torch
     from qlora_nb.models import audit_4bit, plain_linears
     with plain_linears():
-        model, _ = FastLanguageModel.from_pretrained(job["folder"], max_seq_length=job["seq"], load_in_4bit=True,
+        model, _ = FastLanguageModel.from_pretrained(job["folder"], max_seq_length=max(job["seqs"]), load_in_4bit=True,
                                                      dtype=torch.bfloat16)
     audit_4bit(model)
     model = FastLanguageModel.get_peft_model(
@@ -235,7 +237,7 @@ def trl(job):
         n = job["warmup"] + job["steps"]
         with tempfile.TemporaryDirectory() as out:
             args = lib.SFTConfig(
-                output_dir=out, per_device_train_batch_size=len(ids), max_length=job["seq"], max_steps=n,
+                output_dir=out, per_device_train_batch_size=len(ids), max_length=ids.shape[1], max_steps=n,
                 logging_steps=n, bf16=True, gradient_checkpointing=job["way"] == "on", learning_rate=LR,
                 optim="adamw_torch_fused",
                 gradient_checkpointing_kwargs=dict(use_reentrant=False) if job["way"] == "on" else None,
@@ -291,16 +293,18 @@ def measure(job):
     import torch
     if job["device"] == "cuda" and not torch.cuda.is_available(): error = error or "there is no GPU"
     about(job)
-    if error: return [say("ROW", batch=b, ok=False, error=error) for b in job["batches"]]
+    sizes = [(b, seq) for seq in sorted(job["seqs"]) for b in sorted(job["batches"])]
+    if error: return [say("ROW", batch=b, seq=seq, ok=False, error=error) for b, seq in sizes]
     cuda = job["device"] == "cuda"
     base = torch.cuda.memory_allocated()/1e9 if cuda else None
-    ids = torch.randint(0, 32000, (max(job["batches"]), job["seq"]), generator=torch.Generator().manual_seed(0))
-    for batch in sorted(job["batches"]):
-        clock, row = Clock(job["device"], job["warmup"], job["peer"] == "ours"), dict(batch=batch, base_gb=base, hardware=hardware(job))
+    ids = torch.randint(0, 32000, (max(job["batches"]), max(job["seqs"])), generator=torch.Generator().manual_seed(0))
+    for batch, seq in sizes:
+        clock = Clock(job["device"], job["warmup"], job["peer"] == "ours")
+        row = dict(batch=batch, seq=seq, base_gb=base, hardware=hardware(job))
         with contextlib.suppress(AttributeError): torch._dynamo.reset()   # each length of batch is compiled for itself
         reset_peaks(cuda)
         try:
-            loss = run(ids[:batch].to(job["device"]), clock)
+            loss = run(ids[:batch, :seq].to(job["device"]), clock)
             if not math.isfinite(loss): raise ArithmeticError(f"its loss is {loss}")
             row |= dict(ok=True, error=None, ms=clock.ms(), warmup_s=clock.warmup_s, loss=loss, **peaks(cuda))
         except Exception as e: row |= dict(ok=False, error=describe(e))
@@ -330,17 +334,17 @@ def start(job, args, gpu, tell):
             kind, _, rest = line.partition(" ")
             if kind not in ("ABOUT", "ROW"): continue
             what = json.loads(rest)
-            if kind == "ROW": said.append(what["batch"])
+            if kind == "ROW": said.append((what["batch"], what["seq"]))
             tell(kind, what)
         rc = process.wait()
         late = not timer.is_alive()
         timer.cancel()
         err.seek(0)
         last = err.read()[-3000:]
-    if missing := [b for b in job["batches"] if b not in said]:
+    if missing := [(b, seq) for seq in job["seqs"] for b in job["batches"] if (b, seq) not in said]:
         if args.verbose or not late: print(last, file=sys.stderr)
         error = f"not done after {args.patience:g} s" if late else f"the process ended with {rc}: {last.strip()[-200:]}"
-        for b in missing: tell("ROW", dict(batch=b, ok=False, error=error))
+        for b, seq in missing: tell("ROW", dict(batch=b, seq=seq, ok=False, error=error))
 
 
 KEY = ("peer", "shape", "batch", "seq", "checkpointing", "memory")
@@ -363,14 +367,14 @@ def summary(key, runs):
 
 def line(r):
     "A row, for a person."
-    how = r["checkpointing"] if r["memory"] is None else f"memory {r['memory']:g}" + ", host"*("host" in r["checkpointing"])
-    head = f"{r['peer']:18} {r['shape']:13} {how:17} {r['batch']:2} x {r['seq']}"
+    how = r["checkpointing"] if r["memory"] is None else f"memory {r['memory']:g}" + r["checkpointing"].replace("device", "").replace("host", ", host", 1)
+    head = f"{r['peer']:18} {r['shape']:13} {how:29} {r['batch']:2} x {r['seq']}"
     if not r["ok"]: return f"{head}  {r['error'][:90]}"
     gb = "".join(f"{r[k]:7.2f}" if r[k] is not None else "      -" for k in PEAKS)
     return f"{head} {r['tokens_per_s']:8.0f} {r['step_ms']:9.1f}{gb} {r['warmup_s']:6.1f} {r['loss']:8.4f}"
 
 
-HEAD = f"{'peer':18} {'shape':13} {'checkpoints':17} {'batch':9}{'tokens/s':>7} {'ms':>9} {'alloc.':>6} {'resv.':>6} " \
+HEAD = f"{'peer':18} {'shape':13} {'checkpoints':29} {'batch':9}{'tokens/s':>7} {'ms':>9} {'alloc.':>6} {'resv.':>6} " \
        f"{'pinned':>6} {'base':>6} {'warm':>6} {'loss':>8}   (GB, s)"
 
 
@@ -385,7 +389,7 @@ def jobs(args):
                     if "not" in way and memory != max(args.host): continue   # recording costs a little memory: how much?
                     yield dict(peer=peer, shape=shape, way=way, memory=memory,
                                folder=str((args.models/shape).resolve()), batches=sorted(args.batches),
-                               seq=args.seq, device=args.device, warmup=args.warmup, steps=args.steps)
+                               seqs=sorted(args.seqs), device=args.device, warmup=args.warmup, steps=args.steps)
 
 
 def main():
@@ -396,8 +400,8 @@ def main():
     ap.add_argument("--shapes", nargs="+", default=["llama-3-8b"], choices=SHAPES)
     ap.add_argument("--peers", nargs="+", default=["ours", "peft"], choices=WAYS)
     ap.add_argument("--batches", nargs="+", type=int, default=[1, 2, 8])
-    ap.add_argument("--seq", type=int, default=2048)
-    ap.add_argument("--memory", nargs="+", type=float, default=[0, 0.2, 0.5, 1], help="ours: how much to keep")
+    ap.add_argument("--seqs", nargs="+", type=int, default=[2048], help="tokens of a row")
+    ap.add_argument("--memory", nargs="+", type=float, default=[0, 0.5, 0.85, 1], help="ours: how much to keep")
     ap.add_argument("--host", nargs="*", type=float, default=[0, 0.25], help="ours: how much to keep in memory of the host")
     ap.add_argument("--without", nargs="*", default=["peft"], help="peers that run without checkpointing as well")
     ap.add_argument("--rounds", type=int, default=1)
@@ -441,7 +445,7 @@ def main():
                     doc["hardware"] = what["hardware"]
                     doc["versions"].setdefault(job["peer"], {}).update(what["versions"])
                     return
-                key = (job["peer"], job["shape"], what["batch"], job["seq"], job["way"], job["memory"])
+                key = (job["peer"], job["shape"], what["batch"], what["seq"], job["way"], job["memory"])
                 found.setdefault(key, []).append(what)
                 write()
                 print(f"{time.monotonic() - t0:5.0f} s  {line(summary(key, [what]))}", flush=True)
