@@ -104,13 +104,18 @@ def main():
     ap.add_argument("out", type=Path)
     ap.add_argument("--models", type=Path, default=Path("/dev/shm/models"))
     ap.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
-    ap.add_argument("--set", default="levers", choices=["levers", "offload"], help="how much to keep on the host, instead")
+    ap.add_argument("--set", default="levers", choices=["levers", "offload", "link"],
+                    help="how much to keep on the host, instead; or only how fast the link to it is, into the file that is there")
     ap.add_argument("--check", action="store_true", help="gradients instead of times, with the first two layers")
     ap.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="with --check")
     for name, default in dict(batch=2, seq=2048, rounds=2, steps=6).items():
         ap.add_argument(f"--{name}", type=int, default=default)
     args = ap.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.set == "link":
+        near_gpu()
+        doc = json.loads(args.out.read_text()) | dict(link=dict(hardware=torch.cuda.get_device_name(), gb_per_s=link()))
+        return print(doc["link"], args.out.write_text(json.dumps(doc, indent=1) + "\n"))
     job = dict(shape=args.shape, folder=str((args.models/args.shape).resolve()), device=device)
     model = load(job)
     if args.check:
@@ -132,7 +137,7 @@ def main():
     doc = dict(hardware=hardware, versions=versions(), settings=settings, rows=[])
     if args.set == "offload":
         near_gpu()
-        doc["link_gb_per_s"] = link()
+        doc["link"] = dict(hardware=hardware, gb_per_s=link())
     found = {}
     if args.check:
         exact = in_float32(model)

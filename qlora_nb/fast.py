@@ -125,9 +125,8 @@ def speed_up_layers(model, device, memory, compile, offload, record, dynamic) ->
         if offload: model.host_memory = HostMemory(device)
         backend = compiler(memory, "inductor" if compile is True else compile)
         torch._dynamo.reset()   # variants of another model's layers would count
-        n = len(blocks) if offload is True else min(offload, len(blocks))
-        for i, m in enumerate(blocks): compile_layer(m, backend, getattr(model, "host_memory", None) if i < n else None, dynamic)
-        how.append(f"compiled, memory {memory:g}" + f", that of {n} on the host"*bool(offload))
+        for m in blocks: compile_layer(m, backend, getattr(model, "host_memory", None), dynamic)
+        how.append(f"compiled, memory {memory:g}" + ", on the host"*offload)
     if record:
         layers, host = list(adapted_layers(model).values()), getattr(model, "host_memory", None)
         def state():   # what a recording has fixed
@@ -140,7 +139,7 @@ def speed_up_layers(model, device, memory, compile, offload, record, dynamic) ->
 def make_fast(model,                 # With adapters of PEFT or our own on a 4-bit base; changed in place
               memory:float=1.,       # 1: keep what the backward pass needs ... 0: only layers' inputs, compute the rest again
               compile:bool|str|None=None,  # Compile each decoder layer, by this backend; None: on a GPU
-              offload:bool|int=False,  # Let what is kept wait in memory of the host, as `13_offload` does; a number: of the first layers
+              offload:bool=False,    # Let what is kept wait in memory of the host, as `13_offload` does
               record:bool|None=None,  # Replay the layers' passes, as `13_graphs` does; None: on a GPU
               dynamic:bool|None=None,  # True: one compilation for batches of all lengths
               tile:int=512) -> Table:  # See `fast_loss`. Result: what was done to how many layers, and why not to the others
@@ -148,7 +147,6 @@ def make_fast(model,                 # With adapters of PEFT or our own on a 4-b
     layers, device = adapted_layers(make_plain(model, widen=False)), model.get_input_embeddings().weight.device
     if not layers: raise QLoRAError("this model has no adapters.", type(model).__name__, "Call add_adapters first.")
     if not 0 <= memory <= 1: raise QLoRAError(f"memory is {memory}.", cure="Choose a share between 0 and 1.")
-    if offload < 0: raise QLoRAError(f"offload is {offload}.", cure="Choose True, False, or a number of layers.")
     cuda = device.type == "cuda"
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     compile, record = cuda if compile is None else compile, cuda and alone if record is None else record

@@ -61,7 +61,7 @@ def dequantize_nf4(packed:torch.Tensor,  # As in `Params4bit.data`
         num_warps=warps, enable_fp_fusion=False)
     return out if direct else out.copy_(target)
 
-# %% ../nbs/13_kernels.ipynb #9f2af4f2
+# %% ../nbs/13_kernels.ipynb #64fac644
 def pick(half, out):  # 0 or 1; the first of four registers
     "PTX for four weights: their low bytes, their high bytes, and both put together as float32, the first weight in the high bits."
     s, c = f"s{half}", f"c{half}"
@@ -75,14 +75,14 @@ ptx = """{ .reg .b32 s0, s1, c0, c1, a, b, low, high;
         shr.u32 c0, $8, 1; lop3.b32 c0, c0, $17, $18, 0xea; shr.u32 c1, c0, 16;""" + pick(0, 0) + pick(1, 4) + "}"
 LOOK_UP, REGISTERS = tl.constexpr(ptx), tl.constexpr(",".join(["=r"]*8 + ["r"]*11))   # eight results; the word, the table
 
-# %% ../nbs/13_kernels.ipynb #2a8e4a34
+# %% ../nbs/13_kernels.ipynb #d171893f
 def byte_table(code:torch.Tensor) -> torch.Tensor:  # 16 values → (10,), int32
     "The bytes of a codebook in bfloat16, four to a word: low ones, then high ones; and two masks."
     bits = code.to(torch.bfloat16).view(torch.int16) - (code < 0).to(torch.int16)   # the sign fills 16 bits below: almost one more
     table = bits.view(torch.uint8).view(16, 2).T.contiguous().view(torch.int32).flatten()
     return torch.cat([table, torch.tensor([0x44444444, 0x32103210], dtype=torch.int32, device=code.device)])
 
-# %% ../nbs/13_kernels.ipynb #2aaed43a
+# %% ../nbs/13_kernels.ipynb #a8eeb1bd
 @triton.jit
 def plus(a, b): return a + b
 
@@ -111,13 +111,13 @@ def row_kernel(X, Q, SCALES, SCALES2, CODE2, OFFSET, CODE, TABLE, OUT, N, K, BLO
         total += tl.reduce(tl.reshape(products, (ROWS, COLS//BLOCK, BLOCK//8)), 2, plus)*scale
     tl.store(OUT + n, tl.reduce(total, 1, plus).to(OUT.dtype.element_ty), mask=n < N)
 
-# %% ../nbs/13_kernels.ipynb #c0d6c342
+# %% ../nbs/13_kernels.ipynb #41e88865
 _tables = {}   # by codebook and device
 
 def multiply_nf4(x:torch.Tensor,       # One row: `K` numbers in any shape
                  packed:torch.Tensor,  # As in `Params4bit.data`
                  state,                # bitsandbytes' `QuantState` of a weight (N, K)
-                 rows:int=8, cols:int=2048, warps:int=4) -> torch.Tensor:  # A program's share of the weight. Result: (..., N)
+                 rows:int|None=None, cols:int|None=None, warps:int=4) -> torch.Tensor:  # A program's share. Result: (..., N)
     "`x @ W.T` for one row, from packed bytes. Raises `QLoRAError` for more rows, blocks that cross rows, tensors on two devices."
     (N, K), block, (scales2, block2) = state.shape, state.blocksize, second_scales(packed, state)
     if x.shape[-1] != K or x.numel() != K:
@@ -126,8 +126,8 @@ def multiply_nf4(x:torch.Tensor,       # One row: `K` numbers in any shape
     key, asm = (state.quant_type, packed.device), packed.is_cuda and torch.version.hip is None
     if key not in _tables: _tables[key] = byte_table(state.code)
     out = torch.empty(N, dtype=x.dtype if packed.is_cuda else torch.float32, device=x.device)
+    rows, cols = rows or (16 if N >= 8192 else 8 if N >= 4096 else 2), cols or (1024 if N >= 8192 else 2048)   # as measured on an H100
     cols, q = max(block, min(cols, triton.next_power_of_2(K))), packed.view(-1).view(torch.uint8).view(torch.int32)
-    rows = rows if N >= 4096 else 2   # enough programs for the whole GPU
     row_kernel[(triton.cdiv(N, rows),)](x.reshape(-1), q, state.absmax, *scales2, state.code, _tables[key], out, N, K, block, block2,
                                         rows, cols, asm, num_warps=warps)
     return out.to(x.dtype).view(*x.shape[:-1], N)

@@ -1,11 +1,12 @@
 "The fast step against the ordinary one: same losses, same gradients, same files, and a word for whatever is left as it was."
 import shutil, subprocess, sys
+from types import SimpleNamespace
 
 import pytest, torch
 from peft import LoraConfig, get_peft_model
 
 from qlora_nb.adapters import add_adapters
-from qlora_nb.core import QLoRAError
+from qlora_nb.core import QLoRAError, Table
 from qlora_nb.fast import adapted_layers, decoder_layers, fast_loss, make_fast, make_plain
 from qlora_nb.fused import fuse, unfuse, why_not
 from qlora_nb.models import load_model, load_tokenizer, quiet, tiny_model
@@ -304,7 +305,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @needs_gpu
 @pytest.mark.parametrize("record", [False, True])
-@pytest.mark.parametrize("kind, memory, offload", [("llama", 0., True), ("llama", .4, True), ("llama", 1., 1), ("falcon", .4, True)])
+@pytest.mark.parametrize("kind, memory, offload", [("llama", 0., True), ("llama", .4, True), ("llama", 1., True), ("falcon", .4, True)])
 def test_kept_on_the_host(folders, kind, memory, offload, record):
     model = adapted(folders[kind]).cuda()
     b = {k: v.cuda() for k, v in batch().items()}
@@ -354,3 +355,17 @@ def test_a_gpu_trains_fast_by_itself(folders, tmp_path):
     model = load_model(folders["llama"], device="cuda")
     run = finetune(model, tokenizer=load_tokenizer(folders["llama"]), output=tmp_path/"run", steps=2, progress=False)
     assert run.info["settings"]["fast"] is True and hasattr(run.model, "step_loss") and not run.model.stack.passes
+
+
+@pytest.mark.parametrize("steps, device, compiled", [(6_000, "cuda", False), (7_000, "cuda", True), (7_000, "cpu", False)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_layers_are_compiled_for_long_runs_only(monkeypatch, steps, device, compiled, checkpointing):
+    from qlora_nb import fast, trainer
+    called = []
+    def note(model, memory, **how): called.append((memory, how)); return Table([], [])
+    monkeypatch.setattr(fast, "make_fast", note)
+    monkeypatch.setattr(trainer, "count_params", lambda model: SimpleNamespace(total=1e9))   # 6 x 1e9 x steps x 8 x 100
+    args = SimpleNamespace(max_steps=steps, train_batch_size=4, gradient_accumulation_steps=2, gradient_checkpointing=checkpointing)
+    trainer.FastTrainer.speed_up(SimpleNamespace(args=args, model=SimpleNamespace(device=torch.device(device))), length=100)
+    assert called == [(0. if checkpointing else 1., dict(compile=compiled, dynamic=True))]
+    assert args.gradient_checkpointing == (checkpointing and not compiled)   # compiled layers do it themselves
