@@ -70,14 +70,14 @@ def test_a_row_times_a_packed_weight(rows, blocks, block, double, dtype, kind, s
     x = torch.randn(blocks*block, generator=torch.Generator().manual_seed(blocks)).to(DEVICE, dtype)
     W = kernels.dequantize_nf4(packed, state, out=torch.empty(state.shape, device=DEVICE)).double()
     got, scale = kernels.multiply_nf4(x[None], packed, state, *size), W.abs() @ x.double().abs()   # a sum may be next to nothing
-    step = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype] + 4e-3*(DEVICE == "cuda")
+    step = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype] + 4e-3*(DEVICE == "cuda" and dtype != torch.float32)
     assert got.dtype == dtype and got.shape == (1, rows)
     assert ((got[0].double() - W @ x.double()).abs() <= step*scale).all()
 
 
 def test_what_cannot_be_multiplied_says_so():
     packed, state = quantized((8, 128))
-    for x in (torch.zeros(64), torch.zeros(2, 128), torch.zeros(128, 1)):
+    for x in (torch.zeros(64), torch.zeros(2, 128), torch.zeros(128, 1), torch.zeros(()), torch.zeros(128, dtype=torch.int64)):
         with pytest.raises(QLoRAError, match="one row of 128.*dequantize_nf4"): kernels.multiply_nf4(x.to(DEVICE), packed, state)
     with pytest.raises(QLoRAError, match="96 weights are no multiple of the block size 64"):
         kernels.multiply_nf4(torch.zeros(96, device=DEVICE), *quantized((8, 96)))
