@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import bitsandbytes as bnb
+from step import gpu_ms
 from qlora_nb.core import versions
 from qlora_nb.kernels import bytes_moved, dequantize_nf4, multiply_nf4
 
@@ -22,14 +23,8 @@ def quantized(N, K):
     return bnb.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
 
 
-def clock(work, n):
-    "Microseconds of one of the `n` products in `work`."
-    a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    a.record(), work(), b.record(), torch.cuda.synchronize()
-    return 1e3*a.elapsed_time(b)/n
-
-
 def recorded(call):
+    "A function that replays `call`, after three rehearsals."
     for _ in range(3): call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -58,7 +53,7 @@ def main():
         replay, counts = {k: recorded(f) for k, f in ways.items()}, {k: len(dense) if k == "16 bits" else n for k in ways}
         times, eager = {k: [] for k in ways}, {k: [] for k in ways}
         for _ in range(args.rounds):
-            for k in ways: times[k].append(clock(replay[k], counts[k])), eager[k].append(clock(ways[k], counts[k]))
+            for k in ways: times[k].append(1e3*gpu_ms(replay[k])/counts[k]), eager[k].append(1e3*gpu_ms(ways[k])/counts[k])
         for k in ways:
             low, mid, high = statistics.quantiles(times[k], n=4)
             off = None if k == "16 bits" else ((ways[k]()[0].view(-1) - exact).norm()/exact.norm()).item()
@@ -73,7 +68,7 @@ def main():
             for rows, cols, warps in itertools.product((4, 8, 16), (1024, 2048, 4096), (2, 4, 8)):
                 if not 64 <= rows*cols/32/warps <= 256: continue
                 call = recorded(lambda: [multiply_nf4(x, q, s, rows, cols, warps) for q, s in weights])
-                found.append((round(statistics.median(clock(call, n) for _ in range(8)), 2), rows, cols, warps))
+                found.append((round(statistics.median(1e3*gpu_ms(call)/n for _ in range(8)), 2), rows, cols, warps))
             print("sweep", N, K, sorted(found)[:6], flush=True)
 
 

@@ -9,7 +9,9 @@ import argparse, functools, json, statistics
 from pathlib import Path
 
 import torch, torch.nn.functional as F
+from decode import recorded
 from qlora_nb.core import versions
+from step import gpu_ms
 
 TOKENS, WIDTH, RANK, LAYERS = 4096, 4096, 16, 32
 GROUPS = {"q, k, v": (4096, 1024, 1024), "gate, up": (14336, 14336)}
@@ -34,17 +36,8 @@ def thin_joined(x, As, Bs, dy):
 
 
 def ms(work, times=15, n=4):
-    for _ in range(3): work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(n): work()
-    found = []
-    for _ in range(times):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record(), graph.replay(), b.record(), torch.cuda.synchronize()
-        found.append(a.elapsed_time(b)/n*LAYERS)
-    return statistics.median(found)
+    replay = recorded(lambda: [work() for _ in range(n)])
+    return statistics.median(gpu_ms(replay)/n*LAYERS for _ in range(times))
 
 
 def main():

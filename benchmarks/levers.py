@@ -11,7 +11,7 @@ import argparse, contextlib, copy, gc, json, statistics, time
 from pathlib import Path
 
 import torch
-from step import SHAPES, load, lora, near_gpu, peaks, reset_peaks
+from step import SHAPES, gpu_ms, load, lora, near_gpu, peaks, reset_peaks
 
 WAYS = [("PEFT + bitsandbytes", {}), ("loss in tiles", dict(loss=True)), ("one function", dict(loss=True, fuse=False)),
         ("adapter folded in", dict(loss=True, fuse=True)), ("layers compiled", dict(memory=1., record=False)),
@@ -86,15 +86,10 @@ def in_float32(model):
 
 def link(nbytes=2**28, times=5):
     "GB/s of a copy to pinned memory of the host, and back, with nothing beside it."
-    here, there, found = torch.empty(nbytes, dtype=torch.uint8, device="cuda"), torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), {}
-    for name, a, b in (("to_host", there, here), ("to_gpu", here, there)):
-        ms = []
-        for _ in range(times):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record(), a.copy_(b, non_blocking=True), end.record(), torch.cuda.synchronize()
-            ms.append(start.elapsed_time(end))
-        found[name] = nbytes/statistics.median(ms)/1e6
-    return found
+    near_gpu()
+    here, there = torch.empty(nbytes, dtype=torch.uint8, device="cuda"), torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    def rate(a, b): return nbytes/statistics.median(gpu_ms(lambda: a.copy_(b, non_blocking=True)) for _ in range(times))/1e6
+    return dict(hardware=torch.cuda.get_device_name(), gb_per_s=dict(to_host=rate(there, here), to_gpu=rate(here, there)))
 
 
 def main():
@@ -113,9 +108,9 @@ def main():
     args = ap.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.set == "link":
-        near_gpu()
-        doc = json.loads(args.out.read_text()) | dict(link=dict(hardware=torch.cuda.get_device_name(), gb_per_s=link()))
-        return print(doc["link"], args.out.write_text(json.dumps(doc, indent=1) + "\n"))
+        doc = json.loads(args.out.read_text()) | dict(link=link())
+        args.out.write_text(json.dumps(doc, indent=1) + "\n")
+        return print(doc["link"])
     job = dict(shape=args.shape, folder=str((args.models/args.shape).resolve()), device=device)
     model = load(job)
     if args.check:
@@ -135,9 +130,7 @@ def main():
     hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "models")}
     doc = dict(hardware=hardware, versions=versions(), settings=settings, rows=[])
-    if args.set == "offload":
-        near_gpu()
-        doc["link"] = dict(hardware=hardware, gb_per_s=link())
+    if args.set == "offload": doc["link"] = link()
     found = {}
     if args.check:
         exact = in_float32(model)

@@ -100,6 +100,14 @@ class Clock:
     def ms(self): return [a.elapsed_time(b) if self.cuda else 1e3*(b - a) for a, b in self.times]
 
 
+def gpu_ms(work):
+    "Milliseconds that the GPU takes for what `work` asks of it."
+    import torch
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record(), work(), end.record(), torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
 def reset_peaks(cuda):
     if not cuda: return
     import torch
@@ -167,14 +175,13 @@ def loop(model, job, autocast=True, **inputs):
 def ours(job):
     import torch
     from peft import get_peft_model
-    from qlora_nb.fast import make_fast, make_plain
+    from qlora_nb.fast import make_fast
     model = get_peft_model(load(job), lora(job)).train()
     class Loss(torch.nn.Module):   # what `loop` calls
         parameters = staticmethod(model.parameters)
         def forward(self, **batch): return argparse.Namespace(loss=model.step_loss(batch))
     run = loop(Loss(), job, autocast=False)
     def anew(ids, clock):   # without what was recorded for another batch
-        make_plain(model, widen=False), reset_peaks(job["device"] == "cuda")
         make_fast(model, memory=job["memory"], offload="host" in job["way"], record=False if "not" in job["way"] else None)
         gc.collect(), reset_peaks(job["device"] == "cuda")
         return run(ids, clock)
@@ -271,7 +278,6 @@ def near_gpu():
 
 def about(job):
     from qlora_nb.core import versions
-    import torch
     found = versions()
     for o in ("triton", "unsloth", "unsloth_zoo", "liger_kernel"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[o] = importlib.metadata.version(o)

@@ -70,7 +70,7 @@ def test_a_row_times_a_packed_weight(rows, blocks, block, double, dtype, kind, s
     x = torch.randn(blocks*block, generator=torch.Generator().manual_seed(blocks)).to(DEVICE, dtype)
     W = kernels.dequantize_nf4(packed, state, out=torch.empty(state.shape, device=DEVICE)).double()
     got, scale = kernels.multiply_nf4(x[None], packed, state, *size), W.abs() @ x.double().abs()   # a sum may be next to nothing
-    step = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype] + 4e-3*(DEVICE == "cuda" and dtype != torch.float32)
+    step = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype] + 4e-3*(DEVICE == "cuda" and dtype != torch.float32)
     assert got.dtype == dtype and got.shape == (1, rows)
     assert ((got[0].double() - W @ x.double()).abs() <= step*scale).all()
 
