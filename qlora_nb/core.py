@@ -15,7 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 # %% ../nbs/00_core.ipynb #6cef6569
-os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MB on a CPU
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")    # pages of 2 MB on a CPU
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # a thread that waits sleeps, and leaves its core to others
 
 # %% ../nbs/00_core.ipynb #3e7e9c4b
 import numpy as np, torch

@@ -14,6 +14,7 @@ from pathlib import Path
 # %% ../nbs/09_evaluation.ipynb #1a4c1561
 from .core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
 from .data import answer_of, collate, encode_prompt, encode_rows, exact_match, field_scores, load_rows
+from .dequantized import dequantized
 from .inference import generate
 from .intervals import interval
 from .runs import write_json
@@ -58,9 +59,10 @@ def evaluate(model, tokenizer,
              progress:bool=False) -> Scores:
     "Greedy answers to `rows`, scored: exact match, each field, the loss on the right answers, how many end themselves."
     ended, golds = [], [answer_of(r) for r in rows]
-    answers = answer_rows(model, tokenizer, rows, template, batch_size, progress, ended)
+    with dequantized(model):   # on a CPU, where there is room: the same bits
+        answers = answer_rows(model, tokenizer, rows, template, batch_size, progress, ended)
+        sums, counts = zip(*answer_losses(model, tokenizer, rows, template, max_length))
     free_memory()
-    sums, counts = zip(*answer_losses(model, tokenizer, rows, template, max_length))
     marks = [field_scores(a, g) for a,g in zip(answers, golds)]
     names = dict.fromkeys(f for m in marks for f in m)
     right = dict(exact_match=list(map(exact_match, answers, golds)), stop_rate=ended)

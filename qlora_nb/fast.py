@@ -10,12 +10,14 @@ __all__ = ['decoder_layers', 'fast_loss', 'why_no_tiles', 'to_16_bits', 'compile
 import contextlib, torch, types
 from functools import partial
 from torch import nn
-from .core import QLoRAError, Table
+from .core import QLoRAError, Table, fmt_bytes
+from .dequantized import drop_dequantized, keep_dequantized
 from .cpu import cpu_pieces, cpu_pieces_undo
 from .fused import adapted_layers, fuse, unfuse, why_not
 from .graphs import Stack
 from .loss import fused_gradient, score_gradient, tiled_loss
 from .offload import HostMemory, on_host
+from .prefix import fold_prefixes, hidden_states, unfold_prefixes
 
 # %% ../nbs/14_fast_training.ipynb #70645919
 from peft.tuners.lora.layer import LoraLayer
@@ -36,10 +38,10 @@ def fast_loss(model, batch:dict,  # `input_ids`, `labels` (-100: none), and what
               tile:int=512,       # Positions whose scores exist at a time
               gradient=score_gradient) -> torch.Tensor:  # See `tiled_loss`
     "The loss of a batch in nats a token; no scores are kept, and positions without a label get none."
-    head, rest = model.get_output_embeddings(), {k: v for k, v in batch.items() if k != "labels"}
+    head = model.get_output_embeddings()
     if torch.is_grad_enabled() and (host := getattr(model, "host_memory", None)): host.start()
-    hidden = model.get_decoder()(**rest, use_cache=False)[0]
-    return tiled_loss(hidden, head.weight, batch["labels"], getattr(head, "bias", None), n, tile, gradient)
+    hidden, labels, _ = hidden_states(model, batch)
+    return tiled_loss(hidden, head.weight, labels, getattr(head, "bias", None), n, tile, gradient)
 
 # %% ../nbs/14_fast_training.ipynb #7a97d2ee
 @torch.no_grad()
@@ -91,6 +93,8 @@ def make_plain(model,
                widen:bool=True):  # Make weights as wide again as they were; False: where they will be narrowed at once
     "Undo `make_fast`."
     for m in adapted_layers(model).values(): unfuse(m)
+    unfold_prefixes(model)
+    drop_dequantized(model)
     cpu_pieces_undo(model)
     if stack := vars(model).pop("stack", None): stack.undo()
     for m in model.modules():
@@ -154,8 +158,12 @@ def make_fast(model,                 # With adapters of PEFT or our own on a 4-b
         raise QLoRAError(f"the model is on {device}, and PyTorch's current device is another.", cure="Call torch.cuda.set_device(device).")
     if offload and not (compile and cuda):
         raise QLoRAError("offload needs a GPU and compiled layers.", str(device), "Leave it out.")
-    rows = fuse_layers(model, layers)
-    if device.type == "cpu": rows += [[*row, ""] for row in cpu_pieces(model)]
+    cpu, kept = device.type == "cpu", keep_dequantized(model) if memory == 1 else 0
+    rows = [["4-bit weight", len(layers), f"dequantized once, {fmt_bytes(kept)}", ""]] if kept else []
+    rows += fuse_layers(model, layers)
+    if cpu:
+        rows += [[*row, ""] for row in cpu_pieces(model)]
+        rows.append(["shared prefixes", 1, f"as before: {why}" if (why := fold_prefixes(model)) else "computed once", ""])
     no_tiles = why_no_tiles(model)
     rows.append(["loss", 1, f"as before: {no_tiles}" if no_tiles else f"in tiles of {tile}", ""])
     if offload and no_tiles: raise QLoRAError(f"offload needs the loss in tiles, and {no_tiles}.", cure="Leave it out.")

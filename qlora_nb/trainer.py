@@ -16,6 +16,7 @@ import torch
 from .core import QLoRAError, count_params
 from .adapters import read_adapter, save_lora
 from .optimizers import mixed_precision, pick_optimizer
+from .prefix import hidden_states
 from .qlora import is_scratch
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -25,12 +26,15 @@ from trl import SFTConfig, SFTTrainer
 def row_losses(model, batch  # `input_ids`, `attention_mask`, `labels`: (rows, tokens)
               ) -> tuple:    # ((rows,) sums in nats, (rows,) numbers of trained tokens)
     "The losses of the rows of a batch. Only the trained tokens go through the output head."
-    ids, mask, labels = (batch[k].to(model.device) for k in ("input_ids", "attention_mask", "labels"))
-    hidden = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1]
+    batch = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "labels")}
+    hidden, labels, rows = hidden_states(model, batch)               # `rows`: see `fold` of `05_prefix`
     picked = labels[:, 1:] != -100
-    logits = model.get_output_embeddings()(hidden[picked]).float()   # (trained tokens, V)
-    losses = torch.zeros(picked.shape, device=ids.device)
+    logits = model.get_output_embeddings()(hidden[:, :-1][picked]).float()   # (trained tokens, V)
+    losses = torch.zeros(picked.shape, device=labels.device)
     losses[picked] = torch.nn.functional.cross_entropy(logits, labels[:, 1:][picked], reduction="none")
+    if rows is not None:
+        own = rows[1:] == torch.arange(len(batch["labels"]), device=rows.device)[:, None]   # (rows, tokens)
+        losses, picked = losses*own, picked & own
     return losses.sum(1), picked.sum(1)
 
 def mean_loss(model, batches) -> float:  # Nats a token, each trained token weighing the same
@@ -105,8 +109,9 @@ class FastTrainer(AdapterCheckpoints):
 
 # %% ../nbs/06_trainer.ipynb #a832be38
 def fast_by_default(device:torch.device) -> bool:
-    "Is the fast step known to be right here? On the current CUDA device, in one process, with Triton and its C compiler."
-    if device.type != "cuda" or torch.distributed.is_available() and torch.distributed.is_initialized(): return False
+    "Is the fast step known to be right here? In one process, on a CPU or on the current CUDA device with Triton and its C compiler."
+    if torch.distributed.is_available() and torch.distributed.is_initialized(): return False
+    if device.type != "cuda": return device.type == "cpu"
     here = device.index in (None, torch.cuda.current_device())
     return here and bool(util.find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")))
 
