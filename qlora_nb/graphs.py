@@ -6,17 +6,16 @@
 __all__ = ['clean_up', 'record', 'Passes', 'Replay', 'Recordings', 'Stack']
 
 # %% ../nbs/13_graphs.ipynb #ed7c54c2
-import contextlib, gc, torch, warnings
+import gc, torch, warnings
 from collections import Counter
 from fastcore.basics import patch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from .core import QLoRAError
 
 # %% ../nbs/13_graphs.ipynb #454233b3
-def clean_up(stream, pool):  # The current one before the recording, and what it was recorded into
+def clean_up(stream):  # The current one before the recording
     "Put right what PyTorch leaves behind when CUDA has broken off a recording."
     torch.cuda.set_stream(stream)
-    with contextlib.suppress(RuntimeError): torch._C._cuda_endAllocateToPool(stream.device_index, pool)   # it may have ended
     with torch.cuda.graph(torch.cuda.CUDAGraph()): torch.zeros(1, device=stream.device)   # one that ends unlocks the generator
 
 def record(work, pool=None):  # A function that returns tensors; where a GPU records into, of `torch.cuda.graph_pool_handle()`
@@ -29,7 +28,7 @@ def record(work, pool=None):  # A function that returns tensors; where a GPU rec
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"): out = work()
     except Exception:
-        clean_up(stream, pool)
+        clean_up(stream)
         raise
     return list(out), graph.replay
 

@@ -81,7 +81,8 @@ def convert_gguf(gguf:Path,    # A GGUF file of an architecture that transformer
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16, **how)
         model.config.__dict__.pop("quantization_config", None)
-        tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, clean_up_tokenization_spaces=False)
+        tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tok.clean_up_tokenization_spaces = False   # as an argument, transformers 5.17 forgets it
         tok.add_special_tokens({k: tok.convert_ids_to_tokens(i) for k in ("bos_token", "eos_token", "pad_token")
                                 if (i := getattr(model.config, f"{k}_id")) is not None})
         for o in (model, tok): o.save_pretrained(folder)

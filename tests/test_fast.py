@@ -382,15 +382,15 @@ def test_a_loss_that_is_held_is_named(folders):
 @needs_gpu
 @pytest.mark.parametrize("failure", [lambda x: x.sum().item(), lambda x: 1/0], ids=["CUDA's", "Python's"])
 def test_a_recording_that_fails_leaves_nothing_behind(failure):
-    x, side, pool = torch.ones(1000, device="cuda"), torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    found, replay = record(lambda: [torch.nn.functional.dropout(x)], torch.cuda.graph_pool_handle())
+    x, side, pool = torch.ones(1000, device="cuda"), torch.cuda.Stream(), torch.cuda.graph_pool_handle
+    found, replay = record(lambda: [torch.nn.functional.dropout(x)], pool())
     stream, state = torch.cuda.current_stream(), torch.cuda.get_rng_state()
-    with pytest.raises((RuntimeError, ZeroDivisionError)): record(lambda: [x*2, failure(x)], pool)
+    with pytest.raises((RuntimeError, ZeroDivisionError)): record(lambda: [x*2, failure(x)], pool())
     assert torch.cuda.current_stream() == stream and torch.equal(torch.cuda.get_rng_state(), state)
     assert torch.randn(3, device="cuda").isfinite().all()
     drawn = [(replay(), found[0].clone())[1] for _ in range(2)]   # an earlier one goes on drawing
     assert not torch.equal(*drawn) and set(drawn[0].tolist()) == {0., 2.}
-    again, replay = record(lambda: [x*3], pool)
+    again, replay = record(lambda: [x*3], pool())
     replay()
     assert (again[0] == 3).all()
     before = torch.cuda.memory_allocated()

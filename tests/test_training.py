@@ -91,7 +91,8 @@ print(json.dumps(report))
 
 
 def forks(code, *args):
-    p = subprocess.run([sys.executable, "-c", code, json.dumps(args)], capture_output=True, text=True, timeout=500)
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES="")   # CUDA, once asked whether it is there, refuses all forked children
+    p = subprocess.run([sys.executable, "-c", code, json.dumps(args)], capture_output=True, text=True, timeout=500, env=env)
     assert p.stdout.strip(), p.stderr[-2000:]
     return json.loads(p.stdout.splitlines()[-1]), p.stderr
 
