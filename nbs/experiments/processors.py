@@ -3,20 +3,22 @@
     python nbs/experiments/processors.py                            # measure here, and store the row of this kind
     python tools/plain_cpu.py python nbs/experiments/processors.py  # and as on a processor without AVX-512
 
-All of it is bitsandbytes' doing, which chooses its CPU kernels by the processor: weights that come back with the scale
+bitsandbytes and PyTorch choose their CPU kernels by the processor, and with them: weights that come back with the scale
 of another block (`02_quantization`, A surprise), the sign of an FP4 zero (the same page, The proof), gradients after
-an evaluation (`01_models`), and what a layer costs (`10_falcon`). These pages measure it again where they run, and show
-the stored row of the other kind beside it. Rows of other kinds in the file are kept.
+an evaluation (`01_models`), and copies of the output head (`08_inference`). These pages measure it again where they
+run, and show the stored row of the other kind beside it. Rows of other kinds in the file are kept. Nothing is timed.
 """
-import argparse, json, os, platform, re, tempfile, time, warnings
+import argparse, json, os, platform, re, tempfile, warnings
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages of the profiler itself
 
 import bitsandbytes as bnb, torch
 from bitsandbytes import functional as BF
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qlora_nb.core import cpu_kind, pick_dtype, set_seed, versions
+from qlora_nb.core import cpu_kind, set_seed, versions
 from qlora_nb.models import disarm, nf4_config, quiet, tiny_model
 from qlora_nb.quantization import QuantizedTensor
 
@@ -66,24 +68,13 @@ def gradient_cosine(disarmed):
 
 
 @torch.no_grad()
-def speeds(rounds=30):
-    "Speed of an NF4 layer relative to the layer that is not quantized, as it is trained and as it may answer."
-    def nf4(dense, train):
-        q = bnb.nn.Linear4bit(*dense.weight.T.shape, bias=False, compute_dtype=dense.weight.dtype, quant_type="nf4")
-        q.load_state_dict(dict(weight=dense.weight.detach().clone()))
-        q = q.to("cpu").eval()
-        return disarm(q) if train else q
-    dense = torch.nn.Linear(2048, 8192, bias=False, dtype=pick_dtype("cpu"))
-    layers = [dense, nf4(dense, True), nf4(dense, False)]
-    for tokens in (1, 64, 256):
-        x, took = torch.randn(tokens, 2048, dtype=dense.weight.dtype), [[], [], []]
-        for _ in range(rounds):
-            for f, t in zip(layers, took):
-                start = time.perf_counter()
-                f(x)
-                t.append(time.perf_counter() - start)
-        plain, trained, answers = map(min, took)
-        yield dict(tokens=tokens, dtype=str(x.dtype)[6:], as_trained=plain/trained, repacked=plain/answers)
+def head_copies():
+    "Bytes that a product in bfloat16 allocates, in units of its weight: for rows with gaps between them, and without."
+    W, last = torch.randn(4096, 64, dtype=torch.bfloat16), torch.randn(16, 40, 64, dtype=torch.bfloat16)[:, -1:]
+    def allocated(h):
+        with torch.profiler.profile(profile_memory=True) as prof: torch.nn.functional.linear(h, W)
+        return sum(max(e.self_cpu_memory_usage, 0) for e in prof.events())/W.nbytes
+    return dict(with_gaps=allocated(last), closed=allocated(last.contiguous()))
 
 
 def processor():
@@ -96,12 +87,12 @@ def processor():
 
 def measure():
     return dict(cpu=cpu_kind(), hardware=processor(), wrong_scales=list(wrong_scales()), fp4=zeros(),
-                cosine=gradient_cosine(False), cosine_disarmed=gradient_cosine(True))
+                cosine=gradient_cosine(False), cosine_disarmed=gradient_cosine(True), head=head_copies())
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    row = measure() | dict(speed=list(speeds()), threads=torch.get_num_threads(), versions=versions())
+    row = measure() | dict(threads=torch.get_num_threads(), versions=versions())
     doc = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else dict(rows=[])
     doc["rows"] = sorted([*(r for r in doc["rows"] if r["cpu"] != row["cpu"]), row], key=lambda r: r["cpu"])
     doc |= dict(hardware=[r["hardware"] for r in doc["rows"]], versions=row["versions"])
