@@ -76,6 +76,8 @@ def one_line_errors(interrupted:str=""):  # What to say after Ctrl-C
     "Exit with status 2 and one message for a `QLoRAError`; with 130 for Ctrl-C."
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1"), os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from qlora_nb.core import QLoRAError
+    for o in (sys.stdout, sys.stderr):   # a terminal that cannot show a letter shows something else for it
+        if hasattr(o, "reconfigure"): o.reconfigure(errors="replace" if o is sys.stdout else "backslashreplace")
     warnings.showwarning = lambda message, *a, **k: print(f"note: {message}", file=sys.stderr)
     try: yield
     except QLoRAError as e: print(f"error: {e}", file=sys.stderr), sys.exit(2)

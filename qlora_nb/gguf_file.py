@@ -84,9 +84,10 @@ def pre_name(tokenizer) -> str:   # A byte-level BPE tokenizer of transformers
     steps = plan["pre_tokenizer"] or {}
     steps = [{k: v for k, v in o.items() if k != "trim_offsets"} for o in steps.get("pretokenizers", [steps])]
     byte = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
+    unchanged = plan["normalizer"] in (None, dict(type="Sequence", normalizers=[]))   # transformers 5.17 writes the second
     known = {"gpt-2": [byte], "smollm": [dict(type="Digits", individual_digits=True), byte]}
     for name, rule in known.items():
-        if plan["model"]["type"] == "BPE" and not plan["normalizer"] and steps == rule: return name
+        if plan["model"]["type"] == "BPE" and unchanged and steps == rule: return name
     raise QLoRAError(f"only tokenizers of byte-level BPE, split as {' or '.join(known)}, are written here.",
                      cure=CONVERTER)
 

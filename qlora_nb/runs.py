@@ -14,7 +14,7 @@ from .core import QLoRAError
 def write_json(path:Path, obj:dict):
     "Write `obj` in one atomic step."
     tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str))
+    tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
     tmp.replace(path)
 
 # %% ../nbs/06_runs.ipynb #928f5281
@@ -23,12 +23,12 @@ def seal(folder:Path):  # A folder that is now complete
     files = [f for f in sorted(folder.rglob("*")) if f.is_file() and not f.name.startswith("complete.")]
     for f in files:
         with open(f, "rb+") as opened: os.fsync(opened.fileno())
-    write_json(folder/"complete.json", {str(f.relative_to(folder)): f.stat().st_size for f in files})
+    write_json(folder/"complete.json", {f.relative_to(folder).as_posix(): f.stat().st_size for f in files})
 
 # %% ../nbs/06_runs.ipynb #eed88efe
 def is_sealed(folder:Path) -> bool:  # Is everything there that the seal lists?
     "True for a folder that was sealed and has not lost anything since."
-    try: sizes = json.loads((folder/"complete.json").read_text()).items()
+    try: sizes = json.loads((folder/"complete.json").read_text(encoding="utf-8")).items()
     except (OSError, ValueError, AttributeError): return False
     return all((folder/f).is_file() and (folder/f).stat().st_size == n for f, n in sizes)
 
@@ -61,7 +61,7 @@ def open_run(folder:Path, settings:dict, resume:bool):
     if not resume:
         raise QLoRAError("this folder already holds a run.", where=str(folder),
                          cure="Add --resume to go on with it, or choose another --output.")
-    old, new = comparable(json.loads(file.read_text())), comparable(settings)
+    old, new = comparable(json.loads(file.read_text(encoding="utf-8"))), comparable(settings)
     if diff := [f"{k} was {old.get(k)}, now {v}" for k,v in new.items() if old.get(k) != v]:
         raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.", where=str(folder),
                          cure="Use the same options, or start a new run.")

@@ -16,7 +16,7 @@ def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffini
 def free_memory(limit=Path("/sys/fs/cgroup/memory.max")):
     "Bytes that this process may still take: what the machine has free, or less in a container with a limit."
     free = psutil.virtual_memory().available
-    text = limit.read_text().strip() if limit.exists() else "max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     return min(free, int(text)) if text.isdigit() else free
 
 

@@ -213,7 +213,7 @@ def test_one_call(tok, model, tmp_path, monkeypatch):
     with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, initializer_range=.2).save_pretrained("base"), tok.save_pretrained("base")
     run = tmp_path/"runs"/"one"
     run.mkdir(parents=True)
-    (run/"settings.json").write_text("{}")
+    (run/"settings.json").write_text("{}", encoding="utf-8")
     save_adapter(model, run/"adapter", str(tmp_path/"base"), template="article", turns=1, example="Say it")
     c = chat(device="cpu", max_new_tokens=3)
     assert "Say it" in c.hello() and say(c, "Hi")["error"] is None and c.notes["template"] == "article"

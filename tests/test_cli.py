@@ -1,5 +1,5 @@
 "The commands as a shell runs them: killed, resumed, fed with broken files, asked for help."
-import json, os, signal, subprocess, sys, time
+import json, os, random, signal, subprocess, sys, time
 
 import pytest
 import safetensors.torch, torch
@@ -36,7 +36,16 @@ def options(tiny, out, *more):
             "--save-steps", 4, "--eval-rows", 2, *more]
 
 
-def losses(folder): return json.loads((folder/"run.json").read_text())["losses"]
+def await_checkpoint(p, folder, step, patience=300):
+    "Wait until the command `p` has sealed a checkpoint, and say when that was."
+    end = time.monotonic() + patience
+    while not list(folder.glob(f"checkpoints/checkpoint-{step}/complete.json")) and p.poll() is None:
+        if time.monotonic() > end: p.kill(), pytest.fail(f"no checkpoint-{step} after {patience} s: {p.communicate()[1]}")
+        time.sleep(.01)
+    return time.monotonic()
+
+
+def losses(folder): return json.loads((folder/"run.json").read_text(encoding="utf-8"))["losses"]
 
 
 def adapter(folder): return safetensors.torch.load_file(folder/"adapter"/"adapter_model.safetensors")
@@ -46,14 +55,15 @@ def test_kill_and_resume(tiny, tmp_path):
     "kill -9 at a moment nobody chose, resume, and compare with a run that was left alone: bit-equal."
     whole, killed = tmp_path/"whole", tmp_path/"killed"
     assert call("finetune_main", *options(tiny, whole))[0] == 0
-    p, deadline = command("finetune_main", *options(tiny, killed)), time.monotonic() + 200
-    while not (killed/"checkpoints"/"checkpoint-8"/"complete.json").exists() and p.poll() is None and time.monotonic() < deadline: time.sleep(.02)
-    time.sleep(int.from_bytes(os.urandom(2), "big")/65536*.4)
+    p = command("finetune_main", *options(tiny, killed))
+    four = await_checkpoint(p, killed, 4)
+    eight = await_checkpoint(p, killed, 8)
+    time.sleep(random.Random(os.urandom(8)).uniform(0, 3)*(eight - four))   # of 22 steps, at most about 12 are gone then
     p.send_signal(signal.SIGKILL), p.communicate()
     assert p.returncode == -signal.SIGKILL and not (killed/"adapter").exists(), "the run ended before it was killed"
     status, out, err = call("finetune_main", *options(tiny, killed, "--resume"))
     assert status == 0, err
-    assert json.loads((killed/"run.json").read_text())["resumed_from"].startswith("checkpoint-")
+    assert json.loads((killed/"run.json").read_text(encoding="utf-8"))["resumed_from"].startswith("checkpoint-")
     assert losses(killed) == losses(whole)
     a, b = adapter(killed), adapter(whole)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -61,8 +71,8 @@ def test_kill_and_resume(tiny, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
-    p, deadline = command("finetune_main", *options(tiny, tmp_path/"run")), time.monotonic() + 200
-    while not list((tmp_path/"run").glob("checkpoints/*/complete.json")) and p.poll() is None and time.monotonic() < deadline: time.sleep(.02)
+    p = command("finetune_main", *options(tiny, tmp_path/"run"))
+    await_checkpoint(p, tmp_path/"run", "*")
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and "--resume" in err and "Traceback" not in err
@@ -74,7 +84,7 @@ def test_evaluated_while_it_trains(tiny, tmp_path):
     args = [o for o in options(tiny, tmp_path/"run", "--eval-steps", 3, "--patience", 2, "--optim", "adamw_8bit") if o not in ("--steps", 30)]
     status, out, err = call("finetune_main", *args, "--steps", 6)
     assert status == 0, err
-    run = json.loads((tmp_path/"run"/"run.json").read_text())
+    run = json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))
     assert [s for s, _ in run["eval_losses"]] == [3, 6] and run["best_step"] in (3, 6)
     assert run["best_eval_loss"] == min(o for _, o in run["eval_losses"]) and run["settings"]["optim"] == "adamw_8bit"
 
@@ -104,12 +114,12 @@ def test_the_run_json_of_own_data(tiny, tmp_path):
     args = [o for o in options(tiny, tmp_path/"run") if o not in ("--steps", 30)]
     status, out, err = call("finetune_main", *args, "--data", data, "--epochs", 1)
     assert status == 0, err
-    run = json.loads((tmp_path/"run"/"run.json").read_text())
+    run = json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))
     assert {"before", "after", "train_seconds", "total_seconds", "peak_memory_gb", "trainable_parameters", "total_parameters", "settings",
             "versions"} <= set(run)
     assert run["settings"]["rows"] == 28 and run["eval_rows"] == 2 and run["steps"] == 14
     assert (tmp_path/"run"/"loss.png").read_bytes()[:4] == b"\x89PNG"
-    config = json.loads((tmp_path/"run"/"adapter"/"adapter_config.json").read_text())
+    config = json.loads((tmp_path/"run"/"adapter"/"adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == str(tiny)
     status, out, err = call("chat_main", "--adapter", tmp_path/"run", "--max-new-tokens", 4, stdin="What is 2+2?\n/exit\n")
     assert status == 0 and "each one is answered on its own" in out, err

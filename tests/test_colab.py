@@ -37,7 +37,7 @@ wanted = by_name(shlex.split(SETTINGS["requirements"]))
 
 def resolve(reqs, folder):
     "Ask uv for a set that holds `reqs` and all that Colab ships; None where there is none, else {name: version}."
-    (folder/"in.txt").write_text("\n".join(map(str, [*reqs, *pinned.values()])))
+    (folder/"in.txt").write_text("\n".join(map(str, [*reqs, *pinned.values()])), encoding="utf-8")
     env = os.environ | {uv: os.environ[pip] for pip, uv in NAMES.items() if pip in os.environ}
     cmd = [find_uv_bin(), "pip", "compile", "in.txt", "-c", SHIPPED, *PLATFORM, "--no-header", "--no-annotate"]
     r = subprocess.run(cmd, cwd=folder, capture_output=True, text=True, env=env | {"UV_PYTHON_DOWNLOADS": "never"})

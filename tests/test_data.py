@@ -81,7 +81,7 @@ def test_broken_file(case, tmp_path):
 
 
 def test_missing_file(tmp_path):
-    (tmp_path/"tickets_train.jsonl").write_text(GOOD)
+    (tmp_path/"tickets_train.jsonl").write_text(GOOD, encoding="utf-8")
     with pytest.raises(QLoRAError, match="no such file. Did you mean 'tickets_train.jsonl'"): load_rows(tmp_path/"tickets_trian.jsonl")
     with pytest.raises(QLoRAError, match="no such file"): load_rows("nowhere/at/all.csv")
     with pytest.raises(QLoRAError, match="this is a folder"): load_rows(tmp_path)

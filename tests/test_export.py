@@ -104,12 +104,13 @@ def test_what_lies_in_the_folder(adapter, llama, tmp_path):
         assert {f.get_tensor(k).dtype for k in f.keys()} == {torch.bfloat16}
     tok = load_tokenizer()
     assert AutoTokenizer.from_pretrained(out).chat_template == tok.chat_template
-    assert {k: v for k, v in json.loads((out/"generation_config.json").read_text()).items() if k.endswith("_id")} == dict(
+    assert {k: v for k, v in json.loads((out/"generation_config.json").read_bytes()).items() if k.endswith("_id")} == dict(
         bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     for o in out.iterdir():
         if o.suffix in (".json", ".md", ".jinja"):
-            assert not {str(tmp_path), str(llama), str(Path.home())} & {m for m in re.findall(r"/[\w./-]+", o.read_text())}, o.name
-            assert str(llama.parent) not in o.read_text() and str(adapter.parent) not in o.read_text(), o.name
+            said = o.read_text(encoding="utf-8")
+            assert not {str(tmp_path), str(llama), str(Path.home())} & {m for m in re.findall(r"/[\w./-]+", said)}, o.name
+            assert str(llama.parent) not in said and str(adapter.parent) not in said, o.name
     assert [o.name for o in tmp_path.iterdir()] == ["out"]
 
 
@@ -117,9 +118,10 @@ def test_base_with_odd_sampling_defaults(adapter, llama, tmp_path):
     "A generation_config that transformers itself would refuse to save, as some models on the Hub have."
     base = tmp_path/"base"
     shutil.copytree(llama, base)
-    (base/"generation_config.json").write_text(json.dumps(dict(temperature=.7, top_p=.9, do_sample=False, eos_token_id=[0, 2])))
+    odd = dict(temperature=.7, top_p=.9, do_sample=False, eos_token_id=[0, 2])
+    (base/"generation_config.json").write_text(json.dumps(odd), encoding="utf-8")
     out = merge_and_save(adapter, tmp_path/"out", base=str(base), **F32)
-    made = json.loads((out/"generation_config.json").read_text())
+    made = json.loads((out/"generation_config.json").read_text(encoding="utf-8"))
     assert made["eos_token_id"] == [2, 0] and "temperature" not in made
 
 
@@ -173,9 +175,9 @@ def test_too_large_for_float16(llama, tmp_path):
 
 @pytest.mark.parametrize("form", ["safetensors", "adapter", "gguf"])
 def test_a_folder_in_use_and_a_full_disk(form, adapter, tmp_path, monkeypatch):
-    (tmp_path/"used").mkdir(), (tmp_path/"used"/"mine").write_text("x")
+    (tmp_path/"used").mkdir(), (tmp_path/"used"/"mine").write_text("x", encoding="utf-8")
     with pytest.raises(QLoRAError, match="there is something here already"): export_run(adapter, tmp_path/"used", form)
-    (tmp_path/"file").write_text("x")
+    (tmp_path/"file").write_text("x", encoding="utf-8")
     with pytest.raises(QLoRAError, match="there is something here already"): export_run(adapter, tmp_path/"file", form)
     monkeypatch.setattr("shutil.disk_usage", lambda p: Disk(10**9, 10**9, 10))
     with pytest.raises(QLoRAError, match="and the disk has 10 B left. Make room"): export_run(adapter, tmp_path/"new", form)
@@ -224,9 +226,9 @@ def test_killed_before_the_end(form, adapter, tmp_path):
 
 def test_an_empty_folder_may_be_given(tmp_path):
     (tmp_path/"empty").mkdir()
-    with new_folder(tmp_path/"empty") as new: (new/"x").write_text("1")
-    with new_folder(tmp_path/"a"/"b") as new: (new/"x").write_text("2")
-    assert (tmp_path/"empty"/"x").read_text() + (tmp_path/"a"/"b"/"x").read_text() == "12"
+    with new_folder(tmp_path/"empty") as new: (new/"x").write_text("1", encoding="utf-8")
+    with new_folder(tmp_path/"a"/"b") as new: (new/"x").write_text("2", encoding="utf-8")
+    assert (tmp_path/"empty"/"x").read_bytes() + (tmp_path/"a"/"b"/"x").read_bytes() == b"12"
     with pytest.raises(KeyboardInterrupt):
         with new_folder(tmp_path/"c") as new: raise KeyboardInterrupt
     assert sorted(o.name for o in tmp_path.iterdir()) == ["a", "empty"]

@@ -1,5 +1,5 @@
 "The fast step against the ordinary one: same losses, same gradients, same files, and a word for whatever is left as it was."
-import shutil, subprocess, sys
+import os, shutil, subprocess, sys
 from types import SimpleNamespace
 
 import pytest, torch
@@ -9,6 +9,7 @@ from qlora_nb.adapters import add_adapters
 from qlora_nb.core import QLoRAError, Table
 from qlora_nb.fast import adapted_layers, decoder_layers, fast_loss, make_fast, make_plain
 from qlora_nb.fused import fuse, unfuse, why_not
+from qlora_nb.graphs import record
 from qlora_nb.models import load_model, load_tokenizer, quiet, tiny_model
 from qlora_nb.packing import collate_packed, separate_documents
 from qlora_nb.qlora import quantize_model
@@ -262,6 +263,34 @@ def test_trl_trains_a_fast_model(folders, tmp_path):
     assert len(found[0]) == 3 and found[0] == pytest.approx(found[1], rel=1e-3)
 
 
+def test_trl_needs_no_gpu_for_a_cpu(tmp_path):
+    "Triton's interpreter would hide it: a kernel that is started on a CPU fails without it, and beside a GPU."
+    code = """
+import sys
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+from qlora_nb.models import load_tokenizer, tiny_model
+rows = Dataset.from_dict(dict(input_ids=[list(range(5, 30))]*8))
+args = SFTConfig(sys.argv[1], max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True)
+SFTTrainer(tiny_model(), args, train_dataset=rows, processing_class=load_tokenizer()).train()
+"""
+    r = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=os.environ | dict(TRITON_INTERPRET="0"))
+    assert r.returncode == 0, r.stderr[-2000:]
+
+
+def test_a_cpu_does_without_a_loss_in_triton(folders, tmp_path, monkeypatch):
+    from qlora_nb import trainer
+    from qlora_nb.data import load_rows
+    def losses(name):
+        return finetune(str(folders["llama"]), load_rows("tickets")[:8], tmp_path/name, steps=2, batch_size=2, accumulation=2, device="cpu",
+                        progress=False, fast=False).info["losses"]
+    want = losses("theirs")
+    def broken(*args, **kw): raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+    monkeypatch.setattr(trainer.SFTTrainer, "compute_loss", broken)
+    monkeypatch.setattr(trainer, "triton_everywhere", lambda: True)
+    assert losses("ours") == pytest.approx(want, rel=5e-3)
+
+
 @pytest.mark.parametrize("backend", ["bnb", "scratch"])
 def test_a_fast_run_is_the_same_run_and_resumes_to_the_same_bits(folders, tmp_path, backend):
     from qlora_nb.data import load_rows
@@ -347,7 +376,29 @@ def test_a_loss_that_is_held_is_named(folders):
     held = model.step_loss(b)
     with pytest.warns(UserWarning, match="a loss from before still held"):
         for _ in range(2): model.step_loss(b).backward()
-    assert held.isfinite()
+    assert held.isfinite() and torch.randn(2, device="cuda").isfinite().all()
+
+
+@needs_gpu
+@pytest.mark.parametrize("failure", [lambda x: x.sum().item(), lambda x: 1/0], ids=["CUDA's", "Python's"])
+def test_a_recording_that_fails_leaves_nothing_behind(failure):
+    x, side, pool = torch.ones(1000, device="cuda"), torch.cuda.Stream(), torch.cuda.graph_pool_handle
+    found, replay = record(lambda: [torch.nn.functional.dropout(x)], pool())
+    stream, state = torch.cuda.current_stream(), torch.cuda.get_rng_state()
+    with pytest.raises((RuntimeError, ZeroDivisionError)): record(lambda: [x*2, failure(x)], pool())
+    assert torch.cuda.current_stream() == stream and torch.equal(torch.cuda.get_rng_state(), state)
+    assert torch.randn(3, device="cuda").isfinite().all()
+    drawn = [(replay(), found[0].clone())[1] for _ in range(2)]   # an earlier one goes on drawing
+    assert not torch.equal(*drawn) and set(drawn[0].tolist()) == {0., 2.}
+    again, replay = record(lambda: [x*3], pool())
+    replay()
+    assert (again[0] == 3).all()
+    before = torch.cuda.memory_allocated()
+    big = torch.empty(2**26, device="cuda")
+    big.record_stream(side)
+    del big
+    torch.cuda.synchronize(), torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() == before   # memory shared by streams is freed only where nothing is recorded
 
 
 @needs_gpu

@@ -46,7 +46,7 @@ def test_good_format(case, kind, tmp_path):
     row, wanted = GOOD[case]
     path = tmp_path/f"a.{kind}"
     if kind == "parquet": pq.write_table(pa.Table.from_pylist([row]*2), path)
-    else: path.write_text(lines(row, row) if kind == "jsonl" else json.dumps([row, row]))
+    else: path.write_text(lines(row, row) if kind == "jsonl" else json.dumps([row, row]), encoding="utf-8")
     assert load_rows(path) == [wanted]*2
 
 
@@ -72,7 +72,7 @@ BAD = {
 def test_bad_format(case, tmp_path):
     row, what = BAD[case]
     good = share(("human", "Hi"), ("gpt", "Hello")) if "conversations" in row else GOOD["messages"][0] if "messages" in row else GOOD["pair"][0]
-    (path := tmp_path/"a.jsonl").write_text(lines(good, row))
+    (path := tmp_path/"a.jsonl").write_text(lines(good, row), encoding="utf-8")
     for read in (load_rows, lambda p: map_rows(p, load_tokenizer("smollm2"), cache_dir=tmp_path/"cache")):
         with pytest.raises(QLoRAError) as e: read(path)
         assert e.value.where == f"{path}, row 2" and what in e.value.what and "conversations" in e.value.cure
@@ -80,9 +80,9 @@ def test_bad_format(case, tmp_path):
 
 
 def test_formats_cannot_be_mixed(tmp_path):
-    (path := tmp_path/"a.jsonl").write_text(lines(GOOD["ShareGPT"][0], GOOD["messages"][0]))
+    (path := tmp_path/"a.jsonl").write_text(lines(GOOD["ShareGPT"][0], GOOD["messages"][0]), encoding="utf-8")
     with pytest.raises(QLoRAError, match="row 2: the row has the shape messages, but row 1 has conversations"): load_rows(path)
-    (path := tmp_path/"a.csv").write_text("conversations\nx\n")
+    (path := tmp_path/"a.csv").write_text("conversations\nx\n", encoding="utf-8")
     with pytest.raises(QLoRAError, match="header"): load_rows(path)
 
 
@@ -102,7 +102,7 @@ def test_parquet_can_be_broken(tmp_path):
 def tok(): return load_tokenizer("smollm2")
 
 SHELF = Path(trl.__file__).parent/"chat_templates"
-SOURCES = {o.stem: o.read_text() for o in sorted(SHELF.glob("*.jinja"))}
+SOURCES = {o.stem: o.read_text(encoding="utf-8") for o in sorted(SHELF.glob("*.jinja"))}
 ORIGINALS = [o for o in SOURCES if not o.endswith("_training")]
 FRAME = re.compile(r"<[^\s<>'\"{}]{1,40}>|\[/?[A-Z_]+\]")
 RULE = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -314,7 +314,7 @@ def test_mapped_chats_of_every_shape(tok, tmp_path):
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_mapped_errors_name_the_row(tok, text, what, num_proc, tmp_path):
     path = write(tmp_path/"a.jsonl", make_tickets(n=30))
-    path.write_text(path.read_text() + "\n\n" + text + "\n")
+    path.write_text(path.read_text(encoding="utf-8") + "\n\n" + text + "\n", encoding="utf-8")
     with pytest.raises(QLoRAError) as e: map_rows(path, tok, num_proc=num_proc, cache_dir=tmp_path/"cache")
     assert e.value.where == f"{path}, row 31" and what in e.value.what
     with pytest.raises(QLoRAError, match="row 31"): list(stream_rows(path, tok))
@@ -327,9 +327,9 @@ def test_mapped_errors_before_any_work(tok, tmp_path):
         with pytest.raises(QLoRAError, match="no such file. Did you mean '"): f(tmp_path/"b.jsonl", tok)
         with pytest.raises(QLoRAError, match="in memory already"): f([ONE], tok)
         with pytest.raises(QLoRAError, match="in memory already"): f("tickets", tok)
-        (tmp_path/"blank.jsonl").write_text("\n \n")
+        (tmp_path/"blank.jsonl").write_text("\n \n", encoding="utf-8")
         with pytest.raises(QLoRAError, match="there are no rows"): f(tmp_path/"blank.jsonl", tok)
-        (tmp_path/"a.csv").write_text("prompt,response\na,b\n")
+        (tmp_path/"a.csv").write_text("prompt,response\na,b\n", encoding="utf-8")
         with pytest.raises(QLoRAError, match="cannot be read row by row"): f(tmp_path/"a.csv", tok)
         with pytest.raises(QLoRAError, match="no choice long"): list(f(write(tmp_path/"c.jsonl", [ONE]), tok, long="x"))
 

@@ -380,8 +380,9 @@ def test_adapters_for_another_base(base_folder, two, tmp_path, tok):
 
 def test_an_adapter_of_another_name_warns(base_folder, two, tmp_path):
     f = shutil.copytree(two[0], tmp_path/"a")
-    cfg = json.loads((f/"adapter_config.json").read_text())
-    (f/"adapter_config.json").write_text(json.dumps(cfg | dict(base_model_name_or_path="someone/else")))
+    cfg = json.loads((f/"adapter_config.json").read_text(encoding="utf-8"))
+    cfg["base_model_name_or_path"] = "someone/else"
+    (f/"adapter_config.json").write_text(json.dumps(cfg), encoding="utf-8")
     model = load_model(base_folder, device="cpu", dtype=torch.float32)
     with pytest.warns(UserWarning, match="a was trained on someone/else; this is"): add_adapter_from(model, f, "a")
 

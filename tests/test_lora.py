@@ -295,7 +295,7 @@ def test_same_training_run():
     assert runs[0] == runs[1] and runs[0][-1] < runs[0][0]
 
 
-def config(path): return json.loads((path/"adapter_config.json").read_text())
+def config(path): return json.loads((path/"adapter_config.json").read_text(encoding="utf-8"))
 
 
 def test_config_says_what_is_there(tmp_path):
@@ -303,7 +303,7 @@ def test_config_says_what_is_there(tmp_path):
     for base in (None, "smollm2", "org/name"):
         save_adapter(model, tmp_path, base_model=base)
         assert config(tmp_path)["base_model_name_or_path"] == base
-    assert str(tmp_path) not in (tmp_path/"adapter_config.json").read_text()
+    assert str(tmp_path) not in (tmp_path/"adapter_config.json").read_text(encoding="utf-8")
     cfg = config(tmp_path)
     assert cfg["target_modules"] == ["q_proj", "v_proj"] and (cfg["r"], cfg["lora_alpha"], cfg["lora_dropout"]) == (4, 8, 0.1)
     with pytest.warns(UserWarning, match="1 of 2"): some = our_model(MAKERS["llama"](), targets=["layers.0.mlp.up_proj"])
@@ -313,7 +313,7 @@ def test_config_says_what_is_there(tmp_path):
 
 def test_save_is_atomic(tmp_path, monkeypatch):
     model = fill(our_model(MAKERS["llama"]()))
-    (tmp_path/"notes.txt").write_text("kept")
+    (tmp_path/"notes.txt").write_text("kept", encoding="utf-8")
     save_adapter(model, tmp_path)
     before = {o.name: o.read_bytes() for o in tmp_path.iterdir()}
     def full(*args, **kwargs): raise OSError("no space left on device")
@@ -334,7 +334,7 @@ def copy_of(saved, tmp_path, change=lambda cfg, tensors: None):
     "A copy of an adapter, changed in place by `change(cfg, tensors)`."
     cfg, tensors = config(saved), load_file(saved/"adapter_model.safetensors")
     change(cfg, tensors)
-    (tmp_path/"adapter_config.json").write_text(json.dumps(cfg))
+    (tmp_path/"adapter_config.json").write_text(json.dumps(cfg), encoding="utf-8")
     save_file(tensors, tmp_path/"adapter_model.safetensors")
     return tmp_path
 

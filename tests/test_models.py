@@ -1,6 +1,7 @@
 "Getting the real model and loading it in 4 bits: what goes wrong, and what must not."
 import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest, torch
@@ -154,3 +155,12 @@ def test_smollm2_answers():
     ids = tok(tok.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), return_tensors="pt", add_special_tokens=False)
     out = model.generate(**ids, max_new_tokens=16, do_sample=False)
     assert tok.decode(out[0, ids.input_ids.shape[1]:], skip_special_tokens=True).startswith("The capital of France is Paris.")
+
+
+@pytest.mark.parametrize("gpu, kind, want", [(False, "AVX512-BF16", "AVX512-BF16"), (True, "AVX512-BF16", "AVX2"), (True, "AVX512", "AVX2"),
+                                             (True, "arm64", "arm64")])
+def test_bitsandbytes_for_a_gpu_knows_no_avx512(monkeypatch, gpu, kind, want):
+    from qlora_nb import models
+    monkeypatch.setattr(models, "cpu_kind", lambda: kind)
+    monkeypatch.setattr(models.bnb.cextension, "lib", SimpleNamespace(compiled_with_cuda=gpu))
+    assert models.bnb_kind() == want

@@ -88,9 +88,9 @@ def test_an_example_that_fits_nowhere(lengths, say):
 def test_a_hundred_thousand():
     g = torch.Generator().manual_seed(0)
     lengths = torch.randn(100_000, generator=g).mul(0.9).add(4.4).exp().clamp(8, 2048).int().tolist()
-    start = time.perf_counter()
+    start = time.process_time()   # of this process: what else the machine does is not counted
     packs = pack_lengths(lengths, 2048)
-    assert time.perf_counter() - start < 20
+    assert (took := time.process_time() - start) < 20, took
     assert len(packs) <= 1.01*math.ceil(sum(lengths)/2048)
 
 

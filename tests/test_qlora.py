@@ -164,13 +164,13 @@ def test_double_backward_is_refused():
 def test_the_command_trains_with_our_layers(tmp_path):
     "`--backend scratch` writes the same kind of adapter, and a run cannot be resumed with the other backend."
     rows = [dict(prompt=f"Say {i}.", response=f"{i}!") for i in range(20)]
-    (tmp_path/"rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path/"rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     code = "import sys; from qlora_nb.cli import finetune_main; finetune_main(sys.argv[1:])"
     how = ["--data", str(tmp_path/"rows.jsonl"), "--output", str(tmp_path/"run"), "--steps", "2", "--eval-rows", "2"]
     def run(*o): return subprocess.run([sys.executable, "-c", code, *how, *o], capture_output=True, text=True)
     p = run("--backend", "scratch")
     assert p.returncode == 0, p.stderr
-    info = json.loads((tmp_path/"run"/"run.json").read_text())
+    info = json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))
     assert info["settings"]["backend"] == "scratch" and info["trainable_parameters"] == 4_884_480
     assert (tmp_path/"run"/"adapter"/"adapter_model.safetensors").exists()
     assert "adapter_model.safetensors" in {o.name for o in (tmp_path/"run"/"checkpoints"/"checkpoint-2").iterdir()}

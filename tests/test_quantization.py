@@ -6,7 +6,7 @@ from bitsandbytes import functional as BF
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from torch.nn import functional as F
 
-from qlora_nb.core import QLoRAError
+from qlora_nb.core import QLoRAError, cpu_kind
 from qlora_nb.quantization import CODEBOOKS, DoubleQuantized, QuantizedTensor, double_quantize, levels, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -29,6 +29,11 @@ def small_and_eager():
 def same_bits(a, b):
     a, b = a.reshape(-1), b.reshape(-1)
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def same_values(a, b):
+    "The same bits, but for the sign of a zero: without AVX-512 bitsandbytes gives FP4's second zero as -0."
+    return same_bits(a.masked_fill(a == 0, 0), b.masked_fill(b == 0, 0))
 
 
 def bnb_dequantize(data, state, dtype=None):
@@ -55,10 +60,13 @@ def check_equal(W, codebook, block_size, double):
     for dtype in {W.dtype, *DTYPES}:
         a, b = ours.dequantize(dtype), bnb_dequantize(data, state, dtype)
         assert a.dtype == dtype and a.shape == W.shape
-        if dtype == torch.bfloat16:  # AVX-512 flushes what is below, PyTorch does not
+        if dtype == torch.bfloat16 and "AVX512" in cpu_kind():  # AVX-512 flushes what is below, PyTorch does not
             flushed = ours.dequantize(torch.float32).abs() < TINY
             a, b = a.masked_fill(flushed, 0), b.masked_fill(flushed, 0)
-        assert same_bits(a, b)
+        if dtype == torch.float16:  # beside a GPU bitsandbytes rounds halves up here, not to even: both are as near
+            exact = ours.dequantize(torch.float32)
+            a = torch.where((exact - a).abs() == (exact - b).abs(), b, a)
+        assert same_values(a, b)
     theirs, back = QuantizedTensor.from_bnb(data, state), ours.to_bnb()
     assert same_bits(theirs.dequantize(), ours.dequantize())
     assert same_bits(back[0], data) and back[0].shape == data.shape and back[1] == state

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_nb.core import QLoRAError
+from qlora_nb.core import QLoRAError, cpu_kind
 from qlora_nb.data import load_rows
 from qlora_nb.models import load_model, load_tokenizer, quiet, tiny_model
 from qlora_nb.runs import is_sealed, last_checkpoint
@@ -44,7 +44,7 @@ def whole(base, rows, tmp_path_factory):
 
 def outcome(folder):
     "All that a resumed run must share with one that was left alone."
-    info = json.loads((folder/"run.json").read_text())
+    info = json.loads((folder/"run.json").read_text(encoding="utf-8"))
     return {k: info[k] for k in ("losses", "eval_losses", "best_step", "best_eval_loss", "steps")}, \
            (folder/"adapter"/"adapter_model.safetensors").read_bytes()
 
@@ -91,7 +91,8 @@ print(json.dumps(report))
 
 
 def forks(code, *args):
-    p = subprocess.run([sys.executable, "-c", code, json.dumps(args)], capture_output=True, text=True, timeout=500)
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES="")   # CUDA, once asked whether it is there, refuses all forked children
+    p = subprocess.run([sys.executable, "-c", code, json.dumps(args)], capture_output=True, text=True, timeout=500, env=env)
     assert p.stdout.strip(), p.stderr[-2000:]
     return json.loads(p.stdout.splitlines()[-1]), p.stderr
 
@@ -307,7 +308,7 @@ def test_evaluation_does_not_touch_training_in_the_types_of_this_machine(base, r
     alone = finetune(base, rows, tmp_path/"a", **plain).info["losses"]
     assert finetune(base, rows, tmp_path/"b", **watched, **plain).info["losses"] == alone
     armed = load_model(base, device="cpu")
-    if armed.dtype != torch.bfloat16 or not torch.cpu._is_avx512_bf16_supported(): return
+    if armed.dtype != torch.bfloat16 or cpu_kind() != "AVX512-BF16": return
     for m in armed.modules():
         if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = True
     # What the loader prevents: with this the test would notice, or the trap is gone and the loader may forget about it.

@@ -144,11 +144,11 @@ def main():
     for name, default in dict(steps=150, workers=6, limit=100000, eval_rows=256, only=0, tokens=8192).items():
         ap.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     args, start = ap.parse_args(), time.time()
-    doc = json.loads(args.out.read_text()) if args.out.exists() else {}
+    doc = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
     def keep(part, rows, **settings):
         doc[part] = dict(hardware=hardware, versions=versions(), settings=settings, rows=rows)
-        args.out.write_text(json.dumps(doc, indent=1) + "\n")
+        args.out.write_text(json.dumps(doc, indent=1) + "\n", encoding="utf-8")
     todo = list(tasks(args.groups))[:args.only or None]
     spawn = multiprocessing.get_context("spawn")
     def alone(f, *a):   # in a process of its own: no memory of another one

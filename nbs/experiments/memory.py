@@ -156,20 +156,20 @@ def measure_all(out):
         if row in LIMITED: got["runs_within"] = tightest(row, got["peak"])
         res["rows"].append(dict(zip(NAMES, row)) | got)
         print(json.dumps(res["rows"][-1]), flush=True)
-        json.dump(res, open(out, "w"), indent=1)
+        json.dump(res, open(out, "w", encoding="utf-8"), indent=1)
 
 
 def predict_all(measured, out):
     "Put a plan beside each row."
     from qlora_nb.memory import plan
-    res = json.load(open(measured))
+    res = json.load(open(measured, encoding="utf-8"))
     for r in res["rows"]:
         p = plan(SHAPES[r["shape"]], r["batch"], r["seq"], r["method"], r["rank"], r["targets"], r["checkpointing"],
                  r["optimizer"], r["loss"])
         weights = sum(v for k, v in p.parts.items() if "weights" in k or k == "scales")
         r |= dict(weights_predicted_gb=weights/1e9, weights_measured_gb=r["weights"]/1e9,
                   peak_predicted_gb=p.peak/1e9, peak_measured_gb=r["peak"]/1e9, when=p.when)
-    json.dump(res, open(out, "w"), indent=1)
+    json.dump(res, open(out, "w", encoding="utf-8"), indent=1)
 
 
 if __name__ == "__main__": dict(measure=measure_all, predict=predict_all)[sys.argv[1]](*sys.argv[2:])
