@@ -72,7 +72,7 @@ def run(path, flags=(), save=False, timeout=900):
     run_nb.metadata["kernelspec"] = dict(display_name="python3", language="python", name="python3")
     env = {**os.environ, **QUIET}
     if "hub" in flags: env.pop("HF_HUB_OFFLINE")
-    client = Client(run_nb, timeout=timeout, kernel_name="python3", coalesce_streams=True,
+    client = Client(run_nb, timeout=timeout, startup_timeout=timeout, kernel_name="python3", coalesce_streams=True,
                     resources={"metadata": {"path": str(Path(path).parent)}})
     client.execute(env=env)
     if errs := widget_errors(run_nb):
