@@ -61,7 +61,8 @@ class Client(NotebookClient):
         "Execute `cell`, and note the seconds on the clock and the CPU seconds of the kernel and of what it started."
         start, before = monotonic(), self.cpu_seconds()
         try: return await super().async_execute_cell(cell, *args, **kw)
-        finally: self.times[id(cell)] = monotonic() - start, self.cpu_seconds() - before
+        finally:
+            if cell.cell_type == "code": self.times[id(cell)] = monotonic() - start, self.cpu_seconds() - before
 
     def cpu_seconds(self):
         try: return sum(psutil.Process(self.km.provisioner.pid).cpu_times()[:4])
@@ -69,8 +70,8 @@ class Client(NotebookClient):
 
 
 def slowest(times, cells, n=12, width=80):
-    "Lines for the `n` cells that took most CPU seconds, and one for all of them."
-    rows = [(cpu, wall, i, c.source) for i, c in enumerate(cells) if c.cell_type == "code" for wall, cpu in [times[id(c)]]]
+    "Lines for the `n` cells that took most CPU seconds, with their places among `cells`, and one for all of them."
+    rows = [(cpu, wall, i, c.source) for i, c in enumerate(cells) if id(c) in times for wall, cpu in [times[id(c)]]]
     yield f"{sum(o[0] for o in rows):8.1f} CPU s {sum(o[1] for o in rows):8.1f} s  {len(rows)} cells"
     for cpu, wall, i, source in sorted(rows, reverse=True)[:n]:
         code = next((o for o in source.splitlines() if o.strip() and not o.startswith("#|")), "")
@@ -97,7 +98,7 @@ def run(path, flags=(), save=False, timeout=900, times=False):
     client.times = {}
     try: client.execute(env=env)
     finally:
-        if times: print(*slowest(client.times, [c for c in run_nb.cells if id(c) in client.times]), sep="\n", file=sys.stderr)
+        if times: print(*slowest(client.times, nb.cells), sep="\n", file=sys.stderr)
     if errs := widget_errors(run_nb):
         raise RuntimeError(f"{path}: an error inside a widget callback: {errs[0]['ename']}: {errs[0]['evalue']}")
     if save:
