@@ -15,7 +15,7 @@ import psutil, pytest
 import changed, durations
 
 GIB = 2**30
-PER_WORKER = 3*GIB  # a page that loads SmolLM2-135M and trains it peaks below this
+PER_WORKER = 4*GIB  # a page that loads SmolLM2-135M several times and trains it peaks below this, and so does its worker with it
 NOTEBOOK_TESTS = re.compile(r"\b(?:NOTEBOOKS|PAGES)\b")  # a test file that makes a test of each page
 
 
