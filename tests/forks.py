@@ -62,7 +62,7 @@ class Fork:
 
 
 def run(code, *args, **kw):
-    "(exit status, what it wrote, what it complained of) of `python -c code args...`."
+    "`python -c code args...` as `subprocess.run` runs it when it captures text."
     p = Fork(code, *args, **kw)
     out, err = p.communicate()
-    return p.returncode, out, err
+    return subprocess.CompletedProcess(args, p.returncode, out, err)

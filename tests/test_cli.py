@@ -1,5 +1,5 @@
 "The commands as a shell runs them: killed, resumed, fed with broken files, asked for help."
-import contextlib, io, json, os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 
 import pytest
 import safetensors.torch, torch
@@ -22,18 +22,16 @@ def call(name, *args, **kw):
     return p.returncode, out, err
 
 
-def complaint(args):
-    "(exit status, what went to stderr) of a `qlora_finetune` that must fail before it loads a model; in this process."
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as e: finetune_main([str(o) for o in args])
-    return e.value.code, err.getvalue()
-
-
 @pytest.fixture
-def no_model(monkeypatch):
+def complaint(monkeypatch, capsys):
+    "(exit status, what goes to stderr) of a `qlora_finetune` that has to fail before it loads a model; in this process."
     from qlora_nb import training
     def refuse(*a, **k): raise AssertionError("a model was loaded")
     for o in list(training.BACKENDS): monkeypatch.setitem(training.BACKENDS, o, refuse)
+    def run(*args):
+        with pytest.raises(SystemExit) as e: finetune_main([str(o) for o in args])
+        return e.value.code, capsys.readouterr().err
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +92,9 @@ def test_evaluated_while_it_trains(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("more", ["--optim paged_adamw_8bit", "--optim adam", "--patience 0", "--eval-steps 0", "--report-to everywhere"])
-def test_options_that_cannot_work(more, tmp_path, no_model):
+def test_options_that_cannot_work(more, tmp_path, complaint):
     "Exit status 2 and one line, before a model is loaded or a folder made."
-    status, err = complaint(["--device", "cpu", "--output", tmp_path/"run", *more.split()])
+    status, err = complaint("--device", "cpu", "--output", tmp_path/"run", *more.split())
     errors = [o for o in err.splitlines() if o.startswith("error: ")]
     assert status == 2 and len(errors) == 1 and "Traceback" not in err, err
     assert not (tmp_path/"run").exists()
@@ -128,10 +126,10 @@ BROKEN = {"missing.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n
 
 
 @pytest.mark.parametrize("name", [*BROKEN, "nowhere.jsonl"])
-def test_broken_files(name, tmp_path, no_model):
+def test_broken_files(name, tmp_path, complaint):
     "Exit status 2, one line, the file's name in it, and no model loaded."
     if name in BROKEN: (tmp_path/name).write_bytes(BROKEN[name])
-    status, err = complaint(["--data", tmp_path/name, "--output", tmp_path/"run"])
+    status, err = complaint("--data", tmp_path/name, "--output", tmp_path/"run")
     assert status == 2 and err.count("\n") == 1 and name in err and "error: " in err, err
     assert not (tmp_path/"run").exists()
 

@@ -57,8 +57,8 @@ def from_gguf(path):
 
 def code_runs(card, folder):
     code = re.search(r"```python\n(.*?)\n```", card, re.S)[1]
-    status, _, err = run(code, cwd=folder)
-    assert status == 0, err
+    r = run(code, cwd=folder)
+    assert r.returncode == 0, r.stderr
     return code
 
 
@@ -197,8 +197,8 @@ except QLoRAError as e: print(e)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 @pytest.mark.parametrize("form", ["safetensors", "adapter", "gguf"])
 def test_a_write_that_fails_half_way(form, adapter, tmp_path):
-    _, out, err = run(LIMIT, adapter, tmp_path/"new", form)
-    assert "could not be written" in out and "Nothing was left behind." in out, err
+    r = run(LIMIT, adapter, tmp_path/"new", form)
+    assert "could not be written" in r.stdout and "Nothing was left behind." in r.stdout, r.stderr
     assert not list(tmp_path.iterdir())
 
 

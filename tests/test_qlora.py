@@ -13,7 +13,7 @@ from qlora_nb.models import load_model, quiet, tiny_model
 from qlora_nb.qlora import NF4Function, NF4Linear, load_scratch, quantize_model, write_out
 from qlora_nb.quantization import QuantizedTensor, quantize
 
-from forks import run
+import forks
 
 
 def gpt2():
@@ -167,13 +167,14 @@ def test_the_command_trains_with_our_layers(tmp_path):
     "`--backend scratch` writes the same kind of adapter, and a run cannot be resumed with the other backend."
     rows = [dict(prompt=f"Say {i}.", response=f"{i}!") for i in range(20)]
     (tmp_path/"rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code = "import sys; from qlora_nb.cli import finetune_main; finetune_main(sys.argv[1:])"
     how = ["--data", str(tmp_path/"rows.jsonl"), "--output", str(tmp_path/"run"), "--steps", "2", "--eval-rows", "2"]
-    def call(*o): return run("import sys; from qlora_nb.cli import finetune_main; finetune_main(sys.argv[1:])", *how, *o)
-    status, _, err = call("--backend", "scratch")
-    assert status == 0, err
+    def run(*o): return forks.run(code, *how, *o)
+    p = run("--backend", "scratch")
+    assert p.returncode == 0, p.stderr
     info = json.loads((tmp_path/"run"/"run.json").read_text())
     assert info["settings"]["backend"] == "scratch" and info["trainable_parameters"] == 4_884_480
     assert (tmp_path/"run"/"adapter"/"adapter_model.safetensors").exists()
     assert "adapter_model.safetensors" in {o.name for o in (tmp_path/"run"/"checkpoints"/"checkpoint-2").iterdir()}
-    status, _, err = call("--backend", "bnb", "--resume")
-    assert status == 2 and "backend was scratch, now bnb" in err
+    p = run("--backend", "bnb", "--resume")
+    assert p.returncode == 2 and "backend was scratch, now bnb" in p.stderr
