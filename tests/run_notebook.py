@@ -3,15 +3,14 @@
     python tests/run_notebook.py nbs/00_core.ipynb                  # run it; a failing cell is shown with its error
     python tests/run_notebook.py nbs/00_core.ipynb --save           # and keep the outputs, cleaned, in the file
     python tests/run_notebook.py nbs/13_kernels.ipynb --flags cuda  # run the cells marked `#| cuda` too
-    python tests/run_notebook.py nbs/00_core.ipynb --times          # and say which cells take how long
 """
-import argparse, math, os, re, sys, tempfile
+import argparse, os, re, sys, tempfile
 from configparser import ConfigParser
 from pathlib import Path
 from queue import Empty
 from time import monotonic
 
-import nbformat, psutil
+import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
@@ -57,26 +56,6 @@ class Client(NotebookClient):
         kc.shell_channel.get_msg = get_soon
         return kc
 
-    async def async_execute_cell(self, cell, *args, **kw):
-        "Execute `cell`, and note the seconds on the clock and the CPU seconds of the kernel and of what it started."
-        start, before = monotonic(), self.cpu_seconds()
-        try: return await super().async_execute_cell(cell, *args, **kw)
-        finally:
-            if cell.cell_type == "code": self.times[id(cell)] = monotonic() - start, self.cpu_seconds() - before
-
-    def cpu_seconds(self):
-        try: return sum(psutil.Process(self.km.provisioner.pid).cpu_times()[:4])
-        except psutil.Error: return math.nan  # a kernel that died
-
-
-def slowest(times, cells, n=12, width=80):
-    "Lines for the `n` cells that took most CPU seconds, with their places among `cells`, and one for all of them."
-    rows = [(cpu, wall, i, c.source) for i, c in enumerate(cells) if id(c) in times for wall, cpu in [times[id(c)]]]
-    yield f"{sum(o[0] for o in rows):8.1f} CPU s {sum(o[1] for o in rows):8.1f} s  {len(rows)} cells"
-    for cpu, wall, i, source in sorted(rows, reverse=True)[:n]:
-        code = next((o for o in source.splitlines() if o.strip() and not o.startswith("#|")), "")
-        yield f"{cpu:8.1f} CPU s {wall:8.1f} s  [{i}] {code[:width]}"
-
 
 def hide_paths(nb):
     "Paths of this machine, as warnings print them, out of the outputs: a reader has others."
@@ -86,7 +65,7 @@ def hide_paths(nb):
         for p in home: o.text = o.text.replace(f"{p}/", "")
 
 
-def run(path, flags=(), save=False, timeout=900, times=False):
+def run(path, flags=(), save=False, timeout=900):
     "Run `path`; raises nbclient's CellExecutionError, with the cell's source, when a cell fails."
     nb = nbformat.read(path, as_version=4)
     run_nb = nbformat.v4.new_notebook(cells=[c for c in nb.cells if not skipped(c, flags)], metadata=nb.metadata)
@@ -95,10 +74,7 @@ def run(path, flags=(), save=False, timeout=900, times=False):
     if "hub" in flags: env.pop("HF_HUB_OFFLINE")
     client = Client(run_nb, timeout=timeout, kernel_name="python3", coalesce_streams=True,
                     resources={"metadata": {"path": str(Path(path).parent)}})
-    client.times = {}
-    try: client.execute(env=env)
-    finally:
-        if times: print(*slowest(client.times, nb.cells), sep="\n", file=sys.stderr)
+    client.execute(env=env)
     if errs := widget_errors(run_nb):
         raise RuntimeError(f"{path}: an error inside a widget callback: {errs[0]['ename']}: {errs[0]['evalue']}")
     if save:
@@ -115,8 +91,7 @@ def run(path, flags=(), save=False, timeout=900, times=False):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("notebook"), p.add_argument("--save", action="store_true")
-    p.add_argument("--times", action="store_true")
     p.add_argument("--flags", default="", help=f"run cells with these flags too: {' '.join(sorted(FLAGS))}")
     a = p.parse_args()
-    run(a.notebook, set(a.flags.split()), a.save, times=a.times)
+    run(a.notebook, set(a.flags.split()), a.save)
     print(f"{a.notebook}: ok", file=sys.stderr)

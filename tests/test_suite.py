@@ -1,9 +1,12 @@
 "The suite itself: what a change touches, how long things take and in which order they run, and the limit of `.ci/run`."
 import json, os, shutil, subprocess, sys
 
-import pytest
+import nbformat, pytest
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import changed, durations
+from cell_times import cell_times
 from common import NOTEBOOKS, ROOT
 from changed import touched
 
@@ -83,6 +86,16 @@ def test_the_table_is_written_and_read(tmp_path):
 def test_each_page_has_a_budget():
     "A page without a row is run first and reported by nobody: `pytest -k PAGE --save-durations` gives it one."
     for kind, rows in durations.load().items(): assert set(rows["pages"]) == {o.stem for o in NOTEBOOKS}, kind
+
+
+def test_slow_cells_are_named(tmp_path):
+    slow = "import time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass"
+    cells = [new_markdown_cell("# One"), *map(new_code_cell, ["1", "#| eval: false\n1/0", slow, "1/0", "never"])]
+    nbformat.write(new_notebook(cells=cells), tmp_path/"a.ipynb")
+    lines = cell_times(tmp_path/"a.ipynb")
+    whole, first, *rest = (next(lines) for _ in range(4))
+    assert whole.endswith("3 cells") and first.endswith("[3] import time") and float(whole.split()[0]) >= float(first.split()[0]) >= .4
+    with pytest.raises(CellExecutionError, match="division by zero"): next(lines)
 
 
 # ---- in use ----
