@@ -84,8 +84,10 @@ def test_the_table_is_written_and_read(tmp_path):
 
 
 def test_each_page_has_a_budget():
-    "A page without a row is run first and reported by nobody: `pytest -k PAGE --save-durations` gives it one."
-    for kind, rows in durations.load().items(): assert set(rows["pages"]) == {o.stem for o in NOTEBOOKS}, kind
+    "On one kind of processor at least, since nobody has all of them: `pytest -k PAGE --save-durations` gives it one."
+    pages, table = {o.stem for o in NOTEBOOKS}, durations.load()
+    for kind, rows in table.items(): assert set(rows["pages"]) <= pages, f"{kind}: rows of pages that are gone"
+    if table: assert pages == {p for rows in table.values() for p in rows["pages"]}
 
 
 def test_slow_cells_are_named(tmp_path):
