@@ -14,9 +14,9 @@ def git(*args): return subprocess.run(["git", *args], cwd=ROOT, capture_output=T
 
 
 def changed_files(ref=""):
-    "(what `ref` names, the files that differ from it, untracked ones included); without `ref`: where this branch left main."
-    asked = [ref] if ref else [git("merge-base", "HEAD", "main").stdout.strip(), "HEAD"]
-    base = next((o for o in asked if o and git("rev-parse", "--verify", "-q", f"{o}^{{commit}}").returncode == 0), None)
+    "(where this branch left `ref`, or else main, and the files that differ from there, untracked ones included)"
+    asked = [git("merge-base", "HEAD", o).stdout.strip() for o in ([ref] if ref else ["main", "HEAD"])]
+    base = next(filter(None, asked), None)
     if base is None: raise ValueError(f"git knows no commit {ref or 'here'!r}: --changed=REF compares with a commit.")
     names = git("diff", "--name-only", base).stdout + git("ls-files", "--others", "--exclude-standard").stdout
     return git("describe", "--always", base).stdout.strip(), sorted(set(names.splitlines()))
