@@ -31,7 +31,8 @@ def cell_times(path, n=12, width=80):
     with patch.object(run_notebook, "Client", TimedClient), patch.dict(TimedClient.times, clear=True):
         try: run_notebook.run(path)
         except Exception as e: error = e
-        rows = sorted(((*TimedClient.times[c.id], i, c.source) for i, c in enumerate(cells) if c.id in TimedClient.times), reverse=True)
+        times = dict(TimedClient.times)
+    rows = sorted(((*times[c.id], i, c.source) for i, c in enumerate(cells) if c.id in times), reverse=True)
     yield f"{sum(o[0] for o in rows):8.1f} CPU s {sum(o[1] for o in rows):8.1f} s  {len(rows)} cells"
     for cpu, wall, i, source in rows[:n]:
         code = next((o for o in source.splitlines() if o.strip() and not o.startswith("#|")), "")

@@ -1,6 +1,7 @@
 """What a change touches: the pages and the test files to run again.
 
-A file is touched when it changed or when a file that it imports is touched; a file that is not Python touches those that name it."""
+A file is touched when it changed or when a file that it imports is touched.
+A file that is not Python touches those that name it."""
 import json, re, subprocess
 from pathlib import Path
 
@@ -36,9 +37,10 @@ def sources(root=ROOT):
 
 
 def imported(path, text):
-    "Files of the project that `text` imports, wherever the import stands: in a function, or in a string that a test runs."
+    "Files of the project that `text` imports, also in a function, or in a string that a test runs."
     ours = set(re.findall(r"\bqlora_nb\.(\w+)", text))
-    for names in re.findall(r"^\s*from qlora_nb import ([^#\n]+)", text, re.M): ours.update(re.findall(r"(\w+)(?: as \w+)?", names))
+    for names in re.findall(r"^\s*from qlora_nb import ([^#\n]+)", text, re.M):
+        ours.update(re.findall(r"(\w+)(?: as \w+)?", names))
     if path.startswith("qlora_nb/"):
         ours.update(re.findall(r"^\s*from \.(\w+) import", text, re.M))
     yield from (f"qlora_nb/{o}.py" for o in ours)
@@ -50,7 +52,7 @@ def imported(path, text):
 def names(text, file):
     "Does `text` name `file`, as `read(\"data.json\")` or `stored_results(\"data\")` do?"
     file = Path(file)
-    return file.name in text or (file.suffix == ".json" and re.search(rf"[\"']{re.escape(file.stem)}[\"']", text) is not None)
+    return file.name in text or file.suffix == ".json" and bool(re.search(rf"[\"']{re.escape(file.stem)}[\"']", text))
 
 
 def touched(changed, texts):

@@ -2,7 +2,7 @@
 
     pytest --changed         # only what differs from main touches: pages and test files whose module or imports changed
     pytest --changed=HEAD~1  # ... what differs from that commit touches
-    pytest --save-durations  # write what pages and tests took to tests/durations.json, the order and the budgets of later runs
+    pytest --save-durations  # write what pages and tests took to tests/durations.json: order and budgets of later runs
 """
 import os, re, sys
 from pathlib import Path
@@ -15,7 +15,7 @@ import psutil, pytest
 import changed, durations
 
 GIB = 2**30
-PER_WORKER = 4*GIB  # a page that loads SmolLM2-135M several times and trains it peaks below this, and so does its worker with it
+PER_WORKER = 4*GIB  # a page that loads SmolLM2-135M several times peaks below this, together with its worker
 NOTEBOOK_TESTS = re.compile(r"\b(?:NOTEBOOKS|PAGES)\b")  # a test file that makes a test of each page
 
 
@@ -44,7 +44,8 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_P
 
 def pytest_addoption(parser):
     group = parser.getgroup("qlora_nb")
-    group.addoption("--changed", nargs="?", const="", metavar="REF", help="run only what differs from REF (main) touches")
+    group.addoption("--changed", nargs="?", const="", metavar="REF",
+                    help="run only what the changes since REF (main) touch")
     group.addoption("--save-durations", action="store_true", help="write tests/durations.json")
 
 

@@ -1,6 +1,7 @@
 """How long pages and tests take: the table `durations.json`, which `pytest --save-durations` writes.
 
-For each kind of processor, {name: [CPU seconds, seconds on the clock]}: pages, test files, and tests of more than `SLOW` seconds.
+For each kind of processor, {name: [CPU seconds, seconds on the clock]}:
+pages, test files, and tests of more than `SLOW` seconds.
 CPU seconds are those of the test and of the processes that it started, such as a page's kernel."""
 import json, os, platform
 from pathlib import Path
@@ -48,7 +49,7 @@ def summary(tests):
 
 
 def save(tests, whole, path=TABLE):
-    "Write what a run took: all rows of this processor after the whole suite, else pages and single tests, but no sums of files."
+    "Write what a run took: after the whole suite all rows of this processor, else those of pages and single tests."
     table, new = load(path), summary(tests)
     if not whole:
         old = table.get(kind(), {})
@@ -73,4 +74,5 @@ def over_budget(tests, rows):
     "Lines on the pages that took half as much again as the table says, in CPU seconds."
     for test, (cpu, _) in sorted(tests.items()):
         budget = rows.get("pages", {}).get(page_of(test), (float("inf"),))[0]
-        if cpu > max(1.5*budget, budget + GRACE): yield f"{page_of(test)} took {cpu:.0f} CPU seconds; its budget is {budget:.0f}"
+        if cpu > max(1.5*budget, budget + GRACE):
+            yield f"{page_of(test)} took {cpu:.0f} CPU seconds; its budget is {budget:.0f}"

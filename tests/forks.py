@@ -1,6 +1,6 @@
 """Python processes for the tests that need one of their own, forked from one that has imported the libraries.
 
-Imports take longer than most of these tests. A fork is as fresh in all that is ours: none of our modules is imported before it."""
+Imports take longer than most of these tests. A fork is fresh in all that is ours: none of our modules is imported."""
 import atexit, json, os, subprocess, sys, tempfile, time
 from functools import cache
 from pathlib import Path
@@ -42,7 +42,8 @@ class Fork:
         self.folder, self.returncode = tempfile.TemporaryDirectory(), None
         self.streams = [Path(self.folder.name)/o for o in ("in", "out", "err")]
         for o in self.streams: o.write_text(stdin if o.name == "in" else "")
-        self.pid = ask(code=code, args=[str(o) for o in args], env=env or {}, cwd=str(cwd or os.getcwd()), streams=[str(o) for o in self.streams])
+        self.pid = ask(code=code, args=[str(o) for o in args], env=env or {}, cwd=str(cwd or os.getcwd()),
+                       streams=[str(o) for o in self.streams])
 
     def said(self): return self.streams[1].read_text()
     def send_signal(self, sig): os.kill(self.pid, sig)
@@ -56,7 +57,9 @@ class Fork:
         "(what it wrote, what it complained of) when it has ended."
         end = time.monotonic() + timeout
         while self.poll() is None:
-            if time.monotonic() > end: self.kill(); raise TimeoutError(f"a process took more than {timeout} s: {self.streams[2].read_text()[-2000:]}")
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"a process took more than {timeout} s: {self.streams[2].read_text()[-2000:]}")
             time.sleep(.01)
         return self.said(), self.streams[2].read_text()
 
