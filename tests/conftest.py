@@ -1,13 +1,22 @@
-"How the suite runs: as many workers as cores and memory allow, each on its share of the cores, long tests first."
-import os
+"""How the suite runs: as many workers as cores and memory allow, each on its share of the cores, long tests first.
+
+    pytest --changed         # only what differs from main touches: pages and test files whose module or imports changed
+    pytest --changed=HEAD~1  # ... what differs from that commit touches
+    pytest --save-durations  # write what pages and tests took to tests/durations.json: order and budgets of later runs
+"""
+import os, re, sys
 from pathlib import Path
 
-import psutil
+# For addresses in a schema, which nbformat's has none of, jsonschema would compile 38 grammars at import, in seconds.
+sys.modules.setdefault("rfc3987_syntax", None)
+
+import psutil, pytest
+
+import changed, durations
 
 GIB = 2**30
-PER_WORKER = 3*GIB  # a page that loads SmolLM2-135M and trains it peaks below this
-# The pages that take longest, by what follows their number; then come the other pages, then everything else.
-SLOW = "export cli evaluation training falcon gguf inference switching sampling cards packing models data".split()  # `pytest` ends with the slowest five
+PER_WORKER = 4*GIB  # a page that loads SmolLM2-135M several times peaks below this, together with its worker
+NOTEBOOK_TESTS = re.compile(r"\b(?:NOTEBOOKS|PAGES)\b")  # a test file that makes a test of each page
 
 
 def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -31,11 +40,115 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits leave
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 
-def rank(item):
-    "Where a test stands in the order: slow pages, pages, the rest."
-    if not item.name.startswith("test_page_runs["): return len(SLOW) + 1
-    page = item.callspec.id.removesuffix(".ipynb").partition("_")[2]
-    return SLOW.index(page) if page in SLOW else len(SLOW)
+# ---- which tests, and in which order ----
+
+def pytest_addoption(parser):
+    group = parser.getgroup("qlora_nb")
+    group.addoption("--changed", nargs="?", const="", metavar="REF",
+                    help="run only what the changes since REF (main) touch")
+    group.addoption("--save-durations", action="store_true", help="write tests/durations.json")
 
 
-def pytest_collection_modifyitems(items): items.sort(key=rank)
+def is_controller(config): return not hasattr(config, "workerinput")
+
+
+def pytest_configure(config):
+    if is_controller(config): config.pluginmanager.register(Durations(config))
+    config.touched, ref = None, config.option.changed
+    if ref is None: return
+    try: config.base, config.differ = changed.changed_files(ref)
+    except ValueError as e: raise pytest.UsageError(str(e)) from None
+    config.touched = changed.touched(config.differ, changed.sources())
+
+
+def pytest_report_header(config):
+    if config.touched is None or not is_controller(config): return None
+    pages = [Path(o).stem for o in sorted(config.touched) if o.endswith(".ipynb")]
+    files = [o for o in sorted(config.touched) if re.match(r"tests/test_\w+\.py", o)]
+    rows = durations.rows_for(durations.load())
+    took = [rows.get(k, {}).get(o) for k, names in (("pages", pages), ("files", files)) for o in names]
+    seconds = sum(o[1] for o in took if o)/max(1, pytest_xdist_auto_num_workers(config))
+    unknown = f", {took.count(None)} of them not in the table" if None in took else ""
+    return [f"changed since {config.base}: {len(config.differ)} files; to run, in about {seconds:.0f} s{unknown}:",
+            f"  {len(pages)} pages: {' '.join(pages)}", f"  {len(files)} test files: {' '.join(files)}"]
+
+
+def spoken_of(path, words):
+    "May a test of `path` match one of these words of `-k`? A file that says none of them is not imported to find out."
+    text = f"{path.name} {path.read_text(encoding='utf-8')}"
+    return NOTEBOOK_TESTS.search(text) is not None or any(o in text.lower() for o in words)
+
+
+def page_words(expression):
+    "The words of a `-k` expression when each is a part of a page's name and none is denied; else nothing."
+    words = re.findall(r"[\w.]+", expression.lower())
+    pages = [o.name for o in (changed.ROOT/"nbs").glob("*.ipynb")]
+    if {"not"} & set(words): return []
+    words = [o for o in words if o not in ("and", "or")]
+    return words if all(any(w in p for p in pages) for w in words) else []
+
+
+def pytest_ignore_collect(collection_path, config):
+    "Leave out, without importing it, a test file that has nothing to run: PyTorch and its company take their time."
+    if not (collection_path.is_file() and collection_path.name.startswith("test_")): return None
+    if config.touched is not None:
+        makes_pages = NOTEBOOK_TESTS.search(collection_path.read_text(encoding="utf-8"))
+        return True if f"tests/{collection_path.name}" not in config.touched and not makes_pages else None
+    words = page_words(config.option.keyword)
+    return True if words and not spoken_of(collection_path, words) else None
+
+
+def wanted(item, touched):
+    "Is this test of a touched file, or of a touched page?"
+    path = getattr(item, "callspec", None) and item.callspec.params.get("path")
+    if path is not None and Path(path).suffix == ".ipynb": return f"nbs/{path.name}" in touched
+    return f"tests/{item.path.name}" in touched
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.touched is not None:
+        out = [o for o in items if not wanted(o, config.touched)]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [o for o in items if o not in set(out)]
+    rows = durations.rows_for(durations.load())
+    items.sort(key=lambda o: durations.position(o.nodeid, rows))
+
+
+# ---- what they take ----
+
+def cpu_seconds():
+    "CPU seconds of this process and of those that it started and that have ended."
+    return sum(psutil.Process().cpu_times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    item.cpu_before = cpu_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try: return (yield)
+    finally: item.user_properties.append(("cpu_seconds", round(cpu_seconds() - item.cpu_before, 2)))
+
+
+class Durations:
+    "Gathers, in the process that reports, what each test that passed took."
+    def __init__(self, config): self.config, self.took, self.setup, self.failed = config, {}, {}, 0
+
+    def pytest_runtest_logreport(self, report):
+        self.failed += report.failed
+        if report.when == "setup": self.setup[report.nodeid] = report.duration
+        if report.when == "call" and report.passed:
+            cpu = dict(report.user_properties).get("cpu_seconds", 0.)
+            self.took[report.nodeid] = cpu, report.duration + self.setup.get(report.nodeid, 0.)
+
+    def pytest_terminal_summary(self, terminalreporter):
+        rows = durations.load().get(durations.kind(), {})
+        for line in durations.over_budget(self.took, rows): terminalreporter.write_line(line)
+        if not self.config.option.save_durations: return
+        option, whole = self.config.option, self.config.args_source == pytest.Config.ArgsSource.TESTPATHS
+        whole &= not (self.failed or option.keyword or option.markexpr or self.config.touched is not None)
+        durations.save(self.took, whole)
+        terminalreporter.write_line(f"{durations.TABLE.name}: {len(self.took)} tests, on {durations.kind()}")

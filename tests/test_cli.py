@@ -4,22 +4,34 @@ import json, os, random, signal, subprocess, sys, time
 import pytest
 import safetensors.torch, torch
 
-from qlora_nb.cli import finetune_parser
+from qlora_nb.cli import finetune_main, finetune_parser
 from qlora_nb.models import quiet, tiny_model
 
 from common import small_tokenizer
+from forks import Fork
 
 
 def command(name, *args, **kw):
     "Start one of our console commands."
-    code = f"import sys; from qlora_nb.cli import {name} as main; main(sys.argv[1:])"
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+    return Fork(f"import sys; from qlora_nb.cli import {name} as main; main(sys.argv[1:])", *args, **kw)
 
 
-def call(name, *args, stdin=None, **kw):
-    p = command(name, *args, stdin=subprocess.PIPE, **kw)
-    out, err = p.communicate(stdin, timeout=300)
+def call(name, *args, **kw):
+    p = command(name, *args, **kw)
+    out, err = p.communicate()
     return p.returncode, out, err
+
+
+@pytest.fixture
+def complaint(monkeypatch, capsys):
+    "(exit status, what goes to stderr) of a `qlora_finetune` that has to fail before it loads a model; in this process."
+    from qlora_nb import training
+    def refuse(*a, **k): raise AssertionError("a model was loaded")
+    for o in list(training.BACKENDS): monkeypatch.setitem(training.BACKENDS, o, refuse)
+    def run(*args):
+        with pytest.raises(SystemExit) as e: finetune_main([str(o) for o in args])
+        return e.value.code, capsys.readouterr().err
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +102,11 @@ def test_evaluated_while_it_trains(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("more", ["--optim paged_adamw_8bit", "--optim adam", "--patience 0", "--eval-steps 0", "--report-to everywhere"])
-def test_options_that_cannot_work(more, tmp_path):
+def test_options_that_cannot_work(more, tmp_path, complaint):
     "Exit status 2 and one line, before a model is loaded or a folder made."
-    code = """
-import sys, qlora_nb.training
-from qlora_nb.cli import finetune_main
-def refuse(*a, **k): raise AssertionError("a model was loaded")
-qlora_nb.training.BACKENDS["bnb"] = refuse
-finetune_main(sys.argv[1:])
-"""
-    args = ["--device", "cpu", "--output", str(tmp_path/"run"), *more.split()]
-    p = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
-    errors = [o for o in p.stderr.splitlines() if o.startswith("error: ")]
-    assert p.returncode == 2 and len(errors) == 1 and "Traceback" not in p.stderr, p.stderr
+    status, err = complaint("--device", "cpu", "--output", tmp_path/"run", *more.split())
+    errors = [o for o in err.splitlines() if o.startswith("error: ")]
+    assert status == 2 and len(errors) == 1 and "Traceback" not in err, err
     assert not (tmp_path/"run").exists()
 
 
@@ -131,27 +135,12 @@ BROKEN = {"missing.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n
           "turns.jsonl": b'{"messages": [{"role": "user", "content": "a"}]}\n', "role.jsonl": b'{"messages": [{"role": "bot", "content": "a"}]}\n'}
 
 
-def test_broken_files_and_wrong_options(tmp_path):
-    "Exit status 2, one line, the file's name in it, and no model loaded: one process tries them all, to save time."
-    for name, data in BROKEN.items(): (tmp_path/name).write_bytes(data)
-    code = f"""
-import sys, io, contextlib
-from unittest.mock import patch
-from qlora_nb.cli import finetune_main
-import qlora_nb.training
-def refuse(*a, **k): raise AssertionError("a model was loaded")
-qlora_nb.training.BACKENDS["bnb"] = refuse
-for name in {sorted(BROKEN) + ["nowhere.jsonl"]!r}:
-    err = io.StringIO()
-    with contextlib.redirect_stderr(err):
-        try: finetune_main(["--data", {str(tmp_path)!r} + "/" + name, "--output", {str(tmp_path/"run")!r}]); status = 0
-        except SystemExit as e: status = e.code
-    print(name, status, err.getvalue().count(chr(10)), name in err.getvalue(), "error: " in err.getvalue(), sep=";")
-"""
-    p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    lines = p.stdout.split()
-    assert len(lines) == len(BROKEN) + 1, p.stderr
-    assert all(o.endswith(";2;1;True;True") for o in lines), lines
+@pytest.mark.parametrize("name", [*BROKEN, "nowhere.jsonl"])
+def test_broken_files(name, tmp_path, complaint):
+    "Exit status 2, one line, the file's name in it, and no model loaded."
+    if name in BROKEN: (tmp_path/name).write_bytes(BROKEN[name])
+    status, err = complaint("--data", tmp_path/name, "--output", tmp_path/"run")
+    assert status == 2 and err.count("\n") == 1 and name in err and "error: " in err, err
     assert not (tmp_path/"run").exists()
 
 

@@ -1,5 +1,5 @@
 "Merging, writing and reading back: adapters of every kind, folders that are whole or absent, cards whose code runs."
-import json, re, shutil, signal, subprocess, sys
+import json, re, shutil, signal, sys, time
 from collections import namedtuple
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from qlora_nb.gguf_file import export_gguf, export_run, pair_neighbours, pre_nam
 from qlora_nb.models import load_tokenizer, quiet, tiny_model
 
 from common import small_tokenizer
+from forks import Fork, run
 
 Disk = namedtuple("Disk", "total used free")
 IDS = torch.arange(3, 27).view(2, 12)
@@ -56,7 +57,7 @@ def from_gguf(path):
 
 def code_runs(card, folder):
     code = re.search(r"```python\n(.*?)\n```", card, re.S)[1]
-    r = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    r = run(code, cwd=folder)
     assert r.returncode == 0, r.stderr
     return code
 
@@ -198,7 +199,7 @@ except QLoRAError as e: print(e)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 @pytest.mark.parametrize("form", ["safetensors", "adapter", "gguf"])
 def test_a_write_that_fails_half_way(form, adapter, tmp_path):
-    r = subprocess.run([sys.executable, "-c", LIMIT, adapter, tmp_path/"new", form], capture_output=True, text=True)
+    r = run(LIMIT, adapter, tmp_path/"new", form)
     assert "could not be written" in r.stdout and "Nothing was left behind." in r.stdout, r.stderr
     assert not list(tmp_path.iterdir())
 
@@ -216,9 +217,10 @@ export_run(*sys.argv[1:])
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])
 def test_killed_before_the_end(form, adapter, tmp_path):
-    p = subprocess.Popen([sys.executable, "-c", KILL, adapter, tmp_path/"new", form], stdout=subprocess.PIPE, text=True)
-    assert p.stdout.readline() == "writing\n"
-    p.send_signal(signal.SIGKILL), p.wait()
+    p = Fork(KILL, adapter, tmp_path/"new", form)
+    while p.said() != "writing\n" and p.poll() is None: time.sleep(.01)
+    assert p.poll() is None, p.communicate()
+    p.send_signal(signal.SIGKILL), p.communicate()
     assert not (tmp_path/"new").exists() and [o.name.startswith("new.partial-") for o in tmp_path.iterdir()] == [True]
     export_run(adapter, tmp_path/"new", form)   # and the next attempt is not in its way
     assert (tmp_path/"new"/"README.md").exists()

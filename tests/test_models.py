@@ -1,5 +1,5 @@
 "Getting the real model and loading it in 4 bits: what goes wrong, and what must not."
-import os, shutil, signal, subprocess, sys, time
+import os, shutil, signal, subprocess, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_nb import models
 from qlora_nb.core import QLoRAError, set_seed
 from qlora_nb.models import audit_4bit, disarm, load_model, load_tokenizer, nf4_config, quiet, tiny_model
+
+from forks import Fork
 
 GET = "import sys; from qlora_nb.models import smollm2_folder; print(smollm2_folder())"
 
@@ -25,8 +27,7 @@ def wheel(tmp_path_factory):
 
 def get(cache, **env):
     "Start a process that wants the model from an own cache."
-    return subprocess.Popen([sys.executable, "-c", GET], env={**os.environ, "QLORA_NB_CACHE": str(cache), **env},
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Fork(GET, env={"QLORA_NB_CACHE": str(cache), **env})
 
 
 def test_two_at_once_after_a_kill(wheel, tmp_path):
@@ -34,7 +35,7 @@ def test_two_at_once_after_a_kill(wheel, tmp_path):
     shutil.copy(wheel, tmp_path)
     victim, deadline = get(tmp_path), time.monotonic() + 120
     while not any(tmp_path.glob("tmp-*/model/*")) and victim.poll() is None and time.monotonic() < deadline: time.sleep(.01)
-    victim.send_signal(signal.SIGKILL), victim.wait()
+    victim.send_signal(signal.SIGKILL), victim.communicate()
     assert any(tmp_path.glob("tmp-*")), "the kill came too late to leave anything behind"
     assert not (tmp_path/"smollm2-135m-instruct").exists()
     both = [get(tmp_path), get(tmp_path)]

@@ -1,5 +1,5 @@
 "Layers in 4 bits: nothing unpacked is kept, the same numbers as bitsandbytes and PEFT, and errors that name the place."
-import copy, json, math, subprocess, sys
+import copy, json, math
 import bitsandbytes as bnb
 import pytest, torch
 from peft import LoraConfig, get_peft_model
@@ -12,6 +12,8 @@ from qlora_nb.lora import add_lora
 from qlora_nb.models import load_model, quiet, tiny_model
 from qlora_nb.qlora import NF4Function, NF4Linear, load_scratch, quantize_model, write_out
 from qlora_nb.quantization import QuantizedTensor, quantize
+
+import forks
 
 
 def gpt2():
@@ -167,7 +169,7 @@ def test_the_command_trains_with_our_layers(tmp_path):
     (tmp_path/"rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     code = "import sys; from qlora_nb.cli import finetune_main; finetune_main(sys.argv[1:])"
     how = ["--data", str(tmp_path/"rows.jsonl"), "--output", str(tmp_path/"run"), "--steps", "2", "--eval-rows", "2"]
-    def run(*o): return subprocess.run([sys.executable, "-c", code, *how, *o], capture_output=True, text=True)
+    def run(*o): return forks.run(code, *how, *o)
     p = run("--backend", "scratch")
     assert p.returncode == 0, p.stderr
     info = json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))

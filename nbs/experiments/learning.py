@@ -123,7 +123,10 @@ def formats(n_tokens=8192, blocks=(32, 64, 128, 256, 1024)):
         model = load_model(bits=None, dtype=getattr(torch, dtype))
         if how["format"] != "none": round_weights(model, how["format"], how["block"], how["double"])
         bits = bits_per_weight(how["format"], how["block"], how["double"]) if how["block"] else 16 if dtype == "bfloat16" else 32
-        out.append(how | dict(perplexity=perplexity(model, tok, prose(), max_tokens=n_tokens), bits=bits, dtype=dtype))
+        row = how | dict(perplexity=perplexity(model, tok, prose(), max_tokens=n_tokens), bits=bits, dtype=dtype)
+        # a slice that the page measures again on every run
+        if dtype == "float32" and how["block"] in (None, 64): row["first_2048"] = perplexity(model, tok, prose(), max_tokens=2048)
+        out.append(row)
     measure(format="none", block=None, double=False)
     for name, block, double in [("none", None, False), *FORMATS]:   # as a 16-bit model computes
         measure("bfloat16", format=name, block=block, double=double)

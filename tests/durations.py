@@ -1,0 +1,78 @@
+"""How long pages and tests take: the table `durations.json`, which `pytest --save-durations` writes.
+
+For each kind of processor, {name: [CPU seconds, seconds on the clock]}:
+pages, test files, and tests of more than `SLOW` seconds.
+CPU seconds are those of the test and of the processes that it started, such as a page's kernel."""
+import json, os, platform
+from pathlib import Path
+
+TABLE = Path(__file__).parent/"durations.json"
+SLOW = 2    # seconds from which a test has a row of its own
+GRACE = 5   # CPU seconds over its budget that a page may always take
+
+
+def kind():
+    "The kind of this processor, as far as it decides what PyTorch computes in and how fast."
+    if platform.machine() not in ("x86_64", "AMD64"): return platform.machine()
+    try: from numpy._core._multiarray_umath import __cpu_features__ as features
+    except ImportError: from numpy.core._multiarray_umath import __cpu_features__ as features
+    wide = features.get("AVX512F") and os.environ.get("ATEN_CPU_CAPABILITY", "avx512") == "avx512"
+    info = Path("/proc/cpuinfo")  # NumPy asks the processor, but not about bfloat16
+    bf16 = info.exists() and "avx512_bf16" in info.read_text()
+    return ("AVX512-BF16" if bf16 else "AVX512") if wide else "AVX2" if features.get("AVX2") else "x86-64"
+
+
+def load(path=TABLE): return json.loads(path.read_text()) if path.exists() else {}
+
+
+def rows_for(table, this=None):
+    "The rows of this kind of processor, or of one that was measured when this one was not."
+    return table.get(this or kind()) or next(iter(table.values()), {})
+
+
+def page_of(nodeid):
+    "`00_core` for the test that runs this page."
+    head, _, name = nodeid.partition("::test_page_runs[")
+    return name.removesuffix("]").removesuffix(".ipynb") if name and head.endswith("test_notebooks.py") else None
+
+
+def summary(tests):
+    "Rows of the table from {test: (CPU seconds, seconds)}."
+    rows = dict(pages={}, files={}, tests={})
+    for test, took in tests.items():
+        if page := page_of(test): rows["pages"][page] = took
+        else:
+            file = rows["files"].setdefault(test.partition("::")[0], (0, 0))
+            rows["files"][test.partition("::")[0]] = file[0] + took[0], file[1] + took[1]
+            if max(took) >= SLOW: rows["tests"][test] = took
+    return {k: {n: [round(o, 1) for o in v] for n, v in sorted(kind_rows.items())} for k, kind_rows in rows.items()}
+
+
+def save(tests, whole, path=TABLE):
+    "Write what a run took: after the whole suite all rows of this processor, else those of pages and single tests."
+    table, new = load(path), summary(tests)
+    if not whole:
+        old = table.get(kind(), {})
+        new = {k: {**old.get(k, {}), **({} if k == "files" else rows)} for k, rows in new.items()}
+    table[kind()] = new
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+def expected(nodeid, rows):
+    "Seconds that a test takes by the table, as far as it has a row."
+    page = page_of(nodeid)
+    return (rows.get("pages", {}).get(page) if page else rows.get("tests", {}).get(nodeid)) or (0, 0)
+
+
+def position(nodeid, rows):
+    "A sort key: longest first; a page without a row may be long, so it comes first, and quick tests keep their order."
+    page = page_of(nodeid)
+    return -float("inf") if page and page not in rows.get("pages", {}) else -expected(nodeid, rows)[1]
+
+
+def over_budget(tests, rows):
+    "Lines on the pages that took half as much again as the table says, in CPU seconds."
+    for test, (cpu, _) in sorted(tests.items()):
+        budget = rows.get("pages", {}).get(page_of(test), (float("inf"),))[0]
+        if cpu > max(1.5*budget, budget + GRACE):
+            yield f"{page_of(test)} took {cpu:.0f} CPU seconds; its budget is {budget:.0f}"

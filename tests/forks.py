@@ -1,0 +1,71 @@
+"""Python processes for the tests that need one of their own, forked from one that has imported the libraries.
+
+Imports take longer than most of these tests. A fork is fresh in all that is ours: none of our modules is imported."""
+import atexit, json, os, subprocess, sys, tempfile, time
+from functools import cache
+from pathlib import Path
+
+SERVER = """
+import json, os, sys
+import bitsandbytes, datasets, gguf, matplotlib.figure, peft, safetensors.torch, torch, transformers, trl
+for line in sys.stdin:
+    job = json.loads(line)
+    if "pid" in job:
+        pid, status = os.waitpid(job["pid"], os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+        continue
+    if (pid := os.fork()) == 0: break
+    print(pid, flush=True)
+else: sys.exit()
+for fd, name in enumerate(job["streams"]): os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), fd)
+sys.stdin, sys.argv = open(0), ["-c", *job["args"]]
+os.chdir(job["cwd"]), os.environ.update(job["env"])
+exec(compile(job["code"], "<string>", "exec"), {"__name__": "__main__"})
+"""
+
+
+@cache
+def server():
+    p = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(lambda: (p.stdin.close(), p.wait()))
+    return p
+
+
+def ask(**job):
+    print(json.dumps(job), file=server().stdin, flush=True)
+    return json.loads(server().stdout.readline())
+
+
+class Fork:
+    "`python -c code args...` as `subprocess.Popen` runs it, but forked, and with streams that go through files."
+    def __init__(self, code, *args, stdin="", cwd=None, env=None):
+        self.folder, self.returncode = tempfile.TemporaryDirectory(), None
+        self.streams = [Path(self.folder.name)/o for o in ("in", "out", "err")]
+        for o in self.streams: o.write_text(stdin if o.name == "in" else "")
+        self.pid = ask(code=code, args=[str(o) for o in args], env=env or {}, cwd=str(cwd or os.getcwd()),
+                       streams=[str(o) for o in self.streams])
+
+    def said(self): return self.streams[1].read_text()
+    def send_signal(self, sig): os.kill(self.pid, sig)
+    def kill(self): self.send_signal(9)
+
+    def poll(self):
+        if self.returncode is None: self.returncode = ask(pid=self.pid)
+        return self.returncode
+
+    def communicate(self, timeout=300):
+        "(what it wrote, what it complained of) when it has ended."
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(f"a process took more than {timeout} s: {self.streams[2].read_text()[-2000:]}")
+            time.sleep(.01)
+        return self.said(), self.streams[2].read_text()
+
+
+def run(code, *args, **kw):
+    "`python -c code args...` as `subprocess.run` runs it when it captures text."
+    p = Fork(code, *args, **kw)
+    out, err = p.communicate()
+    return subprocess.CompletedProcess(args, p.returncode, out, err)
