@@ -31,7 +31,8 @@ def no_package(names):
 # %% ../nbs/00_cells.ipynb #237768aa
 @cache
 def hub_answers(seconds=3):
-    from huggingface_hub import constants, get_session  # its own session: the same proxy and certificates as a download
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session  # the Hub's own: the same proxy and certificates as for a download
     said = []
     def ask():
         try: said.append(get_session().head(constants.ENDPOINT, timeout=seconds).status_code < 400)
@@ -40,17 +41,18 @@ def hub_answers(seconds=3):
     thread.join(seconds)
     return any(said)
 
+# %% ../nbs/00_cells.ipynb #5927253e
 def no_hub(_):
     from huggingface_hub import constants
     if constants.HF_HUB_OFFLINE: return "the Hugging Face Hub (HF_HUB_OFFLINE is set)"
     if not hub_answers(): return "the Hugging Face Hub (it does not answer)"
 
-# %% ../nbs/00_cells.ipynb #ff1d2d2f
-def no_time(how_long): return f"{how_long or 'minutes'} (after %env QLORA_NB_RUN=slow it runs)"
+# %% ../nbs/00_cells.ipynb #7084571e
+def no_time(how_long): return f"{how_long or 'minutes'} (%env QLORA_NB_RUN=slow at the top of the page runs it)"
 
 NEEDS = dict(cuda=no_gpu, hub=no_hub, extra=no_package, slow=no_time)
 
-# %% ../nbs/00_cells.ipynb #581615ec
+# %% ../nbs/00_cells.ipynb #619b2697
 def missing(source:str  # Of a code cell
            ) -> str:    # What its flags ask for and is not here, "" when nothing is missing
     "What a cell would need to run. Flags in the variable `QLORA_NB_RUN` are taken as met."
@@ -58,13 +60,13 @@ def missing(source:str  # Of a code cell
     found = [NEEDS[k](v) for k, v in directives(source).items() if k in NEEDS and k not in asked]
     return " and ".join(o for o in found if o)
 
-# %% ../nbs/00_cells.ipynb #b3d17143
+# %% ../nbs/00_cells.ipynb #11e91610
 def cell_key(source:str) -> str:
     "What the outputs of a cell are stored under."
     lines = [o.rstrip() for o in source.strip().splitlines()]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_cells.ipynb #98ee4e5d
+# %% ../nbs/00_cells.ipynb #7a7efd1c
 def stored_outputs(source):
     "The stored outputs of a cell, as nbformat has them; [] for a cell that has none."
     return json.loads((files("qlora_nb")/"outputs.json").read_text(encoding="utf-8")).get(cell_key(source), [])
@@ -74,7 +76,7 @@ def show_output(output):
     if output["output_type"] == "stream": print(output["text"], end="", file=getattr(sys, output["name"]))
     else: display(output["data"], raw=True, metadata=output["metadata"])
 
-# %% ../nbs/00_cells.ipynb #d49897ed
+# %% ../nbs/00_cells.ipynb #9c6c87e7
 NOT_RUN = "Not run: this cell needs"
 
 def show_stored(line, cell):
@@ -83,12 +85,12 @@ def show_stored(line, cell):
     print(f"{NOT_RUN} {missing(cell)}." + (" Its stored output:" if outputs else ""))
     for o in outputs: show_output(o)
 
-# %% ../nbs/00_cells.ipynb #12375b1a
+# %% ../nbs/00_cells.ipynb #a6b34545
 def guard(lines):
     "An input transformer of IPython: a cell that misses something becomes the argument of `show_stored`."
     return ["%%show_stored\n", *lines] if missing("".join(lines)) else lines
 
-# %% ../nbs/00_cells.ipynb #1186eb6c
+# %% ../nbs/00_cells.ipynb #42561ab7
 def guard_cells():
     "From here on, a cell whose flags ask for something that is not here shows its stored output instead of running."
     from IPython import get_ipython

@@ -46,14 +46,15 @@ def said(cell): return "".join(o.text for o in cell.outputs if o.output_type == 
 # ---- in a kernel ----
 
 MAKE = "open('planted_package.py', 'w').close()\nimport importlib; importlib.invalidate_caches()"
+ASK = "(%env QLORA_NB_RUN=slow at the top of the page runs it)"
 HAVE_GPU = "import torch; torch.cuda.is_available = lambda: True"
 
 
 @pytest.mark.parametrize("flags, cure, needs", [
     ("#| cuda", HAVE_GPU, "a CUDA GPU (on Colab: Runtime > Change runtime type)"),
     ("#| extra: json planted_package", MAKE, "planted_package (%pip install planted_package)"),
-    ("#| slow: about an hour", "%env QLORA_NB_RUN=slow", "about an hour (after %env QLORA_NB_RUN=slow it runs)"),
-    ("#| slow", "%env QLORA_NB_RUN=slow", "minutes (after %env QLORA_NB_RUN=slow it runs)"),
+    ("#| slow: about an hour", "%env QLORA_NB_RUN=slow", f"about an hour {ASK}"),
+    ("#| slow", "%env QLORA_NB_RUN=slow", f"minutes {ASK}"),
     ("#| hub", "import os; os.environ['QLORA_NB_RUN'] = 'cuda hub'", "the Hugging Face Hub (HF_HUB_OFFLINE is set)")],
     ids="cuda extra slow-known slow hub".split())
 def test_unmet_then_met(tmp_path, flags, cure, needs):
