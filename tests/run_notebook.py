@@ -93,7 +93,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("notebook"), p.add_argument("--save", action="store_true")
     p.add_argument("--flags", default="", help=f"run cells with these flags too: {' '.join(sorted(FLAGS))}")
-    p.add_argument("--all", action="store_true", help="run all cells, with what the page does where something is missing")
+    p.add_argument("--all", action="store_true", help="run every cell, as a reader's Run All does")
     a = p.parse_args()
     if a.all and a.save: p.error("--all would store what a cell says where it cannot run")
     run(a.notebook, set(a.flags.split()), a.save, everything=a.all)

@@ -21,7 +21,7 @@ MARK = "ran.append(1)"
 
 
 @pytest.fixture(autouse=True)
-def no_gpu(monkeypatch): monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a machine with one must pass these tests as well
+def no_gpu(monkeypatch): monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # a machine with one passes these tests, too
 
 
 def write(folder, *sources, outputs=()):
@@ -52,7 +52,7 @@ HAVE_GPU = "import torch; torch.cuda.is_available = lambda: True"
 
 @pytest.mark.parametrize("flags, cure, needs", [
     ("#| cuda", HAVE_GPU, "a CUDA GPU (on Colab: Runtime > Change runtime type)"),
-    ("#| extra: json planted_package", MAKE, "planted_package (%pip install planted_package)"),
+    ("#| extra: json planted_package", MAKE, "planted_package (pip install planted_package)"),
     ("#| slow: about an hour", "%env QLORA_NB_RUN=slow", f"about an hour {ASK}"),
     ("#| slow", "%env QLORA_NB_RUN=slow", f"minutes {ASK}"),
     ("#| hub", "import os; os.environ['QLORA_NB_RUN'] = 'cuda hub'", "the Hugging Face Hub (HF_HUB_OFFLINE is set)")],
@@ -98,7 +98,8 @@ def test_hub_is_asked_once(tmp_path, hub, status, ran):
     cell = f"#| hub\n{MARK}"
     cells = run_all(write(tmp_path, "ran = []", online(hub.server_port), GUARD, cell, cell, f"assert ran == {ran}"))
     assert hub.asked == 1
-    assert said(cells[3]) == said(cells[4]) == ("" if ran else f"{NOT_RUN} the Hugging Face Hub (it does not answer).\n")
+    line = "" if ran else f"{NOT_RUN} the Hugging Face Hub (it does not answer).\n"
+    assert said(cells[3]) == said(cells[4]) == line
 
 
 def test_silent_hub_costs_three_seconds(tmp_path):
@@ -147,7 +148,8 @@ def test_pictures_keep_their_alternative_text(tmp_path):
     data, alt = {"image/png": "iVBORw0KGgo=", "text/plain": "a curve"}, {"image/png": {"alt": "a curve that falls"}}
     stored = [dict(output_type="stream", name="stderr", text="a warning\n"),
               dict(output_type="display_data", data=data, metadata=alt)]
-    cells = run_all(write(tmp_path, GUARD, f"import qlora_nb.cells as c\nc.stored_outputs = lambda _: {stored}", "#| slow\n1/0"))
+    plant = f"import qlora_nb.cells as c\nc.stored_outputs = lambda _: {stored}"
+    cells = run_all(write(tmp_path, GUARD, plant, "#| slow\n1/0"))
     assert shown(cells[-1]) == [("stream", ("stderr", "a warning\n"), None), ("data", data, alt)]
 
 
@@ -178,7 +180,8 @@ def test_no_page_holds_the_guards_line(path):
 
 
 def test_what_is_left_out_of_the_store(tmp_path):
-    widget, table = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox()"}, {"text/html": "<p>", "text/plain": "p"}
+    widget = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox()"}
+    table = {"text/html": "<p>", "text/plain": "p"}
     outs = [new_output("display_data", o) for o in (widget, widget | table, table)]
     path = write(tmp_path, "1\n", "#| slow\nx", outputs=[*outs, new_output("execute_result", table, execution_count=3)])
     kept, = collect([path]).values()

@@ -1,4 +1,4 @@
-"""Copy the outputs of flagged cells from nbs/ to qlora_nb/outputs.json, where a kernel finds them (see nbs/00_cells.ipynb).
+"""Copy the outputs of flagged cells from nbs/ to qlora_nb/outputs.json, where a kernel finds them (nbs/00_cells.ipynb).
 
     python tools/store_outputs.py          # write it, after a flagged cell or its output has changed
     python tools/store_outputs.py --check  # say whether it is up to date; exit 1 when it is not
