@@ -1,5 +1,5 @@
 "Cells that need more than every reader has: guarded in a real kernel, stored, and of no use to those that need less."
-import ast, socket, sys, threading
+import ast, shutil, socket, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import nbformat, pytest
@@ -161,6 +161,19 @@ def test_a_real_page_ends_without_a_gpu():
 
 
 # ---- what is stored ----
+
+def test_import_is_light():
+    code = "import sys, qlora_nb.cells; print(*{'torch', 'numpy', 'huggingface_hub', 'IPython'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_store_is_installed(tmp_path):
+    cmd = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path/"lib"]
+    left_out = shutil.ignore_patterns(".*", "benchmarks", "nbs", "results", "*.egg-info")
+    shutil.copytree(ROOT, tmp_path/"copy", ignore=left_out)
+    subprocess.run(cmd, cwd=tmp_path/"copy", capture_output=True, text=True, check=True)
+    assert (tmp_path/"lib"/"qlora_nb"/STORE.name).read_bytes() == STORE.read_bytes()
+
 
 def test_store_is_up_to_date():
     assert STORE.read_text(encoding="utf-8") == make_store(), "run tools/store_outputs.py"
