@@ -6,8 +6,8 @@
 __all__ = ['NEEDS', 'NOT_RUN', 'directives', 'no_gpu', 'no_package', 'hub_answers', 'no_hub', 'no_time', 'missing', 'cell_key',
            'stored_outputs', 'show_output', 'show_stored', 'guard', 'guard_cells']
 
-# %% ../nbs/00_cells.ipynb #180ecc7c
-import hashlib, json, os, re, sys
+# %% ../nbs/00_cells.ipynb #9cf61740
+import hashlib, json, os, re
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -73,7 +73,7 @@ def stored_outputs(source):
 
 def show_output(output):
     from IPython.display import display
-    if output["output_type"] == "stream": print(output["text"], end="", file=getattr(sys, output["name"]))
+    if output["output_type"] == "stream": print(output["text"], end="")
     else: display(output["data"], raw=True, metadata=output["metadata"])
 
 # %% ../nbs/00_cells.ipynb #9c6c87e7

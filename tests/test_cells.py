@@ -146,11 +146,11 @@ def test_stored_output_is_shown_again(tmp_path):
 
 def test_pictures_keep_their_alternative_text(tmp_path):
     data, alt = {"image/png": "iVBORw0KGgo=", "text/plain": "a curve"}, {"image/png": {"alt": "a curve that falls"}}
-    stored = [dict(output_type="stream", name="stderr", text="a warning\n"),
+    stored = [dict(output_type="stream", name="stdout", text="two\nlines\n"),
               dict(output_type="display_data", data=data, metadata=alt)]
     plant = f"import qlora_nb.cells as c\nc.stored_outputs = lambda _: {stored}"
     cells = run_all(write(tmp_path, GUARD, plant, "#| slow\n1/0"))
-    assert shown(cells[-1]) == [("stream", ("stderr", "a warning\n"), None), ("data", data, alt)]
+    assert shown(cells[-1]) == [("stream", ("stdout", "two\nlines\n"), None), ("data", data, alt)]
 
 
 def test_a_real_page_ends_without_a_gpu():
@@ -196,7 +196,8 @@ def test_what_is_left_out_of_the_store(tmp_path):
     widget = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox()"}
     table = {"text/html": "<p>", "text/plain": "p"}
     outs = [new_output("display_data", o) for o in (widget, widget | table, table)]
-    path = write(tmp_path, "1\n", "#| slow\nx", outputs=[*outs, new_output("execute_result", table, execution_count=3)])
+    outs += [new_output("stream", name="stderr", text="99 %"), new_output("execute_result", table, execution_count=3)]
+    path = write(tmp_path, "1\n", "#| slow\nx", outputs=outs)
     kept, = collect([path]).values()
     assert [o["data"] for o in kept] == [table]*3 and not any("execution_count" in o for o in kept)
 

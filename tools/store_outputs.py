@@ -20,7 +20,8 @@ def flags_of(source): return {k: v for k, v in directives(source).items() if k i
 
 
 def storable(output):
-    "What can be shown again of an output: all of it, but for widgets and the number of its cell."
+    "What can be shown again of an output: no progress bar of a run that is over, no widget, no number of a cell."
+    if output.get("name") == "stderr": return None
     o = {k: v for k, v in output.items() if k != "execution_count"}
     if WIDGET not in o.get("data", {}): return o
     forms = {k: v for k, v in o["data"].items() if k != WIDGET}
