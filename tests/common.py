@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat
 
-from run_notebook import directives
+from qlora_nb.cells import directives
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT/"qlora_nb"

@@ -3,6 +3,7 @@
     python tests/run_notebook.py nbs/00_core.ipynb                  # run it; a failing cell is shown with its error
     python tests/run_notebook.py nbs/00_core.ipynb --save           # and keep the outputs, cleaned, in the file
     python tests/run_notebook.py nbs/13_kernels.ipynb --flags cuda  # run the cells marked `#| cuda` too
+    python tests/run_notebook.py nbs/13_offload.ipynb --all         # every cell, as a reader's Run All would
 """
 import argparse, os, re, sys, tempfile
 from configparser import ConfigParser
@@ -13,17 +14,14 @@ from time import monotonic
 import nbformat
 from nbclient import NotebookClient
 
+from qlora_nb.cells import directives
+
 ROOT = Path(__file__).parent.parent
 cfg = ConfigParser(delimiters=["="])
 cfg.read(ROOT/"settings.ini", encoding="utf-8")
 FLAGS = set(cfg["DEFAULT"]["tst_flags"].split())
 # A reader without the Hub is the default reader; thread pools of several libraries would fight over two cores.
 QUIET = dict(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", PYTHONHASHSEED="0")
-
-
-def directives(source):
-    "The `#|` lines of a cell, as {name: value}."
-    return {m[1]: m[2].strip() for m in re.finditer(r"^#\|[ \t]*([\w-]+)[ \t]*:?(.*)$", source, re.M)}
 
 
 def skipped(cell, flags=()):
@@ -65,12 +63,15 @@ def hide_paths(nb):
         for p in home: o.text = o.text.replace(f"{p}/", "")
 
 
-def run(path, flags=(), save=False, timeout=900):
-    "Run `path`; raises nbclient's CellExecutionError, with the cell's source, when a cell fails."
+def run(path, flags=(), save=False, timeout=900, everything=False):
+    """Run `path`; raises nbclient's CellExecutionError, with the cell's source, when a cell fails.
+
+    `everything` runs all cells, as a reader's Run All does, and leaves it to the page to guard those that need more."""
     nb = nbformat.read(path, as_version=4)
-    run_nb = nbformat.v4.new_notebook(cells=[c for c in nb.cells if not skipped(c, flags)], metadata=nb.metadata)
+    cells = [c for c in nb.cells if everything or not skipped(c, flags)]
+    run_nb = nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata)
     run_nb.metadata["kernelspec"] = dict(display_name="python3", language="python", name="python3")
-    env = {**os.environ, **QUIET}
+    env = {**os.environ, **QUIET, "QLORA_NB_RUN": " ".join(flags)}  # a cell that was asked for runs, or fails
     if "hub" in flags: env.pop("HF_HUB_OFFLINE")
     client = Client(run_nb, timeout=timeout, startup_timeout=timeout, kernel_name="python3", coalesce_streams=True,
                     resources={"metadata": {"path": str(Path(path).parent)}})
@@ -92,6 +93,8 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("notebook"), p.add_argument("--save", action="store_true")
     p.add_argument("--flags", default="", help=f"run cells with these flags too: {' '.join(sorted(FLAGS))}")
+    p.add_argument("--all", action="store_true", help="run every cell, as a reader's Run All does")
     a = p.parse_args()
-    run(a.notebook, set(a.flags.split()), a.save)
+    if a.all and a.save: p.error("--all would store what a cell says where it cannot run")
+    run(a.notebook, set(a.flags.split()), a.save, everything=a.all)
     print(f"{a.notebook}: ok", file=sys.stderr)
