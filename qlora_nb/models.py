@@ -14,8 +14,6 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_dir
 from .core import QLoRAError, cpu_kind, keep_memory, pick_device, pick_dtype, set_seed
-
-# %% ../nbs/01_models.ipynb #2b4ef0cd
 import bitsandbytes as bnb, torch, torch.nn as nn, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, FalconConfig, LlamaConfig
 from transformers.pytorch_utils import Conv1D
@@ -110,10 +108,8 @@ def locate(name:str|Path) -> str:  # "smollm2", a folder or a Hub id; what `from
     "Find a model by name. Raises `QLoRAError` for a folder that is not there or holds no model."
     if name == "smollm2": return str(smollm2_folder())
     path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path/"config.json").exists():
-            raise QLoRAError("this folder holds no model.", where=name, cure="It needs config.json and *.safetensors.")
-        return str(path)
+    if (path/"config.json").exists(): return str(path)
+    if path.is_dir(): raise QLoRAError("this folder holds no model.", name, "It needs config.json and *.safetensors.")
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
         near = f"Near names: {', '.join(near)}. " if near else ""
@@ -142,8 +138,7 @@ def load_tokenizer(name:str|Path="smollm2"):  # "smollm2", a local folder or a H
 
 # %% ../nbs/01_models.ipynb #bb7e378f
 def tiny_model(kind:str="llama",   # "llama" or "falcon"
-               seed:int=0,         # Seeds the random weights
-               **overrides):       # Any field of the model's config, such as hidden_size or vocab_size
+               seed:int=0, **overrides):  # Of the random weights; fields of the config, such as hidden_size
     "A small random model of a real architecture, in float32 and eval mode."
     base = dict(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
                 pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -198,8 +193,7 @@ def plain_linears():
 # %% ../nbs/01_models.ipynb #6c761ace
 def bnb_kind() -> str:  # As of `cpu_kind`
     "The kind of processor whose instructions bitsandbytes uses on the CPU: its libraries for GPUs know no AVX-512."
-    kind = cpu_kind()
-    return "AVX2" if "AVX512" in kind and bnb.cextension.lib.compiled_with_cuda else kind
+    return "AVX2" if bnb.cextension.lib.compiled_with_cuda and "AVX512" in cpu_kind() else cpu_kind()
 
 def disarm(model:nn.Module):  # A model with bitsandbytes layers; changed in place
     "Stop bitsandbytes from repacking 4-bit weights on a CPU, after which a training step has wrong gradients."
