@@ -35,7 +35,7 @@ def training_options(p:argparse.ArgumentParser):
     add("--save-steps", type=int, default=20, help="a checkpoint every so many steps")
     add("--checkpointing", action="store_true", help="save memory by computing activations twice")
     add("--fast", action=argparse.BooleanOptionalAction, default=None,
-        help="fused adapters, loss in tiles and, for a large model, compiled layers (none: on a GPU)")
+        help="fused adapters, loss in tiles; shared prefixes on a CPU, compiled layers on a GPU (none: where it is known to be right)")
     add("--packing", action="store_true", help="fill rows of --max-length tokens with whole examples")
     add("--optim", default="auto", help="adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit")
     add("--report-to", default="none", help="tensorboard, wandb, or both with a comma between them")

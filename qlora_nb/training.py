@@ -201,7 +201,7 @@ def finetune(model="smollm2",               # A name for `load_model`, or a mode
              eval_steps:int|None=None, patience:int|None=None,  # Evaluate so often; end after so many in vain
              optim:str="auto", report_to="none",           # See `pick_optimizer`, `check_reports`
              save_steps:int=20, checkpointing:bool=False,  # See `trainer_settings`
-             fast:bool|None=None,           # See `qlora_nb.fast.make_fast`; None: where it is known to be right, on a GPU
+             fast:bool|None=None,           # See `qlora_nb.fast.make_fast`; None: where it is known to be right
              backend:str="bnb",             # "bnb": bitsandbytes and PEFT; "scratch": our `qlora` and `lora`
              device:str|None=None,          # See `load_model`
              callbacks=(),                  # Of transformers' Trainer, beside our own
