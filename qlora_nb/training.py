@@ -173,6 +173,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, **h
     "Encode the rows, put adapters on the model, build the trainer: (model, trainer)."
     encoding = dict(tokenizer=tokenizer) | {k: s[k] for k in ("template", "max_length", "long")}
     examples = number_rows(rows, numbers, **encoding)
+    def size(o): return sum(map(size, o)) if isinstance(o, list) else len(o["input_ids"])   # of an example, or of a pack
     if s["packing"]: examples, model = pack(examples, s["max_length"]), separate_documents(model)
     collator = partial(collate_packed, pad_id=tokenizer.pad_token_id) if s["packing"] else None
     steps = s["steps"] or max(1, round(s["epochs"]*len(examples)/(s["batch_size"]*s["accumulation"])))
@@ -183,7 +184,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, **h
         model, tokenizer, examples, folder/"checkpoints", progress, held and encode_rows(held, **encoding),
         s["patience"], collator, describe=lambda drawn: name_rows(drawn, examples, rows), **how,
         **{k: s[k] for k in ("batch_size", "accumulation", "lr", "seed", "optim")})
-    if s["fast"]: trainer.speed_up(sum(len(o["input_ids"]) for o in examples)/len(examples))
+    if s["fast"]: trainer.speed_up(sum(size(o) for o in examples)/len(examples))
     return model, trainer
 
 # %% ../nbs/07_training.ipynb #ac9bf7fa
