@@ -18,11 +18,11 @@ def kind():
     except ImportError: from numpy.core._multiarray_umath import __cpu_features__ as features
     wide = features.get("AVX512F") and os.environ.get("ATEN_CPU_CAPABILITY", "avx512") == "avx512"
     info = Path("/proc/cpuinfo")  # NumPy asks the processor, but not about bfloat16
-    bf16 = info.exists() and "avx512_bf16" in info.read_text()
+    bf16 = info.exists() and "avx512_bf16" in info.read_text(encoding="utf-8")
     return ("AVX512-BF16" if bf16 else "AVX512") if wide else "AVX2" if features.get("AVX2") else "x86-64"
 
 
-def load(path=TABLE): return json.loads(path.read_text()) if path.exists() else {}
+def load(path=TABLE): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def rows_for(table, this=None):
@@ -55,7 +55,7 @@ def save(tests, whole, path=TABLE):
         old = table.get(kind(), {})
         new = {k: {**old.get(k, {}), **({} if k == "files" else rows)} for k, rows in new.items()}
     table[kind()] = new
-    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def expected(nodeid, rows):

@@ -18,7 +18,7 @@ for line in sys.stdin:
     print(pid, flush=True)
 else: sys.exit()
 for fd, name in enumerate(job["streams"]): os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), fd)
-sys.stdin, sys.argv = open(0), ["-c", *job["args"]]
+sys.stdin, sys.argv = open(0, encoding="utf-8"), ["-c", *job["args"]]
 os.chdir(job["cwd"]), os.environ.update(job["env"])
 exec(compile(job["code"], "<string>", "exec"), {"__name__": "__main__"})
 """
@@ -41,11 +41,11 @@ class Fork:
     def __init__(self, code, *args, stdin="", cwd=None, env=None):
         self.folder, self.returncode = tempfile.TemporaryDirectory(), None
         self.streams = [Path(self.folder.name)/o for o in ("in", "out", "err")]
-        for o in self.streams: o.write_text(stdin if o.name == "in" else "")
+        for o in self.streams: o.write_text(stdin if o.name == "in" else "", encoding="utf-8")
         self.pid = ask(code=code, args=[str(o) for o in args], env=env or {}, cwd=str(cwd or os.getcwd()),
                        streams=[str(o) for o in self.streams])
 
-    def said(self): return self.streams[1].read_text()
+    def said(self): return self.streams[1].read_text(encoding="utf-8")
     def send_signal(self, sig): os.kill(self.pid, sig)
     def kill(self): self.send_signal(9)
 
@@ -59,9 +59,9 @@ class Fork:
         while self.poll() is None:
             if time.monotonic() > end:
                 self.kill()
-                raise TimeoutError(f"a process took more than {timeout} s: {self.streams[2].read_text()[-2000:]}")
+                raise TimeoutError(f"a process took more than {timeout} s: {self.streams[2].read_text(encoding="utf-8")[-2000:]}")
             time.sleep(.01)
-        return self.said(), self.streams[2].read_text()
+        return self.said(), self.streams[2].read_text(encoding="utf-8")
 
 
 def run(code, *args, **kw):

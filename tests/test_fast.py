@@ -80,7 +80,8 @@ def test_the_whole_step(folders, kind, memory):
     want = gradients(model, lambda: model(**b).loss)
     keys = list(model.state_dict())
     table = make_fast(model, memory, compile=EAGER)
-    assert not [r for r in table.rows if "as before" in r[2]] and list(model.state_dict()) == keys
+    left = [r[0] for r in table.rows if "as before" in r[2]]
+    assert left == ["shared prefixes"]*(kind == "falcon") and list(model.state_dict()) == keys   # Falcon adds a bias to positions
     same(want, gradients(model, lambda: model.step_loss(b)))
     other = batch(1, rows=3, tokens=31)
     same(gradients(model, lambda: model(**other).loss), gradients(model, lambda: model.step_loss(other)))
@@ -207,7 +208,7 @@ def test_an_adapter_that_is_off_in_some_layers(folders):
 def test_what_cannot_be_fused_says_why(folders, how, reason):
     model, b = adapted(folders["llama"], **how), batch()
     table = make_fast(model)
-    left = [r for r in table.rows if "as before" in r[2]]
+    left = [r for r in table.rows if "as before" in r[2] and r[0] == "adapter"]
     assert len(left) == 1 and reason in left[0][2] and left[0][1] == 2
     model.step_loss(b).backward()
 
@@ -298,14 +299,14 @@ def test_a_fast_run_is_the_same_run_and_resumes_to_the_same_bits(folders, tmp_pa
     def run(name, steps=4, **how):
         return finetune(str(folders["llama"]), rows, tmp_path/name, steps=steps, batch_size=2, accumulation=2, save_steps=2, lr=1e-2,
                         device="cpu", progress=False, backend=backend, **how)
-    usual, fast = run("usual").info, run("fast", fast=True).info
-    assert usual["settings"]["fast"] is False and fast["settings"]["fast"] is True
+    usual, fast = run("usual", fast=False).info, run("fast").info
+    assert usual["settings"]["fast"] is False and fast["settings"]["fast"] is True   # by itself
     assert usual["losses"] == pytest.approx(fast["losses"], rel=5e-3)
     (tmp_path/"fast"/"run.json").unlink()
     shutil.rmtree(tmp_path/"fast"/"checkpoints"/"checkpoint-4")
-    again = run("fast", fast=True, resume=True).info
+    again = run("fast", resume=True).info
     assert again["resumed_from"] == "checkpoint-2" and again["losses"][-2:] == fast["losses"][-2:]
-    with pytest.raises(QLoRAError, match="fast"): run("fast", resume=True)
+    with pytest.raises(QLoRAError, match="fast"): run("fast", fast=False, resume=True)
 
 
 def test_a_cpu_needs_no_triton():

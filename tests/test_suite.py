@@ -115,12 +115,12 @@ def small(tmp_path):
     "A small project with the suite's own conftest: two pages that need nothing, and a test file that cannot be imported."
     for o in ("conftest", "changed", "durations"): (tmp_path/"tests").mkdir(exist_ok=True), shutil.copy(ROOT/"tests"/f"{o}.py", tmp_path/"tests")
     (tmp_path/"nbs").mkdir(), shutil.copy(ROOT/"pytest.ini", tmp_path)
-    for o in ("00_one", "01_two"): (tmp_path/"nbs"/f"{o}.ipynb").write_text('{"cells": []}')
+    for o in ("00_one", "01_two"): (tmp_path/"nbs"/f"{o}.ipynb").write_text('{"cells": []}', encoding="utf-8")
     (tmp_path/"tests"/"test_notebooks.py").write_text(
         "import pytest, time\nfrom pathlib import Path\nNOTEBOOKS = sorted(Path('nbs').glob('*.ipynb'))\n"
         "@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda o: o.name)\n"
-        "def test_page_runs(path):\n    end = time.process_time() + 0.3\n    while time.process_time() < end: pass\n")
-    (tmp_path/"tests"/"test_heavy.py").write_text("raise SystemExit('imported')")
+        "def test_page_runs(path):\n    end = time.process_time() + 0.3\n    while time.process_time() < end: pass\n", encoding="utf-8")
+    (tmp_path/"tests"/"test_heavy.py").write_text("raise SystemExit('imported')", encoding="utf-8")
     for o in (["init", "-qb", "main"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "one"]):
         subprocess.run(["git", *o], cwd=tmp_path, check=True)
     return tmp_path
@@ -134,7 +134,7 @@ def test_one_page_imports_nothing_else(small):
 
 def test_only_what_a_change_touches(small):
     assert "0 pages" in (out := pytest_in(small, "--changed", "-n0")) and "imported" not in out
-    (small/"nbs"/"01_two.ipynb").write_text('{"cells": [ ]}')
+    (small/"nbs"/"01_two.ipynb").write_text('{"cells": [ ]}', encoding="utf-8")
     out = pytest_in(small, "--changed", "-n0")
     assert "1 pages: 01_two" in out and "1 of them not in the table" in out and "1 passed" in out
     assert "git knows no commit 'moon'" in pytest_in(small, "--changed=moon", "-n0")
@@ -143,7 +143,7 @@ def test_only_what_a_change_touches(small):
 def test_durations_come_from_the_run(small):
     (small/"tests"/"test_heavy.py").unlink()
     out = pytest_in(small, "--save-durations", "-n2")
-    pages = json.loads((small/"tests"/"durations.json").read_text())[durations.kind()]["pages"]
+    pages = json.loads((small/"tests"/"durations.json").read_text(encoding="utf-8"))[durations.kind()]["pages"]
     assert "2 tests, on" in out and set(pages) == {"00_one", "01_two"} and all(0.3 <= cpu < 10 for cpu, _ in pages.values())
 
 
@@ -153,7 +153,7 @@ def test_durations_come_from_the_run(small):
                                                        ("false", 60, "FAILED", ""), ("true", 60, "ok", "")])
 def test_the_check_has_a_limit(tmp_path, command, limit, how, said):
     (tmp_path/".ci").mkdir(), shutil.copy(ROOT/".ci"/"run", tmp_path/".ci")
-    (tmp_path/"README.md").write_text(f"```sh\n{command}\necho 3 passed\n```\n")
+    (tmp_path/"README.md").write_text(f"```sh\n{command}\necho 3 passed\n```\n", encoding="utf-8")
     r = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, text=True,
                        env={**os.environ, "PYTHON": "true", "CI_LIMIT": str(limit)})
     assert r.returncode == 1   # this folder has no notebooks, which are to be clean
