@@ -158,11 +158,12 @@ def make_fast(model,                 # With adapters of PEFT or our own on a 4-b
         raise QLoRAError(f"the model is on {device}, and PyTorch's current device is another.", cure="Call torch.cuda.set_device(device).")
     if offload and not (compile and cuda):
         raise QLoRAError("offload needs a GPU and compiled layers.", str(device), "Leave it out.")
-    cpu, kept = device.type == "cpu", keep_dequantized(model) if memory == 1 else 0
+    plain_cpu = device.type == "cpu" and not compile   # a compiler looks into neither
+    kept = keep_dequantized(model) if plain_cpu and memory == 1 else 0
     rows = [["4-bit weight", len(layers), f"dequantized once, {fmt_bytes(kept)}", ""]] if kept else []
     rows += fuse_layers(model, layers)
-    if cpu:
-        rows += [[*row, ""] for row in cpu_pieces(model)]
+    if device.type == "cpu": rows += [[*row, ""] for row in cpu_pieces(model)]
+    if plain_cpu:
         rows.append(["shared prefixes", 1, f"as before: {why}" if (why := fold_prefixes(model)) else "computed once", ""])
     no_tiles = why_no_tiles(model)
     rows.append(["loss", 1, f"as before: {no_tiles}" if no_tiles else f"in tiles of {tile}", ""])

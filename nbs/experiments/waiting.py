@@ -3,7 +3,7 @@
     python nbs/experiments/waiting.py nbs/results/waiting.json [--rounds 2] [--steps 6]
 
 `OMP_WAIT_POLICY` is read when PyTorch is imported, so each way is a process of its own; ways take turns. The other
-work is one process that multiplies matrices on all cores.
+work is one process that multiplies matrices on all cores. A way that exceeds `--limit` seconds is ended and has no time.
 """
 import argparse, json, os, statistics, subprocess, sys, time
 from pathlib import Path
@@ -15,7 +15,6 @@ def steps(n):
     "Seconds of each of `n` steps of the main job, after two that do not count."
     import tempfile
     from qlora_nb.adapters import add_adapters
-    from qlora_nb.core import cpu_kind
     from qlora_nb.data import encode_rows, load_rows
     from qlora_nb.models import load_model, load_tokenizer
     from qlora_nb.training import make_trainer
@@ -30,13 +29,15 @@ def steps(n):
         trainer.speed_up(100)
         trainer.add_callback(clock := Clock())
         trainer.train()
-    return cpu_kind(), [b - a for a, b in zip(clock.times[1:], clock.times[2:])]
+    return None, [b - a for a, b in zip(clock.times[1:], clock.times[2:])]
 
 
-def measure(policy, load, n):
+def measure(policy, load, n, limit):
     env = os.environ | dict(HF_HUB_OFFLINE="1", OMP_WAIT_POLICY=policy)
     others = [subprocess.Popen([sys.executable, "-c", LOAD], env=env)] if load else []
-    try: out = subprocess.run([sys.executable, __file__, "--one", str(n)], env=env, capture_output=True, text=True, check=True).stdout
+    one = [sys.executable, __file__, "--one", str(n)]
+    try: out = subprocess.run(one, env=env, capture_output=True, text=True, check=True, timeout=limit).stdout
+    except subprocess.TimeoutExpired: return None, []
     finally: [o.kill() for o in others]
     return json.loads(out.strip().splitlines()[-1])
 
@@ -44,18 +45,21 @@ def measure(policy, load, n):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path, nargs="?"), p.add_argument("--rounds", type=int, default=2)
-    p.add_argument("--steps", type=int, default=6), p.add_argument("--one", type=int)
+    p.add_argument("--steps", type=int, default=6), p.add_argument("--limit", type=float, default=300), p.add_argument("--one", type=int)
     a = p.parse_args()
     if a.one: return print(json.dumps(steps(a.one)))
     found = {}
     for _ in range(a.rounds):
         for load in (False, True):
             for way in ("PASSIVE", "ACTIVE"):
-                kind, times = measure(way, load, a.steps)
+                times = measure(way, load, a.steps, a.limit)[1]
                 found.setdefault((way, load), []).extend(times)
                 print(way, load, [round(o, 2) for o in times], flush=True)
-    from qlora_nb.core import versions
-    rows = [dict(cpu=kind, way=way, other_work=load, seconds=statistics.median(t), low=min(t), high=max(t), steps=len(t)) for (way, load), t in found.items()]
+    from qlora_nb.core import cpu_kind, versions
+    kind, rows = cpu_kind(), []
+    for (way, load), t in found.items():
+        took = dict(seconds=statistics.median(t), low=min(t), high=max(t)) if t else dict(seconds=None, limit=a.limit)
+        rows.append(dict(cpu=kind, way=way, other_work=load, steps=len(t), **took))
     old = json.loads(a.out.read_text(encoding="utf-8"))["rows"] if a.out.exists() else []
     doc = dict(rows=[r for r in old if r["cpu"] != kind] + rows, versions=versions())
     a.out.write_text(json.dumps(doc, indent=1) + "\n", encoding="utf-8")
