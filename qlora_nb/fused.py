@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['triton', 'tl', 'Packed', 'folded_kernel', 'plain_scales', 'unpack', 'FusedLoRA', 'adapted_layers', 'packed_of',
-           'why_not', 'fuse', 'unfuse']
+           'why_not', 'nothing', 'fuse', 'unfuse']
 
 # %% ../nbs/13_fused.ipynb #423fa269
 import torch, types
@@ -143,15 +143,17 @@ def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
     if layer.in_features % block: return f"its {layer.in_features} inputs are no multiple of {block}"
 
 # %% ../nbs/13_fused.ipynb #76e74b6b
+def nothing(t, n): return [t.new_empty(0) for _ in range(n)]   # not one tensor n times, which the compiler does not take
+
 def fuse(layer,             # For which `why_not` is None; changed in place
          fold:bool|None=None):  # Add the adapter to the weight; None: on a GPU
     "Let training go through `FusedLoRA`. `unfuse` undoes it."
     name = layer.active if isinstance(layer, LoRA) else layer.active_adapters[0]
     base, theirs, (packed, block, block2, kind) = layer.base_layer, layer.forward, packed_of(layer.base_layer)
-    if (W := getattr(base, "kept_weight", None)) is not None: packed, block2, kind, fold = Packed(W, *[W]*5), 0, "kept", False
+    if (W := getattr(base, "kept_weight", None)) is not None: packed, block2, kind, fold = Packed(W, *nothing(W, 5)), 0, "kept", False
     elif block2 and not packed.q.is_cuda:   # half a bit a weight, for two dequantizations a step
         s = plain_scales(packed.scales, packed.code2, packed.scales2, packed.offset, block2)
-        packed, block2 = Packed(packed.q, s, packed.code, s, s, s), 0
+        packed, block2 = Packed(packed.q, s, packed.code, *nothing(s, 3)), 0
     dtype = base.dtype if isinstance(base, NF4Linear) else base.compute_dtype or base.weight.quant_state.dtype
     how = layer.scaling[name], block, block2, kind, packed.q.is_cuda if fold is None else fold
     layer.fused = packed, how, dtype
