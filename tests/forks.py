@@ -59,7 +59,8 @@ class Fork:
         while self.poll() is None:
             if time.monotonic() > end:
                 self.kill()
-                raise TimeoutError(f"a process took more than {timeout} s: {self.streams[2].read_text(encoding="utf-8")[-2000:]}")
+                said = self.streams[2].read_text(encoding="utf-8")[-2000:]
+                raise TimeoutError(f"a process took more than {timeout} s: {said}")
             time.sleep(.01)
         return self.said(), self.streams[2].read_text(encoding="utf-8")
 
