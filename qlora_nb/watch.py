@@ -36,6 +36,7 @@ def long_run(left:float,  # Seconds
     return (f"About {left/60:.0f} minutes to go. {where} steps (--steps) or shorter rows (--max-length) end it sooner. "
             "Ctrl-C is safe: --resume goes on from the last checkpoint.")
 
+# %% ../nbs/06_watch.ipynb #4ef201cf
 class ProgressBar(TrainerCallback):
     "One line with loss, evaluation loss, learning rate, tokens/s and the time left; another one where that is long."
     bar = None
