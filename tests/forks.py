@@ -6,15 +6,21 @@ from functools import cache
 from pathlib import Path
 
 SERVER = """
-import json, os, sys
+import json, os, subprocess, sys
 import bitsandbytes, datasets, gguf, matplotlib.figure, peft, safetensors.torch, torch, transformers, trl
+kept = []  # or they would be waited for by `subprocess` itself
+def new(job):  # beside a GPU the imports have opened CUDA, which does not survive a fork
+    streams = [open(name, mode) for name, mode in zip(job["streams"], ("r", "a", "a"))]
+    kept.append(subprocess.Popen([sys.executable, "-c", job["code"], *job["args"]], cwd=job["cwd"],
+                                 env={**os.environ, **job["env"]}, **dict(zip(("stdin", "stdout", "stderr"), streams))))
+    return kept[-1].pid
 for line in sys.stdin:
     job = json.loads(line)
     if "pid" in job:
         pid, status = os.waitpid(job["pid"], os.WNOHANG)
         print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
         continue
-    if (pid := os.fork()) == 0: break
+    if (pid := new(job) if torch.cuda.is_initialized() else os.fork()) == 0: break
     print(pid, flush=True)
 else: sys.exit()
 for fd, name in enumerate(job["streams"]): os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), fd)
