@@ -12,7 +12,7 @@ sys.modules.setdefault("rfc3987_syntax", None)
 
 import psutil, pytest
 
-import changed, durations
+import changed, durations, forks
 
 GIB = 2**30
 PER_WORKER = 4*GIB  # a page that loads SmolLM2-135M several times peaks below this, together with its worker
@@ -118,7 +118,7 @@ def pytest_collection_modifyitems(config, items):
 
 def cpu_seconds():
     "CPU seconds of this process and of those that it started and that have ended."
-    return sum(psutil.Process().cpu_times()[:4])
+    return sum(psutil.Process().cpu_times()[:4]) + forks.cpu_seconds()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,13 +1,18 @@
 """Python processes for the tests that need one of their own, forked from one that has imported the libraries.
 
-Imports take longer than most of these tests. A fork is fresh in all that is ours: none of our modules is imported."""
-import atexit, json, os, subprocess, sys, tempfile, time
+Imports take longer than most of these tests. A fork is fresh in all that is ours: none of our modules is imported.
+The kernels of the pages are forked as well: `Kernels` is a kernel manager for nbclient."""
+import atexit, json, os, signal, subprocess, sys, tempfile, time
 from functools import cache
 from pathlib import Path
 
+from jupyter_client.manager import AsyncKernelManager
+
 SERVER = """
-import json, os, subprocess, sys
-import bitsandbytes, datasets, gguf, matplotlib.figure, peft, safetensors.torch, torch, transformers, trl
+import gc, json, os, subprocess, sys
+import bitsandbytes, datasets, gguf, ipykernel.kernelapp, ipywidgets, matplotlib.pyplot, peft, safetensors.torch
+import torch, transformers, trl
+gc.collect(), gc.freeze()  # a collection in a fork leaves these objects alone, and their memory shared
 kept = []  # or they would be waited for by `subprocess` itself
 def new(job):  # beside a GPU the imports have opened CUDA, which does not survive a fork
     streams = [open(name, mode) for name, mode in zip(job["streams"], ("r", "a", "a"))]
@@ -16,6 +21,9 @@ def new(job):  # beside a GPU the imports have opened CUDA, which does not survi
     return kept[-1].pid
 for line in sys.stdin:
     job = json.loads(line)
+    if "cpu" in job:
+        print(json.dumps(sum(os.times()[2:4])), flush=True)
+        continue
     if "pid" in job:
         pid, status = os.waitpid(job["pid"], os.WNOHANG)
         print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
@@ -42,8 +50,14 @@ def ask(**job):
     return json.loads(server().stdout.readline())
 
 
+def cpu_seconds():
+    "CPU seconds of the forks that have ended."
+    return ask(cpu=True) if server.cache_info().currsize else 0.
+
+
 class Fork:
     "`python -c code args...` as `subprocess.Popen` runs it, but forked, and with streams that go through files."
+    stdin = stdout = stderr = None
     def __init__(self, code, *args, stdin="", cwd=None, env=None):
         self.folder, self.returncode = tempfile.TemporaryDirectory(), None
         self.streams = [Path(self.folder.name)/o for o in ("in", "out", "err")]
@@ -53,10 +67,15 @@ class Fork:
 
     def said(self): return self.streams[1].read_text(encoding="utf-8")
     def send_signal(self, sig): os.kill(self.pid, sig)
-    def kill(self): self.send_signal(9)
+    def kill(self): self.send_signal(signal.SIGKILL)
+    def terminate(self): self.send_signal(signal.SIGTERM)
 
     def poll(self):
         if self.returncode is None: self.returncode = ask(pid=self.pid)
+        return self.returncode
+
+    def wait(self):
+        while self.poll() is None: time.sleep(.01)
         return self.returncode
 
     def communicate(self, timeout=300):
@@ -76,3 +95,21 @@ def run(code, *args, **kw):
     p = Fork(code, *args, **kw)
     out, err = p.communicate()
     return subprocess.CompletedProcess(args, p.returncode, out, err)
+
+
+KERNEL = """
+import os, sys, matplotlib
+os.environ.update(JPY_PARENT_PID=str(os.getppid()), MPLBACKEND="module://matplotlib_inline.backend_inline")
+matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]  # as it would have been read at its import
+from ipykernel.kernelapp import launch_new_instance
+launch_new_instance(argv=sys.argv[1:])
+"""
+
+
+class Kernels(AsyncKernelManager):
+    "Starts each kernel as a fork."
+    async def _async_launch_kernel(self, kernel_cmd, env=None, cwd=None, **kw):
+        p = self.provisioner
+        p.process = Fork(KERNEL, *kernel_cmd[kernel_cmd.index("-f"):], cwd=cwd, env=env)
+        p.pid, p.pgid, p.cwd = p.process.pid, None, cwd
+        self._reconcile_connection_info(p.connection_info)

@@ -63,10 +63,11 @@ def hide_paths(nb):
         for p in home: o.text = o.text.replace(f"{p}/", "")
 
 
-def run(path, flags=(), save=False, timeout=900, everything=False):
+def run(path, flags=(), save=False, timeout=900, everything=False, **how):
     """Run `path`; raises nbclient's CellExecutionError, with the cell's source, when a cell fails.
 
-    `everything` runs all cells, as a reader's Run All does, and leaves it to the page to guard those that need more."""
+    `everything` runs all cells, as a reader's Run All does, and leaves it to the page to guard those that need more.
+    `how` goes to nbclient."""
     nb = nbformat.read(path, as_version=4)
     cells = [c for c in nb.cells if everything or not skipped(c, flags)]
     run_nb = nbformat.v4.new_notebook(cells=cells, metadata=nb.metadata)
@@ -74,7 +75,7 @@ def run(path, flags=(), save=False, timeout=900, everything=False):
     env = {**os.environ, **QUIET, "QLORA_NB_RUN": " ".join(flags)}  # a cell that was asked for runs, or fails
     if "hub" in flags: env.pop("HF_HUB_OFFLINE")
     client = Client(run_nb, timeout=timeout, startup_timeout=timeout, kernel_name="python3", coalesce_streams=True,
-                    resources={"metadata": {"path": str(Path(path).parent)}})
+                    resources={"metadata": {"path": str(Path(path).parent)}}, **how)
     client.execute(env=env)
     if errs := widget_errors(run_nb):
         raise RuntimeError(f"{path}: an error inside a widget callback: {errs[0]['ename']}: {errs[0]['evalue']}")

@@ -7,6 +7,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from common import NOTEBOOKS, code_cells, read
+from forks import Kernels
 from run_notebook import run, skipped
 
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -27,7 +28,7 @@ def explain(path, err):
 
 def attempt(path):
     "(executed notebook, None), or (None, what went wrong)."
-    try: nb = run(path)
+    try: nb = run(path, kernel_manager_class=Kernels)
     except Exception as e: return None, explain(path, e)
     # An exception in a widget callback is printed in red below the cell, and the kernel goes on as if nothing happened.
     for c in code_cells(nb):
