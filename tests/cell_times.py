@@ -8,6 +8,7 @@ from unittest.mock import patch
 import nbformat, psutil
 
 import run_notebook
+from forks import Kernels
 
 
 class TimedClient(run_notebook.Client):
@@ -29,7 +30,7 @@ def cell_times(path, n=12, width=80):
     "Run `path`; yields a line for the whole and one for each of the `n` slowest cells, with its place in the notebook."
     cells, error = nbformat.read(path, as_version=4).cells, None
     with patch.object(run_notebook, "Client", TimedClient), patch.dict(TimedClient.times, clear=True):
-        try: run_notebook.run(path)
+        try: run_notebook.run(path, kernel_manager_class=Kernels)
         except Exception as e: error = e
         times = dict(TimedClient.times)
     rows = sorted(((*times[c.id], i, c.source) for i, c in enumerate(cells) if c.id in times), reverse=True)
