@@ -134,7 +134,7 @@ def merge(model:nn.Module):  # Has adapters, on a base that is not quantized
     uses = Counter(p.data_ptr() for _,p in model.named_parameters(remove_duplicate=False))
     for n,m in layers.items():
         if m.packed: raise QLoRAError("a 4-bit weight cannot take up an adapter without losing part of it.", where=n,
-                                      cure="Use the merge of 08_inference, which goes through unquantized weights.")
+                                      cure="Use `qlora_nb.export.merge_and_save`, which goes through unquantized weights.")
         if uses[m.weight.data_ptr()] > 1: raise QLoRAError("another layer shares this weight.", where=n)
     for m in layers.values(): m.weight.add_(delta(m, m.active)); m.merged = m.active
 
