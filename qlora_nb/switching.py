@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_fits', 'find_folder', 'adapter_folder', 'adapter_names', 'free_name', 'add_adapter_from', 'same_trainable',
            'find_adapter', 'use_adapter', 'active_adapter', 'answering_as', 'drop_adapter', 'unload', 'shrink',
-           'combine_adapters', 'save_one']
+           'scale_one', 'sum_error', 'combine_adapters', 'save_one']
 
 # %% ../nbs/07_switching.ipynb #818970d6
 import contextlib, json, shutil, tempfile, warnings
@@ -149,6 +149,25 @@ def shrink(model, name:str, rank:int):
         A.out_features = B.in_features = layer.r[name] = layer.lora_alpha[name] = rank
     model.peft_config[name].r = model.peft_config[name].lora_alpha = rank
 
+# %% ../nbs/07_switching.ipynb #00cf09cb
+def scale_one(model, name:str):
+    "Give an adapter whose scale is in its factors the scale 1, whatever rule it has taken over."
+    model.peft_config[name].use_rslora = False
+    for m in model.modules():
+        if isinstance(m, LoraLayer) and name in m.lora_A: m.scaling[name] = 1.
+
+@torch.no_grad()
+def sum_error(model, weights:dict, name:str) -> float:  # The largest of the layers, relative
+    "How far the update of `name` is from the weighted sum of the others, on one random input a layer."
+    worst = 0.
+    for m in (m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A):
+        A = m.lora_A[name].weight
+        x = torch.randn(1, m.in_features, generator=torch.Generator().manual_seed(0)).to(A)
+        def update(o): return m.scaling[o]*m.lora_B[o](m.lora_A[o](x)) if o in m.lora_A else torch.zeros_like(x[:, :1])
+        want = sum(w*update(o) for o, w in weights.items())
+        worst = max(worst, ((update(name) - want).norm()/want.norm().clamp(min=1e-12)).item())
+    return worst
+
 # %% ../nbs/07_switching.ipynb #e0c038c4
 def combine_adapters(model,              # With PEFT's adapters, on linear layers
                      weights:dict,       # Name of an adapter → its weight, such as {"json": 1, "bold": .5}
@@ -161,6 +180,8 @@ def combine_adapters(model,              # With PEFT's adapters, on linear layer
     ranks = {o: model.peft_config[o].r for o in weights}
     if how not in ("cat", "svd", "linear"):
         raise QLoRAError(f"there is no way '{how}'.", cure="Choose cat, svd or linear.")
+    if odd := [o for o in weights if any(o in getattr(m, "lora_magnitude_vector", ()) for m in model.modules())]:
+        raise QLoRAError(f"the adapters {odd} are DoRA's: their updates do not add up.", cure="Merge one instead.")
     if not weights: raise QLoRAError("there is nothing to combine.", cure=f"There are: {adapter_names(model)}.")
     if how == "linear" and len(set(ranks.values())) > 1:
         raise QLoRAError(f"the ranks differ: {ranks}.", cure="Use how='cat', which keeps all, or how='svd'.")
@@ -169,6 +190,10 @@ def combine_adapters(model,              # With PEFT's adapters, on linear layer
     values = [float(o) for o in weights.values()]
     with same_trainable(model):
         model.add_weighted_adapter([*weights], values, name, combination_type="cat" if how == "svd" else how)
+        scale_one(model, name)
+        if how != "linear" and (error := sum_error(model, weights, name)) > 1e-2:
+            model.delete_adapter(name)
+            raise QLoRAError(f"together these adapters would be off by {error:.0%}.", cure="Merge them one by one.")
         if how == "svd": shrink(model, name, rank or max(ranks.values()))
 
 # %% ../nbs/07_switching.ipynb #b8789d5b

@@ -324,6 +324,25 @@ def test_our_own_adapters_are_switched_too():
     assert active_adapter(m) == "other" and not torch.equal(scores(m), plain)
 
 
+@pytest.mark.parametrize("how", ["cat", "svd"])
+@pytest.mark.parametrize("kind", [dict(use_rslora=True), dict(rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 32})],
+                         ids=["rslora", "patterns"])
+def test_other_scales_add_up_too(kind, how):
+    made = dict(init_lora_weights=False, **kind)
+    made["lora_alpha"] = 16
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=8, target_modules=["q_proj", "v_proj"], **made), "a")
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["q_proj", "up_proj"], **made))
+    combine_adapters(model, dict(a=1, b=.5), "c", how, **{"rank": 12} if how == "svd" else {})
+    for m in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        want = sum(w*m.get_delta_weight(o) for o, w in dict(a=1, b=.5).items() if o in m.lora_A)
+        torch.testing.assert_close(m.get_delta_weight("c"), want, atol=1e-5, rtol=1e-4)
+
+
+def test_dora_does_not_add_up():
+    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"], use_dora=True), "a")
+    with pytest.raises(QLoRAError, match="DoRA"): combine_adapters(model, dict(a=.5), "half")
+
+
 @settings(max_examples=6, deadline=None)
 @given(st.floats(-2, 2), st.floats(-2, 2))
 def test_cat_is_the_sum(base_folder, two, v, w):
