@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['decoder_layers', 'fast_loss', 'why_no_tiles', 'to_16_bits', 'compiler', 'compile_layer', 'make_plain', 'fuse_layers',
-           'speed_up_layers', 'make_fast', 'step_label']
+           'speed_up_layers', 'first_step', 'make_fast', 'step_label']
 
 # %% ../nbs/14_fast_training.ipynb #673ef94e
-import contextlib, torch, types
+import contextlib, torch, types, warnings
 from functools import partial
 from torch import nn
 from .core import QLoRAError, Table, fmt_bytes
@@ -15,9 +15,10 @@ from .dequantized import drop_dequantized, keep_dequantized
 from .cpu import cpu_pieces, cpu_pieces_undo
 from .fused import adapted_layers, fuse, unfuse, why_not
 from .graphs import Stack
+from .logits import evaluating, own_loss, plain_head
 from .loss import fused_gradient, score_gradient, tiled_loss
 from .offload import HostMemory, on_host
-from .prefix import fold_prefixes, hidden_states, unfold_prefixes
+from .prefix import dropout_in, fold_prefixes, hidden_states, unfold_prefixes
 
 # %% ../nbs/14_fast_training.ipynb #70645919
 from peft.tuners.lora.layer import LoraLayer
@@ -44,20 +45,17 @@ def fast_loss(model, batch:dict,  # `input_ids`, `labels` (-100: none), and what
     return tiled_loss(hidden, head.weight, labels, getattr(head, "bias", None), n, tile, gradient)
 
 # %% ../nbs/14_fast_training.ipynb #7a97d2ee
-@torch.no_grad()
 def why_no_tiles(model) -> str|None:
     "The reason for which the loss of this model cannot be computed from its head's weight alone, or None."
-    head, was = model.get_output_embeddings(), model.training
+    head = model.get_output_embeddings()
     if isinstance(head, (LoRA, LoraLayer)): return "the head has an adapter"
+    if head is None or not hasattr(head, "weight"): return "it has no output head"
     if head.weight.requires_grad: return "the head is trained"
     if getattr(model.config, "output_router_logits", False): return "its routers have a loss of their own"
-    ids = torch.arange(8, device=head.weight.device)[None]
-    model.eval()
-    scores = model(input_ids=ids, use_cache=False).logits.float()
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False)[0].to(head.weight.dtype)
-    ours = nn.functional.linear(hidden, head.weight, getattr(head, "bias", None)).float()
-    model.train(was)
-    if (scores - ours).abs().max() > .02*scores.abs().max(): return "its scores are not those of its head"
+    x = torch.linspace(-1, 1, 2*head.weight.shape[1], device=head.weight.device, dtype=head.weight.dtype).view(2, -1)
+    with torch.no_grad(): own, matrix = head(x).float(), nn.functional.linear(x, head.weight, getattr(head, "bias", None)).float()
+    matrix_only = (own - matrix).abs().max() <= 4*torch.finfo(x.dtype).eps*matrix.abs().max()
+    if not (matrix_only and plain_head(model)): return "its scores are not those of its head"
 
 def to_16_bits(model, dtype) -> list:
     "Frozen weights that something has made 32 bits wide, back to `dtype` where that loses nothing: their names."
@@ -139,6 +137,21 @@ def speed_up_layers(model, device, memory, compile, offload, record, dynamic) ->
         how.append("recorded")
     return [["decoder layer", len(blocks), ", ".join(how), ""]] if how else []
 
+# %% ../nbs/14_fast_training.ipynb #36ced6c6
+def first_step(model, fast, batch:dict, n=None) -> torch.Tensor:  # `fast(batch, n=n)` is a loss
+    "The first loss of a training, compared with that of the model's own logits; see `make_fast`."
+    loss = fast(batch, n=n)
+    if not (model.training and torch.is_grad_enabled()): return loss
+    with evaluating(model) if dropout_in(model) else torch.no_grad():
+        got, want = (fast(batch, n=n) if dropout_in(model) else loss).item(), own_loss(model, batch, n).item()
+    near = max(1e-3, torch.finfo(model.get_input_embeddings().weight.dtype).eps)
+    if abs(got - want) <= near*abs(want):
+        model.step_loss = fast
+        return loss
+    warnings.warn(f"not made faster: the loss is {got:.4g}, and {want:.4g} on the model's own logits")
+    make_plain(model).step_loss = partial(own_loss, model)
+    return model.step_loss(batch, n=n)
+
 # %% ../nbs/14_fast_training.ipynb #d7f1104d
 def make_fast(model,                 # With adapters of PEFT or our own on a 4-bit base; changed in place
               memory:float=1.,       # 1: keep what the backward pass needs ... 0: only layers' inputs, compute the rest again
@@ -170,7 +183,7 @@ def make_fast(model,                 # With adapters of PEFT or our own on a 4-b
     if offload and no_tiles: raise QLoRAError(f"offload needs the loss in tiles, and {no_tiles}.", cure="Leave it out.")
     rows += speed_up_layers(model, device, memory, compile, offload, record, dynamic)
     gradient = fused_gradient if compile and cuda else score_gradient
-    if not no_tiles: model.step_loss = partial(fast_loss, model, tile=tile, gradient=gradient)
+    if not no_tiles: model.step_loss = partial(first_step, model, partial(fast_loss, model, tile=tile, gradient=gradient))
     return Table(rows, ["part", "number", "now", "first"])
 
 # %% ../nbs/14_fast_training.ipynb #a5bda968

@@ -10,6 +10,7 @@ import math, torch
 from torch.nn import functional as F
 from tqdm import tqdm
 from .core import QLoRAError
+from .logits import own_logits, plain_head
 
 # %% ../nbs/07_perplexity.ipynb #4c9c39f6
 def prose() -> str:
@@ -39,16 +40,17 @@ def token_losses(model, ids:torch.Tensor,   # (n,) token ids
                  batch_size:int=4, progress:bool=False) -> torch.Tensor:   # (scored tokens,) nats
     "The loss of each token of a text. The model is left in eval mode."
     model.eval()
-    places, losses = windows(len(ids), window, stride or window), []
+    places, losses, plain = windows(len(ids), window, stride or window), [], plain_head(model)
     if not places: raise QLoRAError("the text is too short.", cure="Give at least two tokens.")
     groups = [places[k:k+batch_size] for k in range(0, len(places), batch_size)]
     groups = [[o for o in g if o[1]-o[0] == size] for g in groups for size in dict.fromkeys(e - b for b, e, _ in g)]
     for group in tqdm(groups, desc="reading", disable=not progress, unit="batch", leave=False):
         rows = torch.stack([ids[b:e] for b, e, _ in group]).to(model.device)
-        hidden = model.get_decoder()(input_ids=rows, use_cache=False)[0]
+        hidden = model.get_decoder()(input_ids=rows, use_cache=False)[0] if plain else rows
         for h, (b, e, first), row in zip(hidden, group, rows):
-            logits = model.get_output_embeddings()(h[first-b-1:e-b-1]).float()
-            losses.append(F.cross_entropy(logits, row[first-b:], reduction="none").cpu())
+            if plain: logits = model.get_output_embeddings()(h[first-b-1:e-b-1])
+            else: logits = own_logits(model, dict(input_ids=row[None]), torch.arange(first-b-1, e-b-1, device=row.device))[0]
+            losses.append(F.cross_entropy(logits.float(), row[first-b:], reduction="none").cpu())
     return torch.cat(losses)
 
 def perplexity(model, tokenizer, text:str, window:int=512, stride:int|None=None, max_tokens:int=8192, **how) -> float:

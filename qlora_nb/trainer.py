@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['row_losses', 'mean_loss', 'best_eval', 'out_of_patience', 'KeepBest', 'AdapterCheckpoints', 'triton_everywhere',
-           'FastTrainer', 'fast_by_default', 'AdapterTrainer', 'trainer_settings']
+           'SureTrainer', 'tolerance', 'FastTrainer', 'fast_by_default', 'AdapterTrainer', 'trainer_settings']
 
 # %% ../nbs/06_trainer.ipynb #2ffa94c0
 import math, os, shutil, warnings
+from fastcore.basics import patch
 from importlib import import_module, metadata, util
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from pathlib import Path
 import torch
 from .core import QLoRAError, count_params
 from .adapters import read_adapter, save_lora
+from .logits import evaluating, own_loss, picked_logits, plain_head
 from .optimizers import mixed_precision, pick_optimizer
-from .prefix import hidden_states
+from .prefix import dropout_in, hidden_states
 from .qlora import is_scratch
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -25,13 +27,14 @@ from trl import SFTConfig, SFTTrainer
 @torch.no_grad()
 def row_losses(model, batch  # `input_ids`, `attention_mask`, `labels`: (rows, tokens)
               ) -> tuple:    # ((rows,) sums in nats, (rows,) numbers of trained tokens)
-    "The losses of the rows of a batch. Only the trained tokens go through the output head."
+    "The losses of the rows of a batch, on the model's own logits. Only the trained tokens go through the output head."
     batch = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "labels")}
-    hidden, labels, rows = hidden_states(model, batch)               # `rows`: see `fold` of `05_prefix`
-    picked = labels[:, 1:] != -100
-    logits = model.get_output_embeddings()(hidden[:, :-1][picked]).float()   # (trained tokens, V)
+    if plain := plain_head(model): hidden, labels, rows = hidden_states(model, batch)   # `rows`: see `fold` of `05_prefix`
+    else: labels, rows = batch["labels"], None
+    picked, inputs = labels[:, 1:] != -100, {k: v for k, v in batch.items() if k != "labels"}
+    logits = model.get_output_embeddings()(hidden[:, :-1][picked]) if plain else picked_logits(model, inputs, picked)
     losses = torch.zeros(picked.shape, device=labels.device)
-    losses[picked] = torch.nn.functional.cross_entropy(logits, labels[:, 1:][picked], reduction="none")
+    losses[picked] = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][picked], reduction="none")
     if rows is not None:
         own = rows[1:] == torch.arange(len(batch["labels"]), device=rows.device)[:, None]   # (rows, tokens)
         losses, picked = losses*own, picked & own
@@ -39,10 +42,7 @@ def row_losses(model, batch  # `input_ids`, `attention_mask`, `labels`: (rows, t
 
 def mean_loss(model, batches) -> float:  # Nats a token, each trained token weighing the same
     "The loss on `batches`, without dropout; nothing in the model or in the random state is changed."
-    was = model.training
-    model.eval()
-    sums, counts = zip(*[[o.sum().item() for o in row_losses(model, b)] for b in batches])
-    model.train(was)
+    with evaluating(model): sums, counts = zip(*[[o.sum().item() for o in row_losses(model, b)] for b in batches])
     return sum(sums)/sum(counts)
 
 # %% ../nbs/06_trainer.ipynb #8935596c
@@ -84,19 +84,54 @@ class AdapterCheckpoints(SFTTrainer):
             self._load_from_checkpoint(str(Path(self.args.output_dir)/f"checkpoint-{best[0]}"))
         return best
 
-# %% ../nbs/06_trainer.ipynb #909e50e5
+# %% ../nbs/06_trainer.ipynb #281766f3
 def triton_everywhere() -> bool:
     "Does this TRL compute its loss in Triton on a CPU too?"
     return metadata.version("trl").startswith("1.15.")
 
-class FastTrainer(AdapterCheckpoints):
+class SureTrainer(AdapterCheckpoints):
+    "TRL's trainer, whose loss is compared with that of the model's own logits on the first batch."
+    sure, own = False, False   # has a batch been compared? is the model's own loss trained on?
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch, n = dict(inputs), num_items_in_batch   # before TRL adds to it
+        if self.own or self.model.device.type == "cpu" and triton_everywhere():
+            return Trainer.compute_loss(self, model, inputs, return_outputs, n)
+        if self.sure or return_outputs: return super().compute_loss(model, inputs, return_outputs, n)
+        try: loss, out = super().compute_loss(model, inputs, True, n)
+        except AttributeError as e: why = str(e)   # it asks the config for a name that is not there
+        else:
+            if not (why := self.off(batch, loss, out, n)):
+                self.sure = True
+                return loss
+        warnings.warn(f"trained on the model's own loss, not on TRL's ({why})")
+        self.own = True
+        return Trainer.compute_loss(self, model, batch, False, n)
+
+# %% ../nbs/06_trainer.ipynb #42e0563a
+def tolerance(dtype:torch.dtype) -> float:
+    "What two computations of a loss may differ by (relative): a thousandth, or the rounding of one number."
+    return max(1e-3, torch.finfo(dtype).eps)
+
+@patch
+def off(self:SureTrainer, batch, loss, out, n) -> str|None:  # Of `compute_loss`; the outputs, and labels to divide by
+    "What is wrong with a loss, or None."
+    with self.accelerator.autocast():
+        if dropout_in(self.model):
+            with evaluating(self.model): loss, out = SFTTrainer.compute_loss(self, self.model, dict(batch), True, n)
+        with torch.no_grad(): want = own_loss(self.model, batch, n).item()
+    if (aux := getattr(out, "aux_loss", None)) is not None:   # of the routers, which is no part of it
+        steps = self.current_gradient_accumulation_steps if n is not None else 1
+        loss = loss - self.router_aux_loss_coef*aux/steps
+    half = dict(fp16=torch.float16, bf16=torch.bfloat16).get(self.accelerator.mixed_precision)
+    near = tolerance(half or self.model.get_input_embeddings().weight.dtype)
+    if not abs(loss.item() - want) <= near*abs(want): return f"{loss.item():.4g} instead of {want:.4g}"
+
+# %% ../nbs/06_trainer.ipynb #909e50e5
+class FastTrainer(SureTrainer):
     "TRL's trainer, which takes the loss of a model that was made fast."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kw):
         fast = getattr(self.model, "step_loss", None)   # of `speed_up`
-        if fast is None or return_outputs:
-            args = model, inputs, return_outputs, num_items_in_batch
-            if self.model.device.type == "cpu" and triton_everywhere(): return Trainer.compute_loss(self, *args)
-            return super().compute_loss(*args, **kw)
+        if fast is None or return_outputs: return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = fast(inputs, n=num_items_in_batch)
         spread = self.args.average_tokens_across_devices and num_items_in_batch is not None
         return loss*self.accelerator.num_processes if spread else loss   # which the mean over devices divides by
