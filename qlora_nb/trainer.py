@@ -72,6 +72,9 @@ class AdapterCheckpoints(SFTTrainer):
     "TRL's trainer, whose checkpoints hold the adapters of either backend."
     def create_model_card(self, *args, **kw): pass   # TRL would write one with each checkpoint
     def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder/".qlora_nb").write_text("begun by qlora_nb", encoding="utf-8")   # `MARK` of `06_runs`: it is ours to remove
         if is_scratch(self.model): save_lora(self.model, output_dir or self.args.output_dir)
         else: super()._save(output_dir, state_dict)
     def _load_from_checkpoint(self, folder, model=None):
@@ -183,7 +186,7 @@ class AdapterTrainer(FastTrainer):
         return metrics
 
 # %% ../nbs/06_trainer.ipynb #8de6df76
-def trainer_settings(folder, device, dtype, steps=150, batch_size=4, accumulation=1, lr=2e-3, save_steps=20,
+def trainer_settings(folder, device, dtype, steps=150, batch_size=4, accumulation=1, lr=2e-4, save_steps=20,
                      checkpointing=False, seed=0, optim="auto", eval_steps=None, report_to=()) -> SFTConfig:
     "transformers' and TRL's settings, each spelled out."
     evaluation = dict(eval_strategy="steps", eval_steps=eval_steps, metric_for_best_model="eval_loss",

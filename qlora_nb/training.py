@@ -131,7 +131,8 @@ def train_run(model, tokenizer, trainer, folder, rows, settings, callbacks=(), r
         try:
             with quiet(): go_through(trainer, found, settings["patience"])
         finally:
-            for cb in trainer.callback_handler.callbacks: getattr(cb, "close", lambda: None)()
+            for cb in trainer.callback_handler.callbacks:
+                if isinstance(cb, (ProgressBar, LivePlot)): cb.close()
         facts = dict(steps=trainer.state.global_step, resumed_from=found and found.name,
                      train_seconds=round(time.perf_counter() - start, 2))
         free_memory()

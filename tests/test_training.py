@@ -313,3 +313,59 @@ def test_evaluation_does_not_touch_training_in_the_types_of_this_machine(base, r
         if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = True
     # What the loader prevents: with this the test would notice, or the trap is gone and the loader may forget about it.
     assert finetune(armed, rows, tmp_path/"c", load_tokenizer(base), **watched, **plain).info["losses"] != alone
+
+
+# ---- the folder of a run ----
+
+def test_checkpoints_of_others_are_never_removed(whole, tmp_path):
+    "transformers writes folders of the same name, without a seal; a half-written one of ours lies beside them."
+    import shutil
+    theirs = last_checkpoint(whole/"bnb"/"checkpoints")
+    shutil.copytree(theirs, tmp_path/"checkpoint-500"), (tmp_path/"checkpoint-500"/"complete.json").unlink(), (tmp_path/"checkpoint-500"/".qlora_nb").unlink()
+    assert last_checkpoint(tmp_path) is None and (tmp_path/"checkpoint-500"/"optimizer.pt").exists()
+    shutil.copytree(theirs, tmp_path/"checkpoint-8"), (tmp_path/"checkpoint-8"/"complete.json").unlink()
+    assert last_checkpoint(tmp_path) is None and not (tmp_path/"checkpoint-8").exists() and (tmp_path/"checkpoint-500").exists()
+
+
+def test_a_run_that_is_over_is_resumed_with_the_bar_on(base, rows, whole, tmp_path, capsys):
+    "The way that Ctrl-C in the evaluation advises; in a terminal the bar is on."
+    import shutil
+    run = tmp_path/"run"
+    shutil.copytree(whole/"bnb", run), shutil.rmtree(run/"adapter"), (run/"run.json").unlink()
+    assert finetune(base, rows, run, resume=True, **HOW | dict(progress=True)).info["resumed_from"] == "checkpoint-9"
+    assert outcome(run) == outcome(whole/"bnb")
+
+
+def test_a_bar_that_never_began_can_be_closed():
+    from qlora_nb.watch import LivePlot, ProgressBar
+    for o in (ProgressBar(), LivePlot()): o.close(), o.close()
+
+
+def test_no_callback_hides_an_error(base, rows, tmp_path):
+    "A callback of the reader's own, whose `close` fails, and an error before the first step."
+    from transformers import TrainerCallback
+    class Bad(TrainerCallback):
+        def on_train_begin(self, *a, **k): raise ZeroDivisionError("the first error")
+        def close(self): raise AttributeError("the second error")
+    with pytest.raises(ZeroDivisionError, match="the first error"): finetune(base, rows, tmp_path/"run", callbacks=[Bad()], **HOW | dict(progress=True))
+
+
+def test_resume_of_nothing_says_so(base, rows, tmp_path):
+    with pytest.warns(UserWarning, match="no complete checkpoint to go on from"): finetune(base, rows, tmp_path/"typo", resume=True, **HOW | dict(steps=1))
+
+
+@pytest.mark.parametrize("where", ["file", "below"])
+def test_an_output_that_cannot_be_a_folder(where, base, rows, tmp_path, monkeypatch):
+    import qlora_nb.training as training
+    monkeypatch.setitem(training.BACKENDS, "bnb", refuse)
+    (tmp_path/"file").write_text("mine", encoding="utf-8")
+    out = tmp_path/"file" if where == "file" else tmp_path/"file"/"below"
+    with pytest.raises(QLoRAError, match="cannot be written"): finetune(base, rows, out, **HOW)
+    assert (tmp_path/"file").read_text(encoding="utf-8") == "mine"
+
+
+def test_hidden_folders_are_not_in_the_way(tmp_path):
+    from qlora_nb.runs import open_run
+    (tmp_path/"run"/".ipynb_checkpoints").mkdir(parents=True)
+    open_run(tmp_path/"run", dict(lr=1), False)
+    assert (tmp_path/"run"/"settings.json").exists()
