@@ -54,7 +54,7 @@ def plain_head(model) -> bool:  # A causal language model of transformers, also 
 def own_logits(model, inputs:dict,       # What the model takes, without labels
                positions:torch.Tensor):  # (n,) of a row, ascending → (B, n, V)
     "The model's own logits at some positions of each row."
-    def ask(**how): return model(**inputs, **how, use_cache=False).logits
+    def ask(**how): return model(**dict(use_cache=False) | inputs | how).logits
     if not len(positions): return ask()[:, positions]
     try: kept = ask(logits_to_keep=torch.cat([positions, positions[-1:]]))   # the last one twice
     except TypeError: return ask()[:, positions]
