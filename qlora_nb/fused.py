@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['triton', 'tl', 'Packed', 'folded_kernel', 'plain_scales', 'unpack', 'FusedLoRA', 'adapted_layers', 'packed_of',
-           'why_not', 'nothing', 'fuse', 'unfuse']
+           'why_not', 'layer_state', 'nothing', 'changed', 'fuse', 'unfuse']
 
 # %% ../nbs/13_fused.ipynb #423fa269
-import torch, types
+import torch, types, warnings
 from collections import namedtuple
 from torch.nn import functional as F
 from peft.tuners.lora.layer import LoraLayer
@@ -88,7 +88,7 @@ class FusedLoRA(torch.autograd.Function):
         y, h = F.linear(x, W, bias), None
         if not fold:
             h = F.linear(x, A)
-            y = y.flatten(0, -2).addmm_(h.flatten(0, -2), B.T, alpha=alpha).view_as(y)
+            y.view(-1, y.shape[-1]).addmm_(h.flatten(0, -2), B.T, alpha=alpha)   # and y itself is returned: a model may add to it in place
         ctx.save_for_backward(x, h, A, B, *packed)
         return y
     @staticmethod
@@ -135,6 +135,7 @@ def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
     if getattr(layer.lora_dropout[name], "p", 0): return f"dropout is {layer.lora_dropout[name].p}"
     if variant := getattr(layer, "lora_variant", {}).get(name): return type(variant).__name__
     if layer.lora_B[name].bias is not None: return "its adapter has a bias"
+    if getattr(base.bias, "requires_grad", False): return "its bias is trained"
     if getattr(layer, "fan_in_fan_out", False): return "its weight is stored transposed"
     if base.packed.is_cuda if state is None else base.weight.is_cuda:
         if not hasattr(triton, "cdiv"): return "Triton is not installed"
@@ -142,8 +143,23 @@ def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
     if kind not in ("nf4", "fp4"): return f"its codebook is {kind}"
     if layer.in_features % block: return f"its {layer.in_features} inputs are no multiple of {block}"
 
+# %% ../nbs/13_fused.ipynb #79d1aac9
+def layer_state(layer) -> tuple:  # A layer with an adapter, of PEFT or our own
+    "What a fused layer takes for granted, as something to be compared."
+    base, names = layer.base_layer, (layer.active,) if isinstance(layer, LoRA) else tuple(layer.active_adapters)
+    weight = base.packed if isinstance(base, NF4Linear) else base.weight
+    own = [(n, layer.scaling.get(n), getattr(layer.lora_dropout[n], "p", 0), n in getattr(layer, "lora_variant", {}),
+            layer.lora_B[n].bias is not None) for n in names if n in layer.lora_A]
+    return names, tuple(own), id(base), weight.data_ptr(), weight._version, getattr(base.bias, "requires_grad", False)
+
 # %% ../nbs/13_fused.ipynb #76e74b6b
 def nothing(t, n): return [t.new_empty(0) for _ in range(n)]   # not one tensor n times, which the compiler does not take
+
+def changed(layer) -> bool:  # One that was fused
+    "Is this layer another than when it was fused? Says so."
+    if layer_state(layer) == layer.fused_state: return False
+    warnings.warn("a layer has changed since it was made fast, and goes its own way; call make_fast again")
+    return True
 
 def fuse(layer,             # For which `why_not` is None; changed in place
          fold:bool|None=None):  # Add the adapter to the weight; None: on a GPU
@@ -156,11 +172,12 @@ def fuse(layer,             # For which `why_not` is None; changed in place
         packed, block2 = Packed(packed.q, s, packed.code, *nothing(s, 3)), 0
     dtype = base.dtype if isinstance(base, NF4Linear) else base.compute_dtype or base.weight.quant_state.dtype
     how = layer.scaling[name], block, block2, kind, packed.q.is_cuda if fold is None else fold
-    layer.fused = packed, how, dtype
+    layer.fused, layer.fused_state = (packed, how, dtype), layer_state(layer)
     def forward(self, x, *args, **kwargs):
         packed, how, dtype = self.fused
         off = getattr(self, "disable_adapters", False) or self.merged
         if off or not self.training or not torch.is_grad_enabled(): return theirs(x, *args, **kwargs)
+        if not torch.compiler.is_compiling() and changed(self): return theirs(x, *args, **kwargs)
         A, B, bias = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.bias
         y = FusedLoRA.apply(x.to(dtype), A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype), *how, *packed)
         return y.to(x.dtype)
@@ -168,4 +185,4 @@ def fuse(layer,             # For which `why_not` is None; changed in place
 
 def unfuse(layer):
     "Give a layer its own `forward` back."
-    if hasattr(layer, "fused"): del layer.forward, layer.fused
+    if hasattr(layer, "fused"): del layer.forward, layer.fused, layer.fused_state

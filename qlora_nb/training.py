@@ -175,7 +175,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, **h
     encoding = dict(tokenizer=tokenizer) | {k: s[k] for k in ("template", "max_length", "long")}
     examples = number_rows(rows, numbers, **encoding)
     def size(o): return sum(map(size, o)) if isinstance(o, list) else len(o["input_ids"])   # of an example, or of a pack
-    if s["packing"]: examples, model = pack(examples, s["max_length"]), separate_documents(model)
+    if s["packing"]: examples, model = pack(examples, s["max_length"]), separate_documents(model, s["max_length"])
     collator = partial(collate_packed, pad_id=tokenizer.pad_token_id) if s["packing"] else None
     steps = s["steps"] or max(1, round(s["epochs"]*len(examples)/(s["batch_size"]*s["accumulation"])))
     set_seed(s["seed"])

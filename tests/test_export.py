@@ -326,3 +326,67 @@ def test_llama_cpp_reads_it(adapter, tmp_path):
         out = m.model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1]:]
         assert said["usage"]["prompt_tokens"] == ids["input_ids"].shape[1]
         assert said["choices"][0]["message"]["content"] == m.tokenizer.decode(out, skip_special_tokens=True)
+
+
+# ---- what is written is read back ----
+
+def test_gpt2_stores_its_weights_the_other_way_round(tmp_path):
+    from transformers import GPT2Config
+    tok = small_tokenizer()
+    set_seed(0)
+    with quiet():
+        AutoModelForCausalLM.from_config(GPT2Config(vocab_size=len(tok), n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+                                         dtype=torch.float32).save_pretrained(tmp_path/"base")
+        tok.save_pretrained(tmp_path/"base")
+    want = logits(make_adapter(tmp_path/"base", tmp_path/"adapter"))
+    for onto in ONTO:
+        plain = AutoModelForCausalLM.from_pretrained(merge_and_save(tmp_path/"adapter", tmp_path/onto, onto, **F32))
+        assert type(plain.transformer.h[0].attn.c_proj).__name__ == "Conv1D"
+        off = (logits(plain) - want).norm()/want.norm()
+        assert off < 1e-5 if onto == "dequantized" else 1e-2 < off < .5, (onto, off)
+
+
+def test_a_base_that_is_stored_in_4_bits(llama, adapter, tmp_path):
+    from qlora_nb.models import load_model
+    with quiet(): load_model(llama, device="cpu", dtype=torch.float32).save_pretrained(tmp_path/"nf4"), load_tokenizer().save_pretrained(tmp_path/"nf4")
+    want = logits(AutoModelForCausalLM.from_pretrained(merge_and_save(adapter, tmp_path/"from-16", **F32)))
+    for onto in ("dequantized", "4bit"):
+        out = merge_and_save(adapter, tmp_path/onto, onto, base=str(tmp_path/"nf4"), **F32)
+        plain = AutoModelForCausalLM.from_pretrained(out)
+        assert "quantization_config" not in json.loads((out/"config.json").read_text(encoding="utf-8"))
+        if onto == "dequantized": assert ((logits(plain) - want).norm()/want.norm()) < 1e-5
+    with pytest.raises(QLoRAError, match="stored in 4 bits, so there is no original"):
+        merge_and_save(adapter, tmp_path/"original", "original", base=str(tmp_path/"nf4"), **F32)
+    assert not (tmp_path/"original").exists()
+
+
+@pytest.mark.parametrize("harm, said", [(lambda d: {k: v.T.contiguous() if "q_proj" in k else v for k, v in d.items()}, "another model: its logits"),
+                                        (lambda d: {k: v for k, v in d.items() if "layers.1.mlp" not in k}, "another model: its logits"),
+                                        (lambda d: {k: v[:7] if "gate_proj" in k else v for k, v in d.items()}, "cannot be loaded")])
+def test_a_folder_that_is_another_model_is_not_left_behind(adapter, tmp_path, monkeypatch, harm, said):
+    from safetensors.torch import load_file, save_file
+    from transformers import PreTrainedModel
+    once = PreTrainedModel.save_pretrained
+    def save(self, folder, **kw):
+        once(self, folder, **kw)
+        save_file(harm(load_file(Path(folder)/"model.safetensors")), Path(folder)/"model.safetensors", metadata=dict(format="pt"))
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    with pytest.raises(QLoRAError, match=said): merge_and_save(adapter, tmp_path/"out", **F32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_in_4_bits_are_written_out():
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+    from transformers import MixtralConfig
+    from qlora_nb.dequantized import write_out_4bit
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                                                           num_key_value_heads=2, num_local_experts=2), dtype=torch.float32).eval()
+    ids = torch.arange(3, 27)[None]
+    for n in ("gate_up_proj", "down_proj"):
+        replace_parameter_4bit(model.model.layers[0].mlp.experts, n, compress_statistics=True, quant_type="nf4", blocksize=64)
+    with torch.no_grad():
+        want = model(ids).logits
+        got = write_out_4bit(model)(ids).logits
+    assert (got - want).norm() < 1e-5*want.norm() and model.model.layers[0].mlp.experts.down_proj.dtype == torch.float32
+    assert {k for k in model.state_dict() if "experts" in k} == {f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")}

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, GPTNeoXConfig, MistralConfig, OPTConfig,
-                          PhiConfig, Qwen3Config, Qwen3MoeConfig)
+from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, GPTNeoXConfig, Mamba2Config, MistralConfig, OPTConfig,
+                          Phi3Config, PhiConfig, Qwen3Config, Qwen3MoeConfig)
 
 from qlora_nb.core import QLoRAError, set_seed
 from qlora_nb.models import load_model, tiny_model
@@ -224,3 +224,48 @@ def test_everything_that_is_not_packed_stays_as_it_was(kind):
         for kw in (left, dict(input_ids=prompts), left | dict(position_ids=mask.cumsum(-1).sub(1).clamp(0))):
             assert torch.equal(plain(**kw).logits, hooked(**kw).logits)
     assert hooked(prompts).past_key_values is not None, "the cache is off where nothing is packed"
+
+
+# ---- weak leaks, and those of long rows ----
+
+class Whisper(torch.nn.Module):
+    "A layer that hands on a thousandth of the token before, whatever document that belongs to; or of the one `far` tokens before."
+    def __init__(self, layer, share=1e-3, far=1): super().__init__(); self.layer, self.share, self.far = layer, share, far
+    def forward(self, x, *args, **kw):
+        before = torch.cat([torch.zeros_like(x[:, :self.far]), x[:, :-self.far]], 1) if x.shape[1] > self.far else torch.zeros_like(x)
+        return self.layer(x + self.share*before, *args, **kw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weak_leak_is_a_leak(dtype):
+    model = tiny_model("llama").to(dtype)
+    separate_documents(model)
+    model.model.layers[1] = Whisper(model.model.layers[1])
+    with pytest.raises(QLoRAError, match="documents in a pack see each other"): check_packing(model)
+
+
+def test_rows_as_long_as_a_pack_are_looked_at():
+    model = separate_documents(tiny_model("llama"))
+    model.model.layers[1] = Whisper(model.model.layers[1], .1, 150)
+    check_packing(model), check_packing(model, 100)          # nothing is as far away as that
+    with pytest.raises(QLoRAError, match="see each other"): check_packing(model, 200)
+
+
+def test_angles_that_a_long_document_changes_for_its_neighbours():
+    "Phi-3 with LongRoPE: transformers takes the long angles for the whole batch, as soon as one position is beyond the original length."
+    set_seed(0)
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.]*8, long_factor=[9.]*8, original_max_position_embeddings=128)
+    model = AutoModelForCausalLM.from_config(Phi3Config(**GQA, max_position_embeddings=512, original_max_position_embeddings=128,
+                                                        rope_parameters=rope)).eval()
+    for m in model.modules():
+        if isinstance(m, torch.nn.Linear): m.weight.data.normal_(std=.2)   # or attention is nearly the same everywhere
+    separate_documents(model, 128)
+    with pytest.raises(QLoRAError, match="gets other logits than alone"): separate_documents(model, 300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_runs_on_is_refused_in_every_format(dtype):
+    set_seed(0)   # its leak is a tenth of a per cent, which is less than the rounding of bfloat16
+    model = AutoModelForCausalLM.from_config(Mamba2Config(vocab_size=64, hidden_size=32, num_heads=4, head_dim=16, state_size=8, n_groups=1,
+                                                          num_hidden_layers=2, pad_token_id=0), dtype=dtype)
+    with pytest.raises(QLoRAError, match="Train this architecture without packing"): separate_documents(model)

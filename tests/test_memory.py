@@ -1,0 +1,67 @@
+"Plans against what is really there: every parameter counted, layers of every kind, attention of every form, and one sentence for the rest."
+import pytest, torch
+from transformers import (AutoModelForCausalLM, BloomConfig, DeepseekV3Config, Gemma2Config, Glm4MoeConfig, GPT2Config, GptOssConfig, JetMoeConfig,
+                          Llama4TextConfig, LlamaConfig, MambaConfig, MixtralConfig, PhimoeConfig)
+
+from qlora_nb.core import QLoRAError
+from qlora_nb.ledger import blocks_of, layer_groups, some_layers, whole
+from qlora_nb.memory import plan, rehearse
+
+SIZE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, pad_token_id=0)
+MOE = SIZE | dict(num_key_value_heads=2, intermediate_size=256)
+CONFIGS = dict(llama=LlamaConfig(**MOE), gpt2=GPT2Config(vocab_size=512, n_embd=128, n_layer=6, n_head=4), gemma2=Gemma2Config(**MOE, head_dim=32),
+    bloom=BloomConfig(vocab_size=512, hidden_size=128, n_layer=6, n_head=4), mixtral=MixtralConfig(**MOE, num_local_experts=4),
+    glm=Glm4MoeConfig(**MOE, moe_intermediate_size=64, n_routed_experts=8, num_experts_per_tok=2, first_k_dense_replace=4, head_dim=32),
+    gpt_oss=GptOssConfig(**MOE, head_dim=32, num_local_experts=4), phimoe=PhimoeConfig(**MOE, num_local_experts=4),
+    deepseek=DeepseekV3Config(**MOE | dict(num_key_value_heads=4), moe_intermediate_size=64, n_routed_experts=8, n_group=2, topk_group=1, q_lora_rank=32,
+                              kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=24, first_k_dense_replace=2, num_experts_per_tok=2),
+    llama4=Llama4TextConfig(**MOE, intermediate_size_mlp=192, head_dim=32, num_local_experts=4))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "deepseek", "gpt_oss", "phimoe", "llama4"])
+def test_every_weight_is_counted(kind):
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.bfloat16)
+    p = plan(CONFIGS[kind], 1, 32)
+    head, small = model.get_output_embeddings().weight, ("embed", "wte", "wpe")
+    wide = {n: w for n, w in model.named_parameters() if w.ndim < 2 or w is head or any(o in n for o in small)}
+    packed = {n: w.numel() for n, w in model.named_parameters() if n not in wide and not ("router" in n or n.endswith("mlp.gate.weight") or "bias" in n)}
+    assert p.parts["4-bit weights"] == pytest.approx(sum(packed.values())/2, rel=.02), kind     # blocks of 512 bytes
+    rest = sum(w.numel() for w in model.parameters()) - sum(packed.values())
+    assert p.parts["16-bit weights"] == pytest.approx(2*rest, rel=.1), kind
+    assert p.moments["forward"][1] > sum(v for k, v in p.parts.items() if "weights" in k)
+
+
+@pytest.mark.parametrize("kind", ["glm", "gemma2"])
+def test_few_layers_of_each_kind_stand_for_all(kind):
+    "What is grown from few layers is what a rehearsal of all layers takes."
+    how = dict(batch=2, seq=96, method="qlora", rank=4, targets="all-linear", checkpointing=False, optim="adamw", loss="chunked", dtype=torch.bfloat16)
+    parts, moments = rehearse(CONFIGS[kind], **how)
+    p = plan(CONFIGS[kind], 2, 96, rank=4)
+    assert {k: p.parts[k] for k in parts} == parts
+    for k, (top, end) in moments.items():
+        assert p.moments[k][0] == pytest.approx(top, rel=.02) and p.moments[k][1] == pytest.approx(end, rel=.02), k
+
+
+def test_layers_are_sorted_by_kind():
+    assert layer_groups(whole(CONFIGS["glm"], torch.bfloat16)) == [[0, 1, 2, 3], [4, 5]]
+    assert layer_groups(whole(CONFIGS["gemma2"], torch.bfloat16)) == [[0, 2, 4], [1, 3, 5]]
+    model = whole(CONFIGS["llama"], torch.bfloat16)
+    small = some_layers(model, [1, 4])
+    assert (len(blocks_of(small)[2]), small.config.num_hidden_layers, len(blocks_of(model)[2]), model.config.num_hidden_layers) == (2, 2, 6, 6)
+
+
+def test_a_large_mixture_of_experts_is_counted_whole():
+    "GLM-4.5: three dense layers before 89 with 160 experts. Two and three layers said 18.5 GB."
+    glm = Glm4MoeConfig(hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=92, num_attention_heads=96,
+                        num_key_value_heads=8, head_dim=128, n_routed_experts=160, num_experts_per_tok=8, first_k_dense_replace=3)
+    with torch.device("meta"): total = sum(p.numel() for p in AutoModelForCausalLM.from_config(glm).parameters())
+    p = plan(glm, 1, 128, checkpointing=True)
+    assert p.parts["4-bit weights"] + p.parts["16-bit weights"]/4 == pytest.approx(total/2, rel=.01) and total > 3e11
+    full = plan(glm, 1, 128, method="lora", checkpointing=True)
+    assert full.parts["16-bit weights"] == pytest.approx(2*total, rel=.01)
+
+
+@pytest.mark.parametrize("cfg, said", [(MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=4), "from token to token"),
+                                       (JetMoeConfig(**{k: v for k, v in MOE.items() if k != "num_attention_heads"}, kv_channels=32), "cannot be rehearsed")])
+def test_what_cannot_be_planned_says_so(cfg, said):
+    with pytest.raises(QLoRAError, match=f"{cfg.model_type}: .*{said}"): plan(cfg, 1, 64)
