@@ -51,7 +51,8 @@ def test_good_format(case, kind, tmp_path):
 
 
 BAD = {
-    "unknown speaker": (share(("human", "Hi"), ("function_call", "f()")), "message 2 has the unknown role 'function_call'"),
+    "unknown speaker": (share(("human", "Hi"), ("narrator", "f()")), "message 2 has the unknown role 'narrator'"),
+    "a call that is none": (share(("human", "Hi"), ("function_call", "f()")), "the tool call of message 2 ('f()') is no JSON"),
     "no speaker": (dict(conversations=[{"value": "Hi"}]), "message 1 has the unknown role None"),
     "speaker is a list": (dict(conversations=[{"from": ["human"], "value": "Hi"}]), "unknown role"),
     "no value": (dict(conversations=[{"from": "human"}, {"from": "gpt", "value": "x"}]), "content of message 1` must be text, not null"),
@@ -75,7 +76,7 @@ def test_bad_format(case, tmp_path):
     (path := tmp_path/"a.jsonl").write_text(lines(good, row), encoding="utf-8")
     for read in (load_rows, lambda p: map_rows(p, load_tokenizer("smollm2"), cache_dir=tmp_path/"cache")):
         with pytest.raises(QLoRAError) as e: read(path)
-        assert e.value.where == f"{path}, row 2" and what in e.value.what and "conversations" in e.value.cure
+        assert e.value.where == f"{path}, row 2" and what in e.value.what and "skip_bad_rows" in e.value.cure
         assert "\n" not in str(e.value)
 
 
@@ -83,7 +84,7 @@ def test_formats_cannot_be_mixed(tmp_path):
     (path := tmp_path/"a.jsonl").write_text(lines(GOOD["ShareGPT"][0], GOOD["messages"][0]), encoding="utf-8")
     with pytest.raises(QLoRAError, match="row 2: the row has the shape messages, but row 1 has conversations"): load_rows(path)
     (path := tmp_path/"a.csv").write_text("conversations\nx\n", encoding="utf-8")
-    with pytest.raises(QLoRAError, match="header"): load_rows(path)
+    with pytest.raises(QLoRAError, match="row 1: `messages` must be a list"): load_rows(path)
 
 
 def test_parquet_can_be_broken(tmp_path):
