@@ -7,8 +7,9 @@ __all__ = ['HARMLESS', 'MEANING', 'SKIP', 'SPEAKERS', 'ROLES', 'THOUGHTS', 'TURN
            'kind_of', 'brief', 'check_text', 'parse_text', 'read_content', 'read_call', 'read_calls', 'read_tools',
            'is_learned', 'read_message', 'check_order', 'read_messages', 'call_is_written']
 
-# %% ../nbs/03_chats.ipynb #210ae7bb
+# %% ../nbs/03_chats.ipynb #46fd4dc0
 import ast, json, re
+from os.path import commonprefix
 from .core import QLoRAError
 
 # %% ../nbs/03_chats.ipynb #ae6de515
@@ -175,21 +176,25 @@ def read_messages(turns,     # Of a row: a list, or a text that holds one
     last = max(i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" not in m)
     return messages[:last+1]
 
-# %% ../nbs/03_chats.ipynb #1fb0bd19
+# %% ../nbs/03_chats.ipynb #df849d06
 def _objects(text):
     "Each JSON object in a text."
     for start in re.finditer(r"\{", text):
         try: yield json.JSONDecoder().raw_decode(text, start.start())[0]
         except ValueError: pass
 
-def call_is_written(call:dict, # Of `read_call`
-                    text:str   # The rendered chat
+def call_is_written(call:dict,  # Of `read_call`
+                    text:str,   # The rendered chat
+                    without:str # The same without the call
                    ) -> bool:
-    "Does the text hold this call: its name, and its arguments as JSON or piece by piece?"
+    "Does the text hold this call, where it differs: its name, and its arguments as JSON or piece by piece?"
+    if text == without: return False
+    start, end = len(commonprefix([text, without])), len(commonprefix([text[::-1], without[::-1]]))
+    text = text[max(0, start - 8):len(text) - max(0, end - 8)]   # a quote or a brace may be common to both
     f = call["function"]
     if f["name"] not in text: return False
-    arguments = f["arguments"] if isinstance(f["arguments"], dict) else json.loads(f["arguments"])
+    arguments = f["arguments"]
     if not arguments or any(o == arguments for o in _objects(text)): return True
-    if isinstance(f["arguments"], str) or repr(arguments) in text: return False
+    if repr(arguments) in text: return False
     pieces = [*arguments, *(o if isinstance(o, str) else json.dumps(o, ensure_ascii=False) for o in arguments.values())]
     return all(o in text for o in pieces)

@@ -39,7 +39,7 @@ def _article(messages, tokenizer, ask):
         text += f"{heads[m['role']]}{m['content'].strip()}{end}\n\n"
     return text + heads["assistant"]*ask
 
-# %% ../nbs/05_templates.ipynb #5739470f
+# %% ../nbs/05_templates.ipynb #2fc23915
 TEMPLATES = ("auto", "chat", "no-thinking", "article")
 TOOLS = "Use a model whose chat template writes them, or a template of your own: --chat-template FILE."
 
@@ -53,14 +53,24 @@ def _own(template):
 
 def _apply(messages, tokenizer, tools, cure, text=False, **how):
     "What the chat template writes, the arguments of calls being objects or, with `text`, JSON."
-    def call(o): return o | dict(function=o["function"] | dict(arguments=json.dumps(o["function"]["arguments"], ensure_ascii=False)))
+    def call(o):
+        f = o["function"]
+        return o | dict(function=f | dict(arguments=json.dumps(f["arguments"], ensure_ascii=False)))
     given = [m | dict(tool_calls=list(map(call, m["tool_calls"]))) if text and m.get("tool_calls") else m for m in messages]
     try: return tokenizer.apply_chat_template(given, tools=tools, tokenize=False, **how)
     except Exception as e: raise QLoRAError(f"the chat template refuses this row ({e}).", cure=cure) from e
 
+def _writes_calls(messages, **how):
+    "Does the chat template write each call of a tool?"
+    for i, m in enumerate(messages):
+        if not m.get("tool_calls"): continue
+        text, without = (_apply([*messages[:i], o], **how) for o in (m, {k: v for k, v in m.items() if k != "tool_calls"}))
+        if not all(call_is_written(o, text, without) for o in m["tool_calls"]): return False
+    return True
+
 def render(messages:list,        # Of {role, content}
            tokenizer,            # Its chat template is used by "chat" and "no-thinking"
-           template:str="auto",  # One of `TEMPLATES`, a .jinja file or its text; "auto": "chat" where there is one, else "article"
+           template:str="auto",  # One of `TEMPLATES`, or a .jinja file or its text; "auto": "chat" where there is one
            ask:bool=False,       # End where the assistant's next answer begins?
            tools:list|None=None  # That the model may call
           ) -> str:              # Text to be tokenized with `add_special_tokens=False`: it holds BOS where there is one
@@ -72,13 +82,12 @@ def render(messages:list,        # Of {role, content}
     if not (own or has): raise QLoRAError("the tokenizer has no chat template.", cure=cure)
     off = dict(enable_thinking=False, thinking=False) if template == "no-thinking" else {}
     how = off | dict(tokenizer=tokenizer, tools=tools, cure=cure, add_generation_prompt=ask, chat_template=own)
-    calls = [o for m in messages for o in m.get("tool_calls", [])]
-    for text in (False, True) if calls else (False,):
-        try: written = _apply(messages, text=text, **how)
+    if not any(m.get("tool_calls") for m in messages): return _apply(messages, **how)
+    for text in (False, True):
+        try:
+            if _writes_calls(messages, text=text, **how): return _apply(messages, text=text, **how)
         except QLoRAError:
-            if text or not calls: raise
-            continue
-        if all(call_is_written(o, written) for o in calls): return written
+            if text: raise
     raise QLoRAError("the chat template does not write the tool calls of this row.", cure=TOOLS)
 
 # %% ../nbs/05_templates.ipynb #a7621784
@@ -105,7 +114,7 @@ def _closed(i, answer, head, upto, full, stops):
     if not end: _fail(f"the template closes message {i} without an end token: no model could stop.", full)
     return shared[:start + len(answer) + end]
 
-# %% ../nbs/05_templates.ipynb #cc0e8e6e
+# %% ../nbs/05_templates.ipynb #73491287
 def check_nothing_lost(messages:list, full:str, write, tools):
     "Raise `QLoRAError` for a part of the chat without which `write(messages, tools)` writes the same text."
     def same(changed, tools=tools):
@@ -117,7 +126,9 @@ def check_nothing_lost(messages:list, full:str, write, tools):
         before, after = messages[:i], messages[i+1:]
         if m.get("reasoning_content") and same([*before, {k: v for k, v in m.items() if k != "reasoning_content"}, *after]):
             lost(f"the reasoning of message {i + 1}", TOOLS)
-        if m["role"] != "assistant" and m["content"].strip() not in full and same([*before, *after]):
+        text = m["content"].strip()
+        seen = m["role"] != "system" and len(text) > 15 and text in full   # a short text may stand there by chance
+        if m["role"] != "assistant" and not seen and same([*before, *after]):
             lost(f"message {i + 1}, the {m['role']}'s", "Put its text into the question, or use template='article', or a "
                                                         "template of your own: --chat-template FILE.")
 
