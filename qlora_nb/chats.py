@@ -12,12 +12,12 @@ import ast, json, re
 from os.path import commonprefix
 from .core import QLoRAError
 
-# %% ../nbs/03_chats.ipynb #ae6de515
+# %% ../nbs/03_chats.ipynb #59706187
 HARMLESS = re.compile(  # names of fields that describe a row and are no part of what it says
     r"(\w*_)?(u?ids?|idx|index|hash|urls?|uri|links?|sources?|src|dataset|data_source|origin|category|categories|"
-    r"labels?|topics?|tags?|types?|tasks?|task_name|subject|domains?|skills?|lang|languages?|scores?|ratings?|rank|level|"
-    r"difficulty|split|date|time|timestamp|version|license|author|model|model_name|generator|metadata|meta|info|quality|tokens|"
-    r"length|count)|original_\w+|_\w+|unnamed.*|", re.I)
+    r"labels?|topics?|tags?|types?|tasks?|task_name|subject|domains?|skills?|lang|languages?|scores?|ratings?|rank|"
+    r"level|difficulty|split|date|time|timestamp|version|license|author|model|model_name|generator|metadata|meta|info|"
+    r"quality|tokens|length|count)|original_\w+|_\w+|unnamed.*|", re.I)
 MEANING = frozenset((
     "prompt instruction question query input response output answer completion messages conversations conversation "
     "system system_prompt context history tools tool_calls function_call functions reasoning reasoning_content "
@@ -56,7 +56,7 @@ def check_text(value, name):
     if any("\ud800" <= c <= "\udfff" for c in value): fail(f"`{name}` holds half of a surrogate pair: no character.")
     return value
 
-# %% ../nbs/03_chats.ipynb #232c376a
+# %% ../nbs/03_chats.ipynb #f5c9c5da
 def parse_text(value):
     "What a text holds that was written as JSON, or by Python's `repr`, as in a CSV file; None when it is neither."
     for parse in (json.loads, ast.literal_eval):
@@ -70,7 +70,8 @@ def read_content(content, name):
     parts = [dict(type="text", text=o) if isinstance(o, str) else o for o in content]
     for o in parts:
         kind = o.get("type") if isinstance(o, dict) else kind_of(o)
-        if kind not in ("text", "input_text", "output_text"): fail(f"`{name}` holds a part of the kind {kind!r}; {only}.")
+        if kind not in ("text", "input_text", "output_text"):
+            fail(f"`{name}` holds a part of the kind {kind!r}; {only}.")
         if more := [k for k, v in o.items() if k not in ("type", "text", "annotations") and not is_empty(v)]:
             fail(f"`{name}` holds a part with {more[0]!r}; {only}.")
     return check_text("".join(check_text(o.get("text"), name) for o in parts), name)

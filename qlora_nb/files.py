@@ -11,8 +11,8 @@ import difflib, hashlib, json
 from pathlib import Path
 from .core import QLoRAError, versions
 
-# %% ../nbs/05_files.ipynb #e47d983d
-FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")  # names that end so mean a file, not the Hub
+# %% ../nbs/05_files.ipynb #0d7d4f82
+FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")  # such names mean files, not the Hub
 
 def as_path(data) -> Path:
     "A path as it was meant, `~` being the home of the user."
@@ -35,7 +35,7 @@ def is_file(data:str|Path, # A path, or the id of a Hub data set
         raise QLoRAError("there is no such file.", where=name, cure=near(path.name, path.parent) + cure)
     return False
 
-# %% ../nbs/05_files.ipynb #4f97cd85
+# %% ../nbs/05_files.ipynb #96039f6d
 def from_hub(name:str,  # Its id
              split:str, # "train", "test[:100]", ...
              config:str|None=None, # The name of one of its configurations
@@ -46,7 +46,8 @@ def from_hub(name:str,  # Its id
     except Exception as e:
         said = str(e).strip().splitlines() or [type(e).__name__]
         cure = near(name, Path()) + "Check its id and the network, or give a .jsonl file."
-        if "config" in said[0].lower(): said[0], cure = " ".join(said[:2]), "Choose one by config=..., or --data-config."
+        if "config" in said[0].lower():
+            said[0], cure = " ".join(said[:2]), "Choose one by config=..., or --data-config."
         if "split" in said[0].lower(): cure = "Choose one by split=..., or --data-split."
         raise QLoRAError(f"the data set cannot be loaded from the Hub ({said[0].rstrip('.')}).", name, cure) from e
 
@@ -90,7 +91,7 @@ def is_large(data,           # A name for `load_rows`, or rows
     path = as_path(data) if isinstance(data, (str, Path)) else Path()
     return path.suffix.lower() in (".jsonl", ".parquet") and path.is_file() and path.stat().st_size > limit
 
-# %% ../nbs/05_files.ipynb #2fabb707
+# %% ../nbs/05_files.ipynb #e8537e13
 def open_table(data:str|Path,      # A .jsonl or .parquet file, or a Hub data set id
                split:str="train",  # Of a Hub data set
                **how):             # `config` of a Hub data set; `streaming`, `cache_dir`: for `datasets.load_dataset`
@@ -99,7 +100,8 @@ def open_table(data:str|Path,      # A .jsonl or .parquet file, or a Hub data se
     from datasets import load_dataset
     how.pop("config", None)
     kind, files = Path(data).suffix.lower(), dict(data_files=str(as_path(data)), split="train")
-    if kind == ".jsonl" and as_path(data).open("rb").read(2) in (b"\xff\xfe", b"\xfe\xff"): kind = "UTF-16"
+    with open(as_path(data), "rb") as f:
+        if kind == ".jsonl" and f.read(2) in (b"\xff\xfe", b"\xfe\xff"): kind = "UTF-16"
     if kind == ".jsonl": return load_dataset("text", encoding="utf-8-sig", chunksize=2**20, **files, **how)
     if kind == ".parquet": return load_dataset("parquet", **files, **how)
     raise QLoRAError(f"files of the kind '{kind}' cannot be read row by row.", where=str(data),

@@ -33,7 +33,7 @@ def parse_json(text, where):
     try: return DECODER.decode(text.strip().rstrip(","))
     except (ValueError, RecursionError) as e: raise _bad_json(e, where) from e
 
-# %% ../nbs/04_readers.ipynb #d5a9a9aa
+# %% ../nbs/04_readers.ipynb #a6ba1e0d
 def _values(text, name):
     "The rows of a text that holds a list, or objects one after the other."
     rows, i, n = [], 0, len(text)
@@ -48,6 +48,7 @@ def _values(text, name):
     if inside and text[i:].strip() != "]": raise _bad_json(ValueError("the list has no end, or more follows it"), name)
     return _unwrap(rows[0], name) if len(rows) == 1 and not inside else rows
 
+# %% ../nbs/04_readers.ipynb #9717e180
 def _unwrap(row, name):
     "The rows in one object: those in its only list, or in columns as pandas writes them; else the object is the row."
     if not isinstance(row, dict):
@@ -59,7 +60,8 @@ def _unwrap(row, name):
     def numbered(o): return isinstance(o, dict) and o and all(map(str.isdigit, o)) and o.keys() == columns[0].keys()
     if columns and all(map(numbered, columns)):
         return [{k: v[i] for k, v in row.items()} for i in columns[0]]
-    if columns and all(isinstance(o, list) and o and isinstance(o[0], str) and len(o) == len(columns[0]) for o in columns):
+    def listed(o): return isinstance(o, list) and o and isinstance(o[0], str) and len(o) == len(columns[0])
+    if columns and all(map(listed, columns)):
         return [dict(zip(row, o)) for o in zip(*columns)]
     return [row]
 
@@ -75,7 +77,7 @@ def _read_lines(text, name, skip):
             rows.append(e)
     return rows
 
-# %% ../nbs/04_readers.ipynb #5bfcf5bc
+# %% ../nbs/04_readers.ipynb #96cfbde7
 def _separator(line):
     "Which character divides the columns of this header?"
     def names(o): return [k.strip().strip('"') for k in line.split(o)]
@@ -90,9 +92,11 @@ def _header(names, name, named):
                          cure="The first line must name the columns, such as prompt,response; others are mapped by "
                               "columns=dict(prompt=..., response=...), or --columns prompt=...,response=...")
     if twice := [o for i, o in enumerate(names) if o in names[:i]]:
-        raise QLoRAError(f"the column {twice[0]!r} is there twice.", f"{name}, the header", "Rename one, such as prompt.")
+        raise QLoRAError(f"the column {twice[0]!r} is there twice.", f"{name}, the header",
+                         "Rename one, such as prompt.")
     return names
 
+# %% ../nbs/04_readers.ipynb #403d828d
 def _read_csv(text, name, skip, named):
     "The rows of a CSV file as dicts; with `skip`, an error in the place of a broken one."
     rows, limit = [], csv.field_size_limit(max(len(text), 131072))
@@ -103,15 +107,16 @@ def _read_csv(text, name, skip, named):
         for o in lines:
             if not o or not "".join(o).strip() and len(o) == 1: continue  # a blank line
             row = dict(zip(header, o))
-            if len(o) != len(header): row = bad(f"the row has {len(o)} fields, but the header has {len(header)}.",
-                                                'Put "quotes" around text that holds a separator or a line break. ' + SKIP)
+            if len(o) != len(header):
+                row = bad(f"the row has {len(o)} fields, but the header has {len(header)}.",
+                          'Put "quotes" around text that holds a separator or a line break. ' + SKIP)
             if isinstance(row, QLoRAError) and not skip: raise row
             rows.append(row)
     except csv.Error as e: raise bad(f"this is not valid CSV ({e}).", 'Each "quote" must be closed.') from e
     finally: csv.field_size_limit(limit)
     return rows
 
-# %% ../nbs/04_readers.ipynb #07e6dc12
+# %% ../nbs/04_readers.ipynb #3b835728
 def _row_at(text, kind):
     "In which row does `text`, the beginning of a file, end?"
     text += "x"  # whatever comes next
@@ -124,7 +129,7 @@ def _read_text(path, kind):
     "The text of a file, perhaps packed: UTF-8 with or without a mark, or UTF-16 with one."
     try: raw = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise QLoRAError(f"the file cannot be unpacked ({e}).", where=str(path), cure="Write it again, as .jsonl.") from e
+        raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path), "Write it again, as .jsonl.") from e
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): return raw.decode("utf-16", "replace")
     try: return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:

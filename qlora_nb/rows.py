@@ -6,13 +6,15 @@
 __all__ = ['FIELDS', 'CHATS', 'PARTNERS', 'EXPECTED', 'NOTHING', 'shape_of', 'map_columns', 'refuse_kind', 'read_history',
            'read_row', 'check_row', 'check_rows', 'first_shape']
 
-# %% ../nbs/05_rows.ipynb #47d55266
-from .chats import SKIP, brief, carries_meaning, check_text, fail, is_empty, kind_of, parse_text, read_messages, read_tools
+# %% ../nbs/05_rows.ipynb #793bbafe
+from .chats import SKIP, brief, carries_meaning, check_text, fail, is_empty, kind_of, parse_text
+from .chats import read_messages, read_tools
 from .core import QLoRAError
 from .notes import Notes, Row, say_unused
 
-# %% ../nbs/05_rows.ipynb #b36b9b2a
-FIELDS = dict(prompt=("prompt", "instruction", "question", "query"), response=("response", "output", "answer", "completion"),
+# %% ../nbs/05_rows.ipynb #70346cc6
+FIELDS = dict(prompt=("prompt", "instruction", "question", "query"),
+              response=("response", "output", "answer", "completion"),
               context=("context", "input"), system=("system", "system_prompt"), history=("history",))
 CHATS = ("messages", "conversations", "conversation")
 PARTNERS = dict(prompt="response", instruction="output", question="answer", query="response", input="output")
@@ -42,7 +44,7 @@ def map_columns(row, columns:dict, note):
         if k not in columns.values() and not is_empty(v): note(k, v)
     return {k: row[v] for k, v in columns.items()}
 
-# %% ../nbs/05_rows.ipynb #098204d0
+# %% ../nbs/05_rows.ipynb #615cf1e8
 def _columns(**names):
     "How to name columns, in Python and on the command line."
     pairs = ", ".join(f"{k}={v!r}" for k, v in names.items())
@@ -52,7 +54,8 @@ def refuse_kind(row):
     "Raise `QLoRAError` for rows that are made for something else, saying what they are."
     asked = next((k for k in FIELDS["prompt"] if k in row), None)
     if {"chosen", "rejected"} <= set(row):
-        way = dict(prompt=asked or "PROMPT", response="chosen") if isinstance(row["chosen"], str) else dict(messages="chosen")
+        way = dict(prompt=asked or "PROMPT", response="chosen")
+        if not isinstance(row["chosen"], str): way = dict(messages="chosen")
         fail("this is a preference pair (`chosen`, `rejected`), made for DPO; here one answer is learned (SFT).",
              f"To learn the chosen answers: {_columns(**way)}")
     if "parent_id" in row or "message_tree_id" in row:
@@ -60,10 +63,10 @@ def refuse_kind(row):
              "Follow each answer up to its root and save the path as one row of `messages`, a list of {role, content}.")
     if shape_of(row): return
     texts = [k for k, v in row.items() if isinstance(v, str) and v.strip() and carries_meaning(k, v, [])]
-    cure = EXPECTED + " Others are named by columns=dict(prompt=..., response=...), or --columns prompt=...,response=..."
+    cure = EXPECTED + f" Others are mapped by {_columns(prompt='...', response='...')}"
     if len(texts) == 2: cure = f"Name the columns: {_columns(prompt=texts[0], response=texts[1])}"
     if [*texts, *(k for k in row if k == "text")][:1] == ["text"]:
-        fail(f"the row is plain text ('text': {brief(row['text'])}), in which question and answer cannot be told apart.",
+        fail(f"the row is plain text ({brief(row['text'])}), in which question and answer cannot be told apart.",
              "Save them as `prompt` and `response`, or as `messages`.")
     fail(f"the row has none of the known fields; it has {', '.join(map(repr, row))[:100] or 'none at all'}.", cure)
 
@@ -116,15 +119,16 @@ def _chat(row, shape, note):
     turns = parse_text(turns) if isinstance(turns, str) else turns
     return dict(messages=[dict(role="system", content=system), *turns] if system and isinstance(turns, list) else turns)
 
-# %% ../nbs/05_rows.ipynb #3a363956
+# %% ../nbs/05_rows.ipynb #06c3d9cd
 def _check_rest(row, used, texts, note):
     "Each field that is not used is noted where it is harmless, and refused where something would be lost."
+    ours = ["prompt", "response"] if used[1] else ["messages"]
     for k, v in row.items():
         if k in used or is_empty(v): continue
         if carries_meaning(k, v, texts):
             fail(f"the field `{k}` ({brief(v)}) would be lost.",
-                 f"If it belongs to the question, map it by columns=dict(context={k!r}, ...); if it is not needed, name "
-                 "the columns that are: " + _columns(**dict(zip(["prompt", "response"] if used[1] else ["messages"], used))))
+                 f"If it belongs to the question, map it by columns=dict(context={k!r}, ...); if it is not needed, "
+                 f"name the columns that are: {_columns(**dict(zip(ours, used)))}")
         note(k or "the column without a name", v)
 
 def read_row(row, shape, note) -> dict:

@@ -11,9 +11,9 @@ from pathlib import Path
 from .core import QLoRAError
 from .readers import from_table
 
-# %% ../nbs/05_sources.ipynb #5b6cfb8e
+# %% ../nbs/05_sources.ipynb #e603a2d6
 def rows_given(data, split):
-    "(rows as plain Python, a name for messages) of rows that are in memory: a list, a Dataset, a DatasetDict, a DataFrame."
+    "(rows as plain Python, a name for messages) of a list, a Dataset, a DatasetDict or a DataFrame."
     if isinstance(data, (list, tuple)): return list(data), "the rows given"
     kind = type(data).__name__
     if isinstance(data, dict) and all(hasattr(o, "column_names") for o in data.values()):
@@ -23,8 +23,9 @@ def rows_given(data, split):
     if hasattr(data, "column_names"): return [from_table(o) for o in data], f"the {kind} given"
     if hasattr(data, "columns") and hasattr(data, "to_dict"):
         return list(map(from_table, data.to_dict("records"))), f"the {kind} given"
-    raise QLoRAError(f"data of the type {kind} cannot be read.", cure="Give a file, a Hub data set id, a datasets.Dataset, a "
-                     "pandas.DataFrame or a list of dicts such as dict(prompt=..., response=...).")
+    raise QLoRAError(f"data of the type {kind} cannot be read.",
+                     cure="Give a file, a Hub data set id, a datasets.Dataset, a pandas.DataFrame or a "
+                          "list of dicts such as dict(prompt=..., response=...).")
 
 # %% ../nbs/05_sources.ipynb #3fdaafbd
 class Source(str):

@@ -234,6 +234,27 @@ def test_any_text_survives_a_file(rows, tmp_path_factory):
     assert load_rows(path) == rows
 
 
+# ---- from a terminal ----
+
+def test_options_of_data_reach_the_rows(tmp_path):
+    from qlora_nb.cli import finetune_options
+    from qlora_nb.evaluation import train_and_held_out
+    (path := tmp_path/"a.csv").write_text("q;a;c\n" + "".join(f"What is {i}?;{i};x\n" for i in range(40)) + "lost\n", encoding="utf-8")
+    (tmp_path/"own.jinja").write_text("{{ messages }}", encoding="utf-8")
+    o = finetune_options(["--data", str(path), "--columns", "prompt=q,response=a", "--system", "S", "--skip-bad-rows", "--eval-data", str(path),
+                          "--chat-template", str(tmp_path/"own.jinja")])
+    assert o["template"] == "{{ messages }}" and not {"columns", "system", "skip_bad_rows", "data_config", "data_split", "chat_template"} & set(o)
+    with pytest.warns(UserWarning) as said: rows, held = train_and_held_out(o["data"], o["eval_data"], 5, 0)
+    assert rows[39] == dict(system="S", prompt="What is 39?", response="39") and rows[39].number == 40 and len(held) == 5
+    said = [str(o.message) for o in said]
+    assert sum("not used: `c` (40 rows" in o for o in said) == 2 and sum("has 1 fields, but the header has 3 (1 row, the first is row 41)" in o for o in said) == 2
+    assert finetune_options([])["data"] == "tickets" and len(train_and_held_out(finetune_options([])["data"], None, 5, 0)[0]) == 800
+    o = finetune_options(["--data", f"{path}:0.5", "tickets:.25", "--columns", "prompt=q,response=a"])
+    assert o["data"] == [(str(path), .5), ("tickets", .25)]
+    o = finetune_options(["--data", "someone/x", "--data-config", "main", "--data-split", "train_sft"])
+    assert o["data"].options == dict(config="main", split="train_sft")
+
+
 # ---- tokens and labels ----
 
 @pytest.fixture(scope="module")
