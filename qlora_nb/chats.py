@@ -12,18 +12,18 @@ import ast, json, re
 from os.path import commonprefix
 from .core import QLoRAError
 
-# %% ../nbs/03_chats.ipynb #59706187
+# %% ../nbs/03_chats.ipynb #391ee67c
 HARMLESS = re.compile(  # names of fields that describe a row and are no part of what it says
     r"(\w*_)?(u?ids?|idx|index|hash|urls?|uri|links?|sources?|src|dataset|data_source|origin|category|categories|"
     r"labels?|topics?|tags?|types?|tasks?|task_name|subject|domains?|skills?|lang|languages?|scores?|ratings?|rank|"
     r"level|difficulty|split|date|time|timestamp|version|license|author|model|model_name|generator|metadata|meta|info|"
-    r"quality|tokens|length|count)|original_\w+|_\w+|unnamed.*|", re.I)
+    r"quality|tokens|name|length|count)|original_\w+|_\w+|unnamed.*|", re.I)
 MEANING = frozenset((
     "prompt instruction question query input response output answer completion messages conversations conversation "
     "system system_prompt context history tools tool_calls function_call functions reasoning reasoning_content "
     "thinking weight images image audio video videos documents passage chosen rejected").split())
 
-# %% ../nbs/03_chats.ipynb #59395719
+# %% ../nbs/03_chats.ipynb #cd2d4d0d
 def is_empty(value) -> bool:
     "Does this value say nothing: null, NaN, an empty text, list or object?"
     return value is None or value != value or isinstance(value, (str, list, tuple, dict)) and not value
@@ -37,8 +37,10 @@ def carries_meaning(name:str,   # Of a field that is not used
     if isinstance(value, str) and texts:
         if any(value.strip() in o for o in texts) or all(o.strip() in value for o in texts): return False
     if name.lower() in MEANING: return True
-    word = isinstance(value, str) and re.fullmatch(r"[!-~]{1,100}", value)
-    return not (isinstance(value, (int, float)) or word or HARMLESS.fullmatch(name))
+    if HARMLESS.fullmatch(name): return False
+    if isinstance(value, dict): return any(carries_meaning(k, v, []) for k, v in value.items())
+    if isinstance(value, (list, tuple)): return any(carries_meaning(name, o, []) for o in value)
+    return not (isinstance(value, (int, float)) or re.fullmatch(r"[!-~]{1,100}", str(value)))
 
 # %% ../nbs/03_chats.ipynb #673f9b08
 SKIP = "Correct this row, or leave such rows out: skip_bad_rows=True, or --skip-bad-rows."
@@ -109,19 +111,18 @@ def read_tools(value):
         fail("each of `tools` needs a `name`.")
     return tools
 
-# %% ../nbs/03_chats.ipynb #e0f796b9
+# %% ../nbs/03_chats.ipynb #887ff704
 SPEAKERS = dict(human="user", prompter="user", gpt="assistant", chatgpt="assistant", bot="assistant", model="assistant",
                 developer="system", observation="tool", function="tool")
 ROLES, THOUGHTS = ("system", "user", "assistant", "tool"), ("reasoning_content", "reasoning", "thinking")
-TURN = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", "weight", "name", "tool_call_id",
-                  *THOUGHTS))
+TURN = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", "weight", *THOUGHTS))
 
 def is_learned(weight, role, name) -> bool:
     "Is this message to be learned? Weights are 0 or 1, and say nothing for others than the assistant."
     if weight not in (None, 0, 1): fail(f"the weight of {name} is {weight!r}, and only 0 and 1 are known.")
     return role != "assistant" or weight in (None, 1)
 
-# %% ../nbs/03_chats.ipynb #89f5ab79
+# %% ../nbs/03_chats.ipynb #2a8cabe4
 def read_message(i:int,     # Its number, from 1
                  turn,      # As it stands in the row
                  note=None  # Called with the name and the value of each field that is not used
@@ -137,13 +138,13 @@ def read_message(i:int,     # Its number, from 1
     if calls and role != "assistant": fail(f"{name} is the {role}'s and calls a tool, which only the assistant can.")
     text = "" if calls and is_empty(content) else read_content(content, f"content of {name}")
     for k, v in turn.items():
-        if k in TURN or is_empty(v): continue
+        if k in TURN or is_empty(v) or role == "tool" and k in ("name", "tool_call_id"): continue
         if carries_meaning(k, v, [text]): fail(f"the field {k!r} of {name} ({brief(v)}) would be lost.")
         if note: note(f"{k} of a message", v)
     thought = next((turn[k] for k in THOUGHTS if not is_empty(turn.get(k))), None)
     if thought and role != "assistant": fail(f"{name} is the {role}'s and has reasoning, which only answers have.")
     more = dict(tool_calls=calls, reasoning_content=thought and check_text(thought, f"reasoning of {name}"),
-                **{k: turn[k] for k in ("name", "tool_call_id") if isinstance(turn.get(k), str)})
+                **{k: turn[k] for k in ("name", "tool_call_id") if role == "tool" and isinstance(turn.get(k), str)})
     learned = is_learned(turn.get("weight"), role, name)
     return dict(role=role, content=text) | {k: v for k, v in more.items() if v} | ({} if learned else dict(weight=0))
 

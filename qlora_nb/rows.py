@@ -44,7 +44,7 @@ def map_columns(row, columns:dict, note):
         if k not in columns.values() and not is_empty(v): note(k, v)
     return {k: row[v] for k, v in columns.items()}
 
-# %% ../nbs/05_rows.ipynb #615cf1e8
+# %% ../nbs/05_rows.ipynb #65b48475
 def _columns(**names):
     "How to name columns, in Python and on the command line."
     pairs = ", ".join(f"{k}={v!r}" for k, v in names.items())
@@ -58,6 +58,9 @@ def refuse_kind(row):
         if not isinstance(row["chosen"], str): way = dict(messages="chosen")
         fail("this is a preference pair (`chosen`, `rejected`), made for DPO; here one answer is learned (SFT).",
              f"To learn the chosen answers: {_columns(**way)}")
+    if isinstance(row.get("label"), bool):
+        fail("this is an answer judged good or bad (`label`), made for KTO; here each answer is learned as it stands.",
+             f"Keep the rows whose label is true: {_columns(prompt=asked or 'PROMPT', response='completion')}")
     if "parent_id" in row or "message_tree_id" in row:
         fail("this is one message of a tree (`parent_id`), not a chat.",
              "Follow each answer up to its root and save the path as one row of `messages`, a list of {role, content}.")
@@ -144,7 +147,7 @@ def read_row(row, shape, note) -> dict:
     _check_rest(row, used, texts, note)
     return {k: v for k, v in out.items() if v}
 
-# %% ../nbs/05_rows.ipynb #3bd4aa70
+# %% ../nbs/05_rows.ipynb #0f84eeba
 def check_row(row,                     # As read
               shape:str|None,          # Of the first row, by `shape_of`; None when it has none
               where:str="",            # The file and the row, for the message
@@ -158,7 +161,8 @@ def check_row(row,                     # As read
         if not isinstance(row, dict): fail(f"the row is a {kind_of(row)}, not an object with fields.", EXPECTED)
         if columns: row = map_columns(row, columns, note)
         mine = shape_of(row)
-        if shape is None or mine is None or {"chosen", "rejected"} <= set(row): refuse_kind(row)
+        judged = {"chosen", "rejected"} <= set(row) or isinstance(row.get("label"), bool)
+        if shape is None or mine is None or judged: refuse_kind(row)
         parts = shape.split("/")
         if mine != shape and (all(k in row for k in mine.split("/")) or not any(k in row for k in parts)):
             fail(f"the row has the shape {mine}, but row 1 has {shape}.")

@@ -130,7 +130,8 @@ READ = {
     "reasoning": (dict(messages=[Q, A | dict(reasoning="R")]), dict(messages=[Q, A | dict(reasoning_content="R")])),
     "copies": (dict(prompt="Q", prompt_id="1", messages=[Q, A]), dict(messages=[Q, A])),
     "Alpaca's text": (dict(instruction="Q", input="", output="A", text="### Instruction:\nQ\n\n### Response:\nA"), dict(prompt="Q", response="A")),
-    "labels": (dict(prompt="Q", response="A", id="a1", topic="early history", score=3, ok=True, seen=None, tags=["a b"]), dict(prompt="Q", response="A")),
+    "names": (dict(messages=[Q | dict(name="bob"), A], usage=dict(total_tokens=5)), dict(messages=[Q, A])),
+    "labels": (dict(prompt="Q", response="A", id="a1", label="good", topic="early history", score=3, ok=True, seen=None, tags=["a b"]), dict(prompt="Q", response="A")),
 }
 
 @pytest.mark.parametrize("case", READ)
@@ -147,6 +148,8 @@ def test_each_format_is_read(case, tmp_path):
 LOST = {
     "preference pairs": (dict(prompt="Q", chosen="A", rejected="B"), "preference pair", "--columns prompt=prompt,response=chosen"),
     "preference chats": (dict(prompt="Q", chosen=[Q, A], rejected=[Q, A]), "preference pair", "--columns messages=chosen"),
+    "judged answers": (dict(prompt="Q", completion="A", label=False), "judged good or bad (`label`), made for KTO", "response=completion"),
+    "text in an object": (dict(prompt="Q", response="A", extra=dict(n=1, hint="Look it up first.")), "`extra`", "--columns"),
     "OASST": (dict(message_id="b", parent_id=None, text="Q", role="prompter", lang="en"), "one message of a tree", "`messages`"),
     "plain text": (dict(text="### Human: Q ### Assistant: A"), "cannot be told apart", "`prompt` and `response`"),
     "other names": (dict(q="Why is that?", a="It just is."), "none of the known fields; it has 'q', 'a'", "--columns prompt=q,response=a"),
