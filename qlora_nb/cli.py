@@ -98,10 +98,10 @@ def finetune_options(argv) -> dict:  # For `finetune_and_evaluate`
         o["output"] = latest_run()
     return o | dict(output=Path(o["output"] or time.strftime("runs/%Y%m%d-%H%M%S")))
 
-# %% ../nbs/18_cli.ipynb #79db995a
+# %% ../nbs/18_cli.ipynb #da65d5e7
 def finetune_main(argv:list|None=None):  # None: the options that the command was called with
     "Fine-tune, evaluate, report: the console command `qlora_finetune`."
-    with one_line_errors(): o = finetune_options(argv)
+    o = finetune_options(argv)
     with one_line_errors(f"Give the same options again, with --resume --output {o['output']}"):
         from qlora_nb.evaluation import finetune_and_evaluate
         print(finetune_and_evaluate(**o))
