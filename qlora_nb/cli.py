@@ -6,16 +6,18 @@
 __all__ = ['run_options', 'training_options', 'watch_options', 'adapter_options', 'finetune_parser', 'one_line_errors',
            'finetune_options', 'finetune_main', 'say_answer', 'chat_loop', 'chat_parser', 'load_chat', 'chat_main']
 
-# %% ../nbs/18_cli.ipynb #a832ed68
+# %% ../nbs/18_cli.ipynb #b8e00b65
 import argparse, contextlib, os, sys, time, warnings
 from pathlib import Path
+from .data_options import data_options, name_sources
 
-# %% ../nbs/18_cli.ipynb #3a2526a0
+# %% ../nbs/18_cli.ipynb #77709db2
 def run_options(p:argparse.ArgumentParser):
     "What to train, on what, and where."
-    add, data = p.add_argument, "rows of prompt/response, instruction/input/output or messages"
+    add, data = p.add_argument, "several, each perhaps with a weight: a.jsonl b.jsonl:0.5"
     add("--model", default="smollm2", help="'smollm2', a local folder or a Hub id")
-    add("--data", default="tickets", help=f"'tickets', a .jsonl, .json or .csv file, or a Hub data set id, with {data}")
+    add("--data", nargs="+", default="tickets",
+        help=f"'tickets', a .jsonl, .json, .csv, .tsv or .parquet file, or a Hub data set id; {data}")
     add("--eval-data", default=None, help="rows to evaluate on (none: the tickets' held-out split, or a tenth of the data)")
     add("--eval-rows", type=int, default=64, help="evaluate on at most so many rows; 0: do not evaluate")
     add("--output", default=None, help="folder of the run (none: runs/DATE-TIME; with --resume, the latest run)")
@@ -61,13 +63,13 @@ def adapter_options(p:argparse.ArgumentParser):
         help="longer examples: leave them out, cut their question, or stop")
     add("--backend", default="bnb", choices=["bnb", "scratch"], help="bitsandbytes and PEFT, or this course's own layers")
 
-# %% ../nbs/18_cli.ipynb #86d639b2
+# %% ../nbs/18_cli.ipynb #927c0f30
 def finetune_parser() -> argparse.ArgumentParser:
     "The options of `qlora_finetune`."
     p = argparse.ArgumentParser("qlora_finetune", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Fine-tune a language model with QLoRA: a frozen base in 4 bits (NF4, double quantization), "
                     "LoRA adapters on top. Scores it on held-out rows without and with the adapter.")
-    for options in (run_options, training_options, watch_options, adapter_options): options(p)
+    for options in (run_options, data_options, training_options, watch_options, adapter_options): options(p)
     return p
 
 # %% ../nbs/18_cli.ipynb #4d3b634a
@@ -84,10 +86,10 @@ def one_line_errors(interrupted:str=""):  # What to say after Ctrl-C
     except KeyboardInterrupt as e:
         print(f"\nstopped. {' '.join(filter(None, [str(e), interrupted]))}", file=sys.stderr), sys.exit(130)
 
-# %% ../nbs/18_cli.ipynb #580ea86b
+# %% ../nbs/18_cli.ipynb #c1ef7acb
 def finetune_options(argv) -> dict:  # For `finetune_and_evaluate`
     "The options of a call as arguments; what stands in the function already is left to it."
-    o = vars(finetune_parser().parse_args(argv))
+    o = name_sources(vars(finetune_parser().parse_args(argv)))
     if o["epochs"] is None: o = {k: v for k, v in o.items() if k != "epochs" and (k, v) != ("steps", None)}
     if o["targets"] != "all-linear": o["targets"] = o["targets"].split(",")
     if "," in o["report_to"]: o["report_to"] = o["report_to"].split(",")
@@ -96,7 +98,7 @@ def finetune_options(argv) -> dict:  # For `finetune_and_evaluate`
         o["output"] = latest_run()
     return o | dict(output=Path(o["output"] or time.strftime("runs/%Y%m%d-%H%M%S")))
 
-# %% ../nbs/18_cli.ipynb #9b28b14f
+# %% ../nbs/18_cli.ipynb #da65d5e7
 def finetune_main(argv:list|None=None):  # None: the options that the command was called with
     "Fine-tune, evaluate, report: the console command `qlora_finetune`."
     o = finetune_options(argv)

@@ -6,19 +6,24 @@
 __all__ = ['TEMPLATES', 'GAP', 'as_messages', 'begins_with_bos', 'render', 'answer_spans', 'encode', 'encode_prompt', 'answer_of',
            'shorten']
 
-# %% ../nbs/05_templates.ipynb #3933ebaf
+# %% ../nbs/05_templates.ipynb #a313ab3b
+import json
+from functools import lru_cache
 from os.path import commonprefix
+from pathlib import Path
+from .chats import call_is_written
 from .core import QLoRAError
+from .written import TOOLS, check_nothing_lost
 
-# %% ../nbs/05_templates.ipynb #e09162c7
+# %% ../nbs/05_templates.ipynb #c9b7bfcb
 def as_messages(row:dict   # Of `prompt` and `response` (which may be missing) and perhaps `system`; or of `messages`
-               ) -> list:  # Of {role, content}
+               ) -> list:  # Of {role, content}, with whatever else a message holds
     "A row as a chat. Whitespace around an answer is dropped: a tokenizer would fuse it with the frame."
-    turns = [("system", row.get("system")), ("user", row.get("prompt")), ("assistant", row.get("response"))]
-    if "messages" in row: turns = [(m["role"], m["content"]) for m in row["messages"]]
-    return [dict(role=r, content=c.strip() if r == "assistant" else c) for r, c in turns if c is not None]
+    turns = dict(system=row.get("system"), user=row.get("prompt"), assistant=row.get("response"))
+    messages = row.get("messages") or [dict(role=r, content=c) for r, c in turns.items() if c is not None]
+    return [m | dict(content=m["content"].strip()) if m["role"] == "assistant" else dict(m) for m in messages]
 
-# %% ../nbs/05_templates.ipynb #008e11e8
+# %% ../nbs/05_templates.ipynb #ee95b662
 def begins_with_bos(tokenizer) -> bool:
     "Does the tokenizer put its start token before a text?"
     bos = tokenizer.bos_token_id
@@ -28,28 +33,67 @@ def _article(messages, tokenizer, ask):
     "The article's frame for any number of turns, each answer closed with EOS."
     text = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
     heads = dict(system="", user="### Instruction:\n", assistant="### Response:\n")
+    if any(m["role"] not in heads or set(m) & {"tool_calls", "reasoning_content"} for m in messages):
+        raise QLoRAError("the template 'article' has no place for tools and reasoning.", cure=TOOLS)
     for m in messages:
         end = tokenizer.eos_token if m["role"] == "assistant" else ""
         text += f"{heads[m['role']]}{m['content'].strip()}{end}\n\n"
     return text + heads["assistant"]*ask
 
-# %% ../nbs/05_templates.ipynb #67a67e0d
+# %% ../nbs/05_templates.ipynb #77f2ba94
 TEMPLATES = ("auto", "chat", "no-thinking", "article")
 
+# %% ../nbs/05_templates.ipynb #17010070
+@lru_cache
+def _own(template):
+    "The source of a template of the user's own: a .jinja file, or its text; None for one of `TEMPLATES`."
+    try:
+        if template.endswith(".jinja"): return Path(template).expanduser().read_text(encoding="utf-8")
+    except OSError as e:
+        raise QLoRAError(f"the template cannot be read ({e.strerror}).", template, "Check its path.") from e
+    return template if "{" in template else None
+
+def _apply(messages, tokenizer, tools, cure, text=False, **how):
+    "What the chat template writes, the arguments of calls being objects or, with `text`, JSON."
+    def call(o):
+        f = o["function"]
+        return o | dict(function=f | dict(arguments=json.dumps(f["arguments"], ensure_ascii=False)))
+    given = messages
+    if text: given = [m | {k: list(map(call, m[k])) for k in ("tool_calls",) if m.get(k)} for m in messages]
+    try: return tokenizer.apply_chat_template(given, tools=tools, tokenize=False, **how)
+    except Exception as e: raise QLoRAError(f"the chat template refuses this row ({e}).", cure=cure) from e
+
+def _writes_calls(messages, **how):
+    "Does the chat template write each call of a tool?"
+    for i, m in enumerate(messages):
+        if not m.get("tool_calls"): continue
+        silent = {k: v for k, v in m.items() if k != "tool_calls"}
+        text, without = (_apply([*messages[:i], o], **how) for o in (m, silent))
+        if not all(call_is_written(o, text, without) for o in m["tool_calls"]): return False
+    return True
+
+# %% ../nbs/05_templates.ipynb #9de2c48d
 def render(messages:list,        # Of {role, content}
            tokenizer,            # Its chat template is used by "chat" and "no-thinking"
-           template:str="auto",  # One of `TEMPLATES`; "auto": "chat" where the tokenizer has a template, else "article"
-           ask:bool=False        # End where the assistant's next answer begins?
+           template:str="auto",  # One of `TEMPLATES`, or a .jinja file or its text; "auto": "chat" where there is one
+           ask:bool=False,       # End where the assistant's next answer begins?
+           tools:list|None=None  # That the model may call
           ) -> str:              # Text to be tokenized with `add_special_tokens=False`: it holds BOS where there is one
     "Write a chat as one text."
-    if template not in TEMPLATES:
+    own, has, cure = _own(template), tokenizer.chat_template, "Use template='article'."
+    if not own and template not in TEMPLATES:
         raise QLoRAError(f"there is no template '{template}'.", cure=f"Choose from: {', '.join(TEMPLATES)}.")
-    has, cure = tokenizer.chat_template, "Use template='article'."
     if template == "article" or template == "auto" and not has: return _article(messages, tokenizer, ask)
-    if not has: raise QLoRAError("the tokenizer has no chat template.", cure=cure)
+    if not (own or has): raise QLoRAError("the tokenizer has no chat template.", cure=cure)
     off = dict(enable_thinking=False, thinking=False) if template == "no-thinking" else {}
-    try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **off)
-    except Exception as e: raise QLoRAError(f"the chat template refuses this row ({e}).", cure=cure) from e
+    how = off | dict(tokenizer=tokenizer, tools=tools, cure=cure, add_generation_prompt=ask, chat_template=own)
+    if not any(m.get("tool_calls") for m in messages): return _apply(messages, **how)
+    for text in (False, True):
+        try:
+            if _writes_calls(messages, text=text, **how): return _apply(messages, text=text, **how)
+        except QLoRAError:
+            if text: raise
+    raise QLoRAError("the chat template does not write the tool calls of this row.", cure=TOOLS)
 
 # %% ../nbs/05_templates.ipynb #a7621784
 def _fail(why, text):
@@ -75,47 +119,50 @@ def _closed(i, answer, head, upto, full, stops):
     if not end: _fail(f"the template closes message {i} without an end token: no model could stop.", full)
     return shared[:start + len(answer) + end]
 
-# %% ../nbs/05_templates.ipynb #93dee3b3
+# %% ../nbs/05_templates.ipynb #c2d25522
 def answer_spans(messages:list,       # Of {role, content}
                  tokenizer,           # A Hugging Face tokenizer
-                 template:str="auto"  # One of `TEMPLATES`
+                 template:str="auto", # One of `TEMPLATES`
+                 tools:list|None=None # That the model may call
                 ) -> tuple:           # (ids up to the last answer's end, [(start, end) of each, end token included])
     "Where the answers are, in tokens. Raises `QLoRAError` with the rendered text when one cannot be found."
-    full, stops, found, spans = render(messages, tokenizer, template), _stops(tokenizer), [], []
+    def write(upto, ask=False): return render(messages[:upto], tokenizer, template, ask, tools)
+    full, stops, found, spans = write(len(messages)), _stops(tokenizer), [], []
     for i, m in enumerate(messages, 1):
-        if m["role"] != "assistant": continue
-        head = render(messages[:i-1], tokenizer, template, ask=True)
-        upto = full if i == len(messages) else render(messages[:i], tokenizer, template)
+        if m["role"] != "assistant" or "weight" in m: continue
+        head, upto = write(i - 1, ask=True), full if i == len(messages) else write(i)
         found.append((i, head, _closed(i, m["content"].strip(), head, upto, full, stops)))
     ids = _ids(found[-1][2] if found else full, tokenizer)
     for i, head, closed in found:
         a, b = _ids(head, tokenizer), ids if i == found[-1][0] else _ids(closed, tokenizer)
         if ids[:len(a)] != a or ids[:len(b)] != b: _fail(f"message {i} shares a token with the text around it.", full)
         spans.append((len(a), len(b)))
+    check_nothing_lost(messages, full, lambda chat, tools: render(chat, tokenizer, template, tools=tools), tools)
     return ids, spans
 
-# %% ../nbs/05_templates.ipynb #33c4ab08
+# %% ../nbs/05_templates.ipynb #64d233d5
 def encode(row:dict,               # From `load_rows`
            tokenizer,              # A Hugging Face tokenizer
            template:str="auto",    # One of `TEMPLATES`
            max_length:int|None=None  # Refuse a longer example; None accepts any length
           ) -> dict:               # `input_ids` and `labels`, two flat lists; labels are -100 outside the answers
     "Tokens and labels of one row: every answer is trained with its end token, nothing else is."
-    ids, spans = answer_spans(as_messages(row), tokenizer, template)
+    ids, spans = answer_spans(as_messages(row), tokenizer, template, row.get("tools"))
     labels = [-100]*len(ids)
     for a, b in spans: labels[a:b] = ids[a:b]
     if max_length and len(ids) > max_length:
         raise QLoRAError(f"the example has {len(ids)} tokens.", cure=f"max_length is {max_length}.")
     return dict(input_ids=ids, labels=labels)
 
-# %% ../nbs/05_templates.ipynb #1c28704d
+# %% ../nbs/05_templates.ipynb #10c0a80b
 def encode_prompt(row:dict,             # A row, with or without its last answer
                   tokenizer,            # As in training
                   template:str="auto"   # As in training
                  ) -> str:              # Tokenize it with `add_special_tokens=False`: BOS is in it where there is one
     "The text up to where the last answer begins: what `generate` should be given."
     messages = as_messages(row)
-    return render(messages[:-1] if messages[-1]["role"] == "assistant" else messages, tokenizer, template, ask=True)
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return render(asked, tokenizer, template, ask=True, tools=row.get("tools"))
 
 def answer_of(row:dict   # From `load_rows`
              ) -> str:   # Its last answer, without the end token
@@ -134,24 +181,24 @@ def _most(fits, n):
         low, high = (mid, high) if fits(mid) else (low, mid - 1)
     return low
 
-# %% ../nbs/05_templates.ipynb #b0504ea7
+# %% ../nbs/05_templates.ipynb #ffe9e514
 def shorten(row:dict,        # From `load_rows`
             tokenizer,       # A Hugging Face tokenizer
             template:str,    # One of `TEMPLATES`
             max_length:int   # In tokens, the answer included
            ) -> dict|None:   # A chat of at most `max_length` tokens; None where the answer alone has more
     "Leave out the oldest turns, then the middle of the last question. System prompt, last answer and frame stay whole."
-    chat = as_messages(row)
+    chat, more = as_messages(row), {k: row[k] for k in ("tools",) if k in row}
     first = chat[0]["role"] == "system"
     starts = [i for i, m in enumerate(chat) if m["role"] == "user" and (i == first or chat[i-1]["role"] == "assistant")]
     def fits(turns):
-        text = render(chat[:first] + turns, tokenizer, template).rstrip()
+        text = render(chat[:first] + turns, tokenizer, template, **more).rstrip()
         return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) <= max_length
     k = _most(lambda k: fits(chat[starts[-1-k]:]), len(starts) - 1)  # turns beside the last one
-    if k is not None: return dict(messages=chat[:first] + chat[starts[-1-k]:])
+    if k is not None: return dict(messages=chat[:first] + chat[starts[-1-k]:], **more)
     last = chat[starts[-1]:]
-    q = max(range(len(last) - 1), key=lambda i: len(last[i]["content"]))
+    q = max((i for i, m in enumerate(last[:-1]) if m["role"] != "assistant"), key=lambda i: len(last[i]["content"]))
     text = last[q]["content"]
     def cut(k): return [*last[:q], last[q] | dict(content=text[:k - k//2] + GAP + text[len(text) - k//2:]), *last[q+1:]]
     k = _most(lambda k: fits(cut(k)), len(text) - 1)                 # characters of the longest question
-    return None if k is None else dict(messages=chat[:first] + cut(k))
+    return None if k is None else dict(messages=chat[:first] + cut(k), **more)

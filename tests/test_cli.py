@@ -130,7 +130,7 @@ def test_the_run_json_of_own_data(tiny, tmp_path):
 
 
 BROKEN = {"missing.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n', "empty.jsonl": b"", "latin1.jsonl": b'{"prompt": "caf\xe9", "response": "b"}\n',
-          "shape.jsonl": b'{"question": "a", "answer": "b"}\n', "list.jsonl": b"[1, 2]\n", "torn.jsonl": b'{"prompt": "a", "resp\n',
+          "shape.jsonl": b'{"ask": "a", "say": "b"}\n', "list.jsonl": b"[1, 2]\n", "torn.jsonl": b'{"prompt": "a", "resp\n',
           "ragged.csv": b"prompt,response\na,b,c\n", "header.csv": b"a,b\n1,2\n", "number.jsonl": b'{"prompt": "a", "response": 3}\n',
           "turns.jsonl": b'{"messages": [{"role": "user", "content": "a"}]}\n', "role.jsonl": b'{"messages": [{"role": "bot", "content": "a"}]}\n'}
 

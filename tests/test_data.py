@@ -1,5 +1,5 @@
 "Broken files, each answered in one line that names the file, the row and the cure; the masks; and the honest split."
-import json, os, re, subprocess, sys, warnings
+import gzip, json, os, re, subprocess, sys, warnings
 from copy import deepcopy
 from itertools import product
 
@@ -7,7 +7,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from qlora_nb.core import QLoRAError
-from qlora_nb.data import (answer_of, collate, encode, encode_prompt, encode_rows, exact_match, field_scores, load_rows,
+from qlora_nb.data import (Source, answer_of, collate, encode, encode_prompt, encode_rows, exact_match, field_scores, load_rows,
                            make_tickets)
 from qlora_nb.models import load_tokenizer
 from qlora_nb.tickets import CATEGORIES, PRIORITIES, WORDS
@@ -32,29 +32,35 @@ BROKEN = {
     "blank lines only": ("a.jsonl", "\n \n\n", "a.jsonl", "file is empty"),
     "empty list": ("a.json", "[]", "a.json", "no rows"),
     "not UTF-8": ("a.jsonl", (GOOD + "\n\n" + GOOD.replace("Hi", "é")).encode("latin-1"), "row 2", "0xe9 at position 51 is not UTF-8"),
-    "UTF-16": ("a.csv", "prompt,response\nHi,Hello\n".encode("utf-16"), "header", "not UTF-8"),
+    "UTF-16 without its mark": ("a.csv", "prompt,response\nHi,Hell\xf8\n".encode("utf-16")[2:], "row 1", "not UTF-8"),
     "latin CSV": ("a.csv", "prompt,response\nHi,Hello\nCafé?,Yes\n".encode("latin-1"), "row 2", "not UTF-8"),
     "half a line": ("a.jsonl", GOOD + "\n" + GOOD[:20], "row 2", "not valid JSON"),
     "deep nesting": ("a.jsonl", "["*100_000, "row 1", "not valid JSON"),
     "row is a list": ("a.jsonl", lines(GOOD, ["Hi", "Hello"]), "row 2", "the row is a list"),
     "row is a string": ("a.json", '["Hi"]', "row 1", "the row is a str"),
-    "one object": ("a.json", GOOD, "a.json", "must hold one list"),
-    "unknown shape": ("a.jsonl", lines(dict(text="Hi"), dict(text="x")), "row 1", "none of the known fields; it has 'text'"),
+    "one value": ("a.json", "3", "a.json", "holds one int"),
+    "list without end": ("a.json", f"[{GOOD}", "a.json", "the list has no end"),
+    "more after the list": ("a.json", f"[{GOOD}] {GOOD}", "a.json", "more follows"),
+    "key twice": ("a.jsonl", lines(GOOD, GOOD, '{"prompt": "a", "response": "b", "prompt": "c"}'), "row 3", "the key 'prompt' is there twice"),
+    "key twice in a list": ("a.json", f'[{GOOD}, {{"messages": [{{"role": "user", "role": "x"}}]}}]', "row 2", "the key 'role' is there twice"),
+    "not packed": ("a.jsonl.gz", GOOD, "a.jsonl.gz", "cannot be unpacked"),
+    "unknown shape": ("a.jsonl", lines(dict(said="Hi"), dict(said="x")), "row 1", "none of the known fields; it has 'said'"),
+    "plain text": ("a.jsonl", lines(dict(text="Hi you", id=1)), "row 1", "question and answer cannot be told apart"),
     "no fields": ("a.jsonl", "{}", "row 1", "none at all"),
     "mixed shapes": ("a.jsonl", lines(GOOD, chat(("user", "Hi"), ("assistant", "Hello"))), "row 2", "but row 1 has prompt/response"),
-    "unknown row later": ("a.jsonl", lines(GOOD, dict(text="x")), "row 2", "none of the known fields"),
+    "unknown row later": ("a.jsonl", lines(GOOD, dict(said="x")), "row 2", "none of the known fields"),
     "messages not a list": ("a.jsonl", lines(dict(messages="Hi")), "row 1", "must be a list"),
     "no messages": ("a.jsonl", lines(dict(messages=[])), "row 1", "not empty"),
     "no assistant": ("a.jsonl", lines(chat(("user", "Hi"))), "row 1", "no assistant turn"),
     "no user": ("a.jsonl", lines(chat(("assistant", "Hi"))), "row 1", "no user turn"),
     "user speaks last": ("a.jsonl", lines(chat(("user", "a"), ("assistant", "b"), ("user", "c"))), "row 1", "last message is the user's"),
-    "unknown role": ("a.jsonl", lines(chat(("human", "Hi"), ("assistant", "Hello"))), "row 1", "message 1 has the unknown role 'human'"),
+    "unknown role": ("a.jsonl", lines(chat(("narrator", "Hi"), ("assistant", "Hello"))), "row 1", "message 1 has the unknown role 'narrator'"),
     "late system": ("a.jsonl", lines(chat(("user", "Hi"), ("system", "x"), ("assistant", "y"))), "row 1", "message 2 is a system"),
-    "message without content": ("a.jsonl", lines(dict(messages=[dict(role="user")])), "row 1", "needs `role` and `content`"),
+    "message without content": ("a.jsonl", lines(dict(messages=[dict(role="user")])), "row 1", "content of message 1` must be text, not null"),
     "content in parts": ("a.jsonl", lines(dict(messages=[dict(role="user", content=[])])), "row 1", "content of message 1` must be text"),
     "role is a list": ("a.jsonl", lines(dict(messages=[dict(role=["user"], content="a")])), "row 1", "unknown role"),
     "no header": ("a.csv", "Hi,Hello\nYo,Hey\n", "header", "no known columns (found: 'Hi', 'Hello')"),
-    "other separator": ("a.csv", "prompt;response\nHi;Hello\n", "header", "found: 'prompt;response'"),
+    "other names": ("a.csv", "q;a\nHi;Hello\n", "header", "found: 'q', 'a'"),
     "header alone": ("a.csv", "prompt,response\n", "a.csv", "no rows"),
     "one column": ("a.csv", "prompt\nHi\n", "row 1", "`response` is missing"),
     "twice the same column": ("a.csv", "prompt,response,prompt\na,b,c\n", "header", "twice"),
@@ -77,7 +83,7 @@ def test_broken_file(case, tmp_path):
     assert "\n" not in message and len(message) < 700
     assert err.where.startswith(str(path)) and where in err.where, message
     assert what in err.what, message
-    assert re.search(r"prompt|UTF-8|quotes|\.jsonl", err.cure), message
+    assert re.search(r"prompt|UTF-8|quote|\.jsonl|skip", err.cure), message
 
 
 def test_missing_file(tmp_path):
@@ -114,15 +120,105 @@ def test_hub_rows_are_checked(monkeypatch):
     ("a.CSV", '\ufeffid,response,prompt\n1,Hello,Hi\n2,"Hello",Hi'),
     ("b.jsonl", lines(*[dict(instruction="Hi", input=o, output="Hello") for o in ("", None)])),
     ("b.csv", "instruction,output\nHi,Hello\nHi,Hello\n"),
+    ("lines.json", GOOD + "\n" + GOOD), ("list.jsonl", f"[{GOOD},\n {GOOD}]"), ("line.jsonl", f"[{GOOD}, {GOOD}]"),
+    ("commas.jsonl", f"{GOOD},\n{GOOD},\n"), ("data.json", f'{{"version": "1", "data": [{GOOD}, {GOOD}]}}'),
+    ("pandas.json", '{"prompt": {"0": "Hi", "1": "Hi"}, "response": {"0": "Hello", "1": "Hello"}}'),
+    ("split.json", '{"columns": ["prompt", "response"], "index": [0, 1], "data": [["Hi", "Hello"], ["Hi", "Hello"]]}'),
+    ("lists.json", '{"prompt": ["Hi", "Hi"], "response": ["Hello", "Hello"]}'),
+    ("semicolon.csv", "prompt; response\nHi;Hello\nHi;Hello\n"), ("tabs.tsv", "prompt\tresponse\nHi\tHello\nHi\tHello\n"),
+    ("utf16.csv", "prompt,response\nHi,Hello\nHi,Hello\n".encode("utf-16")), ("utf16.jsonl", f"{GOOD}\n{GOOD}".encode("utf-16")),
+    ("packed.jsonl.gz", gzip.compress(f"{GOOD}\n{GOOD}".encode())), ("packed.csv.gz", gzip.compress(b"prompt,response\nHi,Hello\nHi,Hello")),
 ])
 def test_good_file(name, content, tmp_path):
-    (tmp_path/name).write_bytes(content.encode())
+    (tmp_path/name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert load_rows(str(tmp_path/name)) == [json.loads(GOOD)]*2
+
+
+def test_one_object_is_one_row(tmp_path):
+    for row in (json.loads(GOOD), chat(("user", "a"), ("assistant", "b"))):
+        (path := tmp_path/"a.json").write_text(json.dumps(row), encoding="utf-8")
+        assert load_rows(path) == [row]
+
+
+def test_a_large_cell(tmp_path):
+    (path := tmp_path/"a.csv").write_text(f"prompt,response\n{'word '*40_000},yes\n", encoding="utf-8")
+    assert load_rows(path) == [dict(prompt="word "*40_000, response="yes")]
+
+
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path/"x.jsonl").write_text(GOOD, encoding="utf-8")
+    assert load_rows("~/x.jsonl") == [json.loads(GOOD)]
+
+
+def test_rows_keep_their_number_and_bad_ones_are_counted(tmp_path):
+    (path := tmp_path/"a.jsonl").write_text("\n\n".join([GOOD, "{", GOOD, json.dumps(dict(prompt="a")), GOOD, json.dumps(dict(prompt="b"))]))
+    with pytest.raises(QLoRAError, match="row 2: this is not valid JSON.*--skip-bad-rows"): load_rows(path)
+    with pytest.warns(UserWarning) as said: rows = load_rows(path, skip_bad_rows=True)
+    assert [o.number for o in rows] == [1, 3, 5] and {o.source for o in rows} == {str(path)}
+    said = str(said[0].message)
+    assert "`response` is missing (2 rows, the first is row 4)" in said and "not valid JSON" in said and "the first is row 2" in said
+    again = load_rows(list(reversed(rows)))
+    assert [o.number for o in again] == [5, 3, 1], "rows that were checked keep their numbers"
+    path.write_text("{\n[", encoding="utf-8")
+    with pytest.raises(QLoRAError): load_rows(path, skip_bad_rows=True)
+    (path := tmp_path/"a.csv").write_text("prompt,response\na,b\nc\nd,e\n", encoding="utf-8")
+    with pytest.warns(UserWarning, match="has 1 fields.*the first is row 2"): rows = load_rows(path, skip_bad_rows=True)
+    assert [o.number for o in rows] == [1, 3]
+
+
+def test_messages_name_the_row_of_the_file(tok, tmp_path):
+    good = [dict(prompt="Hi", response="Hello")]*12
+    (path := tmp_path/"a.jsonl").write_text(lines(*good, dict(prompt="word "*100, response="x"), *good), encoding="utf-8")
+    rows = list(reversed(load_rows(path)))[3:]
+    with pytest.raises(QLoRAError) as e: encode_rows(rows, tok, max_length=64, long="error")
+    assert e.value.where == f"{path}, row 13"
+    with pytest.warns(UserWarning, match="the first is row 13"): assert encode_rows(rows, tok, max_length=64).report["first"] == dict(dropped=13)
+
+
+def test_tables_in_memory():
+    import datasets, pandas as pd
+    row = dict(prompt="Hi", response="Hello")
+    table = datasets.Dataset.from_list([row, row])
+    chats = datasets.Dataset.from_list([chat(("user", "a"), ("assistant", "b"))])
+    assert load_rows(table) == load_rows(table.to_pandas()) == load_rows(datasets.DatasetDict(train=table)) == [row, row]
+    assert load_rows(chats) == load_rows(chats.to_pandas()) == [chat(("user", "a"), ("assistant", "b"))]
+    assert load_rows(datasets.DatasetDict(a=table), "a") == load_rows(table.to_iterable_dataset()) == [row, row]
+    with pytest.raises(QLoRAError, match="no split 'train' in the DatasetDict given.*: a, b"): load_rows(datasets.DatasetDict(a=table, b=table))
+    frame = pd.DataFrame(dict(instruction=["Hi", "Hi"], input=[None, float("nan")], output=["Hello", "Hello"]))
+    assert load_rows(frame) == [row, row]
+    with pytest.raises(QLoRAError, match="row 2: `response` must be text"): load_rows(pd.DataFrame(dict(prompt=["a", "b"], response=["c", float("nan")])))
+    with pytest.raises(QLoRAError, match="type int cannot be read"): load_rows(3)
+
+
+def test_several_data_sets(tmp_path):
+    paths = [tmp_path/f"{i}.jsonl" for i in (1, 2)]
+    for p in paths: p.write_text(lines(*[dict(prompt=f"{p.stem} {i}", response="x") for i in range(10)]), encoding="utf-8")
+    rows = load_rows([str(paths[0]), (paths[1], .3)])
+    assert len(rows) == 13 and {o.source for o in rows[10:]} == {str(paths[1])} and load_rows([paths[0], (paths[1], .3)]) == rows
+    assert sorted(o["prompt"] for o in load_rows([(paths[0], 2.5)])).count("1 0") in (2, 3) and len(load_rows([(paths[0], 2.5)])) == 25
+    mapped = Source(paths[0], columns=dict(prompt="response", response="prompt"))
+    assert load_rows([mapped, paths[1]])[0] == dict(prompt="x", response="1 0")
+    with pytest.raises(QLoRAError, match="weight of a data set is 0"): load_rows([(paths[0], 0)])
+
+
+def test_configuration_and_split(monkeypatch):
+    calls = []
+    def load(*a, **k): calls.append((a, k)); return [json.loads(GOOD)]
+    monkeypatch.setattr("datasets.load_dataset", load)
+    load_rows("someone/x", "train_sft", config="socratic")
+    assert calls == [(("someone/x", "socratic"), dict(split="train_sft"))]
+    def missing(*a, **k): raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nmore")
+    monkeypatch.setattr("datasets.load_dataset", missing)
+    with pytest.raises(QLoRAError, match=r"\['main', 'socratic'\]\). Choose one by config=..., or --data-config"): load_rows("someone/x")
+    def split(*a, **k): raise ValueError('Unknown split "train". Should be one of [\'train_sft\', \'test_sft\'].')
+    monkeypatch.setattr("datasets.load_dataset", split)
+    with pytest.raises(QLoRAError, match="'train_sft'.*--data-split"): load_rows("someone/x")
 
 
 def test_rows_given_are_checked():
     row = chat(("system", "s"), ("user", "a"), ("assistant", "b"))
-    assert load_rows([row | dict(id=7)]) == [row]
+    with pytest.warns(UserWarning, match=r"the rows given: not used: `id` \(1 row, the first is row 1, '7'\)"): assert load_rows([row | dict(id=7)]) == [row]
     with pytest.raises(QLoRAError, match="row 1: the field `response` is missing"): load_rows([dict(prompt="a")])
     with pytest.raises(QLoRAError, match="no rows"): load_rows([])
 
@@ -136,6 +232,27 @@ def test_any_text_survives_a_file(rows, tmp_path_factory):
     rows = [dict(prompt=p, response=r) for p, r in rows]
     path.write_text("\n".join(json.dumps(o, ensure_ascii=False) for o in rows), encoding="utf-8", newline="")
     assert load_rows(path) == rows
+
+
+# ---- from a terminal ----
+
+def test_options_of_data_reach_the_rows(tmp_path):
+    from qlora_nb.cli import finetune_options
+    from qlora_nb.evaluation import train_and_held_out
+    (path := tmp_path/"a.csv").write_text("q;a;c\n" + "".join(f"What is {i}?;{i};x\n" for i in range(40)) + "lost\n", encoding="utf-8")
+    (tmp_path/"own.jinja").write_text("{{ messages }}", encoding="utf-8")
+    o = finetune_options(["--data", str(path), "--columns", "prompt=q,response=a", "--system", "S", "--skip-bad-rows", "--eval-data", str(path),
+                          "--chat-template", str(tmp_path/"own.jinja")])
+    assert o["template"] == "{{ messages }}" and not {"columns", "system", "skip_bad_rows", "data_config", "data_split", "chat_template"} & set(o)
+    with pytest.warns(UserWarning) as said: rows, held = train_and_held_out(o["data"], o["eval_data"], 5, 0)
+    assert rows[39] == dict(system="S", prompt="What is 39?", response="39") and rows[39].number == 40 and len(held) == 5
+    said = [str(o.message) for o in said]
+    assert sum("not used: `c` (40 rows" in o for o in said) == 2 and sum("has 1 fields, but the header has 3 (1 row, the first is row 41)" in o for o in said) == 2
+    assert finetune_options([])["data"] == "tickets" and len(train_and_held_out(finetune_options([])["data"], None, 5, 0)[0]) == 800
+    o = finetune_options(["--data", f"{path}:0.5", "tickets:.25", "--columns", "prompt=q,response=a"])
+    assert o["data"] == [(str(path), .5), ("tickets", .25)]
+    o = finetune_options(["--data", "someone/x", "--data-config", "main", "--data-split", "train_sft"])
+    assert o["data"].options == dict(config="main", split="train_sft")
 
 
 # ---- tokens and labels ----

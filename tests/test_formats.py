@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import datasets, pyarrow as pa, pyarrow.parquet as pq, pytest, tokenizers, trl
 from hypothesis import given, settings, strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from qlora_nb.core import QLoRAError
 from qlora_nb.data import (answer_of, as_messages, digest, encode, encode_prompt, encode_rows, is_large, load_rows,
@@ -51,7 +52,8 @@ def test_good_format(case, kind, tmp_path):
 
 
 BAD = {
-    "unknown speaker": (share(("human", "Hi"), ("function_call", "f()")), "message 2 has the unknown role 'function_call'"),
+    "unknown speaker": (share(("human", "Hi"), ("narrator", "f()")), "message 2 has the unknown role 'narrator'"),
+    "a call that is none": (share(("human", "Hi"), ("function_call", "f()")), "the tool call of message 2 ('f()') is no JSON"),
     "no speaker": (dict(conversations=[{"value": "Hi"}]), "message 1 has the unknown role None"),
     "speaker is a list": (dict(conversations=[{"from": ["human"], "value": "Hi"}]), "unknown role"),
     "no value": (dict(conversations=[{"from": "human"}, {"from": "gpt", "value": "x"}]), "content of message 1` must be text, not null"),
@@ -75,7 +77,7 @@ def test_bad_format(case, tmp_path):
     (path := tmp_path/"a.jsonl").write_text(lines(good, row), encoding="utf-8")
     for read in (load_rows, lambda p: map_rows(p, load_tokenizer("smollm2"), cache_dir=tmp_path/"cache")):
         with pytest.raises(QLoRAError) as e: read(path)
-        assert e.value.where == f"{path}, row 2" and what in e.value.what and "conversations" in e.value.cure
+        assert e.value.where == f"{path}, row 2" and what in e.value.what and "skip_bad_rows" in e.value.cure
         assert "\n" not in str(e.value)
 
 
@@ -83,7 +85,126 @@ def test_formats_cannot_be_mixed(tmp_path):
     (path := tmp_path/"a.jsonl").write_text(lines(GOOD["ShareGPT"][0], GOOD["messages"][0]), encoding="utf-8")
     with pytest.raises(QLoRAError, match="row 2: the row has the shape messages, but row 1 has conversations"): load_rows(path)
     (path := tmp_path/"a.csv").write_text("conversations\nx\n", encoding="utf-8")
-    with pytest.raises(QLoRAError, match="header"): load_rows(path)
+    with pytest.raises(QLoRAError, match="row 1: `messages` must be a list"): load_rows(path)
+
+
+# ---- the formats of public data sets, each field with its meaning or refused ----
+
+Q, A = dict(role="user", content="Q"), dict(role="assistant", content="A")
+CALL = dict(type="function", function=dict(name="weather", arguments=dict(city="Lyon")))
+TEXT_CALL = dict(id="c1", type="function", function=dict(name="weather", arguments='{"city": "Lyon"}'))
+TOOLS = [dict(type="function", function=dict(name="weather", description="Says it.", parameters=dict(
+    type="object", properties=dict(city=dict(type="string", description="Which?")), required=["city"])))]
+def called(**more): return dict(role="assistant", content="", tool_calls=[CALL | more])
+
+READ = {
+    "Dolly": (dict(instruction="Q", context="C", response="A"), dict(prompt="Q\n\nC", response="A")),
+    "Dolly without context": (dict(instruction="Q", context="", response="A"), dict(prompt="Q", response="A")),
+    "RAG": (dict(prompt="Q", context="C", response="A"), dict(prompt="Q\n\nC", response="A")),
+    "Orca": (dict(system_prompt="S", question="Q", response="A"), dict(system="S", prompt="Q", response="A")),
+    "Orca without system": (dict(system_prompt="", question="Q", response="A"), dict(prompt="Q", response="A")),
+    "MetaMath": (dict(type="x", query="Q", original_question="Q, or what?", response="A"), dict(prompt="Q", response="A")),
+    "GSM8K": (dict(question="Q", answer="A\n#### 1"), dict(prompt="Q", response="A\n#### 1")),
+    "completion": (dict(prompt="Q", completion="A"), dict(prompt="Q", response="A")),
+    "input and output": (dict(input="Q", output="A"), dict(prompt="Q", response="A")),
+    "Alpaca, zh": (dict(instruction="把", input="Lyon，很美", output="好！", history=[]), dict(prompt="把\n\nLyon，很美", response="好！")),
+    "history": (dict(instruction="Q", input="", output="A", history=[["你好", "您好！"]]),
+                chat(("user", "你好"), ("assistant", "您好！"), ("user", "Q"), ("assistant", "A"))),
+    "history of messages": (dict(query="Q", response="A", system="S", history=[Q, A]), dict(messages=[dict(role="system", content="S"), Q, A, Q, A])),
+    "TRL": (dict(prompt=[Q, A, Q], completion=[A]), dict(messages=[Q, A | dict(weight=0), Q, A])),
+    "weights": (dict(messages=[Q, A | dict(weight=0), Q | dict(weight=1), A | dict(weight=1), Q, A | dict(weight=0.)]),
+                dict(messages=[Q, A | dict(weight=0), Q, A])),
+    "parts": (dict(messages=[dict(role="user", content=[dict(type="text", text="Q")]), dict(role="assistant", content=[dict(type="text", text="A")])]), dict(messages=[Q, A])),
+    "developer": (dict(messages=[dict(role="developer", content="s"), *HI["messages"]]), SYSTEM_HI),
+    "human in messages": (chat(("human", "Hi"), ("gpt", "Hello")), HI),
+    "JSON in a cell": (dict(messages=json.dumps(HI["messages"])), HI),
+    "Python in a cell": (dict(conversations=repr(HI["messages"])), HI),
+    "nothing in words": (dict(instruction="Q", input="nan", output="A"), dict(prompt="Q", response="A")),
+    "tools": (dict(messages=[Q, dict(role="assistant", content=None, tool_calls=[TEXT_CALL])], tools=json.dumps(TOOLS)),
+              dict(messages=[Q, called(id="c1")], tools=TOOLS)),
+    "functions": (dict(messages=[Q, dict(role="assistant", content=None, function_call=TEXT_CALL["function"]), dict(role="function", name="weather", content="sun"), A],
+                       functions=[TOOLS[0]["function"]]),
+                  dict(messages=[Q, called(), dict(role="tool", content="sun", name="weather"), A], tools=TOOLS)),
+    "ShareGPT's calls": (share(("human", "Q"), ("function_call", json.dumps(CALL["function"])), ("observation", "sun"), ("gpt", "A"), tools=json.dumps(TOOLS)),
+                         dict(messages=[Q, called(), dict(role="tool", content="sun"), A], tools=TOOLS)),
+    "reasoning": (dict(messages=[Q, A | dict(reasoning="R")]), dict(messages=[Q, A | dict(reasoning_content="R")])),
+    "copies": (dict(prompt="Q", prompt_id="1", messages=[Q, A]), dict(messages=[Q, A])),
+    "Alpaca's text": (dict(instruction="Q", input="", output="A", text="### Instruction:\nQ\n\n### Response:\nA"), dict(prompt="Q", response="A")),
+    "names": (dict(messages=[Q | dict(name="bob"), A], usage=dict(total_tokens=5)), dict(messages=[Q, A])),
+    "labels": (dict(prompt="Q", response="A", id="a1", label="good", topic="early history", score=3, ok=True, seen=None, tags=["a b"]), dict(prompt="Q", response="A")),
+}
+
+@pytest.mark.parametrize("case", READ)
+def test_each_format_is_read(case, tmp_path):
+    row, wanted = READ[case]
+    (path := tmp_path/"a.jsonl").write_text(lines(row, row), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert load_rows(path) == load_rows([row, row]) == [wanted]*2
+        pq.write_table(pa.Table.from_pylist([row, row | dict(other_id="x")]), tmp_path/"a.parquet")
+        assert load_rows(tmp_path/"a.parquet") == [wanted]*2
+
+
+LOST = {
+    "preference pairs": (dict(prompt="Q", chosen="A", rejected="B"), "preference pair", "--columns prompt=prompt,response=chosen"),
+    "preference chats": (dict(prompt="Q", chosen=[Q, A], rejected=[Q, A]), "preference pair", "--columns messages=chosen"),
+    "judged answers": (dict(prompt="Q", completion="A", label=False), "judged good or bad (`label`), made for KTO", "response=completion"),
+    "text in an object": (dict(prompt="Q", response="A", extra=dict(n=1, hint="Look it up first.")), "`extra`", "--columns"),
+    "OASST": (dict(message_id="b", parent_id=None, text="Q", role="prompter", lang="en"), "one message of a tree", "`messages`"),
+    "plain text": (dict(text="### Human: Q ### Assistant: A"), "cannot be told apart", "`prompt` and `response`"),
+    "other names": (dict(q="Why is that?", a="It just is."), "none of the known fields; it has 'q', 'a'", "--columns prompt=q,response=a"),
+    "a passage": (dict(prompt="Q", passage="A text to be read.", response="A"), "the field `passage` ('A text to be read.') would be lost", "context='passage'"),
+    "an unknown text": (dict(question="Q", hintergrund="Ein Text.", answer="A"), "`hintergrund`", "columns=dict(prompt='question', response='answer')"),
+    "one word under a known name": (dict(messages=[Q, A], context="Lyon"), "the field `context`", "columns=dict(messages='messages')"),
+    "two answers": (dict(question="Q", answer="42", response="It is 41."), "`answer`", "--columns"),
+    "two contexts": (dict(instruction="Q", input="I", context="C", output="A"), "'context' and 'input' are both filled", "--columns"),
+    "weight of a row": (dict(prompt="Q", response="A", weight=.5), "`weight`", "--columns"),
+    "weight between": (dict(messages=[Q, A | dict(weight=.5)]), "weight of message 2 is 0.5", "skip"),
+    "only weights of 0": (dict(messages=[Q, A | dict(weight=0)]), "nothing to learn", "skip"),
+    "images": (dict(messages=[Q, A], images=["a.png"]), "`images`", "--columns"),
+    "an image in a part": (dict(messages=[dict(role="user", content=[dict(type="image_url", image_url="a.png")]), A]), "a part of the kind 'image_url'", "skip"),
+    "a field of a message": (dict(messages=[Q, A | dict(plan="Look it up first.")]), "the field 'plan' of message 2", "skip"),
+    "history of another kind": (dict(instruction="Q", output="A", history=["a", "b"]), "`history` must hold pairs", "skip"),
+    "a result without a call": (dict(messages=[Q, dict(role="tool", content="x"), A]), "message 2 is the result of a tool that was not called", "skip"),
+    "tools that are none": (dict(messages=[Q, A], tools="weather"), "`tools` must be a list", "skip"),
+    "the user last": (chat(("user", "a"), ("assistant", "b"), ("user", "q"), ("user", "c")), "message 4 of 4", "--skip-bad-rows"),
+}
+
+@pytest.mark.parametrize("case", LOST)
+def test_what_would_be_lost_is_refused(case, tmp_path):
+    row, what, cure = LOST[case]
+    (path := tmp_path/"a.jsonl").write_text(lines(row), encoding="utf-8")
+    for read in (load_rows, lambda p: map_rows(p, load_tokenizer("smollm2"), cache_dir=tmp_path/"cache")):
+        with pytest.raises(QLoRAError) as e: read(path)
+        assert e.value.where == f"{path}, row 1" and what in e.value.what and cure in e.value.cure and "\n" not in str(e.value), str(e.value)
+
+
+def test_what_is_not_used_is_said_once(tmp_path):
+    rows = [dict(prompt="Q", response="A", category="open_qa", source="x y z", note=None) for _ in range(5)]
+    del rows[0]["source"]
+    (path := tmp_path/"a.jsonl").write_text(lines(*rows), encoding="utf-8")
+    with pytest.warns(UserWarning) as said: load_rows(path)
+    assert [str(o.message) for o in said] == [f"{path}: not used: `category` (5 rows, the first is row 1, 'open_qa'); "
+                                              "`source` (4 rows, the first is row 2, 'x y z')."]
+
+
+def test_columns_are_mapped(tmp_path, tok):
+    row = dict(q="Who?", a="Ada did.", about="A text.", who="Be brief.", more="left out on purpose")
+    (path := tmp_path/"a.jsonl").write_text(lines(row, row), encoding="utf-8")
+    how = dict(columns=dict(prompt="q", response="a", context="about", system="who"))
+    with pytest.warns(UserWarning, match="not used: `more`"): rows = load_rows(path, **how)
+    assert rows == [dict(system="Be brief.", prompt="Who?\n\nA text.", response="Ada did.")]*2
+    with pytest.warns(UserWarning, match="not used: `more`"): assert list(map_rows(path, tok, cache_dir=tmp_path/"cache", **how)) == encode_rows(rows, tok)
+    (path := tmp_path/"a.csv").write_text("q;a\nHi;Hello\n", encoding="utf-8")
+    assert load_rows(path, columns=dict(prompt="q", response="a")) == [dict(prompt="Hi", response="Hello")]
+    with pytest.raises(QLoRAError, match="no place 'answer' for a column. Choose from: prompt, response"): load_rows(path, columns=dict(answer="a"))
+    with pytest.raises(QLoRAError, match="row 1: the column `x` is missing; the row has 'q', 'a'"): load_rows(path, columns=dict(prompt="x", response="a"))
+
+
+def test_a_system_prompt_for_all(tmp_path):
+    rows = load_rows([dict(prompt="Q", response="A"), dict(prompt="Q", response="A", system="own")], system="S")
+    assert [o["system"] for o in rows] == ["S", "own"]
+    assert load_rows([dict(messages=[Q, A])], system="s")[0]["messages"][0] == dict(role="system", content="s")
 
 
 def test_parquet_can_be_broken(tmp_path):
@@ -233,6 +354,116 @@ def test_trl_trains_lost_text_and_open_ends(stand_in, theirs):
         assert "yes" not in t.decode(other["input_ids"])
     other = theirs(dict(prompt=messages[:1], completion=messages[1:]), t := dressed(stand_in, SOURCES["glm4moe"]))
     assert t.decode(other["input_ids"]).endswith("yes, yes")
+
+
+# ---- tools, reasoning, weights ----
+
+def taught(example, t): return t.decode([o for o in example["labels"] if o != -100])
+
+TOOL_ROW = dict(tools=TOOLS, messages=[dict(role="system", content="Use tools."), dict(role="user", content="Weather in Lyon?"),
+                                       dict(role="assistant", content="I'll check.", tool_calls=[CALL]),
+                                       dict(role="tool", content="sunny, 20 C", name="weather"), dict(role="assistant", content="It is sunny.")])
+WRITES = {"qwen2_5": '<tool_call>\n{"name": "weather", "arguments": {"city": "Lyon"}}\n</tool_call>',
+          "qwen3_training": '{"name": "weather", "arguments": {"city": "Lyon"}}', "qwen3_instruct_2507": '"arguments": {"city": "Lyon"}',
+          "qwen3_vl": '"arguments": {"city": "Lyon"}', "lfm2_2_5": "[weather(city='Lyon')]", "lfm2_v2_training": "[weather(city='Lyon')]",
+          "qwen3_5_nothink": "<parameter=city>\nLyon", "glm4moe_training": "<arg_value>Lyon</arg_value>"}
+
+@pytest.mark.parametrize("name", WRITES)
+def test_tool_calls_as_trl(name, stand_in, theirs):
+    "The call and the end after it are taught; TRL's marks agree but for a piece of the frame."
+    if not SOURCES: pytest.skip("this TRL ships no templates")
+    t = dressed(stand_in, SOURCES[name])
+    ours = encode(load_rows([TOOL_ROW])[0], t)
+    frame = {("\n", "before"), ("<think>\n\n</think>\n\n", "before")}
+    assert differences(ours, theirs(TOOL_ROW, t, assistant_only_loss=True), t) - frame <= NEVER
+    said = taught(ours, t)
+    assert WRITES[name] in said and said.index("I'll check.") < said.index(WRITES[name]) < said.index("It is sunny.")
+    assert "sunny, 20 C" not in said and "Says it." not in said and "Says it." in t.decode(ours["input_ids"])
+    prompt = encode_prompt(TOOL_ROW, t)
+    assert "Says it." in prompt and "sunny, 20 C" in prompt and "It is sunny." not in prompt
+
+
+def test_calls_that_a_template_does_not_write_are_refused(stand_in, tok):
+    if not SOURCES: pytest.skip("this TRL ships no templates")
+    row = load_rows([TOOL_ROW])[0]
+    for t in (tok, dressed(stand_in, SOURCES["lfm2"])):   # the latter writes the tools, and "Lyon" and "city" stand in the question
+        with pytest.raises(QLoRAError, match="does not write the tool calls of this row.*--chat-template"): encode(row, t)
+    with pytest.raises(QLoRAError, match="changes message 3"): encode(row, dressed(stand_in, SOURCES["llama3_1"]))   # drops the words beside a call
+    with pytest.raises(QLoRAError, match="leaves out the tools"): encode(HI | dict(tools=TOOLS), tok)
+    with pytest.raises(QLoRAError, match="'article' has no place for tools"): encode(row, tok, "article")
+    printed = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}<|im_end|>{% endfor %}"
+    own = dressed(tok, printed + "{% if add_generation_prompt %}{% endif %}")
+    assert '{"city": "Lyon"}' in render(row["messages"], own), "given as JSON where objects would be printed as Python"
+
+
+@pytest.mark.parametrize("name,thought", [("qwen3", "<think>\nTwo and two.\n</think>\n\n4"), ("lfm2_2_5", "<think>Two and two.</think>4"),
+                                          ("qwen3_6", "Two and two.\n</think>\n\n4"), ("glm4moe_training", "<think>Two and two.</think>\n4")])
+def test_reasoning_as_trl(name, thought, stand_in, theirs):
+    if not SOURCES: pytest.skip("this TRL ships no templates")
+    t, row = dressed(stand_in, SOURCES[name]), dict(messages=[dict(role="user", content="2+2?"), dict(role="assistant", content="4", reasoning_content="Two and two.")])
+    ours = encode(load_rows([row])[0], t)
+    assert differences(ours, theirs(row, t, assistant_only_loss=True), t) - {("<think>\n", "before")} <= NEVER
+    assert thought in taught(ours, t)
+    with pytest.raises(QLoRAError, match="leaves out the reasoning of message 2"): encode(row, dressed(stand_in, SOURCES["qwen2_5"]))
+
+
+def test_weight_zero_is_not_taught(tok):
+    row = load_rows([dict(messages=[dict(role="user", content="a"), dict(role="assistant", content="BAD", weight=0),
+                                    dict(role="user", content="b"), dict(role="assistant", content="GOOD", weight=1)])])[0]
+    for template in ("chat", "article"):
+        e = encode(row, tok, template)
+        assert taught(e, tok) == "GOOD<|im_end|>" and "BAD" in tok.decode(e["input_ids"])
+
+
+FORGETS = ("{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+def test_a_template_that_forgets_is_refused(tok):
+    for row in (SYSTEM_HI, dict(system="Be brief.", prompt="Hi", response="Hello")):
+        with pytest.raises(QLoRAError, match="leaves out message 1, the system's.*template='article'"): encode(row, dressed(tok, FORGETS))
+        assert taught(encode(row, tok), tok) == "Hello<|im_end|>"
+    assert taught(encode(HI, dressed(tok, FORGETS)), tok) == "Hello<|im_end|>"
+    shouts = dressed(tok, tok.chat_template.replace("message['content']", "(message['content'] if message['role'] == 'assistant' else message['content']|upper)"))
+    assert taught(encode(dict(system="be brief", prompt="hi", response="Hello"), shouts), tok) == "Hello<|im_end|>", "rewritten is not lost"
+
+
+def test_a_template_from_a_file(tok, tmp_path):
+    (path := tmp_path/"own.jinja").write_text(FORGETS.replace("<|im_start|>", "[x]"), encoding="utf-8")
+    by_file, by_text = (encode(HI, tok, o) for o in (str(path), path.read_text(encoding="utf-8")))
+    assert by_file == by_text and tok.decode(by_file["input_ids"]).startswith("[x]user\nHi<|im_end|>") and taught(by_file, tok) == "Hello<|im_end|>"
+    with pytest.raises(QLoRAError, match="none.jinja: the template cannot be read"): encode(HI, tok, str(tmp_path/"none.jinja"))
+
+
+def test_text_that_cannot_be_written_is_counted(tok, tmp_path):
+    t = tokenizers.Tokenizer(tokenizers.models.WordLevel({o: i for i, o in enumerate(["<unk>", "</s>", "yes", "no", "?"])}, unk_token="<unk>"))
+    t.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    bare = PreTrainedTokenizerFast(tokenizer_object=t, eos_token="</s>", unk_token="<unk>", chat_template="{% for m in messages %}{{ m.content }} </s>{% endfor %}")
+    rows = load_rows([dict(prompt="yes", response=o) for o in ("no", "你好", "yes", "maybe not")])
+    with pytest.warns(UserWarning, match=r"text that the tokenizer cannot write \(2 rows, the first is row 2, '你好'\)"): encode_rows(rows, bare)
+    with pytest.warns(UserWarning, match="cannot write .1 row, the first is row 1, 'why so"): encode_rows(load_rows([dict(prompt="why so", response="no")]), bare)
+    rows = load_rows([dict(prompt="Hi", response=o) for o in ("Hello", "With <|im_end|> after it", "Hello 你好 𠮷 😀 שלום")])
+    with pytest.warns(UserWarning) as said: encode_rows(rows, tok)
+    assert "control tokens within the text (1 row, the first is row 2, '<|im_end|>')" in str(said[0].message) and len(said) == 1
+    (path := tmp_path/"a.jsonl").write_text(lines(*rows), encoding="utf-8")
+    with pytest.warns(UserWarning, match="control tokens within the text .1 row, the first is row 2"): map_rows(path, tok, cache_dir=tmp_path/"cache")
+    with pytest.warns(UserWarning, match="a row holds control tokens"): list(stream_rows(path, tok))
+
+
+def test_broken_rows_are_left_out_of_tables_too(tok, tmp_path):
+    good = dict(prompt="Hi", response="Hello", topic="a b")
+    (path := tmp_path/"a.jsonl").write_text(lines(good, dict(prompt="x"), good) + "\n\n{\n" + lines(good, good | dict(prompt="word "*99)), encoding="utf-8")
+    same = dict(max_length=64)
+    def said(f):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            return list(f()), " ".join(str(o.message) for o in caught)
+    listed, one = said(lambda: encode_rows(load_rows(path, skip_bad_rows=True), tok, **same))
+    mapped, two = said(lambda: map_rows(path, tok, cache_dir=tmp_path/"cache", skip_bad_rows=True, num_proc=2, **same))
+    streamed, three = said(lambda: stream_rows(path, tok, skip_bad_rows=True, **same))
+    assert listed == mapped == streamed and len(listed) == 3
+    for text in (one, two): assert "`response` is missing (1 row, the first is row 2)" in text and "the first is row 4)" in text and "left out, the first is row 6" in text
+    assert "`topic` (4 rows, the first is row 1" in one and "`topic` (4 rows, the first is row 1" in two and "`topic` is not used" in three
+    assert "a broken row is left out (the field `response` is missing)" in three
 
 
 # ---- rows that are too long ----
