@@ -103,11 +103,13 @@ def say_schedule(steps:int, n:int, batch_size:int, accumulation:int=1, unit:str=
     return said + "."
 
 def say_overlap(rows:list, others:list, what:str="evaluation rows") -> str|None:
-    "What to say where rows are trained on and evaluated on."
+    "Warn of rows that are trained on and evaluated on: what was said."
     same, asked = overlap(rows, others)
     if not same: return None
     more = f", and {asked} more share a question with one" if asked else ""
-    return f"{same} of {len(others)} {what} are training rows too{more}: the scores will be too good."
+    said = f"{same} of {len(others)} {what} are training rows too{more}: the scores will be too good."
+    warnings.warn(said)
+    return said
 
 # %% ../nbs/06_schedule.ipynb #f27dfabd
 def tell(trainer, lines:list, progress:bool=True):

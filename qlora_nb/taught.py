@@ -34,7 +34,8 @@ def base_of(model): return model.get_base_model() if hasattr(model, "get_base_mo
 
 def note_ends(model, tokenizer, ends):  # Ids, or tokens as text as they stand in an adapter's notes
     "Let generation stop at these tokens too, whatever else ends it."
-    ids = {tokenizer.convert_tokens_to_ids(o) if isinstance(o, str) else int(o) for o in ends} - {None}
+    names = {tokenizer.convert_tokens_to_ids(o) for o in ends if isinstance(o, str) and o in tokenizer.get_vocab()}
+    ids = names | {int(o) for o in ends if not isinstance(o, str)}
     base = base_of(model)
     base.qlora_nb_ends = getattr(base, "qlora_nb_ends", set()) | ids
 

@@ -484,3 +484,37 @@ def test_tokens_that_the_model_does_not_have(base, rows, tmp_path):
     tok.add_tokens(["ticketword"])
     new = [dict(prompt="a", response="a ticketword")]*2
     with pytest.raises(QLoRAError, match="row 1: the token 'ticketword' has the number"): finetune(load_model(base, device="cpu"), new, tmp_path/"run", tokenizer=tok, steps=1, **QUIET)
+
+
+# ---- the scores in the end ----
+
+def test_the_evaluation_never_undoes_a_run(base, rows, tmp_path, monkeypatch):
+    "Rows that are cut, rows of which none fits, a long answer that training would leave out, and an error."
+    from qlora_nb import evaluation
+    how = dict(model=base, steps=1, max_length=256, **QUIET)
+    long = [dict(r, prompt=r["prompt"]*12) for r in rows[:12]]
+    assert evaluation.finetune_and_evaluate(long, long="cut", output=tmp_path/"cut", **how).after.n == 1
+    report = evaluation.finetune_and_evaluate(rows, test_data=long, output=tmp_path/"none", **how)
+    assert report.after is None and "12 held-out rows are longer than 256 tokens" in str(report)
+    lengths, real = [], evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda m, t, p, n, **k: lengths.append(n) or real(m, t, p, 2, **k))
+    endless = [*rows[20:], dict(prompt="Go on", response="word "*1500)]
+    report = evaluation.finetune_and_evaluate(rows[:20], test_data=endless, output=tmp_path/"one", **how)
+    assert report.after.n == report.info["eval_rows"] == 4 and max(lengths) <= 256 and len(report.rows) == 4
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: 1/0)
+    with pytest.warns(UserWarning, match="The evaluation failed .*ZeroDivisionError"):
+        report = evaluation.finetune_and_evaluate(rows[:20], test_data=rows[20:], output=tmp_path/"error", **how)
+    assert "The evaluation failed" in str(report) and json.loads((tmp_path/"error"/"run.json").read_text(encoding="utf-8"))["steps"] == 1
+
+
+def test_validation_and_test_are_two_things(base, rows, tmp_path):
+    "eval_data means the same in both calls; what is trained on and judged by is reported; repeated rows stay."
+    from qlora_nb.evaluation import finetune_and_evaluate
+    how = dict(model=base, steps=1, **QUIET)
+    with pytest.warns(UserWarning, match="2 of 4 evaluation rows are training rows too"):
+        report = finetune_and_evaluate(rows[:12] + rows[:3], rows[10:14], output=tmp_path/"a", eval_steps=1, test_data=rows[14:17], **how)
+    assert report.rows == rows[14:17] and report.info["settings"]["rows"] == 15 and len(report.info["eval_losses"]) == 1
+    with pytest.raises(QLoRAError, match="eval-rows is -1"): finetune_and_evaluate(rows, eval_rows=-1, output=tmp_path/"b", **how)
+    report = finetune_and_evaluate(rows[:12] + rows[:12], output=tmp_path/"c", **how)
+    assert report.info["settings"]["rows"] == 22 and len(report.rows) == 1   # its twin is not trained on
+    assert "exact match" in report._repr_markdown_() and repr(report) == str(report)
