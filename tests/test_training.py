@@ -518,3 +518,13 @@ def test_validation_and_test_are_two_things(base, rows, tmp_path):
     report = finetune_and_evaluate(rows[:12] + rows[:12], output=tmp_path/"c", **how)
     assert report.info["settings"]["rows"] == 22 and len(report.rows) == 1   # its twin is not trained on
     assert "exact match" in report._repr_markdown_() and repr(report) == str(report)
+
+
+def test_a_damaged_file_is_not_called_a_full_disk(tmp_path):
+    "torch's words for both begin alike."
+    from qlora_nb.failures import is_disk_error
+    torch.save(dict(a=torch.ones(100)), tmp_path/"a.pt")
+    (tmp_path/"a.pt").write_bytes((tmp_path/"a.pt").read_bytes()[:-200])
+    with pytest.raises(RuntimeError) as e: torch.load(tmp_path/"a.pt")
+    assert not is_disk_error(e.value), str(e.value)
+    assert is_disk_error(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
