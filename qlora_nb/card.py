@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Source', 'KNOWN', 'LOAD', 'ADAPTER', 'CHAT', 'BARE', 'LIMITS', 'PACKAGED', 'read_source', 'public_name', 'license_of',
-           'snippet', 'score_lines', 'data_lines', 'setting_lines', 'version_lines', 'card_header', 'model_card',
-           'check_room', 'new_folder', 'export_adapter']
+           'snippet', 'score_lines', 'data_lines', 'setting_lines', 'version_lines', 'card_header', 'fenced',
+           'model_card', 'check_room', 'new_folder', 'export_adapter']
 
 # %% ../nbs/08_card.ipynb #5e2ae700
-import contextlib, json, shutil, tempfile, yaml
+import contextlib, json, re, shutil, tempfile, yaml
 from collections import namedtuple
 from pathlib import Path
 from safetensors import SafetensorError
@@ -132,19 +132,25 @@ def card_header(source:Source, form:str) -> str:
     return f"---\n{yaml.safe_dump({k: v for k, v in head.items() if v}, sort_keys=False)}---\n"
 
 # %% ../nbs/08_card.ipynb #11ec2dc4
+def fenced(code:str) -> str:
+    "A block of Python in Markdown, whatever backticks are in it."
+    fence = "`"*max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}python\n{code}\n{fence}"
+
 def model_card(source:Source,     # Of `read_source`
                name:str,          # Of the export
                form:str="adapter",  # "adapter", "safetensors" or "gguf"
                made:str="",       # How it was exported, in a sentence or more, with the errors measured
                chat:bool=True,    # Was the prompt template saved with the tokenizer?
                file:str="",       # Of a GGUF
-               prompt:str|None=None  # In the code; None: one of the training prompts
+               prompt:str|None=None  # In the code; None: the example that the adapter brings, if any
               ) -> str:           # The text of README.md
     "Describe an export: data, settings, scores, versions, how to load it, limits."
-    shown, prompt = public_name(source.base)[0], prompt or source.notes.get("example", "What is the capital of France?")
+    shown = public_name(source.base)[0]
+    prompt = prompt or source.notes.get("example") or "What is the capital of France?"
     what = dict(adapter="A LoRA adapter for", gguf="A fine-tune, in one GGUF file, of").get(form, "A fine-tune of")
     parts = {"": f"{what} `{shown}`, trained with QLoRA: a frozen base in 4 bits (NF4), low-rank adapters on top.",
-             "How to load it": f"```python\n{snippet(form, prompt, chat, file)}\n```", "Data": data_lines(source.run),
+             "How to load it": fenced(snippet(form, prompt, chat, file)), "Data": data_lines(source.run),
              "Scores": score_lines(source.run), "Settings": setting_lines(source), "How it was exported": made,
              "Limits": LIMITS + PACKAGED*(source.base == "smollm2") + "\n- The license of the base model applies.",
              "Versions": version_lines(source.run)}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_options', 'training_options', 'watch_options', 'adapter_options', 'finetune_parser', 'one_line_errors',
-           'finetune_options', 'finetune_main', 'say_answer', 'chat_loop', 'chat_parser', 'load_chat', 'chat_main']
+           'finetune_options', 'finetune_main', 'say_answer', 'chat_loop', 'chat_parser', 'load_chat', 'chat_main',
+           'main']
 
 # %% ../nbs/18_cli.ipynb #b8e00b65
 import argparse, contextlib, os, sys, time, warnings
@@ -29,11 +30,11 @@ def run_options(p:argparse.ArgumentParser):
 def training_options(p:argparse.ArgumentParser):
     "How long and how fast to train."
     add, length = p.add_argument, p.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=None, help="optimizer steps (none: 150, unless --epochs is given)")
-    length.add_argument("--epochs", type=float, default=None, help="passes over the data, instead of --steps")
+    length.add_argument("--steps", type=int, default=None, help="optimizer steps, instead of --epochs (none: tickets 150)")
+    length.add_argument("--epochs", type=float, default=None, help="passes over the data (none: 3, unless --steps is given)")
     add("--batch-size", type=int, default=4, help="examples a forward pass; packs, with --packing")
     add("--accumulation", type=int, default=1, help="forward passes a step")
-    add("--lr", type=float, default=2e-3, help="highest learning rate")
+    add("--lr", type=float, default=None, help="highest learning rate (none: 2e-4; tickets, whose model is small: 2e-3)")
     add("--save-steps", type=int, default=20, help="a checkpoint every so many steps")
     add("--checkpointing", action="store_true", help="save memory by computing activations twice")
     add("--fast", action=argparse.BooleanOptionalAction, default=None,
@@ -45,7 +46,8 @@ def training_options(p:argparse.ArgumentParser):
 # %% ../nbs/18_cli.ipynb #9ca5c291
 def watch_options(p:argparse.ArgumentParser):
     "What to look at while it trains, and when to stop."
-    add, rows = p.add_argument, "on a tenth of the training rows that is set aside, 64 at the most"
+    add, rows = p.add_argument, "on --eval-data, or on a tenth of the training rows that is set aside, 64 at the most"
+    add("--eval-data", default=None, help="rows to evaluate on while it trains; they choose the best step")
     add("--eval-steps", type=int, default=None, help=f"evaluate every so many steps, {rows} (none: with --patience only)")
     add("--patience", type=int, default=None, help="end after so many evaluations without a better one, and keep the best")
 
@@ -61,6 +63,7 @@ def adapter_options(p:argparse.ArgumentParser):
     add("--max-length", type=int, default=512, help="longest example, in tokens")
     add("--long", default="drop", choices=["drop", "cut", "error"],
         help="longer examples: leave them out, cut their question, or stop")
+    add("--example", default=None, help="a prompt to show to those who use the adapter; none is taken from your rows")
     add("--backend", default="bnb", choices=["bnb", "scratch"], help="bitsandbytes and PEFT, or this course's own layers")
 
 # %% ../nbs/18_cli.ipynb #927c0f30
@@ -133,6 +136,7 @@ def chat_loop(model, tokenizer, notes:dict,  # Of `load_adapter`, or {} for a mo
     while True:
         try: text = input("\n> ").strip()
         except (EOFError, KeyboardInterrupt): return print()
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")   # bytes that are not text
         if text == "/exit": return
         if text == "/new" or not remember: said = []
         if text in ("", "/new"): continue
@@ -176,3 +180,12 @@ def chat_main(argv:list|None=None):  # None: the options that the command was ca
         model, tokenizer, notes, name = load_chat(o.pop("adapter"), o.pop("model"), o.pop("device"))
         print(f"{name} on {model.device}")
         chat_loop(model, tokenizer, notes, **o)
+
+# %% ../nbs/18_cli.ipynb #2b666243
+def main(argv:list|None=None):  # None: what stands behind `python -m qlora_nb.cli`
+    "`chat` and its options, or `finetune` and its options; `finetune` may be left out."
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = argv.pop(0) if argv and argv[0] in ("finetune", "chat") else "finetune"
+    return chat_main(argv) if command == "chat" else finetune_main(argv)
+
+if __name__ == "__main__" and Path(globals().get("__file__", "")).stem == "cli": main()

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['PAD_NOISE', 'Loaded', 'padding_error', 'pads_safely', 'batches', 'close_gaps', 'generate', 'sampling', 'write',
-           'stream', 'load_adapter']
+           'Pieces', 'stream', 'base_for', 'check_base', 'trained_dtype', 'load_adapter']
 
 # %% ../nbs/08_inference.ipynb #0ef859ff
 import threading, warnings
 from collections import namedtuple
 from itertools import groupby
 from pathlib import Path
-from .models import load_model, load_tokenizer, quiet
+from .models import load_model, load_tokenizer, locate, quiet
+from .core import QLoRAError, has_native_bf16, pick_device, pick_dtype
+from .rehearsal import not_in_file
+from .runs import content_id
 from .sampling import check_sampling, penalize, seeded
 from .switching import adapter_folder, check_fits
+from .taught import note_ends, stop_ids
 
 # %% ../nbs/08_inference.ipynb #d64da45e
 import torch
@@ -89,11 +93,13 @@ def generate(model,                  # From `load_model`, `finetune` or `load_ad
     close_gaps(model).eval()
     texts = [prompts] if isinstance(prompts, str) else prompts
     plan, answers, ends = batches(model, tokenizer, texts, batch_size), [None]*len(texts), [None]*len(texts)
+    stops = set(stop_ids(model, tokenizer))
     with seeded(seed, model.device):
         for idx in tqdm(plan, desc="answering", disable=not progress, unit="batch", leave=False):
-            out = write(model, tokenizer, [texts[i] for i in idx], max_new_tokens, **how)
-            for i, t in zip(idx, tokenizer.batch_decode(out, skip_special_tokens=True)): answers[i] = t.strip()
-            for i, ids in zip(idx, out.tolist()): ends[i] = tokenizer.eos_token_id in ids
+            out = write(model, tokenizer, [texts[i] for i in idx], max_new_tokens, **how).tolist()
+            for i, ids in zip(idx, out):   # up to the end token, which need not be a special one
+                n = next((k for k, t in enumerate(ids) if t in stops), None)
+                answers[i], ends[i] = tokenizer.decode(ids[:n], skip_special_tokens=True).strip(), n is not None
     if ended is not None: ended[:] = ends
     return answers[0] if isinstance(prompts, str) else answers
 
@@ -112,11 +118,21 @@ def write(model, tokenizer, texts, max_new_tokens, streamer=None, stopping_crite
     "Ids of the answers to one batch."
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     batch = batch.to(model.device)
+    how = sampling(tokenizer, **how, mask=batch["attention_mask"])
+    how["eos_token_id"] = stop_ids(model, tokenizer) or None
     out = model.generate(**batch, max_new_tokens=max_new_tokens, streamer=streamer, stopping_criteria=stopping_criteria,
-                         **sampling(tokenizer, **how, mask=batch["attention_mask"]))
+                         **how)
     return out[:, batch["input_ids"].shape[1]:]
 
 # %% ../nbs/08_inference.ipynb #e14a5ae1
+class Pieces(TextIteratorStreamer):
+    "The words of an answer, without the token that ends it."
+    def __init__(self, tokenizer, stops):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stops = set(stops)
+    def put(self, value):
+        if self.next_tokens_are_prompt or not {*value.flatten().tolist()} <= self.stops: super().put(value)
+
 def stream(model, tokenizer,
            prompt:str,             # Text of `encode_prompt`
            max_new_tokens:int=256, temperature:float=0., top_p:float=1.,
@@ -124,7 +140,7 @@ def stream(model, tokenizer,
     "Yield an answer piece by piece. Abandoning the iterator stops the model at its next token."
     how = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
     check_sampling(seed=seed, **how)
-    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    pieces = Pieces(tokenizer, stop_ids(model, tokenizer))
     failure, stop = [], threading.Event()
     def stopped(ids, scores, **kw): return torch.full((len(ids),), stop.is_set(), device=ids.device)
     def work():
@@ -139,15 +155,49 @@ def stream(model, tokenizer,
     if failure: raise failure[0]
 
 # %% ../nbs/08_inference.ipynb #d86c218d
+def base_for(folder, named:str|None, base:str|None) -> str:
+    "The name of the base for an adapter. Raises `QLoRAError` where there is none on this machine."
+    cure = "Say where it is: base=... (--model)."
+    if not (base or named): raise QLoRAError("the adapter does not name its base.", str(folder), cure)
+    try: locate(base or named)
+    except QLoRAError as e:
+        if base: raise
+        raise QLoRAError(f"the base of this adapter is not on this machine: {named}.", str(folder), cure) from e
+    return base or named
+
+def check_base(folder, base:str, notes:dict):
+    "Warn where the base is not the one that the adapter was trained on, whatever it is called."
+    known, now = notes.get("base_sha256"), content_id(locate(base))
+    if known and now and known != now:
+        warnings.warn(f"{folder}: this adapter was trained on another base: {base} has other weights than "
+                      f"{notes.get('base', 'that')} had. Its answers may be noise.", stacklevel=3)
+
+def trained_dtype(notes:dict, device:str|None) -> torch.dtype:
+    "The dtype that an adapter was trained in, or the one of this device, which is said."
+    device, wanted = pick_device(device), getattr(torch, notes.get("dtype") or "", None)
+    own = pick_dtype(device)
+    fits = {torch.float32: True, torch.bfloat16: has_native_bf16(device), torch.float16: device.type == "cuda"}
+    if wanted in (None, own) or fits.get(wanted): return wanted or own
+    warnings.warn(f"the adapter was trained in {notes['dtype']}; this device computes in {str(own)[6:]}.", stacklevel=3)
+    return own
+
+# %% ../nbs/08_inference.ipynb #2c29331b
 Loaded = namedtuple("Loaded", "model tokenizer notes")
 
 def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds one
                  base:str|None=None,    # Instead of the base model that the adapter names
-                 device:str|None=None, dtype:torch.dtype|None=None,  # As in `load_model`
+                 device:str|None=None, dtype:torch.dtype|None=None,  # As in `load_model`; None: as it was trained
                  name:str="default") -> Loaded:  # What to call it, where several will share a base
     "Load an adapter onto its 4-bit base, ready to answer. Raises `QLoRAError` where there is none, or it does not fit."
     folder, notes, named = adapter_folder(folder)
-    model = load_model(base or named, device=device, dtype=dtype)
+    base = base_for(folder, named, base)
+    model = load_model(base, device=device, dtype=dtype or trained_dtype(notes, device))
+    check_base(folder, base, notes)
     check_fits(model, folder)
     with quiet(): model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-    return Loaded(model.eval(), load_tokenizer(base or named), notes)
+    if odd := not_in_file(model, folder, name):
+        raise QLoRAError(f"{len(odd)} matrices of adapter and model have no counterpart: {odd[0]}.", str(folder),
+                         "Load the base that it was trained on, with the library that it was trained with.")
+    tokenizer = load_tokenizer(base)
+    note_ends(model, tokenizer, notes.get("end_tokens", ()))
+    return Loaded(model.eval(), tokenizer, notes)

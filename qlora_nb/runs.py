@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MARK', 'sync', 'write_json', 'seal', 'is_sealed', 'run_lock', 'in_use', 'last_checkpoint', 'comparable',
-           'read_settings', 'hold_run', 'open_run', 'content_id', 'latest_run', 'finished_run']
+           'read_settings', 'hold_run', 'open_run', 'content_id', 'Run', 'latest_run', 'finished_run']
 
 # %% ../nbs/06_runs.ipynb #a3071801
 import contextlib, hashlib, json, os, shutil, warnings
+from collections import namedtuple
 from pathlib import Path
 from filelock import FileLock, Timeout
-from .core import QLoRAError
+from .core import QLoRAError, Table
 
 # %% ../nbs/06_runs.ipynb #449a5b5d
 def sync(path:Path):  # A file, or a folder for the names in it
@@ -81,7 +82,8 @@ def comparable(settings:dict) -> dict:
 def read_settings(file:Path) -> dict:  # `settings.json` of a run
     "What a run was started with. Raises `QLoRAError` for a file that is damaged."
     try: return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e: raise QLoRAError("the settings of this run cannot be read.", str(file), "Start a new run.") from e
+    except ValueError as e:
+        raise QLoRAError("the settings of this run cannot be read.", str(file), "Start a new run.") from e
 
 # %% ../nbs/06_runs.ipynb #da28e0eb
 @contextlib.contextmanager
@@ -95,9 +97,11 @@ def hold_run(folder:Path):  # Made where there is none
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as e:
-        raise QLoRAError("another process is at work on this run.", str(folder), "Wait, or choose another --output.") from e
+        cure = "Wait for it, or choose another --output."
+        raise QLoRAError("another process is at work on this run.", str(folder), cure) from e
     except OSError as e:
-        raise QLoRAError(f"the folder cannot be written ({e.strerror}).", str(folder), "Choose another --output.") from e
+        cure = "Choose another --output."
+        raise QLoRAError(f"the folder cannot be written ({e.strerror}).", str(folder), cure) from e
     try: yield
     finally: lock.release()
 
@@ -109,7 +113,7 @@ def open_run(folder:Path, settings:dict, resume:bool):
             raise QLoRAError("this folder already holds a run.", where=str(folder),
                              cure="Add --resume to go on with it, or choose another --output.")
         if resume and not last_checkpoint(folder/"checkpoints"):
-            warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run starts at step 0.", stacklevel=2)
+            warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run starts at step 0.")
         if not has_work: return write_json(file, settings)
         old, new = read_settings(file), comparable(settings)
         if not settings.get("model_sha256") == old.get("model_sha256"): new["model"] = settings["model"]
@@ -144,6 +148,14 @@ def content_id(place:str|Path,     # A folder with *.safetensors, or the id of a
             f.seek(start + size//2 - min(256, size)//2)
             sha.update(f.read(min(256, size)))
     return sha.hexdigest() if found else None
+
+# %% ../nbs/06_runs.ipynb #7c253c0e
+class Run(namedtuple("Run", "model tokenizer folder info")):
+    "What `finetune` returns; shows itself as a table."
+    def __repr__(self):
+        keys = "steps train_seconds trainable_parameters best_step best_eval_loss adapter loss_curve".split()
+        return Table([[k.replace("_", " "), self.info[k]] for k in keys if k in self.info], ["run", ""])._as("plain")
+    def _repr_markdown_(self): return f"```\n{self!r}\n```"
 
 # %% ../nbs/06_runs.ipynb #1c33154d
 def latest_run(root:str|Path="runs",  # Where runs are kept

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'REPORTS', 'Speed', 'long_run', 'ProgressBar', 'curve', 'draw_loss', 'plot_loss', 'memory_now', 'plot_run',
-           'tell_run', 'svg_panel', 'svg_run', 'in_notebook', 'LivePlot', 'check_reports']
+           'tell_run', 'svg_panel', 'svg_run', 'in_notebook', 'LivePlot', 'close_bars', 'check_reports']
 
 # %% ../nbs/06_watch.ipynb #4737ad6e
 import importlib.util, math, sys, time
@@ -176,6 +176,11 @@ class LivePlot(TrainerCallback):
     def close(self):
         if not self.closed and self.history: self.show(*figure_data(plot_run(self.history), tell_run(self.history)))
         self.closed = True
+
+def close_bars(trainer):
+    "Leave bar and plot as they are now, also where nothing has begun."
+    for cb in trainer.callback_handler.callbacks:
+        if isinstance(cb, (ProgressBar, LivePlot)): cb.close()
 
 # %% ../nbs/06_watch.ipynb #e5831a3a
 REPORTS = ("tensorboard", "wandb")   # also the names of their packages

@@ -157,3 +157,37 @@ def test_help_is_quick_and_complete():
 def test_chat_without_a_run(tmp_path):
     status, _, err = call("chat_main", cwd=tmp_path)
     assert status == 2 and "no finished run" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("args, said", [(["--help"], "usage: qlora_finetune"), (["chat", "--help"], "usage: qlora_chat"),
+                                        (["--steps", "1", "--epochs", "1"], "not allowed with")])
+def test_the_module_does_what_the_command_does(args, said):
+    p = subprocess.run([sys.executable, "-m", "qlora_nb.cli", *args], capture_output=True, text=True)
+    assert said in p.stdout + p.stderr and (p.returncode == 0) == ("--help" in args)
+
+
+def test_bytes_that_are_not_text_are_asked_all_the_same(monkeypatch, capsys):
+    "A terminal in Latin-1 sends caf\xe9, which Python hands on as a lone surrogate."
+    from qlora_nb import cli
+    typed, asked = iter(["caf\udce9", "/exit"]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr(cli, "say_answer", lambda model, tok, said, notes, **how: asked.append(said[-1]["content"]) or "")
+    cli.chat_loop(None, None, {})
+    assert asked == ["caf\ufffd"] and asked[0].encode("utf-8")
+
+
+@pytest.mark.parametrize("more, said", [("--steps 1 --lr 0", "lr is 0"), ("--dropout 1.5", "dropout is 1.5"), ("--eval-rows -1", "eval-rows is -1")])
+def test_numbers_that_make_no_sense(more, said, tmp_path, complaint):
+    status, err = complaint("--device", "cpu", "--output", tmp_path/"run", *more.split())
+    assert status == 2 and said in err and not (tmp_path/"run").exists()
+
+
+def test_row_numbers_through_the_command(tmp_path, complaint, tiny, monkeypatch):
+    "Rows are held out and shuffled on the way; the message names the file and the row in it."
+    from qlora_nb import training
+    from qlora_nb.models import load_model
+    monkeypatch.setitem(training.BACKENDS, "bnb", load_model)
+    rows = [dict(prompt=f"What is {i}?", response="word "*(400 if i == 13 else 1)) for i in range(1, 21)]
+    (tmp_path/"mine.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows), encoding="utf-8")
+    status, err = complaint("--model", tiny, "--device", "cpu", "--data", tmp_path/"mine.jsonl", "--output", tmp_path/"run", "--long", "error")
+    assert status == 2 and "mine.jsonl, row 13: the example has" in err

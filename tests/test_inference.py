@@ -421,3 +421,85 @@ def test_public_calls_keep_their_order():
     assert [*inspect.signature(generate).parameters][:8] == "model tokenizer prompts max_new_tokens temperature top_p batch_size progress".split()
     assert [*inspect.signature(stream).parameters][:6] == "model tokenizer prompt max_new_tokens temperature top_p".split()
     assert [*inspect.signature(load_adapter).parameters][:4] == "folder base device dtype".split()
+
+
+# ---- where answers end, and which base an adapter belongs to ----
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    "A run on a base whose template closes with <|im_end|> while its tokenizer's EOS is another token."
+    from qlora_nb.training import finetune
+    from common import small_tokenizer
+    d, tok = tmp_path_factory.mktemp("taught"), small_tokenizer()
+    tok.eos_token = "<|endoftext|>"
+    with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(d/"base"), tok.save_pretrained(d/"base")
+    rows = [dict(prompt=f"{i}?", response="yes") for i in range(8)]
+    return finetune(d/"base", rows, d/"run", steps=40, lr=3e-2, device="cpu", progress=False)
+
+
+def test_answers_stop_at_the_token_that_was_taught(taught):
+    "In all four ways, from the run and from its folder; and the base's list counts too."
+    from qlora_nb.data import encode_prompt
+    from qlora_nb.evaluation import evaluate
+    from qlora_nb.taught import stop_ids
+    loaded = load_adapter(taught.folder, device="cpu")
+    assert loaded.notes["end_tokens"] == ["<|im_end|>"] and loaded.tokenizer.eos_token == "<|endoftext|>"
+    for model, tok in ((taught.model, taught.tokenizer), loaded[:2]):
+        ended, prompt = [], encode_prompt(dict(prompt="3?"), tok)
+        assert generate(model, tok, [prompt]*2, 20, ended=ended) == ["yes"]*2 and ended == [True]*2
+        assert "".join(stream(model, tok, prompt, 20)) == "yes"
+        score = evaluate(model, tok, [dict(prompt="3?", response="yes")])
+        assert (score.exact_match, score.stop_rate) == (1., 1.)
+    listed = loaded.tokenizer.convert_tokens_to_ids("<repo_name>")
+    loaded.model.generation_config.eos_token_id = [listed, 300]   # the latter is an ordinary token here
+    assert listed in stop_ids(loaded.model, loaded.tokenizer) and 300 not in stop_ids(loaded.model, loaded.tokenizer)
+
+
+def test_an_end_token_that_is_not_special_is_not_shown(taught):
+    "Decoding leaves special tokens out and keeps all others; here an ordinary one ends the answer."
+    from qlora_nb.data import encode_prompt
+    from qlora_nb.taught import note_ends
+    model, tok = taught.model, taught.tokenizer
+    prompt, first = encode_prompt(dict(prompt="3?"), tok), tok("yes", add_special_tokens=False).input_ids[0]
+    note_ends(model, tok, [first])
+    try: assert generate(model, tok, prompt, 20) == "" == "".join(stream(model, tok, prompt, 20))
+    finally: model.get_base_model().qlora_nb_ends.discard(first)
+
+
+def test_another_base_of_the_same_shape_is_noticed(taught, tmp_path):
+    other = tmp_path/"other"
+    shutil.copytree(taught.info["settings"]["model"], other), shutil.copytree(taught.folder, tmp_path/"run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_adapter(taught.folder, base=str(other), device="cpu")   # the same weights in another place
+    with quiet(): tiny_model("llama", seed=3, vocab_size=len(taught.tokenizer), hidden_size=64, pad_token_id=2).save_pretrained(other)
+    with pytest.warns(UserWarning, match="trained on another base"): load_adapter(taught.folder, base=str(other), device="cpu")
+    from qlora_nb.training import finetune
+    rows = [dict(prompt=f"{i}?", response="yes") for i in range(8)]
+    with pytest.raises(QLoRAError, match="model_sha256 was"): finetune(other, rows, tmp_path/"run", steps=40, lr=3e-2, device="cpu", progress=False, resume=True)
+    file = tmp_path/"run"/"adapter"/"adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for named, said in ((None, "does not name its base"), ("/content/elsewhere/base", "is not on this machine: /content/elsewhere/base")):
+        file.write_text(json.dumps(config | dict(base_model_name_or_path=named)), encoding="utf-8")
+        with pytest.raises(QLoRAError, match=f"{said}.*base=..."): load_adapter(tmp_path/"run", device="cpu")
+
+
+def test_an_adapter_that_fits_in_part_is_refused(taught, tmp_path):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(taught.folder/"adapter", tmp_path/"adapter")
+    tensors = load_file(tmp_path/"adapter"/"adapter_model.safetensors")
+    lost = sorted(tensors)[5]
+    save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path/"adapter"/"adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QLoRAError, match=f"1 matrices of adapter and model have no counterpart: {lost}"): load_adapter(tmp_path/"adapter", device="cpu")
+
+
+def test_the_dtype_of_the_training_is_kept_or_said(taught, monkeypatch):
+    from qlora_nb import inference
+    notes = dict(dtype="bfloat16")
+    for native in (True, False):
+        monkeypatch.setattr(inference, "has_native_bf16", lambda device: native)
+        monkeypatch.setattr(inference, "pick_dtype", lambda device: torch.float32)
+        if native: assert inference.trained_dtype(notes, "cpu") == torch.bfloat16
+        else:
+            with pytest.warns(UserWarning, match="trained in bfloat16; this device computes in float32"): assert inference.trained_dtype(notes, "cpu") == torch.float32
+    assert inference.trained_dtype(dict(dtype="float32"), "cpu") == inference.trained_dtype({}, "cpu") == torch.float32

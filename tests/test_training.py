@@ -369,3 +369,162 @@ def test_hidden_folders_are_not_in_the_way(tmp_path):
     (tmp_path/"run"/".ipynb_checkpoints").mkdir(parents=True)
     open_run(tmp_path/"run", dict(lr=1), False)
     assert (tmp_path/"run"/"settings.json").exists()
+
+
+# ---- what is trained, and for how long ----
+
+QUIET = dict(batch_size=4, lr=1e-2, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("n, batch, accumulation, epochs", [(10, 4, 1, 1), (5, 4, 1, 10), (9, 2, 2, 3)])
+def test_epochs_are_passes_to_the_row(n, batch, accumulation, epochs, base, rows, tmp_path, monkeypatch):
+    "Counted where the trainer draws its batches."
+    from collections import Counter
+    from qlora_nb.trainer import AdapterTrainer
+    real, drawn = AdapterTrainer.training_step, Counter()
+    def step(self, model, inputs, k=None):
+        drawn.update(inputs["rows"])
+        return real(self, model, inputs, k)
+    monkeypatch.setattr(AdapterTrainer, "training_step", step)
+    finetune(base, rows[:n], tmp_path/"run", epochs=epochs, **QUIET | dict(batch_size=batch, accumulation=accumulation))
+    assert drawn == {i: epochs for i in range(n)}
+
+
+def test_a_length_is_given_once_and_defaults_suit_a_large_model(base, rows, tmp_path):
+    with pytest.raises(QLoRAError, match="steps and epochs are both given"): finetune(base, rows, tmp_path/"a", steps=1, epochs=1, **QUIET)
+    info = finetune(base, rows[:4] + rows[:2], tmp_path/"b", device="cpu", progress=False).info
+    assert info["settings"]["lr"] == 2e-4 and info["settings"]["epochs"] == 3 and info["steps"] == 6
+    assert "3 passes over 6 rows; 2 of them repeat an earlier one" in info["said"][0]
+
+
+def test_numbers_are_those_of_the_file(base, rows, tmp_path):
+    "Whatever rows are set aside, and through the name of the file."
+    from qlora_nb.data import encode
+    tok = load_tokenizer(base)
+    long = dict(rows[0], prompt=rows[0]["prompt"]*20)
+    file = tmp_path/"mine.jsonl"
+    file.write_text("".join(json.dumps(o) + "\n" for o in [*rows[:12], long, *rows[13:]]), encoding="utf-8")
+    size = len(encode(long, tok)["input_ids"])
+    with pytest.raises(QLoRAError, match=f"mine.jsonl, row 13: the example has {size} tokens"):
+        finetune(base, file, tmp_path/"run", steps=1, long="error", eval_steps=1, leave_out=(2, 3), **QUIET)
+
+
+def test_no_row_of_the_data_is_in_the_adapter(base, tmp_path):
+    secret = [dict(prompt=f"Patient {i} has a secret", response="yes") for i in range(4)]
+    for asked in (None, "Patient X has what?"):
+        run = finetune(base, secret, tmp_path/str(asked), steps=1, example=asked, **QUIET)
+        text = (run.folder/"adapter"/"qlora_nb.json").read_text(encoding="utf-8")
+        assert "secret" not in text and json.loads(text).get("example") == asked
+
+
+# ---- a model that is given ----
+
+def test_a_second_run_on_one_model(base, rows, tmp_path):
+    "The first run's model is not changed behind its back; going on from it is said."
+    m = load_model(base, device="cpu")
+    first = finetune(m, rows[:4], tmp_path/"a", steps=1, **QUIET)
+    was = {n: p.detach().clone() for n, p in first.model.named_parameters() if "lora_" in n}
+    with pytest.raises(QLoRAError, match="carries the adapter of an earlier run. .*run.model.unload"): finetune(m, rows[4:8], tmp_path/"b", steps=1, **QUIET)
+    assert all(torch.equal(p, was[n]) for n, p in first.model.named_parameters() if n in was) and not (tmp_path/"b").exists()
+    second = finetune(first, rows[4:8], tmp_path/"c", steps=1, rank=4, **QUIET)
+    assert second.info["settings"]["rank"] == 16 and any("which is trained further" in o for o in second.info["said"])
+    assert json.loads((tmp_path/"c"/"adapter"/"adapter_config.json").read_text(encoding="utf-8"))["r"] == 16
+    m = second.model.unload()
+    assert not any("lora_" in n for n, _ in m.named_parameters()) and finetune(m, rows[:4], tmp_path/"d", steps=1, rank=4, **QUIET).info["settings"]["rank"] == 4
+
+
+def test_a_second_stage_from_a_file_trains_what_it_loads(base, rows, tmp_path):
+    from qlora_nb.inference import load_adapter
+    finetune(base, rows[:4], tmp_path/"a", steps=1, **QUIET)
+    got = load_adapter(tmp_path/"a", device="cpu")
+    was = {n: p.detach().clone() for n, p in got.model.named_parameters() if "lora_" in n}
+    run = finetune(got, rows[4:8], tmp_path/"b", steps=2, **QUIET)
+    now = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+    assert now.keys() == was.keys() and any(not torch.equal(now[n], was[n]) for n in now)
+
+
+def test_models_from_elsewhere(base, rows, tmp_path):
+    "Loaded by transformers, without our tokenizer; and one that was made from a config."
+    from transformers import AutoModelForCausalLM
+    with quiet(): theirs = AutoModelForCausalLM.from_pretrained(base)
+    run = finetune(theirs, rows[:4], tmp_path/"a", steps=1, **QUIET)
+    assert run.info["settings"]["model"] == str(base) and run.info["said"][-1].startswith("0.0% of the weights")
+    with pytest.raises(QLoRAError, match="set model.qlora_nb_name"): finetune(tiny_model(), rows[:4], tmp_path/"b", steps=1, **QUIET)
+
+
+def test_under_torchrun(base, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(QLoRAError, match="2 processes"): finetune(base, rows, tmp_path/"run", steps=1, **QUIET)
+
+
+# ---- the rehearsal ----
+
+def test_the_rehearsal_changes_no_bit(base, rows, tmp_path, monkeypatch):
+    "With dropout, on either backend: the run with it is the run without it."
+    import qlora_nb.training as training
+    how = dict(HOW, steps=3, eval_steps=None, patience=None)
+    for backend in ("bnb", "scratch"):
+        with_it = finetune(base, rows, tmp_path/f"{backend}-a", backend=backend, **how).info["losses"]
+        with monkeypatch.context() as m:
+            m.setattr(training, "rehearse", lambda *a, **k: [])
+            assert finetune(base, rows, tmp_path/f"{backend}-b", backend=backend, **how).info["losses"] == with_it
+
+
+def test_the_rehearsal_stops_before_the_first_step(base, rows, tmp_path, monkeypatch):
+    from qlora_nb.trainer import AdapterTrainer
+    steps, real = [], AdapterTrainer.compute_loss
+    monkeypatch.setattr(AdapterTrainer, "training_step", lambda *a: steps.append(1))
+    monkeypatch.setattr(AdapterTrainer, "compute_loss", lambda self, *a, **k: real(self, *a, **k) + 1)
+    with pytest.raises(QLoRAError, match="the trainer's loss is .* the cross-entropy on the model's own logits"): finetune(base, rows, tmp_path/"run", steps=1, **QUIET)
+    assert not steps
+
+
+def test_tokens_that_the_model_does_not_have(base, rows, tmp_path):
+    tok = load_tokenizer(base)
+    tok.add_tokens(["ticketword"])
+    new = [dict(prompt="a", response="a ticketword")]*2
+    with pytest.raises(QLoRAError, match="row 1: the token 'ticketword' has the number"): finetune(load_model(base, device="cpu"), new, tmp_path/"run", tokenizer=tok, steps=1, **QUIET)
+
+
+# ---- the scores in the end ----
+
+def test_the_evaluation_never_undoes_a_run(base, rows, tmp_path, monkeypatch):
+    "Rows that are cut, rows of which none fits, a long answer that training would leave out, and an error."
+    from qlora_nb import evaluation
+    how = dict(model=base, steps=1, max_length=256, **QUIET)
+    long = [dict(r, prompt=r["prompt"]*12) for r in rows[:12]]
+    assert evaluation.finetune_and_evaluate(long, long="cut", output=tmp_path/"cut", **how).after.n == 1
+    report = evaluation.finetune_and_evaluate(rows, test_data=long, output=tmp_path/"none", **how)
+    assert report.after is None and "12 held-out rows are longer than 256 tokens" in str(report)
+    lengths, real = [], evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda m, t, p, n, **k: lengths.append(n) or real(m, t, p, 2, **k))
+    endless = [*rows[20:], dict(prompt="Go on", response="word "*1500)]
+    report = evaluation.finetune_and_evaluate(rows[:20], test_data=endless, output=tmp_path/"one", **how)
+    assert report.after.n == report.info["eval_rows"] == 4 and max(lengths) <= 256 and len(report.rows) == 4
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: 1/0)
+    with pytest.warns(UserWarning, match="The evaluation failed .*ZeroDivisionError"):
+        report = evaluation.finetune_and_evaluate(rows[:20], test_data=rows[20:], output=tmp_path/"error", **how)
+    assert "The evaluation failed" in str(report) and json.loads((tmp_path/"error"/"run.json").read_text(encoding="utf-8"))["steps"] == 1
+
+
+def test_validation_and_test_are_two_things(base, rows, tmp_path):
+    "eval_data means the same in both calls; what is trained on and judged by is reported; repeated rows stay."
+    from qlora_nb.evaluation import finetune_and_evaluate
+    how = dict(model=base, steps=1, **QUIET)
+    with pytest.warns(UserWarning, match="2 of 4 evaluation rows are training rows too"):
+        report = finetune_and_evaluate(rows[:12] + rows[:3], rows[10:14], output=tmp_path/"a", eval_steps=1, test_data=rows[14:17], **how)
+    assert report.rows == rows[14:17] and report.info["settings"]["rows"] == 15 and len(report.info["eval_losses"]) == 1
+    with pytest.raises(QLoRAError, match="eval-rows is -1"): finetune_and_evaluate(rows, eval_rows=-1, output=tmp_path/"b", **how)
+    report = finetune_and_evaluate(rows[:12] + rows[:12], output=tmp_path/"c", **how)
+    assert report.info["settings"]["rows"] == 22 and len(report.rows) == 1   # its twin is not trained on
+    assert "exact match" in report._repr_markdown_() and repr(report) == str(report)
+
+
+def test_a_damaged_file_is_not_called_a_full_disk(tmp_path):
+    "torch's words for both begin alike."
+    from qlora_nb.failures import is_disk_error
+    torch.save(dict(a=torch.ones(100)), tmp_path/"a.pt")
+    (tmp_path/"a.pt").write_bytes((tmp_path/"a.pt").read_bytes()[:-200])
+    with pytest.raises(RuntimeError) as e: torch.load(tmp_path/"a.pt")
+    assert not is_disk_error(e.value), str(e.value)
+    assert is_disk_error(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
