@@ -11,6 +11,7 @@ from collections import defaultdict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .core import QLoRAError
+from .weights import routers
 
 # %% ../nbs/02_targets.ipynb #1265f1df
 def layer_size(m:nn.Module):  # Any module → `(in_features, out_features)`, or None when it is not linear-like
@@ -32,7 +33,8 @@ def find_targets(model:nn.Module,    # Where to look
     if not isinstance(targets, str): return {t: [n for n in mods if f".{n}".endswith(f".{t}")] for t in targets}
     if targets.lower() != "all-linear": return {targets: [n for n in mods if re.fullmatch(targets, n)]}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return {targets: [n for n,m in mods.items() if layer_size(m) and m is not head]}
+    out = {*routers(model), *getattr(model, "qlora_nb_read", ())}
+    return {targets: [n for n,m in mods.items() if layer_size(m) and m is not head and n not in out]}
 
 # %% ../nbs/02_targets.ipynb #106876a7
 def match_targets(model:nn.Module,              # Where to look
