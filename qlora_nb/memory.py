@@ -38,9 +38,7 @@ class Planned(nn.Module):
         self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)),
                        torch.empty(256), torch.empty(16), torch.empty(())] if four_bit else []
         self.adapter = nn.ParameterList([torch.empty(r, w.shape[1]), torch.empty(w.shape[0], r)] if r else [])
-    @property
-    def weight(self):   # which state-space layers take by themselves
-        return torch.empty(self.shape, dtype=self.dtype) if self.wide is None else self.wide
+    weight = property(lambda self: torch.empty(self.shape, dtype=self.dtype) if self.wide is None else self.wide)   # some take it themselves
     def forward(self, x):
         if self.packed:
             y = Lookup.apply(x.to(self.dtype), self.shape).to(x.dtype).clone()   # PEFT clones a 4-bit layer's output
@@ -149,14 +147,12 @@ def count(cfg, method, rank, targets, optim, dtype, **rest) -> tuple:  # As for 
     key = type(cfg).__name__, str(cfg.to_dict()), str(how)
     if key in COUNTED: return COUNTED[key]
     groups, short = layer_groups(whole(cfg, torch.float32 if method == "full" else dtype)), [Ledger(), Ledger()]
-    few = sorted(i for g in groups for i in g[:2])
-    for k, ledger in enumerate(short, 1): rehearse(cfg, 1, 16*k, checkpointing=False, loss="chunked", **how, keep=few, ledger=ledger)
+    for k, o in enumerate(short, 1): rehearse(cfg, 1, 16*k, checkpointing=False, loss="chunked", **how, keep=[g[0] for g in groups], ledger=o)
     if short[1].operations > 1.2*short[0].operations:
-        raise QLoRAError("it goes from token to token, and on a card by kernels of its own, whose memory is not known.", cfg.model_type,
-                         "Measure a step on a card.")
+        raise QLoRAError("it goes from token to token, on a card by kernels whose memory is not known.", cfg.model_type, "Measure a step on a card.")
     model = skeleton(cfg, method, rank, targets, dtype)
     parts = parts_of(model) | dict(optimizer=sum(state_bytes(p, optim) for p in model.parameters() if p.requires_grad))
-    return COUNTED.setdefault(key, (groups, few, parts))
+    return COUNTED.setdefault(key, (groups, sorted(i for g in groups for i in g[:2]), parts))
 
 def grow(cfg, **how) -> tuple:
     "(parts, moments) of all layers: what stays is counted, what comes and goes is rehearsed with few layers of each kind."
