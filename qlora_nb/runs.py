@@ -103,6 +103,11 @@ def hold_run(folder:Path):  # Made where there is none
         cure = "Choose another --output."
         raise QLoRAError(f"the folder cannot be written ({e.strerror}).", str(folder), cure) from e
     try: yield
+    except KeyboardInterrupt as e:
+        if str(e): raise
+        kept = last_checkpoint(folder/"checkpoints")   # interrupted while the model was loaded or the rows were read
+        raise KeyboardInterrupt(f"{kept.name} is complete: go on from it with --resume (resume=True)." if kept else
+                                "No checkpoint was complete yet, so the run has to start again.") from None
     finally: lock.release()
 
 def open_run(folder:Path, settings:dict, resume:bool):

@@ -528,3 +528,10 @@ def test_a_damaged_file_is_not_called_a_full_disk(tmp_path):
     with pytest.raises(RuntimeError) as e: torch.load(tmp_path/"a.pt")
     assert not is_disk_error(e.value), str(e.value)
     assert is_disk_error(RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"))
+
+
+def test_ctrl_c_while_the_model_is_loaded(base, rows, tmp_path, monkeypatch):
+    import qlora_nb.training as training
+    def stop(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(training, "load_base", stop)
+    with pytest.raises(KeyboardInterrupt, match="No checkpoint was complete"): finetune(base, rows, tmp_path/"run", steps=1, **QUIET)
