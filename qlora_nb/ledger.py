@@ -55,7 +55,8 @@ class Flash(torch.autograd.Function):
     "What fused attention keeps: its inputs, its output and one number a row (Dao et al. 2022, algorithm 1)."
     @staticmethod
     def forward(ctx, q, k, v, mask):
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])   # in MLA, heads of v have a size of their own
+        (B, H, T, D), Dv = q.shape, v.shape[-1]   # in MLA, heads of v have a size of their own
+        out = torch.empty_like(q) if D == Dv else q.new_empty(B, T, H, Dv).transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32), mask)
         return out
     @staticmethod
