@@ -30,11 +30,12 @@ def run(seed, options):
     start, took = time.perf_counter(), {}
     from qlora_nb import evaluation, training
     took["imports"] = round(time.perf_counter() - start, 1)
-    for module, name in ((training, "start_run"), (training, "prepare"), (evaluation, "answer_rows"), (evaluation, "answer_losses")):
+    for module, name in ((training, "start_run"), (training, "prepare"), (evaluation, "answer_rows"), (evaluation, "mark_rows")):
         timed(module, name, took)
     with tempfile.TemporaryDirectory() as folder:
         report = evaluation.finetune_and_evaluate(output=f"{folder}/run", device="cpu", seed=seed, progress=False, **options)
         info = json.loads((report.run.folder/"run.json").read_text(encoding="utf-8"))
+    took["answer_losses"] = took.pop("mark_rows")
     info |= dict(adapter="runs/.../adapter", loss_curve="runs/.../loss.png")   # of a folder that is gone
     took |= dict(training=info["train_seconds"], in_all=round(time.perf_counter() - start, 1))
     return took, info
