@@ -10,16 +10,18 @@ __all__ = ['ONTO', 'Merged', 'ARTICLE', 'check_adapter', 'plain_base', 'out_of_p
 import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
+from .adapters import attach_adapter
 from .card import check_room, model_card, new_folder, read_source
 from .core import QLoRAError, free_memory, pick_dtype
 from .lora import PLAIN
 from .models import load_model, load_tokenizer, locate, quiet
 from .quantization import quantize
+from .stacks import unpack_stacks
 from .templates import begins_with_bos
 
 # %% ../nbs/09_export.ipynb #096fc658
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -41,7 +43,7 @@ def plain_base(base:str, onto:str, trained_in:torch.dtype, device:str|None):
     "A base without quantization, in float32: the original, or the 4-bit one written out."
     if onto == "original": return load_model(base, bits=None, device=device, dtype=torch.float32)
     model = load_model(base, device=device, dtype=trained_in)
-    with quiet(): return model.dequantize(torch.float32).float()
+    with quiet(): return unpack_stacks(model).dequantize(torch.float32).float()
 
 # %% ../nbs/09_export.ipynb #3ea2342f
 def out_of_place(model, source) -> list:   # A PEFT model, and what it was loaded from
@@ -60,8 +62,8 @@ def with_adapter(model, source):   # Of `plain_base`, and of `read_source`
     "The adapter on a plain base. Raises `QLoRAError` when a part of it found no place, or a weight is shared."
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")   # of missing keys, which are counted below
-        try: model = PeftModel.from_pretrained(model, source.folder)
-        except (RuntimeError, ValueError) as e: bad = " ".join(str(e).split())[:300]
+        try: model = attach_adapter(model, source.folder)
+        except (RuntimeError, ValueError, QLoRAError) as e: bad = " ".join(str(e).split())[:300]
         else: bad = ", ".join(out_of_place(model, source)[:3])
     if bad: raise QLoRAError(f"the adapter does not fit '{source.base}' ({bad}).", where=str(source.folder),
                              cure="Give the base that it was trained on: base=...")

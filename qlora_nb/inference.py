@@ -11,13 +11,13 @@ import threading, warnings
 from collections import namedtuple
 from itertools import groupby
 from pathlib import Path
-from .models import load_model, load_tokenizer, quiet
+from .adapters import attach_adapter
+from .models import load_model, load_tokenizer
 from .sampling import check_sampling, penalize, seeded
 from .switching import adapter_folder, check_fits
 
 # %% ../nbs/08_inference.ipynb #d64da45e
 import torch
-from peft import PeftModel
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import TextIteratorStreamer
@@ -149,5 +149,5 @@ def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds 
     folder, notes, named = adapter_folder(folder)
     model = load_model(base or named, device=device, dtype=dtype)
     check_fits(model, folder)
-    with quiet(): model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    model = attach_adapter(model, folder, name)
     return Loaded(model.eval(), load_tokenizer(base or named), notes)
