@@ -11,6 +11,7 @@ __all__ = ['ONTO', 'Merged', 'ARTICLE', 'check_adapter', 'plain_base', 'out_of_p
 import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
+from .adapters import attach_adapter
 from .card import check_room, model_card, new_folder, read_source
 from .core import QLoRAError, free_memory, pick_dtype
 from .dequantized import write_out_4bit
@@ -18,11 +19,12 @@ from .logits import probe, same_logits
 from .lora import PLAIN
 from .models import load_model, load_tokenizer, locate, quiet
 from .quantization import quantize
+from .stacks import unpack_stacks
 from .templates import begins_with_bos
 
 # %% ../nbs/09_export.ipynb #096fc658
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -66,8 +68,8 @@ def with_adapter(model, source):   # Of `plain_base`, and of `read_source`
     "The adapter on a plain base. Raises `QLoRAError` when a part of it found no place, or a weight is shared."
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")   # of missing keys, which are counted below
-        try: model = PeftModel.from_pretrained(model, source.folder)
-        except (RuntimeError, ValueError) as e: bad = " ".join(str(e).split())[:300]
+        try: model = attach_adapter(model, source.folder)
+        except (RuntimeError, ValueError, QLoRAError) as e: bad = " ".join(str(e).split())[:300]
         else: bad = ", ".join(out_of_place(model, source)[:3])
     if bad: raise QLoRAError(f"the adapter does not fit '{source.base}' ({bad}).", where=str(source.folder),
                              cure="Give the base that it was trained on: base=...")
@@ -80,7 +82,7 @@ def written_out(model, source):   # In 4 bits, and of `read_source` → (adapter
     "The adapter on its base in float32, after a proof that its logits are those on the base in 4 bits."
     own = with_adapter(model, source)
     want, dtype = probe(own), own.get_input_embeddings().weight.dtype
-    own = with_adapter(write_out_4bit(own.unload()), source)
+    own = with_adapter(write_out_4bit(unpack_stacks(own.unload())), source)
     same_logits(probe(own), want, dtype, "the base written out of 4 bits is another model", source.base)
     return own, want
 

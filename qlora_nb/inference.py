@@ -11,9 +11,9 @@ import threading, warnings
 from collections import namedtuple
 from itertools import groupby
 from pathlib import Path
-from .models import load_model, load_tokenizer, locate, quiet
+from .adapters import attach_adapter
+from .models import load_model, load_tokenizer, locate
 from .core import QLoRAError, has_native_bf16, pick_device, pick_dtype
-from .rehearsal import not_in_file
 from .runs import content_id
 from .sampling import check_sampling, penalize, seeded
 from .switching import adapter_folder, check_fits
@@ -21,7 +21,6 @@ from .taught import note_ends, stop_ids
 
 # %% ../nbs/08_inference.ipynb #d64da45e
 import torch
-from peft import PeftModel
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import TextIteratorStreamer
@@ -194,10 +193,7 @@ def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds 
     model = load_model(base, device=device, dtype=dtype or trained_dtype(notes, device))
     check_base(folder, base, notes)
     check_fits(model, folder)
-    with quiet(): model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-    if odd := not_in_file(model, folder, name):
-        raise QLoRAError(f"{len(odd)} matrices of adapter and model have no counterpart: {odd[0]}.", str(folder),
-                         "Load the base that it was trained on, with the library that it was trained with.")
+    model = attach_adapter(model, folder, name)
     tokenizer = load_tokenizer(base)
     note_ends(model, tokenizer, notes.get("end_tokens", ()))
     return Loaded(model.eval(), tokenizer, notes)

@@ -116,6 +116,8 @@ def load_scratch(name="smollm2",                # As for `load_model`
     "Load a model and store its linear layers in 4 bits with our own code. Raises `QLoRAError` as `load_model` does."
     model = load_model(name, bits=None, device=device, dtype=dtype)
     quantize_model(model, **how)
+    if (error := misplaced(model)[2]) is not None:   # other code asks a layer for a weight that ours does not have
+        raise QLoRAError(f"its first forward pass fails ({error}).", type(model).__name__, "Use bitsandbytes: load_model.")
     return audit_4bit(model) and model
 
 # %% ../nbs/04_qlora.ipynb #31326cba

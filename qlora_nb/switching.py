@@ -10,7 +10,7 @@ __all__ = ['check_fits', 'find_folder', 'adapter_folder', 'adapter_names', 'free
 # %% ../nbs/07_switching.ipynb #818970d6
 import contextlib, json, shutil, tempfile, warnings
 from pathlib import Path
-from .adapters import describe_adapter
+from .adapters import attach_adapter, describe_adapter
 from .core import QLoRAError
 from .lora import lora_layers, set_adapter
 from .models import quiet
@@ -18,7 +18,6 @@ from .targets import layer_size
 
 # %% ../nbs/07_switching.ipynb #e0512bd5
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 
@@ -81,8 +80,7 @@ def add_adapter_from(model,               # A base, or a model with PEFT's adapt
     have = getattr(model, "qlora_nb_name", base)
     if have != base: warnings.warn(f"{folder.name} was trained on {base}; this is {have}.", stacklevel=2)
     with quiet():
-        if isinstance(model, PeftModel): model.load_adapter(folder, name)
-        else: model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+        model = attach_adapter(model, folder, name)
     return model.eval(), notes
 
 # %% ../nbs/07_switching.ipynb #b8a60025

@@ -42,6 +42,7 @@ def match_targets(model:nn.Module,              # Where to look
                  ) -> list:                     # Names of linear layers, in the order of the model
     "The linear layers that `targets` means. Raises `QLoRAError` for a target that matches none, listing near names."
     found, mods = find_targets(model, targets) or {"": []}, outer_modules(model)
+    found = {t: [n for n in names if ".parametrizations." not in n] for t,names in found.items()}   # packed experts
     linear = sorted({n.split(".")[-1] for n,m in mods.items() if layer_size(m)})
     for t,names in found.items():
         odd = [f"'{n}' ({type(mods[n]).__name__}), which is not linear" for n in names if not layer_size(mods[n])]

@@ -133,11 +133,13 @@ def read_elsewhere(model:nn.Module) -> tuple:   # (names of layers, the error of
     "Linear layers whose weight other code computes with, seen in a forward pass of three tokens."
     found, layers = set(), {m: n for n,m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     layers.pop(getattr(model, "get_output_embeddings", lambda: None)(), None)
-    was, error = {m: type(m) for m in layers}, None
+    was, error, training = {m: type(m) for m in layers}, None, model.training
+    ids = torch.arange(3, 6, device=next(model.parameters()).device)[None]
     for m in layers: m.__class__ = spy_class(was[m], found.add)
-    try: model(input_ids=torch.arange(3, 6, device=next(model.parameters()).device)[None])
+    try: model.train()(input_ids=ids), model.eval()(input_ids=ids)   # the two may take different ways
     except Exception as e: error = e
     finally:
+        model.train(training)
         for m in layers: m.__class__ = was[m]; m.__dict__.pop("inside", None)
     def kind(n): return re.sub(r"\b\d+\b", "*", n)
     kinds = {kind(layers[m]) for m in found}   # a pass that fails in the first block stands for all blocks

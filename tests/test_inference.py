@@ -490,7 +490,8 @@ def test_an_adapter_that_fits_in_part_is_refused(taught, tmp_path):
     tensors = load_file(tmp_path/"adapter"/"adapter_model.safetensors")
     lost = sorted(tensors)[5]
     save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path/"adapter"/"adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(QLoRAError, match=f"1 matrices of adapter and model have no counterpart: {lost}"): load_adapter(tmp_path/"adapter", device="cpu")
+    with pytest.raises(QLoRAError, match=f"1 matrices of the adapter and the model do not belong together: {lost}"):
+        load_adapter(tmp_path/"adapter", device="cpu")
 
 
 def test_the_dtype_of_the_training_is_kept_or_said(taught, monkeypatch):

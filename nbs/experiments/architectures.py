@@ -7,16 +7,28 @@
 `ZOO` names, for each architecture, the config class of transformers and the fields that make it small. Weights are
 random, biases and norms too, and every model builds in milliseconds.
 """
-import transformers
+import json, sys, tempfile, time, warnings
+from pathlib import Path
+
+import torch, transformers
+from bitsandbytes.functional import dequantize_4bit
+from torch.nn.functional import cosine_similarity
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from qlora_nb.adapters import BACKENDS, adapted_layers, adapter_coverage, add_adapters, attach_adapter, save_adapter
+from qlora_nb.core import QLoRAError, Table, set_seed, versions
+from qlora_nb.models import audit_4bit, quiet
+from qlora_nb.stacks import unpack_stacks
 
 BASE = dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, bos_token_id=1,
             eos_token_id=2)
-DENSE = BASE | dict(intermediate_size=96, num_key_value_heads=2)
+DENSE = BASE | dict(intermediate_size=128, num_key_value_heads=2)
 MOE = DENSE | dict(num_experts_per_tok=2, head_dim=16)
 MAMBA = dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, state_size=8, conv_kernel=4, pad_token_id=0,
              bos_token_id=1, eos_token_id=2)
-MLA = MOE | dict(num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
-                 v_head_dim=16, n_routed_experts=4, moe_intermediate_size=32, n_shared_experts=1, n_group=2,
+MLA = MOE | dict(num_key_value_heads=4, q_lora_rank=64, kv_lora_rank=64, qk_rope_head_dim=8, qk_nope_head_dim=16,
+                 v_head_dim=16, n_routed_experts=4, moe_intermediate_size=64, n_shared_experts=1, n_group=2,
                  topk_group=1, first_k_dense_replace=1, num_hidden_layers=3)
 del MLA["head_dim"]
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16)
@@ -30,40 +42,129 @@ ZOO = dict(   # name → (class of the config, its fields)
     gpt_neox=("GPTNeoX", DENSE), gptj=("GPTJ", dict(vocab_size=160, n_positions=64, n_embd=64, n_layer=2, n_head=4, rotary_dim=8)),
     gpt2=("GPT2", dict(vocab_size=160, n_positions=64, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2)),
     gpt_bigcode=("GPTBigCode", dict(vocab_size=160, n_positions=64, n_embd=64, n_layer=2, n_head=4)),
-    opt=("OPT", BASE | dict(ffn_dim=96, max_position_embeddings=64, word_embed_proj_dim=64)),
+    opt=("OPT", BASE | dict(ffn_dim=128, max_position_embeddings=64, word_embed_proj_dim=64)),
     bloom=("Bloom", dict(vocab_size=160, hidden_size=64, n_layer=2, n_head=4)),
     falcon=("Falcon", BASE | dict(alibi=True, bias=True, parallel_attn=False, new_decoder_architecture=False, multi_query=False)),
     falcon_new=("Falcon", BASE | dict(new_decoder_architecture=True, num_kv_heads=2)),
     stablelm=("StableLm", DENSE), smollm3=("SmolLM3", DENSE), olmo2=("Olmo2", DENSE), granite=("Granite", DENSE | dict(logits_scaling=8.)),
     cohere2=("Cohere2", DENSE | dict(head_dim=16)), starcoder2=("Starcoder2", DENSE), glm4=("Glm4", DENSE | dict(head_dim=16)),
     mixtral=("Mixtral", MOE | dict(num_local_experts=4)),
-    qwen2_moe=("Qwen2Moe", MOE | dict(num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32)),
-    qwen3_moe=("Qwen3Moe", MOE | dict(num_experts=4, moe_intermediate_size=32)),
+    qwen2_moe=("Qwen2Moe", MOE | dict(num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64)),
+    qwen3_moe=("Qwen3Moe", MOE | dict(num_experts=4, moe_intermediate_size=64)),
     olmoe=("Olmoe", MOE | dict(num_experts=4)),
     gpt_oss=("GptOss", MOE | dict(num_local_experts=4, sliding_window=16)),
     deepseek_v2=("DeepseekV2", MLA), deepseek_v3=("DeepseekV3", MLA),
-    glm4_moe=("Glm4Moe", MOE | dict(n_routed_experts=4, moe_intermediate_size=32, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1)),
+    glm4_moe=("Glm4Moe", MOE | dict(n_routed_experts=4, moe_intermediate_size=64, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1)),
     granitemoe=("GraniteMoe", DENSE | dict(num_local_experts=4, num_experts_per_tok=2)),
-    granitemoeshared=("GraniteMoeShared", DENSE | dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32)),
-    jetmoe=("JetMoe", BASE | dict(num_key_value_heads=2, kv_channels=16, intermediate_size=96, num_local_experts=4, num_experts_per_tok=2)),
+    granitemoeshared=("GraniteMoeShared", DENSE | dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=64)),
+    jetmoe=("JetMoe", BASE | dict(num_key_value_heads=2, kv_channels=16, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2)),
     phimoe=("Phimoe", DENSE | dict(num_local_experts=4, num_experts_per_tok=2)),
-    llama4=("Llama4Text", MOE | dict(num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=96, attention_chunk_size=32)),
+    llama4=("Llama4Text", MOE | dict(num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=128, attention_chunk_size=32)),
     mamba=("Mamba", MAMBA), falcon_mamba=("FalconMamba", MAMBA),
     mamba2=("Mamba2", MAMBA | dict(num_heads=8, head_dim=16, n_groups=1, chunk_size=8)),
     falcon_h1=("FalconH1", DENSE | MAMBA2),
     bamba=("Bamba", DENSE | dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8, attn_layer_indices=[1])),
     jamba=("Jamba", DENSE | dict(num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
                                  expert_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8, use_mamba_kernels=False)),
-    nemotron_h=("NemotronH", dict(vocab_size=160, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=96,
+    nemotron_h=("NemotronH", dict(vocab_size=160, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=128,
                                   hybrid_override_pattern="M*E-", num_hidden_layers=4, mamba_num_heads=8, mamba_head_dim=16, n_groups=1,
-                                  ssm_state_size=16, chunk_size=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
-                                  moe_shared_expert_intermediate_size=32, n_shared_experts=1, n_group=1, topk_group=1, pad_token_id=0)),
-    qwen3_next=("Qwen3Next", MOE | LINEAR | dict(num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=32, num_hidden_layers=4)),
+                                  ssm_state_size=16, chunk_size=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+                                  moe_shared_expert_intermediate_size=64, n_shared_experts=1, n_group=1, topk_group=1, pad_token_id=0)),
+    qwen3_next=("Qwen3Next", MOE | LINEAR | dict(num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64, num_hidden_layers=4)),
     recurrent_gemma=("RecurrentGemma", DENSE | dict(num_key_value_heads=1, lru_width=64, num_hidden_layers=3, attention_window_size=16)),
-    lfm2=("Lfm2", DENSE | dict(num_hidden_layers=3, full_attn_idxs=[1], block_multiple_of=16)))
+    lfm2=("Lfm2", DENSE | dict(num_hidden_layers=3, full_attn_idxs=[1], block_multiple_of=64)))
 
 
 def config_of(name):
     "The config of one of `ZOO`."
     kind, fields = ZOO[name]
     return getattr(transformers, f"{kind}Config")(**fields)
+
+
+# ---- the way through ----
+
+IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
+COLUMNS = "model backend four_bit wide skipped adapted covered logits cosine adapters_without_gradient reload refused".split()
+
+
+def build(name, folder):
+    "Save a random model of this architecture, none of whose biases and norms is zero or one; returns the folder."
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1: p.add_(torch.randn_like(p)*.02)
+    with quiet(): model.save_pretrained(folder)
+    return folder
+
+
+def written_out(model, folder):
+    "The float model of transformers with the weights of a 4-bit model."
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    mods, stacks = dict(twin.named_modules()), {}
+    for n, m in model.named_modules():
+        if hasattr(m, "parametrizations"): stacks |= {f"{n}.{k}": getattr(m, k).detach() for k in m.parametrizations}
+        if n not in mods or not hasattr(mods[n], "weight") or ".parametrizations" in n: continue
+        state = getattr(getattr(m, "weight", None), "quant_state", None)
+        W = dequantize_4bit(m.weight.data, state) if state else m.dequantize() if hasattr(m, "packed_numel") else None
+        if W is not None: mods[n].weight.data = (W.T if isinstance(mods[n], Conv1D) else W).float().contiguous()
+    for n, W in stacks.items(): twin.get_parameter(n).data = W.clone()
+    return twin
+
+
+def gradients(model):
+    "Logits, and the gradient of every adapter."
+    set_seed(1)
+    for n, p in model.named_parameters():
+        if "lora_B" in n: torch.nn.init.normal_(p.data, std=.1)
+        if "lora_A" in n: torch.nn.init.normal_(p.data, std=.1)
+    out = model.train()(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    return out.logits.detach(), {n.replace("base_model.model.", ""): p.grad for n, p in model.named_parameters() if "lora_" in n}
+
+
+def check(name, backend="bnb", folder=None):
+    "One architecture through one backend: facts, or the sentence with which it was refused."
+    with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings(action="ignore"), quiet():
+        folder, facts = folder or build(name, f"{tmp}/model"), dict(model=name, backend=backend)
+        load = lambda: BACKENDS[backend](folder, device="cpu", dtype=torch.float32)
+        try: model = load()
+        except QLoRAError as e: return facts | dict(refused=e.what)
+        audit = audit_4bit(model)
+        share = {r[0]: r[4] for r in audit.table.rows}
+        facts |= dict(four_bit=len(audit.four_bit), wide=share.get("wide", 0.), skipped=len(audit.skipped))
+        twin = written_out(model, folder)
+        model = add_adapters(model, rank=4, alpha=8, dropout=0.)
+        names = adapted_layers(model)
+        twin = add_adapters(twin, rank=4, alpha=8, targets=names)
+        facts |= dict(adapted=len(names), covered=adapter_coverage(model).rows[-1][3])
+        (y, g), (y_twin, g_twin) = gradients(model), gradients(twin)
+        facts |= dict(logits=((y - y_twin).norm()/y_twin.norm()).item(), adapters_without_gradient=sum(not o.any() for o in g.values()),
+                      cosine=min(cosine_similarity(g[n].flatten(), g_twin[n].flatten(), 0).item() for n in g_twin))
+        with torch.no_grad(): y = model.eval()(input_ids=IDS).logits
+        saved = save_adapter(model, f"{tmp}/adapter", str(folder))
+        again = BACKENDS["bnb"](folder, device="cpu", dtype=torch.float32)
+        again = attach_adapter(again, saved).eval()
+        with torch.no_grad(): facts["reload"] = ((again(input_ids=IDS).logits - y).norm()/y.norm()).item()
+        return facts
+
+
+def right(facts):
+    "Is everything as it should be, or refused in one sentence?"
+    if "refused" in facts: return True
+    return (facts["wide"] < .02 and facts["logits"] < 1e-5 and facts["cosine"] > .99999 and facts["reload"] < 1e-5
+            and not facts["adapters_without_gradient"] and facts["adapted"] > 0)
+
+
+def main(args):
+    names, start = [o for o in args if o in ZOO] or list(ZOO), time.process_time()
+    rows = [check(n, b) for n in names for b in BACKENDS]
+    print(Table([["" if right(r) else "WRONG", *(r.get(c, "") for c in COLUMNS)] for r in rows], ["", *COLUMNS], ".6g"))
+    print(f"{len(rows)} ways, {sum(map(right, rows))} right, {time.process_time() - start:.0f} CPU seconds")
+    if "--save" in args:
+        hardware = dict(cpu=versions()["cpu"], cores=versions()["cores"])
+        path = Path(__file__).parent.parent/"results"/"architectures.json"
+        path.write_text(json.dumps(dict(hardware=hardware, versions=versions(), rows=rows), indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__": main(sys.argv[1:])

@@ -1,0 +1,121 @@
+"Every architecture through the whole way: load, audit in bytes, adapters, a step, save, load again. See nbs/experiments/architectures.py."
+import json, sys
+
+import pytest, torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+from common import ROOT
+sys.path.insert(0, str(ROOT/"nbs"/"experiments"))
+import architectures
+from architectures import IDS, build, check, right
+
+from qlora_nb.adapters import adapted_layers, add_adapters
+from qlora_nb.core import QLoRAError, count_params, stored_results
+from qlora_nb.models import audit_4bit, load_model, nf4_config, quiet
+from qlora_nb.qlora import load_scratch
+from qlora_nb.weights import acts_linear, list_weights, routers
+
+FAST = "qwen3 gemma2 gpt2 falcon mixtral qwen3_moe gpt_oss deepseek_v3 jetmoe phimoe mamba mamba2 nemotron_h qwen3_next".split()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    def get(name):
+        if name not in made: made[name] = build(name, str(tmp_path_factory.mktemp(name)))
+        return made[name]
+    return get
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("backend", ["bnb", "scratch"])
+def test_the_whole_way(name, backend, folders):
+    facts = check(name, backend, folders(name))
+    assert right(facts), facts
+    if "refused" in facts: assert backend == "scratch" and name in ("mamba", "mamba2"), facts
+
+
+def test_the_stored_matrix():
+    rows = stored_results("architectures")["rows"]
+    assert {r["model"] for r in rows} == set(architectures.ZOO) and len(architectures.ZOO) > 40
+    assert all(map(right, rows)), [r for r in rows if not right(r)]
+
+
+def raw(folder): return AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4_config(torch.float32), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3", "nemotron_h"])
+def test_wide_experts_do_not_pass(name, folders):
+    "Every linear layer is in 4 bits, and most of the weights are not."
+    with quiet(): model = raw(folders(name))
+    with pytest.raises(QLoRAError, match=r"\d\d% of the weights are not in NF4; the largest is model\.layers\.\d\..*experts\.\w+ \([\d,]+ bytes\)"):
+        audit_4bit(model)
+
+
+@pytest.mark.parametrize("load", [load_model, load_scratch])
+def test_every_number_is_in_the_table(load, folders):
+    model = load(folders("deepseek_v3"), device="cpu", dtype=torch.float32)
+    want = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folders("deepseek_v3")).parameters())
+    rows = audit_4bit(model).table.rows
+    assert sum(int(r[2].replace(",", "")) for r in rows) == want == count_params(model).total == sum(w.numel for w in list_weights(model))
+    assert abs(sum(r[4] for r in rows) - 1) < 1e-9
+
+
+def test_routers_stay_wide(folders):
+    for name, n in (("jetmoe", 4), ("phimoe", 2)):
+        for load in (load_model, load_scratch):
+            model = load(folders(name), device="cpu", dtype=torch.float32)
+            assert len(routers(model)) == n and all(isinstance(model.get_submodule(o), torch.nn.Linear) for o in routers(model))
+            assert not set(routers(model)) & set(adapted_layers(add_adapters(model, 2)))
+    assert not acts_linear(load_model(folders("phimoe"), device="cpu").model.layers[0].mlp.router)
+
+
+@pytest.mark.parametrize("load", [load_model, load_scratch])
+@pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj", "up_proj"], "all-linear"])
+def test_shared_and_dense_layers_keep_their_adapters(targets, load, folders):
+    "PEFT takes these names for experts, and would put nothing on the dense MLP and the shared expert."
+    model = add_adapters(load(folders("deepseek_v3"), device="cpu", dtype=torch.float32), 2, targets=targets, dropout=.1)
+    names = adapted_layers(model)
+    for o in ("model.layers.0.mlp.", "model.layers.1.mlp.shared_experts."):
+        for t in ["gate_proj", "up_proj", "down_proj"] if targets == "all-linear" else targets: assert o + t in names
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def test_what_peft_refuses_is_left_out_and_said(folders):
+    model = load_model(folders("falcon_h1"), device="cpu", dtype=torch.float32)
+    with pytest.raises(QLoRAError, match="out_proj cannot have an adapter"): add_adapters(model, 2, targets=["out_proj"])
+    with pytest.warns(UserWarning, match="out_proj of FalconH1ForCausalLM cannot have an adapter and is left out"): model = add_adapters(model, 2)
+    assert not [n for n in adapted_layers(model) if n.endswith("out_proj")]
+
+
+def as_stored(folder, tmp_path, **q):
+    "A copy of a folder's config that says how its weights are quantized."
+    config = json.loads((ROOT/folder/"config.json").read_text(encoding="utf-8")) | dict(quantization_config=q)
+    (tmp_path/"config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("q, says", [(dict(quant_method="mxfp4"), "MXFP4"), (dict(quant_method="fp8", weight_block_size=[128, 128]), "FP8"),
+    (dict(quant_method="gptq", bits=4), "GPTQ"), (dict(quant_method="awq", bits=4), "AWQ"),
+    (dict(quant_method="bitsandbytes", load_in_4bit=True, bnb_4bit_quant_type="fp4"), "FP4"),
+    (dict(quant_method="bitsandbytes", load_in_8bit=True), r"INT8 \(BITSANDBYTES\)")])
+@pytest.mark.parametrize("bits", [4, None])
+def test_other_formats_are_refused_before_loading(q, says, bits, folders, tmp_path):
+    with pytest.raises(QLoRAError, match=rf"quantized already, in {says}, .*bfloat16"):
+        load_model(as_stored(folders("qwen3"), tmp_path, **q), bits, device="cpu")
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("theirs, ours", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_an_nf4_folder_computes_in_the_type_asked_for(theirs, ours, double, folders, tmp_path):
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=theirs)
+    with quiet():
+        AutoModelForCausalLM.from_pretrained(folders("qwen3"), dtype=theirs, quantization_config=how).save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu", dtype=ours)
+    audit = audit_4bit(model)
+    assert len(audit.four_bit) == 14 and {r[0] for r in audit.table.rows if r[0].startswith("NF4")} == {"NF4" + " + double quantization"*double}
+    assert {m.compute_dtype for m in model.modules() if hasattr(m, "compute_dtype")} == {ours} == {p.dtype for p in model.parameters()} - {torch.uint8}
+    plain = load_model(tmp_path, None, device="cpu", dtype=ours)
+    assert not getattr(plain.config, "quantization_config", None) and {p.dtype for p in plain.parameters()} == {ours}
+    with torch.no_grad(): a, b = (m.train()(input_ids=IDS).logits.float() for m in (model, plain))
+    assert (a - b).norm() < (1e-5 if ours == torch.float32 else .02)*b.norm()
