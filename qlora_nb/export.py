@@ -15,6 +15,7 @@ from .adapters import attach_adapter
 from .card import check_room, model_card, new_folder, read_source
 from .core import QLoRAError, free_memory, pick_dtype
 from .dequantized import write_out_4bit
+from .inference import check_base
 from .logits import probe, same_logits
 from .lora import PLAIN
 from .models import load_model, load_tokenizer, locate, quiet
@@ -139,9 +140,10 @@ def export_tokenizer(source) -> tuple:   # (tokenizer, is the prompt's frame kno
     return tok, bool(tok.chat_template)
 
 # %% ../nbs/09_export.ipynb #d900cd72
-def generation_ids(tokenizer, was) -> GenerationConfig:   # `was`: of the base, or None
-    "Generation settings that hold token ids alone; a text ends where the tokenizer or the base says so."
-    ends = [tokenizer.eos_token_id, getattr(was, "eos_token_id", None)]
+def generation_ids(tokenizer, was, taught=()) -> GenerationConfig:   # `was`: of the base, or None; `taught`: end tokens
+    "Generation settings that hold token ids alone; a text ends where the tokenizer, the base or the training says so."
+    known = tokenizer.get_vocab()
+    ends = [tokenizer.eos_token_id, getattr(was, "eos_token_id", None), [known[o] for o in taught if o in known]]
     ends = list(dict.fromkeys(i for o in ends if o is not None for i in (o if isinstance(o, list) else [o])))
     return GenerationConfig(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
                             eos_token_id=ends[0] if len(ends) == 1 else ends)
@@ -160,6 +162,7 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
     check_adapter(source)
     trained_in = as_dtype(trained_in or source.notes.get("dtype") or pick_dtype(device), source.base)
     dtype, (tok, chat) = as_dtype(dtype, source.base), export_tokenizer(source)
+    check_base(source.folder, source.base, source.notes)
     base_model = plain_base(source.base, onto, trained_in, device)
     model, want = (with_adapter(base_model, source), None) if onto == "original" else written_out(base_model, source)
     if want is None: want = probe(model)
@@ -168,7 +171,7 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
     model = model.unload().eval()
     for p in model.parameters(): p.data = p.data.to(dtype)   # buffers, such as those of rotary angles, stay exact
     if onto != "4bit": same_logits(probe(model), want, max(dtype, trained_in, key=lambda o: torch.finfo(o).eps), "the merged model is another", source.base)
-    model.generation_config = generation_ids(tok, model.generation_config)
+    model.generation_config = generation_ids(tok, model.generation_config, source.notes.get("end_tokens", ()))
     return Merged(model, tok, chat, facts, want)
 
 # %% ../nbs/09_export.ipynb #98ddc01a

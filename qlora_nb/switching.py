@@ -13,7 +13,8 @@ from pathlib import Path
 from .adapters import attach_adapter, describe_adapter
 from .core import QLoRAError
 from .lora import lora_layers, set_adapter
-from .models import quiet
+from .models import locate, quiet
+from .runs import content_id
 from .targets import layer_size
 
 # %% ../nbs/07_switching.ipynb #e0512bd5
@@ -79,8 +80,9 @@ def add_adapter_from(model,               # A base, or a model with PEFT's adapt
     free_name(model, name), check_fits(model, folder)
     have = getattr(model, "qlora_nb_name", base)
     if have != base: warnings.warn(f"{folder.name} was trained on {base}; this is {have}.", stacklevel=2)
-    with quiet():
-        model = attach_adapter(model, folder, name)
+    elif notes.get("base_sha256") and notes["base_sha256"] != (content_id(locate(have)) or notes["base_sha256"]):
+        warnings.warn(f"{folder.name} was trained on other weights than {have} has now.", stacklevel=2)
+    with quiet(): model = attach_adapter(model, folder, name)
     return model.eval(), notes
 
 # %% ../nbs/07_switching.ipynb #b8a60025

@@ -127,7 +127,7 @@ def test_hub_rows_are_checked(monkeypatch):
     ("lists.json", '{"prompt": ["Hi", "Hi"], "response": ["Hello", "Hello"]}'),
     ("semicolon.csv", "prompt; response\nHi;Hello\nHi;Hello\n"), ("tabs.tsv", "prompt\tresponse\nHi\tHello\nHi\tHello\n"),
     ("utf16.csv", "prompt,response\nHi,Hello\nHi,Hello\n".encode("utf-16")), ("utf16.jsonl", f"{GOOD}\n{GOOD}".encode("utf-16")),
-    ("packed.jsonl.gz", gzip.compress(f"{GOOD}\n{GOOD}".encode(), mtime=0)), ("packed.csv.gz", gzip.compress(b"prompt,response\nHi,Hello\nHi,Hello")),
+    ("packed.jsonl.gz", gzip.compress(f"{GOOD}\n{GOOD}".encode(), mtime=0)), ("packed.csv.gz", gzip.compress(b"prompt,response\nHi,Hello\nHi,Hello", mtime=0)),
 ])
 def test_good_file(name, content, tmp_path):
     (tmp_path/name).write_bytes(content if isinstance(content, bytes) else content.encode())
