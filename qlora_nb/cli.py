@@ -19,8 +19,9 @@ def run_options(p:argparse.ArgumentParser):
     add("--model", default="smollm2", help="'smollm2', a local folder or a Hub id")
     add("--data", nargs="+", default="tickets",
         help=f"'tickets', a .jsonl, .json, .csv, .tsv or .parquet file, or a Hub data set id; {data}")
-    add("--eval-data", default=None, help="rows to evaluate on (none: the tickets' held-out split, or a tenth of the data)")
-    add("--eval-rows", type=int, default=64, help="evaluate on at most so many rows; 0: do not evaluate")
+    add("--test-data", default=None, help="rows for the scores before and after (none: --eval-data, or the tickets' held-out "
+        "split, or a tenth of the data)")
+    add("--eval-rows", type=int, default=64, help="score at most so many rows; 0: no scores")
     add("--output", default=None, help="folder of the run (none: runs/DATE-TIME; with --resume, the latest run)")
     add("--device", default=None, help="cuda, mps or cpu (none: the best one here)")
     add("--seed", type=int, default=0, help="seed of data order, adapters and dropout")

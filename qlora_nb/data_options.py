@@ -42,6 +42,7 @@ def name_sources(o:dict) -> dict:
     given = [o["data"]] if isinstance(o["data"], str) else o["data"]
     o["data"] = one(given[0]) if len(given) == 1 else list(map(one, given))
     if isinstance(o["data"], tuple): o["data"] = [o["data"]]
-    if o["eval_data"]: o["eval_data"] = Source(o["eval_data"], **how)
+    for k in ("eval_data", "test_data"):
+        if o.get(k): o[k] = Source(o[k], **how)
     if template: o["template"] = template
     return o
