@@ -123,8 +123,12 @@ def told_of(source:str):  # A file, or "eval_data"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try: yield
-        except QLoRAError as e: raise QLoRAError(e.what, ", ".join(filter(None, [source, e.where])), e.cure) from e
-    for w in caught: warnings.warn(f"{source}: {w.message}", w.category, stacklevel=3)
+        except QLoRAError as e:
+            known = source in (e.where or "")   # rows that come from a file know it themselves
+            raise QLoRAError(e.what, e.where if known else ", ".join(filter(None, [source, e.where])), e.cure) from e
+    for w in caught:
+        said = str(w.message)
+        warnings.warn(said if source in said else f"{source}: {said}", w.category, stacklevel=3)
 
 # %% ../nbs/06_schedule.ipynb #2afc4f61
 def name_rows(drawn:list, examples:list, rows:list) -> str:
