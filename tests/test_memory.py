@@ -68,7 +68,7 @@ def test_what_cannot_be_planned_says_so(cfg, said):
 
 
 def test_experts_are_wide_in_one_layer_at_a_time():
-    p, q = (plan(MixtralConfig(**MOE | dict(hidden_size=256), num_local_experts=16, num_hidden_layers=n), 1, 16) for n in (3, 6))
+    p, q = (plan(MixtralConfig(**MOE | dict(hidden_size=256, num_hidden_layers=n), num_local_experts=16), 1, 16) for n in (3, 6))
     stack = 2*16*3*256*256                                    # the experts of one layer in 16 bits
     assert p.moments["forward"][0] - sum(p.parts[k] for k in ("4-bit weights", "scales", "16-bit weights", "adapters", "optimizer")) > .5*stack
     growth = (q.moments["forward"][1] - p.moments["forward"][1])/3
