@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOW', 'HIGH', 'BUILT', 'on_card', 'Ledger', 'Flash', 'Autocast', 'config_of', 'whole', 'blocks_of', 'layer_groups',
-           'some_layers', 'Unpacked', 'pack_experts']
+           'some_layers', 'Unpacked', 'unpacked_in', 'pack_experts']
 
 # %% ../nbs/04_ledger.ipynb #36234e6e
-import copy, weakref
+import contextlib, copy, weakref
 
 # %% ../nbs/04_ledger.ipynb #d87a764b
 import torch
@@ -135,15 +135,40 @@ def some_layers(model, keep:list) -> nn.Module:
 
 # %% ../nbs/04_ledger.ipynb #1a9eef6e
 class Unpacked(nn.Module):
-    "Stands in for the unpacking of a stack of experts in 4 bits (`bitsandbytes.nn.parametrize`)."
+    "Stands in for a stack of experts in 4 bits: wide while its module computes, and made again in the backward pass."
+    wide = None
     def __init__(self, shape, dtype:torch.dtype):
         super().__init__()
         self.shape, self.dtype, blocks = shape, dtype, -(-shape.numel()//64)
         self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)), torch.empty(256), torch.empty(16), torch.empty(())]
-    def forward(self, packed): return packed.new_empty(self.shape, dtype=self.dtype)
+    @torch.no_grad()
+    def forward(self, packed):
+        if self.wide is None: self.wide = packed.new_empty(self.shape, dtype=self.dtype)
+        return self.wide
 
+def unpacked_in(m): return [s for o in getattr(m, "parametrizations", {}).values() for s in o if isinstance(s, Unpacked)]
+
+def _keeps_none(m):
+    "What autograd keeps of a view into a wide stack: its place."
+    def pack(t):
+        mine = [s for s in unpacked_in(m) if s.wide is not None and s.wide.untyped_storage()._cdata == t.untyped_storage()._cdata]
+        return (mine[0], t.size(), t.stride(), t.storage_offset()) if mine else t
+    def unpack(o): return o[0].scales[0].new_empty(o[0].shape, dtype=o[0].dtype).as_strided(*o[1:]) if isinstance(o, tuple) else o
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+def _before(m, args):
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)   # of checkpointing, which keeps nothing anyway
+    m.__dict__.setdefault("open", []).append(_keeps_none(m) if outer is None else contextlib.nullcontext())
+    m.open[-1].__enter__()
+
+def _after(m, args, out):
+    m.open.pop().__exit__(None, None, None)
+    for s in unpacked_in(m): s.wide = None
+
+# %% ../nbs/04_ledger.ipynb #f4716204
 def pack_experts(m:nn.Module, dtype):
     for name, p in [o for o in m.named_parameters(recurse=False) if o[1].ndim > 2 and not isinstance(m, _ConvNd)]:
         delattr(m, name)
         setattr(m, name, nn.Parameter(torch.empty(-(-p.numel()//2), dtype=torch.uint8), requires_grad=False))
         parametrize.register_parametrization(m, name, Unpacked(p.shape, dtype), unsafe=True)
+    if unpacked_in(m): m.register_forward_pre_hook(_before), m.register_forward_hook(_after, always_call=True)

@@ -65,3 +65,11 @@ def test_a_large_mixture_of_experts_is_counted_whole():
                                        (JetMoeConfig(**{k: v for k, v in MOE.items() if k != "num_attention_heads"}, kv_channels=32), "cannot be rehearsed")])
 def test_what_cannot_be_planned_says_so(cfg, said):
     with pytest.raises(QLoRAError, match=f"{cfg.model_type}: .*{said}"): plan(cfg, 1, 64)
+
+
+def test_experts_are_wide_in_one_layer_at_a_time():
+    p, q = (plan(MixtralConfig(**MOE | dict(hidden_size=256, num_hidden_layers=n), num_local_experts=16), 1, 16) for n in (3, 6))
+    stack = 2*16*3*256*256                                    # the experts of one layer in 16 bits
+    assert p.moments["forward"][0] - sum(p.parts[k] for k in ("4-bit weights", "scales", "16-bit weights", "adapters", "optimizer")) > .5*stack
+    growth = (q.moments["forward"][1] - p.moments["forward"][1])/3
+    assert growth < .4*stack, (growth, stack)                 # packed, with a little activation, and nothing wide
