@@ -119,3 +119,26 @@ def test_an_nf4_folder_computes_in_the_type_asked_for(theirs, ours, double, fold
     assert not getattr(plain.config, "quantization_config", None) and {p.dtype for p in plain.parameters()} == {ours}
     with torch.no_grad(): a, b = (m.train()(input_ids=IDS).logits.float() for m in (model, plain))
     assert (a - b).norm() < (1e-5 if ours == torch.float32 else .02)*b.norm()
+
+
+@pytest.mark.parametrize("name, backend", [("deepseek_v3", "bnb"), ("qwen3_next", "scratch"), ("mixtral", "bnb")])
+def test_what_finetune_saves_loads_and_merges(name, backend, tmp_path, monkeypatch):
+    from common import small_tokenizer
+    from qlora_nb.export import merge_and_save
+    from qlora_nb.inference import load_adapter
+    from qlora_nb.tickets import make_tickets
+    from qlora_nb.training import finetune
+    tok, (kind, fields) = small_tokenizer(), architectures.ZOO[name]
+    monkeypatch.setitem(architectures.ZOO, name, (kind, fields | dict(vocab_size=len(tok), max_position_embeddings=512)))
+    base = build(name, str(tmp_path/"base"))
+    tok.save_pretrained(base)
+    run = finetune(base, make_tickets("train")[:8], output=tmp_path/"run", steps=2, device="cpu", backend=backend, progress=False,
+                   batch_size=2, max_length=256, dropout=.05)
+    def logits(m):
+        with torch.no_grad(): return m.eval()(input_ids=IDS + 100).logits.float()
+    y = logits(run.model)
+    assert torch.equal(logits(load_adapter(tmp_path/"run", device="cpu").model), y)
+    merge_and_save(tmp_path/"run", tmp_path/"merged", dtype="float32")
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path/"merged", dtype=torch.float32))
+    bfloat16 = run.model.get_input_embeddings().weight.dtype == torch.bfloat16   # what this processor trained in
+    assert (merged - y).norm() < (.02 if bfloat16 else 1e-5)*y.norm()
