@@ -58,7 +58,8 @@ def dropout_in(model) -> bool:
     "Does training this model draw random numbers?"
     config = model.get_decoder().config
     named = any(getattr(config, o, 0) for o in ("attention_dropout", "attn_pdrop", "hidden_dropout", "resid_pdrop", "embd_pdrop"))
-    return named or any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+    ours = (o["lora_dropout"] for m in model.modules() for o in getattr(m, "hyper", {}).values())   # of `03_lora`
+    return named or any(ours) or any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
 
 def windowed(config) -> bool:
     "Do some layers of this architecture see a part of the row only?"

@@ -19,7 +19,7 @@ from .core import QLoRAError, count_params
 from .adapters import read_adapter, save_lora
 from .logits import evaluating, own_loss, picked_logits, plain_head
 from .optimizers import mixed_precision, pick_optimizer
-from .prefix import dropout_in, hidden_states
+from .prefix import hidden_states
 from .qlora import is_scratch
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -106,10 +106,10 @@ class SureTrainer(AdapterCheckpoints):
         if self.own or self.model.device.type == "cpu" and triton_everywhere():
             return Trainer.compute_loss(self, model, inputs, return_outputs, n)
         if self.sure or return_outputs: return super().compute_loss(model, inputs, return_outputs, n)
-        try: loss, out = super().compute_loss(model, inputs, True, n)
+        try: loss = super().compute_loss(model, inputs, False, n)
         except AttributeError as e: why = str(e)   # it asks the config for a name that is not there
         else:
-            if not (why := self.off(batch, loss, out, n)):
+            if not (why := self.off(batch, n)):
                 self.sure = True
                 return loss
         warnings.warn(f"trained on the model's own loss, not on TRL's ({why})")
@@ -122,12 +122,11 @@ def tolerance(dtype:torch.dtype) -> float:
     return max(1e-3, torch.finfo(dtype).eps)
 
 @patch
-def off(self:SureTrainer, batch, loss, out, n) -> str|None:  # Of `compute_loss`; the outputs, and labels to divide by
-    "What is wrong with a loss, or None."
-    with self.accelerator.autocast():
-        if dropout_in(self.model):
-            with evaluating(self.model): loss, out = SFTTrainer.compute_loss(self, self.model, dict(batch), True, n)
-        with torch.no_grad(): want = own_loss(self.model, batch, n).item()
+def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
+    "What is wrong with TRL's loss of a batch, or None."
+    with self.accelerator.autocast(), evaluating(self.model):   # without dropout, which would draw random numbers
+        loss, out = SFTTrainer.compute_loss(self, self.model, dict(batch), True, n)
+        want = own_loss(self.model, batch, n).item()
     if (aux := getattr(out, "aux_loss", None)) is not None:   # of the routers, which is no part of it
         steps = self.current_gradient_accumulation_steps if n is not None else 1
         loss = loss - self.router_aux_loss_coef*aux/steps
