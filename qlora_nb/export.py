@@ -70,7 +70,8 @@ def with_adapter(model, source):   # Of `plain_base`, and of `read_source`
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")   # of missing keys, which are counted below
         try: model = attach_adapter(model, source.folder)
-        except (RuntimeError, ValueError, QLoRAError) as e: bad = " ".join(str(e).split())[:300]
+        except QLoRAError as e: bad = e.what
+        except (RuntimeError, ValueError) as e: bad = " ".join(str(e).split())[:300]
         else: bad = ", ".join(out_of_place(model, source)[:3])
     if bad: raise QLoRAError(f"the adapter does not fit '{source.base}' ({bad}).", where=str(source.folder),
                              cure="Give the base that it was trained on: base=...")

@@ -12,7 +12,7 @@ from collections import namedtuple
 from itertools import groupby
 from pathlib import Path
 from .adapters import attach_adapter
-from .models import load_model, load_tokenizer, locate
+from .models import load_model, load_tokenizer, locate, quiet
 from .core import QLoRAError, has_native_bf16, pick_device, pick_dtype
 from .runs import content_id
 from .sampling import check_sampling, penalize, seeded
