@@ -152,7 +152,7 @@ def test_home(tmp_path, monkeypatch):
 
 
 def test_rows_keep_their_number_and_bad_ones_are_counted(tmp_path):
-    (path := tmp_path/"a.jsonl").write_text("\n\n".join([GOOD, "{", GOOD, json.dumps(dict(prompt="a")), GOOD, json.dumps(dict(prompt="b"))]))
+    (path := tmp_path/"a.jsonl").write_text("\n\n".join([GOOD, "{", GOOD, json.dumps(dict(prompt="a")), GOOD, json.dumps(dict(prompt="b"))]), encoding="utf-8")
     with pytest.raises(QLoRAError, match="row 2: this is not valid JSON.*--skip-bad-rows"): load_rows(path)
     with pytest.warns(UserWarning) as said: rows = load_rows(path, skip_bad_rows=True)
     assert [o.number for o in rows] == [1, 3, 5] and {o.source for o in rows} == {str(path)}
@@ -238,17 +238,16 @@ def test_any_text_survives_a_file(rows, tmp_path_factory):
 
 def test_options_of_data_reach_the_rows(tmp_path):
     from qlora_nb.cli import finetune_options
-    from qlora_nb.evaluation import train_and_held_out
     (path := tmp_path/"a.csv").write_text("q;a;c\n" + "".join(f"What is {i}?;{i};x\n" for i in range(40)) + "lost\n", encoding="utf-8")
     (tmp_path/"own.jinja").write_text("{{ messages }}", encoding="utf-8")
     o = finetune_options(["--data", str(path), "--columns", "prompt=q,response=a", "--system", "S", "--skip-bad-rows", "--eval-data", str(path),
                           "--chat-template", str(tmp_path/"own.jinja")])
     assert o["template"] == "{{ messages }}" and not {"columns", "system", "skip_bad_rows", "data_config", "data_split", "chat_template"} & set(o)
-    with pytest.warns(UserWarning) as said: rows, held = train_and_held_out(o["data"], o["eval_data"], 5, 0)
-    assert rows[39] == dict(system="S", prompt="What is 39?", response="39") and rows[39].number == 40 and len(held) == 5
+    with pytest.warns(UserWarning) as said: rows, held = load_rows(o["data"]), load_rows(o["eval_data"])
+    assert rows[39] == dict(system="S", prompt="What is 39?", response="39") and rows[39].number == 40 and held == rows
     said = [str(o.message) for o in said]
     assert sum("not used: `c` (40 rows" in o for o in said) == 2 and sum("has 1 fields, but the header has 3 (1 row, the first is row 41)" in o for o in said) == 2
-    assert finetune_options([])["data"] == "tickets" and len(train_and_held_out(finetune_options([])["data"], None, 5, 0)[0]) == 800
+    assert len(load_rows(finetune_options([])["data"])) == 800 and finetune_options([])["data"] == "tickets"
     o = finetune_options(["--data", f"{path}:0.5", "tickets:.25", "--columns", "prompt=q,response=a"])
     assert o["data"] == [(str(path), .5), ("tickets", .25)]
     o = finetune_options(["--data", "someone/x", "--data-config", "main", "--data-split", "train_sft"])
