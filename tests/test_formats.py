@@ -7,6 +7,7 @@ from unittest.mock import patch
 import datasets, pyarrow as pa, pyarrow.parquet as pq, pytest, tokenizers, trl
 from hypothesis import given, settings, strategies as st
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from qlora_nb.core import QLoRAError
 from qlora_nb.data import (answer_of, as_messages, digest, encode, encode_prompt, encode_rows, is_large, load_rows,
@@ -273,6 +274,12 @@ REFUSED_CHATS = REFUSED | {"gptoss": "without an end token", "qwen3": "changes",
 BEFORE = {"muse_glimmer": "<|start|>assistant", "qwen2_5": "\n"}
 
 
+def needs_new_messages(name):
+    "LFM2's newer template reads `thinking`, and no None: older transformers hand it what stands in the row."
+    if name == "lfm2_2_5" and not hasattr(chat_template_utils, "_REASONING_FIELDS"):
+        pytest.skip("this transformers does not put messages right for a template")
+
+
 def dressed(t, source):
     t = copy(t)
     t.chat_template = source
@@ -372,6 +379,7 @@ WRITES = {"qwen2_5": '<tool_call>\n{"name": "weather", "arguments": {"city": "Ly
 def test_tool_calls_as_trl(name, stand_in, theirs):
     "The call and the end after it are taught; TRL's marks agree but for a piece of the frame."
     if not SOURCES: pytest.skip("this TRL ships no templates")
+    needs_new_messages(name)
     t = dressed(stand_in, SOURCES[name])
     ours = encode(load_rows([TOOL_ROW])[0], t)
     frame = {("\n", "before"), ("<think>\n\n</think>\n\n", "before")}
@@ -400,6 +408,7 @@ def test_calls_that_a_template_does_not_write_are_refused(stand_in, tok):
                                           ("qwen3_6", "Two and two.\n</think>\n\n4"), ("glm4moe_training", "<think>Two and two.</think>\n4")])
 def test_reasoning_as_trl(name, thought, stand_in, theirs):
     if not SOURCES: pytest.skip("this TRL ships no templates")
+    needs_new_messages(name)
     t, row = dressed(stand_in, SOURCES[name]), dict(messages=[dict(role="user", content="2+2?"), dict(role="assistant", content="4", reasoning_content="Two and two.")])
     ours = encode(load_rows([row])[0], t)
     assert differences(ours, theirs(row, t, assistant_only_loss=True), t) - {("<think>\n", "before")} <= NEVER

@@ -185,3 +185,11 @@ def test_each_module_imports_alone(tmp_path):
     r = subprocess.run([sys.executable, "-c", ALONE, *names], cwd=tmp_path, capture_output=True, text=True)
     failed = [line for line in r.stderr.splitlines() if line.startswith(tuple(f"{o}: " for o in names))]
     assert r.returncode == 0 and not failed, r.stderr
+
+
+def test_phases_of_the_main_job_exist():
+    "The script that times the main job wraps functions by name."
+    import importlib, sys
+    sys.path.insert(0, str(ROOT/"nbs"/"experiments"))
+    for module, name in importlib.import_module("main_job").PHASES:
+        assert callable(getattr(importlib.import_module(f"qlora_nb.{module}"), name)), (module, name)

@@ -12,6 +12,7 @@ import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+PHASES = ("training", "load_base"), ("training", "prepare"), ("evaluation", "answer_rows"), ("evaluation", "mark_rows")
 FILES = {"AVX512-BF16": "finetune_cpu", "AVX2": "finetune_cpu_avx2"}
 
 
@@ -30,8 +31,7 @@ def run(seed, options):
     start, took = time.perf_counter(), {}
     from qlora_nb import evaluation, training
     took["imports"] = round(time.perf_counter() - start, 1)
-    for module, name in ((training, "start_run"), (training, "prepare"), (evaluation, "answer_rows"), (evaluation, "mark_rows")):
-        timed(module, name, took)
+    for module, name in PHASES: timed({"training": training, "evaluation": evaluation}[module], name, took)
     with tempfile.TemporaryDirectory() as folder:
         report = evaluation.finetune_and_evaluate(output=f"{folder}/run", device="cpu", seed=seed, progress=False, **options)
         info = json.loads((report.run.folder/"run.json").read_text(encoding="utf-8"))
