@@ -16,7 +16,8 @@ from types import SimpleNamespace
 
 # %% ../nbs/00_core.ipynb #6cef6569
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")    # pages of 2 MB on a CPU
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # a thread that waits sleeps, and leaves its core to others
+if "OMP_WAIT_POLICY" not in os.environ:               # a thread that waits looks a few times, then sleeps
+    os.environ |= dict(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "10000"))
 
 # %% ../nbs/00_core.ipynb #3e7e9c4b
 import numpy as np, torch

@@ -36,7 +36,7 @@ def pytest_xdist_auto_num_workers(config): return max(1, min(cores(), free_memor
 # worker knows how many there are: a value set in the process that starts them would be what they inherit.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if _workers > 1: os.environ.update({o: str(max(1, cores()//_workers)) for o in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits leaves its core to the others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that waits leaves its core to the others at once
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 
