@@ -105,15 +105,15 @@ def model_tensors(model:torch.nn.Module):  # Yields each tensor that the model k
 def model_bytes(model:torch.nn.Module  # Any module, quantized or not
                ) -> int:               # Bytes of all that it keeps: weights, scales, codebooks, buffers
     "Bytes that `model` occupies, each storage counted once."
-    seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model_tensors(model)}
+    seen = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in model_tensors(model)}
     return sum(seen.values())
 
 # %% ../nbs/00_core.ipynb #eae245a3
 def fmt_bytes(n:float  # A number of bytes
              ) -> str: # Three significant digits with a decimal unit: 1 MB is 10**6 bytes
     "Bytes for people."
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 999.5 or unit == "GB": return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(n) < 999.5 or unit == "TB": return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
 
 # %% ../nbs/00_core.ipynb #6bb0657b

@@ -17,7 +17,7 @@ from .core import QLoRAError, Table, fmt_bytes, free_memory, model_bytes, peak_m
 from .data import answer_of, as_messages, digest, encode_prompt, exact_match, field_scores, load_rows
 from .dequantized import dequantized
 from .inference import generate
-from .intervals import interval
+from .intervals import interval, paired_interval
 from .runs import write_json
 from .schedule import NamedRows, check_positive, pick_rows, run_length, say_overlap, source_of
 from .taught import stop_ids
@@ -40,7 +40,7 @@ def answer_rows(model, tokenizer, rows, template="auto", batch_size=64, progress
     return [(known | dict(zip(rest, made)))[i] for i in range(len(rows))]
 
 # %% ../nbs/09_evaluation.ipynb #414ee9ea
-Scores = namedtuple("Scores", "exact_match answer_loss fields n answers stop_rate intervals")
+Scores = namedtuple("Scores", "exact_match answer_loss fields n answers stop_rate intervals per_row")
 
 def evaluate(model, tokenizer,
              rows:list,              # Held-out rows of `load_rows`
@@ -63,20 +63,23 @@ def evaluate(model, tokenizer,
     right |= {f: [m.get(f, False) for m in marks] for f in names}
     means = {k: sum(v)/len(rows) for k,v in right.items()}
     ranges = {k: interval(v) for k,v in right.items()} | dict(answer_loss=interval(sums, counts))
+    per_row = right | dict(answer_loss=list(sums), answer_tokens=list(counts))
     return Scores(means["exact_match"], sum(sums)/sum(counts), {f: means[f] for f in names}, len(rows), answers,
-                  means["stop_rate"], ranges)
+                  means["stop_rate"], ranges, per_row)
 
 # %% ../nbs/09_evaluation.ipynb #7eeadf6b
 def before_after(before:Scores, after:Scores) -> Table:
-    "What changed: exact match, each field, how many answers end, the loss on the answers; each with its 95 % interval."
+    "Exact match, each field, how many answers end, the loss, and what changed; each with its 95 % interval."
     def row(label, key, get):
         def said(s): return "{:.3f} ({:.2f}-{:.2f})".format(get(s), *s.intervals.get(key, (get(s),)*2))
-        return [label, said(before), said(after)]
+        was, now = (s.per_row.get(key, [False]*s.n) for s in (before, after))
+        low, high = paired_interval(was, now, after.per_row["answer_tokens"] if key == "answer_loss" else None)
+        return [label, said(before), said(after), f"{get(after) - get(before):+.3f} ({low:+.2f} to {high:+.2f})"]
     rows = [row("exact match", "exact_match", lambda s: s.exact_match)]
     rows += [row(f"  {f}", f, lambda s, f=f: s.fields.get(f, 0.)) for f in after.fields]
     rows += [row("answers that end", "stop_rate", lambda s: s.stop_rate),
              row("loss on the answers", "answer_loss", lambda s: s.answer_loss)]
-    return Table(rows, [f"{after.n} held-out rows", "before", "after"])
+    return Table(rows, [f"{after.n} held-out rows", "before", "after", "change"])
 
 # %% ../nbs/09_evaluation.ipynb #caa91423
 def side_by_side(rows:list, before:Scores, after:Scores, n:int=3, width:int=90) -> Table:

@@ -90,7 +90,8 @@ def memory_cure(batch_size:int, accumulation:int, checkpointing:bool, max_length
     "What to change when memory ran out: first what keeps the run the same, then what makes it another."
     same = [] if batch_size % 2 else [f"--batch-size {batch_size//2} --accumulation {2*accumulation}"]
     same += [] if checkpointing else ["--checkpointing"]
-    first = f"Use {' or '.join(same)}, which changes no result and may be changed with --resume. " if same else ""
+    why = "which keeps the run the same up to rounding and may be changed with --resume"
+    first = f"Use {' or '.join(same)}, {why}. " if same else ""
     return f"{first}In a new run, a --max-length below {max_length} and a smaller --rank save memory too."
 
 # %% ../nbs/06_failures.ipynb #cb0f637d
