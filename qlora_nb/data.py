@@ -35,21 +35,22 @@ def load_rows(data,                      # "tickets", a file, a Hub id, a Datase
               columns:dict|None=None,    # From our names to those of the columns: dict(prompt="q", response="a")
               system:str|None=None,      # A system prompt for rows without one
               skip_bad_rows:bool=False,  # Leave broken rows out and say how many, instead of raising for the first
-              config:str|None=None       # The configuration of a Hub data set
+              config:str|None=None, revision:str|None=None  # The configuration and the commit, tag or branch of a Hub data set
              ) -> list:                  # `Row`s of `prompt` and `response` (perhaps `system`), or of `messages`
     "Get rows from anywhere and check all of them. Raises `QLoRAError` naming the file, the row and what was expected."
-    if isinstance(data, Source): return load_rows(str(data), **(dict(split=split) | data.options))
-    how = dict(columns=columns, system=system, skip_bad_rows=skip_bad_rows)
+    how, hub = dict(columns=columns, system=system, skip_bad_rows=skip_bad_rows), dict(config=config, revision=revision)
+    if isinstance(data, Source): return load_rows(str(data), **(dict(split=split) | how | hub | data.options))
     if is_mixture(data):
         pairs = [o if isinstance(o, (tuple, list)) else (o, 1) for o in data]
-        return mix([(load_rows(o, split, config=config, **how), weight) for o, weight in pairs])
+        return mix([(load_rows(o, split, **how, **hub), weight) for o, weight in pairs])
     checked = isinstance(data, (list, tuple)) and data and all(isinstance(o, Row) for o in data)
     if checked and not system: return list(data)
+    if checked: how["columns"] = None   # they have been mapped
     if isinstance(data, (str, Path)):
         name = str(data)
         if name == "tickets": rows = make_tickets(split)
         elif is_file(data, EXPECTED): rows = read_rows(as_path(data), skip_bad_rows, bool(columns))
-        else: rows = [from_table(o) for o in from_hub(name, split, config)]
+        else: rows = [from_table(o) for o in from_hub(name, split, **{k: v for k, v in hub.items() if v})]
     else: rows, name = rows_given(data, split)
     return check_rows(rows, name, **how)
 
@@ -175,7 +176,7 @@ def map_rows(data:str|Path,         # A .jsonl or .parquet file of any size, or 
              num_proc:int|None=None, # Processes; None works in this one
              cache_dir:str|Path|None=None, # Where the tables are kept; None is the cache of `datasets`
              split:str="train",     # Of a Hub data set
-             **reading              # `columns`, `system`, `skip_bad_rows`, `config`: as in `load_rows`
+             **reading              # `columns`, `system`, `skip_bad_rows`, `config`, `revision`: as in `load_rows`
             ):                      # `datasets.Dataset` of `input_ids` and `labels`, mapped from disk, with a `report`
     "The examples of `encode_rows`, in constant memory. Raises `QLoRAError` naming the file and the row."
     from datasets import Features, Sequence, Value

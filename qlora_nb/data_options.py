@@ -24,6 +24,7 @@ def data_options(p:argparse.ArgumentParser):
     add("--skip-bad-rows", action="store_true", help="leave broken rows out and say how many, instead of stopping")
     add("--data-config", default=None, help="configuration of a Hub data set")
     add("--data-split", default="train", help="split of a Hub data set")
+    add("--data-revision", default=None, help="commit, tag or branch of a Hub data set (none: its newest state)")
     add("--chat-template", type=_template, default=None, help="a file with a chat template (Jinja), instead of --template")
 
 # %% ../nbs/17_data_options.ipynb #8503aab0
@@ -31,8 +32,8 @@ def name_sources(o:dict) -> dict:
     "The options of `data_options` put into the names of the data, and a chat template from its file."
     from qlora_nb.sources import Source
     how = {k: v for k in ("columns", "system", "skip_bad_rows") if (v := o.pop(k))}
-    config, split, template = (o.pop(k) for k in ("data_config", "data_split", "chat_template"))
-    if config: how["config"] = config
+    split, template = o.pop("data_split"), o.pop("chat_template")
+    how |= {k: v for k in ("config", "revision") if (v := o.pop(f"data_{k}"))}
     def one(name):
         "`a.jsonl` or `a.jsonl:0.5`."
         path, colon, weight = name.rpartition(":")

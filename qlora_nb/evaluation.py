@@ -19,6 +19,7 @@ from .dequantized import dequantized
 from .inference import generate
 from .intervals import interval, paired_interval
 from .runs import write_json
+from .sources import OPTIONS, shared_options
 from .schedule import NamedRows, check_positive, pick_rows, run_length, say_overlap, source_of
 from .taught import stop_ids
 from .training import finetune
@@ -175,12 +176,15 @@ def finetune_and_evaluate(data="tickets",          # See `load_rows`
                           steps:int|None=None, epochs:float|None=None, lr:float|None=None,  # See `finetune`
                           seed:int=0,              # Of everything
                           progress:bool=True,      # Show bars?
-                          **settings               # Of `finetune`: model, output, rank, ...
+                          **settings               # Of `finetune`: model, output, rank, columns, ...
                          ) -> Report:
     "Fine-tune, and score the model without and with its adapter on rows that it was not trained on."
     check_positive(eval_rows=eval_rows)
     start, source = time.perf_counter(), source_of(data)
-    length, rows = run_length(data, steps, epochs, lr), NamedRows(load_rows(data), source)
+    reading = {k: settings.pop(k) for k in OPTIONS if k in settings}
+    how = shared_options(reading)
+    length, rows = run_length(data, steps, epochs, lr), NamedRows(load_rows(data, **reading), source)
+    eval_data, test_data = (o if o is None else load_rows(o, **how) for o in (eval_data, test_data))
     out, held, said = rows_to_score(data, rows, eval_data, test_data, eval_rows, seed)
     for o in said: warnings.warn(o)
     run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress, **length, **settings)

@@ -94,11 +94,11 @@ def is_large(data,           # A name for `load_rows`, or rows
 # %% ../nbs/05_files.ipynb #e8537e13
 def open_table(data:str|Path,      # A .jsonl or .parquet file, or a Hub data set id
                split:str="train",  # Of a Hub data set
-               **how):             # `config` of a Hub data set; `streaming`, `cache_dir`: for `datasets.load_dataset`
+               **how):             # `config`, `revision` of a Hub data set; `streaming`, `cache_dir`: for `datasets.load_dataset`
     "A `datasets` table: the column `text` with the lines of a .jsonl file, else the columns that are there."
     if not is_file(data): return from_hub(str(data), split, **how)
     from datasets import load_dataset
-    how.pop("config", None)
+    for k in ("config", "revision"): how.pop(k, None)
     kind, files = Path(data).suffix.lower(), dict(data_files=str(as_path(data)), split="train")
     with open(as_path(data), "rb") as f:
         if kind == ".jsonl" and f.read(2) in (b"\xff\xfe", b"\xfe\xff"): kind = "UTF-16"

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'LEAST', 'steps_a_pass', 'count_steps', 'rows_seen', 'source_of', 'NamedRows', 'run_length',
-           'check_positive', 'pick_rows', 'take_tenth', 'repetitions', 'overlap', 'say_schedule', 'say_overlap', 'tell',
-           'told_of', 'name_rows']
+           'check_positive', 'content', 'pick_rows', 'take_tenth', 'repetitions', 'overlap', 'say_schedule',
+           'say_overlap', 'tell', 'told_of', 'name_rows']
 
 # %% ../nbs/06_schedule.ipynb #1c09a65f
 import contextlib, math, random, sys, warnings
 from pathlib import Path
 from .core import QLoRAError
 from .files import digest
+from .notes import number_of
 from .templates import as_messages
 
 # %% ../nbs/06_schedule.ipynb #af9976f7
@@ -66,9 +67,13 @@ def check_positive(**settings):
                              cure=f"Set it with --{option}.")
 
 # %% ../nbs/06_schedule.ipynb #0f9a5c04
+def content(row, end:int|None=None) -> str:
+    "What makes two rows equal: their messages, up to number `end`, and their tools."
+    return digest([as_messages(row)[:end], row.get("tools")])
+
 def pick_rows(rows:list, n:int, seed:int=0) -> tuple:  # (numbers to train on, numbers to set aside), from 1
     "Set `n` rows aside, no two of them equal; their twins are in neither part."
-    of = [digest(as_messages(r)) for r in rows]
+    of = [content(r) for r in rows]
     held, seen = [], set()
     for i in random.Random(seed).sample(range(len(rows)), len(rows)):
         if len(held) == n: break
@@ -85,13 +90,13 @@ def take_tenth(rows:list, seed:int=0, most:int=64) -> tuple:  # (numbers to trai
 # %% ../nbs/06_schedule.ipynb #205b9616
 def repetitions(rows:list) -> int:
     "How many rows are equal to an earlier one."
-    return len(rows) - len({digest(as_messages(r)) for r in rows})
+    return len(rows) - len({content(r) for r in rows})
 
 def overlap(rows:list, others:list) -> tuple:  # (as a whole, the question only)
     "How many of `others` are among `rows`."
-    whole, asked = ({digest(as_messages(r)[:end]) for r in rows} for end in (None, -1))
-    same = sum(digest(as_messages(r)) in whole for r in others)
-    return same, sum(digest(as_messages(r)[:-1]) in asked for r in others) - same
+    whole, asked = ({content(r, end) for r in rows} for end in (None, -1))
+    same = sum(content(r) in whole for r in others)
+    return same, sum(content(r, -1) in asked for r in others) - same
 
 # %% ../nbs/06_schedule.ipynb #4d220cad
 def say_schedule(steps:int, n:int, batch_size:int, accumulation:int=1, unit:str="rows", again:int=0) -> str:
@@ -136,5 +141,6 @@ def name_rows(drawn:list, examples:list, rows:list) -> str:
     packs = [o if isinstance(o, list) else [o] for o in (examples[i] for i in drawn)]
     numbers = [e["row"] for pack in packs for e in pack]
     def end(i): return " ".join(as_messages(rows[i-1])[-2]["content"].split())[-30:]
-    said = [f"{i} (…{end(i)!r})" for i in numbers[:4]] + numbers[4:12]
+    own = {i: number_of(rows[i-1], i) for i in numbers}   # in the user's file
+    said = [f"{own[i]} (…{end(i)!r})" for i in numbers[:4]] + [own[i] for i in numbers[4:12]]
     return f"rows {', '.join(map(str, said))}" + f" and {len(numbers) - 12} more"*(len(numbers) > 12)

@@ -22,8 +22,9 @@ from .packing import collate_packed, pack, separate_documents
 from .qlora import is_scratch
 from .rehearsal import not_in_file, rehearse
 from .runs import Run, content_id, hold_run, last_checkpoint, open_run, seal, sync, write_json
-from .schedule import (check_positive, count_steps, name_rows, take_tenth, repetitions, run_length,
-                               say_overlap, say_schedule, source_of, tell, told_of)
+from .schedule import (check_positive, count_steps, name_rows, number_of, repetitions, run_length,
+                               say_overlap, say_schedule, source_of, take_tenth, tell, told_of)
+from .sources import shared_options
 from .stages import check_alone, load_base, name_of, own_adapter, put_adapters
 from .taught import check_answers, check_ids, check_labels, end_ids, note_ends
 from .trainer import AdapterTrainer, KeepBest, fast_by_default, mean_loss, out_of_patience, trainer_settings
@@ -68,16 +69,16 @@ def make_trainer(model,              # With adapters, on a 4-bit base
     return trainer
 
 # %% ../nbs/07_training.ipynb #5c962b1d
-def set_aside(rows:list, eval_data=None, wanted:bool=False, seed:int=0) -> tuple:  # (numbers from 1, held-out rows)
+def set_aside(rows:list, eval_data=None, wanted:bool=False, seed:int=0, **reading) -> tuple:  # (numbers from 1, held-out rows)
     "Which rows to train on, and what to evaluate on while training: `eval_data`, or some of `rows` if that is wanted."
     if eval_data is None and wanted: return take_tenth(rows, seed)
-    return list(range(1, len(rows) + 1)), [] if eval_data is None else load_rows(eval_data)
+    return list(range(1, len(rows) + 1)), [] if eval_data is None else load_rows(eval_data, **reading)
 
 # %% ../nbs/07_training.ipynb #fdbd7b25
 def number_rows(rows:list, numbers:list, tokenizer, template:str, max_length:int, long:str="drop") -> list:
     "Encode the rows of these numbers; each example keeps its number as `row`."
     examples, wanted = encode_rows(rows, tokenizer, template, max_length, long), set(numbers)
-    examples = [dict(e, row=i) for e, i in zip(examples, examples.rows, strict=True) if i in wanted]
+    examples = [dict(e, row=i, number=number_of(rows[i-1], i)) for e, i in zip(examples, examples.rows, strict=True) if i in wanted]
     check_labels(examples)
     return examples
 
@@ -119,8 +120,7 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), r
         tell(trainer, trainer.rehearse(s["model"]), progress)
         try:
             with quiet(): go_through(trainer, found, s["patience"])
-        finally:
-            close_bars(trainer)
+        finally: close_bars(trainer)
         facts = dict(steps=trainer.state.global_step, resumed_from=found and found.name, said=trainer.said,
                      train_seconds=round(time.perf_counter() - start, 2))
         free_memory()
@@ -196,16 +196,16 @@ def finetune(model="smollm2",               # A name for `load_model`, a model t
              device:str|None=None, callbacks=(),  # See `load_model`; of transformers' Trainer, beside our own
              example:str|None=None,         # A prompt to show to its users; none is taken from your rows
              leave_out=(),                  # Numbers of rows, from 1, that are not trained on
-             seed:int=0, resume:bool=False, progress:bool=True) -> Run:
+             seed:int=0, resume:bool=False, progress:bool=True, **reading) -> Run:  # `reading`: `OPTIONS` of `load_rows`
     "Fine-tune LoRA adapters on a 4-bit model. Raises `QLoRAError` for bad data, bad settings and a folder in use."
     check_alone()
     settings = {k: v for k, v in locals().items() if k in SETTINGS} | run_length(data, steps, epochs, lr)
-    rows, folder = load_rows(data), Path(output).expanduser()
+    rows, folder = load_rows(data, **reading), Path(output).expanduser()
     how = dict(save_steps=save_steps, checkpointing=checkpointing, report_to=check_reports(report_to))
     check_positive(**settings, **how)
     mine = [i for i in range(1, len(rows) + 1) if i not in {*leave_out}]
     kept = [rows[i-1] for i in mine]
-    numbers, held = set_aside(kept, eval_data, bool(eval_steps or patience), seed)
+    numbers, held = set_aside(kept, eval_data, bool(eval_steps or patience), seed, **shared_options(reading))
     if held and not eval_steps: settings["eval_steps"] = save_steps
     if source_of(data) == "tickets" and not example: example = as_messages(rows[0])[-2]["content"]   # made up anyway
     settings["eval_sha256"] = digest(held)

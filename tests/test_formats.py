@@ -613,3 +613,36 @@ def test_a_row_does_not_ask_for_the_whole_vocabulary():
     tok = load_tokenizer()
     with patch.object(type(tok), "__len__", side_effect=AssertionError("asked")):
         assert encode(dict(prompt="Hello", response="Hi."), tok)["labels"][-1] == tok.eos_token_id
+
+def test_options_of_the_data_reach_every_reader(tmp_path, monkeypatch):
+    from qlora_nb import data, sources
+    path, asked = tmp_path/"a.jsonl", []
+    path.write_text('{"q": "1+1", "a": "2"}\n{"q": "", "a": "3"}\n{"q": "2+2", "a": "4"}\n', encoding="utf-8")
+    how = dict(columns=dict(prompt="q", response="a"), skip_bad_rows=True)
+    for given in (lambda: load_rows(path, **how), lambda: load_rows(sources.Source(path), **how),
+                  lambda: load_rows(sources.Source(path, **how)), lambda: load_rows([path], **how)):
+        with pytest.warns(UserWarning, match="broken.*1 row, the first is row 2"): rows = given()
+        assert [(o.number, o["response"]) for o in rows] == [(1, "2"), (3, "4")]
+    assert load_rows(rows, **how) == rows and load_rows(rows, **how, system="S")[0]["system"] == "S"
+    def hub(name, split, **kw):
+        asked.append((name, split, kw))
+        return [dict(prompt="p", response="r")]
+    monkeypatch.setattr(data, "from_hub", hub)
+    load_rows("someone/x", "test", config="c", revision="abc")
+    load_rows(sources.Source("someone/x", revision="abc"), split="test", config="c")
+    load_rows("someone/x")
+    assert asked == [("someone/x", "test", dict(config="c", revision="abc"))]*2 + [("someone/x", "train", {})]
+    assert sources.shared_options(how | dict(split="test", revision="abc")) == how
+
+
+def test_numbers_are_those_of_the_file_where_broken_rows_were_left_out():
+    from qlora_nb.schedule import name_rows, overlap, repetitions
+    from qlora_nb.training import number_rows
+    rows = [dict(prompt=f"Question {k}", response=f"Answer {k}") if k % 2 else dict(prompt="", response="x") for k in range(8)]
+    with pytest.warns(UserWarning, match="broken"): kept = load_rows(rows, skip_bad_rows=True)
+    examples = number_rows(kept, [1, 3], load_tokenizer(), "chat", 512)
+    assert [(e["row"], e["number"]) for e in examples] == [(1, 2), (3, 6)]   # Question 1 is the file's second row
+    assert name_rows([0, 1], examples, kept) == "rows 2 (…'Question 1'), 6 (…'Question 5')"
+    tools = lambda name: [dict(type="function", function=dict(name=name, description="", parameters={}))]
+    same = [dict(HI, tools=tools("a")), dict(HI, tools=tools("b")), dict(HI, tools=tools("a"))]
+    assert repetitions(same) == 1 and overlap(same[:1], same[1:2]) == (0, 0), "rows with other tools are other rows"
