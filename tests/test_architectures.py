@@ -182,3 +182,22 @@ def test_what_finetune_saves_loads_and_merges(name, backend, how, tmp_path, monk
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path/"merged", dtype=torch.float32))
     bfloat16 = run.model.get_input_embeddings().weight.dtype == torch.bfloat16   # what this processor trained in
     assert (merged - y).norm() < (.02 if bfloat16 else 1e-5)*y.norm()
+
+
+@pytest.mark.parametrize("how", [{}, dict(target_parameters=["experts.down_proj"])])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granitemoe", "deepseek_v3"])
+def test_a_fast_step_of_a_mixture_is_the_plain_step(name, how, folders):
+    from qlora_nb.fast import make_fast
+    from qlora_nb.logits import own_loss
+    model = add_adapters(load_model(folders(name), device="cpu", dtype=torch.float32), 4, 8, **how).train()
+    architectures.gradients(model)   # adapters that are not zero
+    batch, mine = dict(input_ids=IDS, labels=IDS), [p for p in model.parameters() if p.requires_grad]
+    def step(loss):
+        model.zero_grad()
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten().clone() for p in mine])
+    loss, g = step(own_loss(model, batch))
+    rows = make_fast(model).rows
+    assert [r[1] for r in rows if r[0] == "adapter on experts"] == [len(adapted_parameters(model))]*bool(how)
+    fast, g_fast = step(getattr(model, "step_loss", lambda b: own_loss(model, b))(batch))
+    assert abs(fast - loss) < 1e-5*loss and torch.cosine_similarity(g, g_fast, 0) > .99999 and (g - g_fast).norm() < 1e-4*g.norm()
