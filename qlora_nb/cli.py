@@ -60,6 +60,7 @@ def adapter_options(p:argparse.ArgumentParser):
     add("--alpha", type=float, default=32, help="the adapters' update is scaled by alpha / r")
     add("--dropout", type=float, default=0., help="dropout on the adapters' input")
     add("--targets", default="all-linear", help="names of layers, separated by commas, or all-linear")
+    add("--target-parameters", default=None, help="stacks of experts that get adapters too, such as experts.down_proj (none: no experts)")
     add("--template", default="auto", choices=["auto", "chat", "article", "no-thinking"], help="prompt template")
     add("--max-length", type=int, default=512, help="longest example, in tokens")
     add("--long", default="drop", choices=["drop", "cut", "error"],
@@ -96,6 +97,7 @@ def finetune_options(argv) -> dict:  # For `finetune_and_evaluate`
     o = name_sources(vars(finetune_parser().parse_args(argv)))
     if o["epochs"] is None: o = {k: v for k, v in o.items() if k != "epochs" and (k, v) != ("steps", None)}
     if o["targets"] != "all-linear": o["targets"] = o["targets"].split(",")
+    if o["target_parameters"]: o["target_parameters"] = o["target_parameters"].split(",")
     if "," in o["report_to"]: o["report_to"] = o["report_to"].split(",")
     if o["resume"] and not o["output"]:
         from qlora_nb.runs import latest_run

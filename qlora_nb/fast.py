@@ -185,6 +185,7 @@ def make_fast(model,                 # With adapters of PEFT or our own on a 4-b
     cuda = device.type == "cuda"
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     compile, record = cuda if compile is None else compile, cuda and alone if record is None else record
+    if stacks := [n for n, m in model.named_modules() if hasattr(m, "parameter_name")]: compile = record = False   # other code reads those
     if cuda and device.index != torch.cuda.current_device():
         raise QLoRAError(f"the model is on {device}, and PyTorch's current device is another.", cure="Call torch.cuda.set_device(device).")
     if offload and not (compile and cuda):
@@ -193,6 +194,7 @@ def make_fast(model,                 # With adapters of PEFT or our own on a 4-b
     kept = keep_dequantized(model) if plain_cpu and memory == 1 else 0
     rows = [["4-bit weight", len(layers), f"dequantized once, {fmt_bytes(kept)}", ""]] if kept else []
     rows += fuse_layers(model, layers)
+    if stacks: rows.append(["adapter on experts", len(stacks), "as before: it is on a parameter", stacks[0]])
     if device.type == "cpu": rows += [[*row, ""] for row in cpu_pieces(model)]
     if plain_cpu:
         rows.append(["shared prefixes", 1, f"as before: {why}" if (why := fold_prefixes(model)) else "computed once", ""])

@@ -107,7 +107,8 @@ class FusedLoRA(torch.autograd.Function):
 
 # %% ../nbs/13_fused.ipynb #5174109d
 def adapted_layers(model) -> dict:  # Name → layer with an adapter, of PEFT or our own
-    return {n: m for n, m in model.named_modules() if isinstance(m, (LoRA, LoraLayer)) and hasattr(m, "base_layer")}
+    return {n: m for n, m in model.named_modules() if isinstance(m, (LoRA, LoraLayer)) and hasattr(m, "base_layer")
+            and not hasattr(m, "parameter_name")}   # an adapter on a parameter belongs to no layer
 
 def packed_of(base) -> tuple:  # (Packed, block_size, block_size of the scales or 0, "nf4" or "fp4")
     "The tensors of a 4-bit layer of bitsandbytes or of our own; none is copied."

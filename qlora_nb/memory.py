@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .core import QLoRAError, Table
-from .ledger import Autocast, Ledger, Unpacked, config_of, layer_groups, on_card, pack_experts, some_layers, whole
+from .ledger import Autocast, Ledger, Unpacked, check_stacks, config_of, layer_groups, on_card, pack_experts, some_layers, whole
 
 # %% ../nbs/05_memory.ipynb #08622b57
 class Lookup(torch.autograd.Function):
@@ -51,7 +51,7 @@ class Planned(nn.Module):
 # %% ../nbs/05_memory.ipynb #1f4e25a5
 METHODS = ("qlora", "lora", "full")
 
-def skeleton(cfg, method:str, rank:int, targets, dtype:torch.dtype, keep:list|None=None) -> nn.Module:
+def skeleton(cfg, method:str, rank:int, targets, dtype:torch.dtype, keep:list|None=None, target_parameters=()) -> nn.Module:
     "A model without memory: frozen layers replaced by stand-ins, except the head. With `keep`, these layers only."
     model = whole(cfg, torch.float32 if method == "full" else dtype)
     with torch.device("meta"):
@@ -59,7 +59,7 @@ def skeleton(cfg, method:str, rank:int, targets, dtype:torch.dtype, keep:list|No
         if method == "full": return model
         model.requires_grad_(False)
         for name, m in list(model.named_modules()):
-            if method == "qlora": pack_experts(m, dtype)
+            if method == "qlora": pack_experts(m, dtype, lambda k: rank*any(f".{name}.{k}".endswith(f".{t}") for t in target_parameters))
             if type(m) not in (nn.Linear, Conv1D) or m is model.get_output_embeddings(): continue
             parent, _, child = name.rpartition(".")
             hit = targets == "all-linear" or any(name == t or name.endswith(f".{t}") for t in targets)
@@ -117,11 +117,11 @@ def forward_loss(model, ids, loss, mark):
     return TiledLoss.apply(h[:, :-1].reshape(-1, h.shape[-1]).clone(), model.get_output_embeddings().weight.shape[0])
 
 # %% ../nbs/05_memory.ipynb #b10e1abe
-def rehearse(cfg, batch, seq, method, rank, targets, checkpointing, optim, loss, dtype, keep=None, ledger=None) -> tuple:
+def rehearse(cfg, batch, seq, method, rank, targets, checkpointing, optim, loss, dtype, keep=None, ledger=None, target_parameters=()) -> tuple:
     "One training step without memory: (parts that stay, moments of a `Ledger`)."
     whole(cfg, torch.float32 if method == "full" else dtype)   # before anything is entered
     with ledger or Ledger() as ledger, torch.device("meta"):
-        model = skeleton(cfg, method, rank, targets, dtype, keep)
+        model = skeleton(cfg, method, rank, targets, dtype, keep, target_parameters)
         trained = [p for p in model.parameters() if p.requires_grad]
         states = [torch.empty(state_bytes(p, optim), dtype=torch.uint8) for p in trained]
         gc.collect()
@@ -141,16 +141,16 @@ def rehearse(cfg, batch, seq, method, rank, targets, checkpointing, optim, loss,
 # %% ../nbs/05_memory.ipynb #69b0b565
 COUNTED = {}   # planning asks about one config again and again
 
-def count(cfg, method, rank, targets, optim, dtype, **rest) -> tuple:  # As for `rehearse`
+def count(cfg, method, rank, targets, optim, dtype, target_parameters=(), **rest) -> tuple:  # As for `rehearse`
     "(groups of layers, some of each, the parts that stay), on all layers. Raises `QLoRAError` for a model that goes from token to token."
-    how = dict(method=method, rank=rank, targets=targets, optim=optim, dtype=dtype)
+    how = dict(method=method, rank=rank, targets=targets, optim=optim, dtype=dtype, target_parameters=target_parameters)
     key = type(cfg).__name__, str(cfg.to_dict()), str(how)
     if key in COUNTED: return COUNTED[key]
     groups, short = layer_groups(whole(cfg, torch.float32 if method == "full" else dtype)), [Ledger(), Ledger()]
     for k, o in enumerate(short, 1): rehearse(cfg, 1, 16*k, checkpointing=False, loss="chunked", **how, keep=[g[0] for g in groups], ledger=o)
     if short[1].operations > 1.2*short[0].operations:
         raise QLoRAError("it goes from token to token, on a card by kernels whose memory is not known.", cfg.model_type, "Measure a step on a card.")
-    model = skeleton(cfg, method, rank, targets, dtype)
+    model = skeleton(cfg, method, rank, targets, dtype, target_parameters=target_parameters)
     parts = parts_of(model) | dict(optimizer=sum(state_bytes(p, optim) for p in model.parameters() if p.requires_grad))
     return COUNTED.setdefault(key, (groups, sorted(i for g in groups for i in g[:2]), parts))
 
@@ -200,7 +200,7 @@ def _check(name, value, allowed):
 def plan(model,                # A Hub id, a folder, "smollm2", a config, or a model
          batch:int=1, seq:int=2048,   # Rows of a forward pass, tokens of a row
          method:str="qlora",   # "qlora", "lora" (16-bit base) or "full" (float32 weights, mixed precision)
-         rank:int=16, targets="all-linear",  # As in `add_adapters`
+         rank:int=16, targets="all-linear", target_parameters=None,  # As in `add_adapters`
          checkpointing:bool=False,     # Recompute activations in the backward pass?
          optim:str="adamw",    # "adamw", "adamw_8bit" or "paged_adamw_8bit"
          loss:str="chunked",   # "chunked", as TRL 1.x computes it, or "full": all logits at once
@@ -210,8 +210,9 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
     for k, v in dict(batch=batch, seq=seq, rank=rank).items():
         if v < 1: raise QLoRAError(f"{k} is {v}.", cure="It has to be 1 or more.")
     cfg = config_of(model)
-    how = dict(batch=batch, seq=seq, method=method, rank=rank, checkpointing=checkpointing, optim=optim, loss=loss,
-               targets=targets if isinstance(targets, str) else tuple(targets), dtype=dtype)
+    check_stacks(cfg, method, target_parameters, dtype)
+    how = dict(batch=batch, seq=seq, method=method, rank=rank, checkpointing=checkpointing, optim=optim, loss=loss, dtype=dtype,
+               targets=targets if isinstance(targets, str) else tuple(targets), target_parameters=tuple(target_parameters or ()))
     try: return Plan(cfg, how, *grow(cfg, **how))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError) as e:
         why = " ".join(str(e).split())[:120]

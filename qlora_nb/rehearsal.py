@@ -24,6 +24,7 @@ from .adapters import read_adapter, save_adapter
 from .lora import adapter_tensors
 from .models import quiet
 from .qlora import is_scratch
+from .stacks import adapted_tensor
 
 # %% ../nbs/06_rehearsal.ipynb #21afc1e7
 def numel(p): return p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
@@ -33,13 +34,15 @@ def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
     ends = [o for o in (model.get_input_embeddings(), model.get_output_embeddings()) if o is not None]
     apart = {id(p) for o in ends for p in o.parameters()}
     apart |= {id(p) for n, p in model.named_parameters() if ".lora_" in n}
-    adapted = {id(o) for m in model.modules() if hasattr(m, "lora_A") for o in m.base_layer.modules()}
+    with_one = [m for m in model.modules() if hasattr(m, "lora_A")]
+    on_stacks = [m for m in with_one if hasattr(m, "parameter_name")]
+    adapted = {id(adapted_tensor(m)) for m in on_stacks} | {id(o) for m in with_one if m not in on_stacks for o in m.base_layer.modules()}
     found = {}   # what it is → (numbers, in 4 bits?, under an adapter?)
     for m in model.modules():
         if isinstance(m, torch.nn.Embedding): continue
         for p in m.parameters(recurse=False):
             four = getattr(p, "quant_state", None) is not None
-            if id(p) not in apart and (four or p.dim() > 1): found[id(p)] = numel(p), four, id(m) in adapted
+            if id(p) not in apart and (four or p.dim() > 1): found[id(p)] = numel(p), four, id(m) in adapted or id(p) in adapted
         if hasattr(m, "packed_numel"): found[id(m)] = m.packed_numel(), True, id(m) in adapted
     total = max(1, sum(n for n, _, _ in found.values()))
     return sum(n*f for n, f, _ in found.values())/total, sum(n*a for n, _, a in found.values())/total

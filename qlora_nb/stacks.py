@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['View', 'is_stack', 'Stack', 'BnbStack', 'bnb_stack', 'pack_stack', 'pack_stacks', 'unpack_stacks', 'stacks_of',
-           'packing_stacks']
+           'ParamWrapper', 'stacks_as_parameters', 'adapted_tensor', 'packing_stacks']
 
 # %% ../nbs/00_stacks.ipynb #3dc9399b
 import contextlib, bitsandbytes as bnb, torch
 from collections import namedtuple
+from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -22,12 +23,18 @@ def is_stack(m:nn.Module, p:torch.Tensor) -> bool:
 # %% ../nbs/00_stacks.ipynb #85f43e9d
 class Stack(nn.Module):
     "How a stack of matrices is read: dequantized at each access, once in each forward pass of its module."
-    experts, kept, open = 0, None, 0
+    experts, kept, open, added = 0, None, 0, ()   # added: (B, A, scaling) of the adapters that are active
     def write(self, packed): raise NotImplementedError   # → the wide tensor; a subclass knows how
-    @torch.no_grad()
+    def read(self, packed, added, again=False):
+        with torch.no_grad(): wide = self.write(packed)
+        with torch.autocast(wide.device.type, enabled=False):
+            for B,A,scaling in added:
+                add = wide.baddbmm_ if again else wide.baddbmm   # autograd is not looking in the backward pass
+                wide = add(B.to(wide.dtype), A.to(wide.dtype), alpha=scaling)
+        return wide
     def forward(self, packed):
         if self.kept is not None: return self.kept
-        wide = self.write(packed)
+        wide = self.read(packed, self.added)
         if self.open: self.kept = wide
         return wide
 
@@ -38,6 +45,9 @@ class BnbStack(Stack):
         super().__init__()
         self.state, self.shape, self.experts = state, tuple(shape), shape[0]
     def write(self, packed): return bnb.functional.dequantize_4bit(packed, self.state).view(self.shape)
+    def blank(self, packed):
+        "A parameter of the stack's shape and type, without memory."
+        return nn.Parameter(torch.empty((), dtype=self.state.dtype, device=packed.device).expand(self.shape), requires_grad=False)
 
 @torch.no_grad()
 def bnb_stack(p:torch.Tensor) -> tuple:   # A stack → (packed parameter, how to read it)
@@ -53,6 +63,7 @@ def bnb_stack(p:torch.Tensor) -> tuple:   # A stack → (packed parameter, how t
 def pack_stack(m:nn.Module, name:str, how=bnb_stack):   # `how`: as `bnb_stack`
     "Put one stack of a module into 4 bits, in place."
     packed, stack = how(m._parameters[name])
+    m.__dict__.setdefault("qlora_nb_order", [*m._parameters])   # as its class has them
     packed._is_hf_initialized = True   # or transformers would draw it anew
     del m._parameters[name]
     if isinstance(packed, nn.Parameter): m.register_parameter(name, packed)
@@ -78,18 +89,20 @@ def unpack_stacks(model:nn.Module):
             parametrize.remove_parametrizations(m, k, leave_parametrized=False)
             m._parameters.pop(k, None), m._buffers.pop(k, None)
             m.register_parameter(k, nn.Parameter(wide, requires_grad=False))
+        order = [*m.__dict__.get("qlora_nb_order", ()), *m._parameters]
+        m._parameters = {k: m._parameters[k] for k in dict.fromkeys(order) if k in m._parameters}
     return model
 
 # %% ../nbs/00_stacks.ipynb #c383dc39
-View = namedtuple("View", "stack packed size stride offset")
-_again = {}   # the stack that the backward pass is at → its wide tensor
+View = namedtuple("View", "stack packed added size stride offset")
+_again = {}   # the stack that the backward pass is at, and its adapters → its wide tensor
 
 def _keep(stacks):
     "What autograd keeps instead of a tensor: for a view into a wide stack only where it lies."
     def pack(t):
         for s,packed in stacks:
             if s.kept is not None and t.untyped_storage().data_ptr() == s.kept.untyped_storage().data_ptr():
-                return View(s, packed, t.size(), t.stride(), t.storage_offset())
+                return View(s, packed, s.added, t.size(), t.stride(), t.storage_offset())
         return t
     return pack
 
@@ -97,11 +110,12 @@ def _keep(stacks):
 def _give(kept):
     "The tensor itself; a stack is written out once in a backward pass, and one module's stacks at a time."
     if not isinstance(kept, View): return kept
-    if kept.stack not in _again:
+    key = kept.stack, id(kept.added)
+    if key not in _again:
         if not _again: torch.autograd.Variable._execution_engine.queue_callback(_again.clear)
-        for s in [s for s in _again if s.owner is not kept.stack.owner]: del _again[s]
-        _again[kept.stack] = kept.stack.write(kept.packed)
-    return _again[kept.stack].as_strided(kept.size, kept.stride, kept.offset)
+        for o in [o for o in _again if o[0].owner != kept.stack.owner]: del _again[o]
+        _again[key] = kept.stack.read(kept.packed, kept.added, again=True)
+    return _again[key].as_strided(kept.size, kept.stride, kept.offset)
 
 # %% ../nbs/00_stacks.ipynb #f4adfdcd
 def stacks_of(m:nn.Module) -> list:   # (how to read it, its codes)
@@ -120,6 +134,45 @@ def _close(m, args, out):
     for s,_ in stacks_of(m):
         s.open = max(0, s.open - 1)
         if not s.open: s.kept = None
+
+# %% ../nbs/00_stacks.ipynb #51f49838
+class ParamWrapper(peft_layer.ParamWrapper):   # PEFT knows it by this name
+    "PEFT's adapter on a parameter, for a stack in 4 bits: the stack adds it when it is read."
+    @contextlib.contextmanager
+    def _activate_lora(self, active):
+        stack = self.get_base_layer().parametrizations[self.parameter_name][0]
+        was, stack.added = stack.added, tuple(self.factors(o) for o in active if o in self.lora_A)
+        try: yield
+        finally: stack.added = was
+    def factors(self, name:str) -> tuple:   # (B, A, scaling): (experts, rows, r), (experts, r, columns)
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        A = A.reshape(self.num_experts, -1, A.shape[-1])
+        B = B.reshape(B.shape[0], -1, self.num_experts).permute(2, 0, 1)
+        if not self._did_swap_in_out_features: A, B = B.mT, A.mT   # a stack of (inputs, outputs)
+        return B, A, self.scaling[name]
+    def merge(self, *args, **kw):
+        raise NotImplementedError(f"an adapter on {self.parameter_name} cannot be merged into a stack in 4 bits. "
+                                  "Use qlora_nb.export.merge_and_save, which writes the stack out.")
+
+# %% ../nbs/00_stacks.ipynb #342d9038
+@contextlib.contextmanager
+def stacks_as_parameters(model):
+    "Within this block packed stacks look like parameters, so that PEFT finds them; adapters it puts there work on the stacks."
+    held = [(m, type(m), m._parameters, m.parametrizations) for m in model.modules() if any(hasattr(s, "blank") for s,_ in stacks_of(m))]
+    for m,cls,own,stacks in held:
+        shown = {k: o[0].blank(o.original) for k,o in stacks.items()} | own
+        m.__class__, m._parameters = cls.__bases__[0], {k: shown[k] for k in dict.fromkeys([*m.qlora_nb_order, *shown]) if k in shown}
+        del m._modules["parametrizations"]
+    try: yield
+    finally:
+        for m,cls,own,stacks in held: m.__class__, m._parameters, m._modules["parametrizations"] = cls, own, stacks
+    for w in [w for w in model.modules() if type(w) is peft_layer.ParamWrapper]:
+        if any(w.parameter_name == k for k in getattr(w.get_base_layer(), "parametrizations", ())): w.__class__ = ParamWrapper
+
+def adapted_tensor(w) -> nn.Parameter:   # An adapter on a parameter
+    "The parameter that it is on, packed or not."
+    base, k = w.get_base_layer(), w.parameter_name
+    return base.parametrizations[k].original if parametrize.is_parametrized(base, k) else base._parameters[k]
 
 # %% ../nbs/00_stacks.ipynb #6386c564
 @contextlib.contextmanager

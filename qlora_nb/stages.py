@@ -51,7 +51,8 @@ def own_adapter(model) -> dict|None:  # rank, alpha, dropout, targets; None wher
     how = layers[0].hyper["default"] if is_scratch(model) else model.peft_config["default"].to_dict()
     targets = None if is_scratch(model) else how["target_modules"]
     return dict(rank=how["r"], alpha=how["lora_alpha"], dropout=how["lora_dropout"],
-                targets=sorted(targets) if isinstance(targets, set) else targets or "all-linear")
+                targets=sorted(targets) if isinstance(targets, set) else targets or "all-linear",
+                target_parameters=None if is_scratch(model) else sorted(how.get("target_parameters") or ()) or None)
 
 # %% ../nbs/06_stages.ipynb #9f197d81
 def put_adapters(model, s:dict) -> tuple:  # (model with adapters, what to say)
@@ -60,7 +61,7 @@ def put_adapters(model, s:dict) -> tuple:  # (model with adapters, what to say)
         return model, (f"The model carries an adapter (rank {s['rank']}, alpha {s['alpha']:g}), which is trained "
                        "further: an earlier run that returned this model changes with it.")
     head = model.get_output_embeddings()
-    if head is not None and any(model.get_submodule(n) is head for n in match_targets(model, s["targets"])):
+    if head is not None and s["targets"] and any(model.get_submodule(n) is head for n in match_targets(model, s["targets"])):
         raise QLoRAError("an adapter on the output head cannot be trained here.", f"targets={s['targets']}",
                          "Leave it out.")
-    return add_adapters(model, s["rank"], s["alpha"], s["dropout"], s["targets"]), None
+    return add_adapters(model, s["rank"], s["alpha"], s["dropout"], s["targets"], s.get("target_parameters")), None

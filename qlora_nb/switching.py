@@ -16,6 +16,7 @@ from .lora import lora_layers, set_adapter
 from .models import locate, quiet
 from .runs import content_id
 from .targets import layer_size
+from .weights import clean_name, full_shape
 
 # %% ../nbs/07_switching.ipynb #e0512bd5
 import torch
@@ -31,6 +32,7 @@ def check_fits(model,              # A base model, or one with adapters
     with safe_open(Path(folder)/"adapter_model.safetensors", "pt") as f:
         for key in f.keys():
             name, _, part = plain(key).rpartition(".lora_")
+            if any(len(full_shape(p)) > 2 for p in getattr(layers.get(clean_name(name)), "parameters", list)()): continue   # of experts
             if part not in ("A.weight", "B.weight"): continue
             size = layer_size(layers[name]) if name in layers else None
             end, n = "AB".index(part[0]), f.get_slice(key).get_shape()[part[0] == "A"]   # (r, inputs), (outputs, r)

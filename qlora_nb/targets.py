@@ -16,6 +16,7 @@ from .weights import routers
 # %% ../nbs/02_targets.ipynb #1265f1df
 def layer_size(m:nn.Module):  # Any module → `(in_features, out_features)`, or None when it is not linear-like
     "The sizes of `nn.Linear` and its kin, of `Conv1D`, and of any class that has both attributes."
+    if hasattr(m, "parameter_name"): return None   # PEFT's adapter on a parameter, which has sizes and is no layer
     size = [getattr(m, o, None) for o in (("nx", "nf") if isinstance(m, Conv1D) else ("in_features", "out_features"))]
     return tuple(size) if all(isinstance(o, int) for o in size) else None
 

@@ -22,6 +22,7 @@ def plan_parser() -> argparse.ArgumentParser:
     add("--method", default="qlora", choices=["qlora", "lora", "full"], help="what is trained, on what")
     add("--rank", type=int, default=16, help="r, the inner size of the adapters")
     add("--targets", default="all-linear", help="names of layers, separated by commas, or all-linear")
+    add("--target-parameters", default=None, help="stacks of experts that get adapters too, such as experts.down_proj (none: no experts)")
     add("--checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add("--optim", default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"], help="optimizer")
     add("--loss", default="chunked", choices=["chunked", "full"], help="in tiles, as TRL 1.x does, or all at once")
@@ -32,6 +33,7 @@ def plan_main(argv:list|None=None):  # None: the options that the command was ca
     "Plan a training step: the console command `qlora_plan`."
     o = vars(plan_parser().parse_args(argv))
     if o["targets"] != "all-linear": o["targets"] = o["targets"].split(",")
+    if o["target_parameters"]: o["target_parameters"] = o["target_parameters"].split(",")
     with one_line_errors():
         from qlora_nb.cards import advise
         print(advise(o.pop("model"), o.pop("gpu"), **o))

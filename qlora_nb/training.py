@@ -130,7 +130,7 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), r
 
 # %% ../nbs/07_training.ipynb #0ea7f2dc
 SETTINGS = ("steps epochs batch_size accumulation lr rank alpha dropout targets template max_length seed eval_steps "
-            "patience optim long packing fast").split()   # what makes a run what it is
+            "target_parameters patience optim long packing fast").split()   # what makes a run what it is
 
 # %% ../nbs/07_training.ipynb #309202d4
 def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tuple:
@@ -184,7 +184,7 @@ def finetune(model="smollm2",               # A name for `load_model`, a model t
              steps:int|None=None, epochs:float|None=None,  # One of them; None: 3 epochs (tickets: 150 steps)
              batch_size:int=4, accumulation:int=1, # Examples a forward pass, forward passes a step
              lr:float|None=None,            # The highest learning rate; None: 2e-4 (tickets: 2e-3)
-             rank:int=16, alpha:float=32, dropout:float=0., targets="all-linear",  # See `add_adapters`
+             rank:int=16, alpha:float=32, dropout:float=0., targets="all-linear", target_parameters=None,  # See `add_adapters`
              template:str="auto", max_length:int=512, long:str="drop",  # See `qlora_nb.data.encode_rows`
              packing:bool=False,            # Fill rows of `max_length` tokens; `batch_size` then counts packs
              eval_data=None,                # Rows to evaluate on while training; None: some of `data`, if wanted

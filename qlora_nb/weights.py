@@ -49,14 +49,14 @@ def stack_owners(model:nn.Module) -> dict:   # Name of a module → how many mat
     for n,m in model.named_modules():
         shapes = [full_shape(p) for p in m.parameters(recurse=False) if not isinstance(m, _ConvNd)]
         if hasattr(m, "packed_numel"): shapes.append(m.how["shape"])
-        found |= {n.split(".parametrizations.")[0].removesuffix(".parametrizations"): s[0] for s in shapes if len(s) > 2}
+        found |= {clean_name(n.split(".parametrizations.")[0].removesuffix(".parametrizations")): s[0] for s in shapes if len(s) > 2}
     return found
 
 def routers(model:nn.Module) -> list:
     "Names of linear layers that stand beside a stack of experts and have at most one output for each of them."
     sizes = {n.rpartition(".")[0]: k for n,k in stack_owners(model).items()}
-    mods = {n: m for n,m in model.named_modules() if isinstance(getattr(m, "out_features", None), int)}
-    return [n for n,m in mods.items() if any(n.startswith(f"{o}.") and m.out_features <= k for o,k in sizes.items())
+    mods = {n: m for n,m in model.named_modules() if isinstance(getattr(m, "out_features", None), int) and not hasattr(m, "parameter_name")}
+    return [n for n,m in mods.items() if any(clean_name(n).startswith(f"{o}.") and m.out_features <= k for o,k in sizes.items())
             and "lora_" not in n]
 
 # %% ../nbs/00_weights.ipynb #04e8dcf3

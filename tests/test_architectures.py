@@ -9,10 +9,12 @@ sys.path.insert(0, str(ROOT/"nbs"/"experiments"))
 import architectures
 from architectures import IDS, build, check, right
 
-from qlora_nb.adapters import adapted_layers, add_adapters
+from peft import PeftModel
+from qlora_nb.adapters import adapted_layers, adapted_parameters, adapter_coverage, add_adapters, as_named, attach_adapter, save_adapter
 from qlora_nb.core import QLoRAError, count_params, stored_results
 from qlora_nb.models import audit_4bit, load_model, nf4_config, quiet
 from qlora_nb.qlora import load_scratch
+from qlora_nb.rehearsal import coverage
 from qlora_nb.weights import acts_linear, list_weights, routers
 
 FAST = "qwen3 gemma2 gpt2 falcon mixtral qwen3_moe gpt_oss deepseek_v3 jetmoe phimoe mamba mamba2 nemotron_h qwen3_next".split()
@@ -81,6 +83,43 @@ def test_shared_and_dense_layers_keep_their_adapters(targets, load, folders):
     model.train()(input_ids=IDS, labels=IDS).loss.backward()
 
 
+STACKS = dict(mixtral=["experts.gate_up_proj", "experts.down_proj"], deepseek_v3=["mlp.experts.down_proj"], jetmoe=["input_linear.weight", "output_linear.weight"],
+              gpt_oss=["gate_up_proj", "model.layers.0.mlp.experts.down_proj"], nemotron_h=["experts.up_proj", "experts.down_proj"])
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_adapters_on_experts(name, folders, tmp_path):
+    "Those of PEFT on the weights as parameters: same logits and gradients, in the second step too, and one file for both."
+    def load(): return load_model(folders(name), device="cpu", dtype=torch.float32)
+    twin, how = architectures.written_out(load(), folders(name)), dict(rank=4, alpha=8, target_parameters=STACKS[name])
+    model = add_adapters(load(), **how)
+    twin = add_adapters(twin, targets=adapted_layers(model), **how)
+    for _ in range(2): (y, g), (y_twin, g_twin) = architectures.gradients(model), architectures.gradients(twin)
+    assert (y - y_twin).norm() < 1e-5*y_twin.norm() and g.keys() == g_twin.keys()
+    for n in g: assert torch.cosine_similarity(g[n].flatten(), g_twin[n].flatten(), 0) > .99999 and g[n].any(), n
+    with torch.no_grad():
+        y = model.eval()(input_ids=IDS).logits
+        file = save_adapter(model, tmp_path/"a", str(folders(name)))
+        with as_named(): plain = PeftModel.from_pretrained(architectures.written_out(load(), folders(name)), file).eval()
+        for m in (attach_adapter(load(), file).eval(), plain): assert (m(input_ids=IDS).logits - y).norm() < 1e-5*y.norm()
+        with model.disable_adapter(): assert torch.equal(model(input_ids=IDS).logits, load()(input_ids=IDS).logits)
+    share = {w.name: w.numel for w in list_weights(model) if w.name in adapted_parameters(model)}
+    assert share and adapter_coverage(model).rows[-1][3] >= coverage(model)[1]*.99 > .3
+    assert len(routers(model)) == len(routers(load()))
+    with pytest.raises(NotImplementedError, match="cannot be merged into a stack in 4 bits"): model.merge_and_unload()
+
+
+@pytest.mark.parametrize("load, how, says", [
+    (load_scratch, {}, "backend='bnb' only"), (load_model, dict(dropout=.1), "no dropout"),
+    (load_model, dict(target_parameters=["experts.gate_proj"]), "Its stacks are: mlp.experts.gate_up_proj"),
+    (load_model, dict(target_parameters=["q_proj.weight"]), "matches no stack of experts"),
+    (load_model, dict(target_parameters="experts.down_proj"), "has to be a list")])
+def test_experts_that_cannot_have_adapters(load, how, says, folders):
+    model = load(folders("mixtral"), device="cpu", dtype=torch.float32)
+    with pytest.raises(QLoRAError, match=says): add_adapters(model, 2, **dict(target_parameters=["experts.down_proj"]) | how)
+    assert not adapted_layers(model)
+
+
 def test_what_peft_refuses_is_left_out_and_said(folders):
     model = load_model(folders("falcon_h1"), device="cpu", dtype=torch.float32)
     with pytest.raises(QLoRAError, match="out_proj cannot have an adapter"): add_adapters(model, 2, targets=["out_proj"])
@@ -121,8 +160,9 @@ def test_an_nf4_folder_computes_in_the_type_asked_for(theirs, ours, double, fold
     assert (a - b).norm() < (1e-5 if ours == torch.float32 else .02)*b.norm()
 
 
-@pytest.mark.parametrize("name, backend", [("deepseek_v3", "bnb"), ("qwen3_next", "scratch"), ("mixtral", "bnb")])
-def test_what_finetune_saves_loads_and_merges(name, backend, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, backend, how", [("deepseek_v3", "bnb", {}), ("qwen3_next", "scratch", {}), ("mixtral", "bnb", {}),
+    ("qwen3_moe", "bnb", dict(dropout=0., target_parameters=["experts.gate_up_proj", "experts.down_proj"]))])
+def test_what_finetune_saves_loads_and_merges(name, backend, how, tmp_path, monkeypatch):
     from common import small_tokenizer
     from qlora_nb.export import merge_and_save
     from qlora_nb.inference import load_adapter
@@ -133,7 +173,7 @@ def test_what_finetune_saves_loads_and_merges(name, backend, tmp_path, monkeypat
     base = build(name, str(tmp_path/"base"))
     tok.save_pretrained(base)
     run = finetune(base, make_tickets("train")[:8], output=tmp_path/"run", steps=2, device="cpu", backend=backend, progress=False,
-                   batch_size=2, max_length=256, dropout=.05)
+                   **dict(batch_size=2, max_length=256, dropout=.05) | how)
     def logits(m):
         with torch.no_grad(): return m.eval()(input_ids=IDS + 100).logits.float()
     y = logits(run.model)
@@ -142,3 +182,22 @@ def test_what_finetune_saves_loads_and_merges(name, backend, tmp_path, monkeypat
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path/"merged", dtype=torch.float32))
     bfloat16 = run.model.get_input_embeddings().weight.dtype == torch.bfloat16   # what this processor trained in
     assert (merged - y).norm() < (.02 if bfloat16 else 1e-5)*y.norm()
+
+
+@pytest.mark.parametrize("how", [{}, dict(target_parameters=["experts.down_proj"])])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granitemoe", "deepseek_v3"])
+def test_a_fast_step_of_a_mixture_is_the_plain_step(name, how, folders):
+    from qlora_nb.fast import make_fast
+    from qlora_nb.logits import own_loss
+    model = add_adapters(load_model(folders(name), device="cpu", dtype=torch.float32), 4, 8, **how).train()
+    architectures.gradients(model)   # adapters that are not zero
+    batch, mine = dict(input_ids=IDS, labels=IDS), [p for p in model.parameters() if p.requires_grad]
+    def step(loss):
+        model.zero_grad()
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten().clone() for p in mine])
+    loss, g = step(own_loss(model, batch))
+    rows = make_fast(model).rows
+    assert [r[1] for r in rows if r[0] == "adapter on experts"] == [len(adapted_parameters(model))]*bool(how)
+    fast, g_fast = step(getattr(model, "step_loss", lambda b: own_loss(model, b))(batch))
+    assert abs(fast - loss) < 1e-5*loss and torch.cosine_similarity(g, g_fast, 0) > .99999 and (g - g_fast).norm() < 1e-4*g.norm()

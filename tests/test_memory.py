@@ -3,9 +3,10 @@ import pytest, torch
 from transformers import (AutoModelForCausalLM, BloomConfig, DeepseekV3Config, Gemma2Config, Glm4MoeConfig, GPT2Config, GptOssConfig, JetMoeConfig,
                           Llama4TextConfig, LlamaConfig, MambaConfig, MixtralConfig, PhimoeConfig)
 
-from qlora_nb.core import QLoRAError
+from qlora_nb.adapters import add_adapters
+from qlora_nb.core import QLoRAError, count_params
 from qlora_nb.ledger import blocks_of, layer_groups, some_layers, whole
-from qlora_nb.memory import plan, rehearse
+from qlora_nb.memory import plan, rehearse, skeleton
 
 SIZE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, pad_token_id=0)
 MOE = SIZE | dict(num_key_value_heads=2, intermediate_size=256)
@@ -73,3 +74,15 @@ def test_experts_are_wide_in_one_layer_at_a_time():
     assert p.moments["forward"][0] - sum(p.parts[k] for k in ("4-bit weights", "scales", "16-bit weights", "adapters", "optimizer")) > .5*stack
     growth = (q.moments["forward"][1] - p.moments["forward"][1])/3
     assert growth < .4*stack, (growth, stack)                 # packed, with a little activation, and nothing wide
+
+
+@pytest.mark.parametrize("kind, stacks", [("mixtral", ["experts.gate_up_proj", "experts.down_proj"]), ("gpt_oss", ["down_proj"])])
+def test_adapters_on_experts_are_counted_by_pefts_rule(kind, stacks):
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    real = count_params(add_adapters(model, 4, 8, target_parameters=stacks)).trainable
+    p, q = (plan(CONFIGS[kind], 1, 16, rank=4, target_parameters=o) for o in (stacks, None))
+    planned = skeleton(CONFIGS[kind], "qlora", 4, "all-linear", torch.bfloat16, target_parameters=stacks)
+    assert sum(o.numel() for o in planned.parameters() if o.requires_grad) == real
+    assert real*4 <= p.parts["adapters"] < real*4 + 512*200 and p.parts["adapters"] > q.parts["adapters"] and p.peak > q.peak
+    with pytest.raises(QLoRAError, match="matches no stack"): plan(CONFIGS[kind], target_parameters=["experts.nothing"])
+    with pytest.raises(QLoRAError, match="method='qlora' only"): plan(CONFIGS[kind], method="lora", target_parameters=stacks)
