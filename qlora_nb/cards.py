@@ -22,7 +22,7 @@ def plot_plans(plans:dict) -> Figure:  # Name → `Plan`
     ax, left, hatch = fig.add_subplot(xlabel="GB"), [0.]*len(plans), ["", "//", "..", "xx"]
     for i, k in enumerate(names):
         w = [p.parts.get(k, 0)/1e9 for p in plans.values()]
-        ax.barh(list(plans), w, left=left, label=k, color=COLORS[i % 7], hatch=hatch[i//7 + i % 2],
+        ax.barh(list(plans), w, left=left, label=k, color=COLORS[i % 7], hatch=hatch[2*(i//7) + i % 2],
                 edgecolor="white", lw=.5)
         left = [a + b for a, b in zip(left, w)]
     ax.invert_yaxis(), ax.set_xlim(0, 1.08*max(left))
