@@ -16,6 +16,7 @@ from .lora import lora_layers, set_adapter
 from .models import locate, quiet
 from .runs import content_id
 from .targets import layer_size
+from .taught import note_loaded, note_sum, notes_of
 
 # %% ../nbs/07_switching.ipynb #e0512bd5
 import torch
@@ -83,6 +84,7 @@ def add_adapter_from(model,               # A base, or a model with PEFT's adapt
     elif notes.get("base_sha256") and notes["base_sha256"] != (content_id(locate(have)) or notes["base_sha256"]):
         warnings.warn(f"{folder.name} was trained on other weights than {have} has now.", stacklevel=2)
     with quiet(): model = attach_adapter(model, folder, name)
+    note_loaded(model, name, notes)
     return model.eval(), notes
 
 # %% ../nbs/07_switching.ipynb #b8a60025
@@ -151,19 +153,22 @@ def shrink(model, name:str, rank:int):
 
 # %% ../nbs/07_switching.ipynb #00cf09cb
 def scale_one(model, name:str):
-    "Give an adapter whose scale is in its factors the scale 1, whatever rule it has taken over."
+    "Give an adapter whose scale is in its factors the scale 1, and its factors one dtype."
     model.peft_config[name].use_rslora = False
-    for m in model.modules():
-        if isinstance(m, LoraLayer) and name in m.lora_A: m.scaling[name] = 1.
+    for m in (m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A):
+        m.scaling[name], A, B = 1., m.lora_A[name].weight, m.lora_B[name].weight
+        A.data, B.data = (o.data.to(torch.promote_types(A.dtype, B.dtype)) for o in (A, B))
 
 @torch.no_grad()
 def sum_error(model, weights:dict, name:str) -> float:  # The largest of the layers, relative
     "How far the update of `name` is from the weighted sum of the others, on one random input a layer."
     worst = 0.
     for m in (m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A):
-        A = m.lora_A[name].weight
-        x = torch.randn(1, m.in_features, generator=torch.Generator().manual_seed(0)).to(A)
-        def update(o): return m.scaling[o]*m.lora_B[o](m.lora_A[o](x)) if o in m.lora_A else torch.zeros_like(x[:, :1])
+        x = torch.randn(1, m.in_features, generator=torch.Generator().manual_seed(0))
+        x = x.to(m.lora_A[name].weight.device)
+        def update(o):
+            if o not in m.lora_A: return torch.zeros_like(x[:, :1])
+            return m.scaling[o]*(x @ m.lora_A[o].weight.float().T) @ m.lora_B[o].weight.float().T
         want = sum(w*update(o) for o, w in weights.items())
         worst = max(worst, ((update(name) - want).norm()/want.norm().clamp(min=1e-12)).item())
     return worst
@@ -195,16 +200,17 @@ def combine_adapters(model,              # With PEFT's adapters, on linear layer
             model.delete_adapter(name)
             raise QLoRAError(f"together these adapters would be off by {error:.0%}.", cure="Merge them one by one.")
         if how == "svd": shrink(model, name, rank or max(ranks.values()))
+    note_sum(model, weights, name)
 
 # %% ../nbs/07_switching.ipynb #b8789d5b
 def save_one(model, name:str,     # One of `adapter_names`
              folder:str|Path,     # Must not exist yet
-             base:str, **notes) -> Path:  # As for `save_adapter`
+             base:str, **notes) -> Path:  # As for `save_adapter`; what is noted need not be said
     "Save one of several adapters, with the name of its base and our notes beside it."
     if (folder := Path(folder)).exists(): raise QLoRAError("this folder exists.", str(folder), "Choose another one.")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="tmp-") as tmp, quiet():
         model.save_pretrained(tmp, selected_adapters=[find_adapter(model, name)], save_embedding_layers=False)
         new = Path(tmp) if name == "default" else Path(tmp)/name
-        describe_adapter(new, base, **notes)
+        describe_adapter(new, base, **notes_of(model, name) | notes)
         shutil.copytree(new, Path(tmp)/"whole"), (Path(tmp)/"whole").replace(folder)
     return folder
