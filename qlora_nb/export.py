@@ -21,6 +21,7 @@ from .lora import PLAIN
 from .models import load_model, load_tokenizer, locate, quiet
 from .quantization import quantize
 from .stacks import adapted_tensor, unpack_stacks
+from .taught import note_ends, stop_ids
 from .templates import begins_with_bos
 
 # %% ../nbs/09_export.ipynb #096fc658
@@ -145,13 +146,11 @@ def export_tokenizer(source) -> tuple:   # (tokenizer, is the prompt's frame kno
     return tok, bool(tok.chat_template)
 
 # %% ../nbs/09_export.ipynb #d900cd72
-def generation_ids(tokenizer, was, taught=()) -> GenerationConfig:   # `was`: of the base, or None; `taught`: end tokens
-    "Generation settings that hold token ids alone; a text ends where the tokenizer, the base or the training says so."
-    known = tokenizer.get_vocab()
-    ends = [tokenizer.eos_token_id, getattr(was, "eos_token_id", None), [known[o] for o in taught if o in known]]
-    ends = list(dict.fromkeys(i for o in ends if o is not None for i in (o if isinstance(o, list) else [o])))
+def generation_ids(tokenizer, stops:list) -> GenerationConfig:   # Of `stop_ids`
+    "Generation settings that hold token ids alone; the tokenizer's own end comes first."
+    ends = sorted(stops, key=lambda i: i != tokenizer.eos_token_id)
     return GenerationConfig(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-                            eos_token_id=ends[0] if len(ends) == 1 else ends)
+                            eos_token_id=ends[0] if len(ends) == 1 else ends or None)
 
 # %% ../nbs/09_export.ipynb #415063af
 def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's format
@@ -176,7 +175,8 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
     model = model.unload().eval()
     for p in model.parameters(): p.data = p.data.to(dtype)   # buffers, such as those of rotary angles, stay exact
     if onto != "4bit": same_logits(probe(model), want, max(dtype, trained_in, key=lambda o: torch.finfo(o).eps), "the merged model is another", source.base)
-    model.generation_config = generation_ids(tok, model.generation_config, source.notes.get("end_tokens", ()))
+    note_ends(model, tok, source.notes.get("end_tokens", ()))
+    model.generation_config = generation_ids(tok, stop_ids(model, tok))
     return Merged(model, tok, chat, facts, want)
 
 # %% ../nbs/09_export.ipynb #98ddc01a

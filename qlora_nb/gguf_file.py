@@ -14,6 +14,7 @@ from .card import check_room, export_adapter, license_of, model_card, new_folder
 from .core import QLoRAError, count_params, free_memory
 from .export import merge_and_save, merge_words, merged
 from .models import quiet
+from .taught import stop_ids, template_end
 from .templates import begins_with_bos
 
 # %% ../nbs/10_gguf.ipynb #1c367b64
@@ -101,8 +102,9 @@ def token_kinds(tokenizer, size:int) -> list:   # Rows of the embedding
     return [(vocab.get(i, f"[PAD{i}]"), kind(i)) for i in range(size)]
 
 # %% ../nbs/10_gguf.ipynb #8deab098
-def add_tokenizer(w:GGUFWriter, tokenizer, size:int):   # Rows of the embedding
-    "Vocabulary, merges, special ids and the chat template."
+def add_tokenizer(w:GGUFWriter, tokenizer, size:int,  # Rows of the embedding
+                  stops=()):   # Of `stop_ids`; beside EOS, a file can name two
+    "Vocabulary, merges, special ids, the tokens that end an answer, and the chat template."
     tokens, kinds = zip(*token_kinds(tokenizer, size))
     w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre(pre_name(tokenizer))
     w.add_token_list(tokens), w.add_token_types(kinds)
@@ -111,6 +113,9 @@ def add_tokenizer(w:GGUFWriter, tokenizer, size:int):   # Rows of the embedding
     for name in ("bos", "eos", "unk", "pad"):
         i = getattr(tokenizer, f"{name}_token_id")
         if i is not None: getattr(w, f"add_{name}_token_id")(i)
+    others = [i for i in stops if i != tokenizer.eos_token_id]
+    others.sort(key=lambda i: i != template_end(tokenizer))   # that of the template first
+    for add, i in zip((w.add_eot_token_id, w.add_eom_token_id), others): add(i)
     w.add_add_bos_token(begins_with_bos(tokenizer)), w.add_add_space_prefix(False)
     if tokenizer.chat_template: w.add_chat_template(tokenizer.chat_template)
 
@@ -134,7 +139,8 @@ def write_gguf(model, tokenizer,
     if base: w.add_base_model_count(1), w.add_base_model_name(0, base)
     if license: w.add_license(license)
     w.add_file_type(FORMATS[dtype][1]), w.add_quantization_version(2)
-    add_settings(w, model.config), add_tokenizer(w, tokenizer, model.config.vocab_size), add_tensors(w, model, dtype)
+    stops, size = stop_ids(model, tokenizer), model.config.vocab_size
+    add_settings(w, model.config), add_tokenizer(w, tokenizer, size, stops), add_tensors(w, model, dtype)
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
     return path
 

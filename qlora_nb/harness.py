@@ -11,6 +11,8 @@ from pathlib import Path
 from .core import QLoRAError, Table
 from .data import answer_of, encode_prompt
 from .models import quiet
+from .taught import base_of, stop_ids
+from .templates import encode
 
 # %% ../nbs/10_harness.ipynb #c2796e23
 def harness_model(model, tokenizer, batch_size:int=8):  # Requests at a time
@@ -18,6 +20,8 @@ def harness_model(model, tokenizer, batch_size:int=8):  # Requests at a time
     try: from lm_eval.models.huggingface import HFLM
     except ImportError as e: raise QLoRAError("lm-eval is not installed.", cure="pip install lm-eval") from e
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    settings = getattr(base_of(model), "generation_config", None)
+    if settings is not None: settings.eos_token_id = stop_ids(model, tokenizer)   # for tasks that let it write
     with quiet(): return HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size)
 
 def benchmark(model, tokenizer,
@@ -46,8 +50,8 @@ def rows_task(rows:list,              # Of `load_rows`
              ) -> dict:               # For `benchmark`
     "Held-out rows as a task: `acc` is the share of right answers that the model would write itself, token for token."
     path = Path(folder)/f"{name}.jsonl"
-    end = tokenizer.eos_token
-    docs = [dict(context=encode_prompt(r, tokenizer, template), answer=answer_of(r) + end) for r in rows]
+    def end(row): return tokenizer.convert_ids_to_tokens(encode(row, tokenizer, template)["labels"][-1])
+    docs = [dict(context=encode_prompt(r, tokenizer, template), answer=answer_of(r) + end(r)) for r in rows]
     path.write_text("".join(json.dumps(d) + "\n" for d in docs), encoding="utf-8")
     acc = dict(metric="acc", aggregation="mean", higher_is_better=True)
     return dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(path))), test_split="test",

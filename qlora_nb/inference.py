@@ -16,8 +16,8 @@ from .models import load_model, load_tokenizer, locate, quiet
 from .core import QLoRAError, has_native_bf16, pick_device, pick_dtype
 from .runs import content_id
 from .sampling import check_sampling, penalize, seeded
-from .switching import adapter_folder, check_fits
-from .taught import note_ends, stop_ids
+from .switching import adapter_folder, check_fits, note_loaded
+from .taught import stop_ids
 
 # %% ../nbs/08_inference.ipynb #d64da45e
 import torch
@@ -194,6 +194,5 @@ def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds 
     check_base(folder, base, notes)
     check_fits(model, folder)
     model = attach_adapter(model, folder, name)
-    tokenizer = load_tokenizer(base)
-    note_ends(model, tokenizer, notes.get("end_tokens", ()))
-    return Loaded(model.eval(), tokenizer, notes)
+    note_loaded(model, name, notes)
+    return Loaded(model.eval(), load_tokenizer(base), notes)

@@ -157,7 +157,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
         examples = number_rows(rows, numbers, **encoding)
         check_ids(model, tokenizer, examples)
         said, ends = [check_answers(examples, rows, tokenizer)], end_ids(examples)
-    note_ends(model, tokenizer, ends)   # so that generation stops where it is taught to
+    ends = note_ends(model, tokenizer, ends, template=s["template"])   # so that generation stops where it is taught to
     def size(o): return sum(map(size, o)) if isinstance(o, list) else len(o["input_ids"])   # or of a pack
     if s["packing"]: examples, model = pack(examples, s["max_length"]), separate_documents(model, s["max_length"])
     collator = partial(collate_packed, pad_id=tokenizer.pad_token_id) if s["packing"] else None
@@ -174,7 +174,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
         **{k: s[k] for k in ("batch_size", "accumulation", "lr", "seed", "optim")})
     if s["fast"]: trainer.speed_up(sum(size(o) for o in examples)/len(examples))
     tell(trainer, [*said, more], progress)
-    return model, trainer, dict(end_tokens=tokenizer.convert_ids_to_tokens(sorted(ends)))
+    return model, trainer, dict(end_tokens=ends)
 
 # %% ../nbs/07_training.ipynb #ac9bf7fa
 def finetune(model="smollm2",               # A name for `load_model`, a model that is loaded, or a `Run` to go on from

@@ -390,3 +390,23 @@ def test_experts_in_4_bits_are_written_out():
         got = write_out_4bit(model)(ids).logits
     assert (got - want).norm() < 1e-5*want.norm() and model.model.layers[0].mlp.experts.down_proj.dtype == torch.float32
     assert {k for k in model.state_dict() if "experts" in k} == {f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")}
+
+
+# ---- where it stops ----
+
+def test_every_export_stops_where_it_was_taught(tmp_path):
+    "Merged, and as GGUF: the tokenizer's EOS, the end of its template, and an end that only the adapter notes."
+    from gguf import GGUFReader
+    base, tok = make_base(tmp_path/"base"), small_tokenizer()
+    tok.eos_token = "<|endoftext|>"
+    tok.save_pretrained(base)
+    make_adapter(base, tmp_path/"adapter")
+    file = tmp_path/"adapter"/"qlora_nb.json"
+    notes = json.loads(file.read_text(encoding="utf-8")) | dict(end_tokens=["<|im_end|>", "<repo_name>"])
+    file.write_text(json.dumps(notes), encoding="utf-8")
+    ids = tok.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>", "<repo_name>"])
+    out = merge_and_save(tmp_path/"adapter", tmp_path/"out", **F32)
+    assert json.loads((out/"generation_config.json").read_text(encoding="utf-8"))["eos_token_id"] == [ids[0], *sorted(ids[1:])]
+    for folder, name in ((tmp_path/"adapter", "a"), (out, "b")):
+        fields = GGUFReader(export_gguf(folder, tmp_path/name, "f32")).fields
+        assert [fields[f"tokenizer.ggml.{o}_token_id"].contents() for o in ("eos", "eot", "eom")] == ids

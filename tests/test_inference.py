@@ -353,6 +353,16 @@ def test_cat_is_the_sum(base_folder, two, v, w):
         torch.testing.assert_close(s, v*a + w*c, rtol=0, atol=1e-6*max(1, a.abs().max(), c.abs().max()))
 
 
+def test_adapters_of_two_dtypes_add_up(base_folder, two):
+    "On a base in bfloat16 the first adapter that PEFT loads is in float32 and the next ones are not."
+    model = load_model(base_folder, device="cpu", dtype=torch.bfloat16)
+    for name, f in zip("ac", two[::2]): model, _ = add_adapter_from(model, f, name)
+    for layer in (m for m in model.modules() if isinstance(m, LoraLayer)): layer.lora_B["c"].to(torch.bfloat16)
+    combine_adapters(model, dict(a=1, c=.5), "both")
+    use_adapter(model, "both")
+    assert scores(model).isfinite().all()
+
+
 def test_linear_has_cross_terms_and_svd_the_tail(base_folder, two):
     model, before = loaded(base_folder, two)
     for how in ("linear", "svd"): combine_adapters(model, dict(a=1, b=1), how, how)
@@ -458,12 +468,34 @@ def test_answers_stop_at_the_token_that_was_taught(taught):
 def test_an_end_token_that_is_not_special_is_not_shown(taught):
     "Decoding leaves special tokens out and keeps all others; here an ordinary one ends the answer."
     from qlora_nb.data import encode_prompt
-    from qlora_nb.taught import note_ends
+    from qlora_nb.taught import note_ends, notes_of
     model, tok = taught.model, taught.tokenizer
     prompt, first = encode_prompt(dict(prompt="3?"), tok), tok("yes", add_special_tokens=False).input_ids[0]
     note_ends(model, tok, [first])
     try: assert generate(model, tok, prompt, 20) == "" == "".join(stream(model, tok, prompt, 20))
-    finally: model.get_base_model().qlora_nb_ends.discard(first)
+    finally: notes_of(model)["end_tokens"].remove(tok.convert_ids_to_tokens(first))
+
+
+def test_each_adapter_ends_where_it_was_taught(taught, tmp_path):
+    "One of several on a base, saved by its name, and a sum of two: the notes go along, and nothing leaks into the other."
+    from qlora_nb.taught import stop_ids
+    tok, odd = taught.tokenizer, "<repo_name>"
+    def stops(model): return tok.convert_ids_to_tokens(stop_ids(model, tok))
+    shutil.copytree(taught.folder/"adapter", tmp_path/"other")
+    file = tmp_path/"other"/"qlora_nb.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | dict(end_tokens=[odd], template="article", turns=1)), encoding="utf-8")
+    model = load_adapter(taught.folder, device="cpu", name="one").model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, _ = add_adapter_from(model, tmp_path/"other", "two")
+    assert odd not in stops(model)
+    with answering_as(model, "two"): assert odd in stops(model)
+    with pytest.warns(UserWarning, match="different templates: article, auto"): combine_adapters(model, dict(one=1, two=1), "sum")
+    for name, ends in (("two", [odd]), ("sum", ["<|im_end|>", odd])):
+        saved = save_one(model, name, tmp_path/name, str(taught.info["settings"]["model"]))
+        notes = json.loads((saved/"qlora_nb.json").read_text(encoding="utf-8"))
+        assert {*notes["end_tokens"]} == {*ends} and notes["turns"] == 1 and notes.get("template") == {"two": "article"}.get(name)
+        assert odd in stops(load_adapter(saved, device="cpu").model)
 
 
 def test_another_base_of_the_same_shape_is_noticed(taught, tmp_path):
