@@ -136,7 +136,8 @@ def describe_adapter(folder:Path,  # That PEFT, or `save_lora`, has written
     "Put the name of the base and our notes beside an adapter, in place of PEFT's unfilled card."
     (folder/"README.md").unlink(missing_ok=True)
     cfg = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
-    files = dict(adapter_config=cfg | dict(base_model_name_or_path=base), qlora_nb=dict(base=base, **notes))
+    if notes.get("example"): notes["example_asked"] = True   # older files hold a row of the data there, unasked
+    files = dict(adapter_config=cfg | dict(base_model_name_or_path=base), qlora_nb=dict(base=base) | notes)
     for name, obj in files.items():
         (folder/f"{name}.json").write_text(json.dumps(obj, indent=1, ensure_ascii=False), encoding="utf-8")
 

@@ -13,7 +13,7 @@ from collections import namedtuple
 from pathlib import Path
 from safetensors import SafetensorError
 from .core import QLoRAError, fmt_bytes, versions
-from .switching import find_folder
+from .switching import find_folder, read_notes
 
 # %% ../nbs/08_card.ipynb #ca980177
 Source = namedtuple("Source", "folder config notes run base")
@@ -24,7 +24,7 @@ def read_source(folder:str|Path,      # Of a run, or of an adapter in PEFT's for
     "All that is known about an adapter. Raises `QLoRAError` for a folder without one."
     folder = find_folder(folder)
     def read(path): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    config, notes = read(folder/"adapter_config.json"), read(folder/"qlora_nb.json")
+    config, notes = read(folder/"adapter_config.json"), read_notes(folder)
     base = base or config.get("base_model_name_or_path") or notes.get("base")
     if not base: raise QLoRAError("the adapter does not name its base.", where=str(folder), cure="Say which: base=...")
     return Source(folder, config, notes, read(folder.parent/"run.json") if folder.name == "adapter" else {}, str(base))
@@ -195,5 +195,7 @@ def export_adapter(folder:str|Path,     # Of a run, or of an adapter in PEFT's f
         config = source.config | dict(base_model_name_or_path=source.base)
         (new/"adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         made = "As it was trained, in PEFT's format. It belongs on the base in the same 4 bits."
+        notes = json.dumps(source.notes, indent=1, ensure_ascii=False)
+        if source.notes: (new/"qlora_nb.json").write_text(notes, encoding="utf-8")
         (new/"README.md").write_text(model_card(source, Path(out).name, "adapter", made), encoding="utf-8")
     return Path(out)

@@ -129,21 +129,22 @@ def say_answer(model, tokenizer, said:list, notes:dict, **how) -> str:
 
 # %% ../nbs/18_cli.ipynb #4972bf72
 def chat_loop(model, tokenizer, notes:dict,  # Of `load_adapter`, or {} for a model as it is
+              system:str|None=None,          # A system prompt, as the rows of the training had
               **how):                        # Of `stream`
     "Read lines from the terminal and stream answers until /exit or the end of the input."
     remember = notes.get("turns", 2) > 1  # a model as it is has been trained on conversations
     kind = "/new forgets what was said" if remember else "each one is answered on its own"
     print(f"Type a message; {kind}, /exit ends.")
     if "example" in notes: print(f"Trained on prompts such as:\n{notes['example']}")
-    said = []
+    said = start = [dict(role="system", content=system)] if system else []
     while True:
         try: text = input("\n> ").strip()
         except (EOFError, KeyboardInterrupt): return print()
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")   # bytes that are not text
         if text == "/exit": return
-        if text == "/new" or not remember: said = []
+        if text == "/new" or not remember: said = start
         if text in ("", "/new"): continue
-        said.append(dict(role="user", content=text.replace("\\n", "\n")))
+        said = [*said, dict(role="user", content=text.replace("\\n", "\n"))]
         answer = say_answer(model, tokenizer, said, notes, **how)
         said.append(dict(role="assistant", content=answer))
 
@@ -154,6 +155,7 @@ def chat_parser() -> argparse.ArgumentParser:
                                 description="Talk to a fine-tuned model; by default to the adapter of the latest run.")
     p.add_argument("--adapter", default=None, help="folder of a run or of a PEFT adapter (none: the latest finished run)")
     p.add_argument("--model", default=None, help="a base model: on its own, or with --adapter instead of the one it names")
+    p.add_argument("--system", default=None, help="a system prompt, such as the one that it was trained with")
     p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
     p.add_argument("--temperature", type=float, default=0., help="0: always the likeliest token")
     p.add_argument("--top-p", type=float, default=1., help="sample from the tokens that make up this probability")

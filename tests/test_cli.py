@@ -191,3 +191,12 @@ def test_row_numbers_through_the_command(tmp_path, complaint, tiny, monkeypatch)
     (tmp_path/"mine.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows), encoding="utf-8")
     status, err = complaint("--model", tiny, "--device", "cpu", "--data", tmp_path/"mine.jsonl", "--output", tmp_path/"run", "--long", "error")
     assert status == 2 and "mine.jsonl, row 13: the example has" in err
+
+
+def test_a_system_prompt_stands_before_each_conversation(monkeypatch, capsys):
+    from qlora_nb import cli
+    typed, asked = iter(["a", "b", "/new", "c", "/exit"]), []
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr(cli, "say_answer", lambda model, tok, said, notes, **how: asked.append([m["content"] for m in said]) or "y")
+    cli.chat_loop(None, None, {}, **{k: v for k, v in vars(cli.chat_parser().parse_args(["--system", "S"])).items() if k == "system"})
+    assert asked == [["S", "a"], ["S", "a", "y", "b"], ["S", "c"]]

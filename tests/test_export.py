@@ -392,6 +392,18 @@ def test_experts_in_4_bits_are_written_out():
     assert {k for k in model.state_dict() if "experts" in k} == {f"model.layers.0.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")}
 
 
+def test_a_row_that_an_older_run_has_noted_stays_here(adapter, tmp_path):
+    "Neither in the card nor in the notes of an export, nor on the screen; what was asked for is."
+    from qlora_nb.switching import adapter_folder
+    old, secret = shutil.copytree(adapter, tmp_path/"old"), "The patient Jane Roe"
+    notes = json.loads((old/"qlora_nb.json").read_text(encoding="utf-8"))
+    assert "Hello there" in (export_adapter(old, tmp_path/"new")/"README.md").read_text(encoding="utf-8")
+    notes = {k: v for k, v in notes.items() if k != "example_asked"} | dict(example=secret)
+    (old/"qlora_nb.json").write_text(json.dumps(notes), encoding="utf-8")
+    assert "example" not in adapter_folder(old)[1]
+    for o in export_adapter(old, tmp_path/"out").iterdir(): assert secret.encode() not in o.read_bytes(), o.name
+
+
 # ---- where it stops ----
 
 def test_every_export_stops_where_it_was_taught(tmp_path):
