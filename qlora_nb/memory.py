@@ -200,11 +200,11 @@ def _check(name, value, allowed):
 def plan(model,                # A Hub id, a folder, "smollm2", a config, or a model
          batch:int=1, seq:int=2048,   # Rows of a forward pass, tokens of a row
          method:str="qlora",   # "qlora", "lora" (16-bit base) or "full" (float32 weights, mixed precision)
-         rank:int=16, targets="all-linear", target_parameters=None,  # As in `add_adapters`
+         rank:int=16, targets="all-linear",  # As in `add_adapters`
          checkpointing:bool=False,     # Recompute activations in the backward pass?
          optim:str="adamw",    # "adamw", "adamw_8bit" or "paged_adamw_8bit"
          loss:str="chunked",   # "chunked", as TRL 1.x computes it, or "full": all logits at once
-         dtype:torch.dtype=torch.bfloat16) -> Plan:  # What is computed in
+         dtype:torch.dtype=torch.bfloat16, target_parameters=None) -> Plan:  # What is computed in; as in `add_adapters`
     "Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError` for unknown settings."
     _check("method", method, METHODS), _check("optimizer", optim, OPTIMIZERS), _check("loss", loss, ("chunked", "full"))
     for k, v in dict(batch=batch, seq=seq, rank=rank).items():
