@@ -8,7 +8,7 @@ __all__ = ['SUPPORTED', 'CONVERTER', 'F32', 'F16', 'Q8', 'FORMATS', 'FORMS', 'ad
            'gguf_source', 'gguf_card', 'export_gguf', 'export_run']
 
 # %% ../nbs/10_gguf.ipynb #8cfebffc
-import json
+import json, warnings
 from pathlib import Path
 from .card import check_room, export_adapter, license_of, model_card, new_folder, public_name, read_source
 from .core import QLoRAError, count_params, free_memory
@@ -115,6 +115,7 @@ def add_tokenizer(w:GGUFWriter, tokenizer, size:int,  # Rows of the embedding
         if i is not None: getattr(w, f"add_{name}_token_id")(i)
     others = [i for i in stops if i != tokenizer.eos_token_id]
     others.sort(key=lambda i: i != template_end(tokenizer))   # that of the template first
+    if len(others) > 2: warnings.warn(f"a GGUF file names two ends beside EOS; {tokenizer.convert_ids_to_tokens(others[2:])} are left out.")
     for add, i in zip((w.add_eot_token_id, w.add_eom_token_id), others): add(i)
     w.add_add_bos_token(begins_with_bos(tokenizer)), w.add_add_space_prefix(False)
     if tokenizer.chat_template: w.add_chat_template(tokenizer.chat_template)

@@ -204,7 +204,7 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
          checkpointing:bool=False,     # Recompute activations in the backward pass?
          optim:str="adamw",    # "adamw", "adamw_8bit" or "paged_adamw_8bit"
          loss:str="chunked",   # "chunked", as TRL 1.x computes it, or "full": all logits at once
-         dtype:torch.dtype=torch.bfloat16, target_parameters=None) -> Plan:  # What is computed in; as in `add_adapters`
+         dtype:torch.dtype=torch.bfloat16, target_parameters=None) -> Plan:  # Computed in; stacks of experts with adapters
     "Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError` for unknown settings."
     _check("method", method, METHODS), _check("optimizer", optim, OPTIMIZERS), _check("loss", loss, ("chunked", "full"))
     for k, v in dict(batch=batch, seq=seq, rank=rank).items():
