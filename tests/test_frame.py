@@ -140,6 +140,7 @@ def test_imports_are_found():
 @each_page
 def test_imports_go_downwards(path):
     nb, number = read(path), int(path.name[:2])
+    if not exported_module(nb): number = 100   # nothing imports a page without a module, so it may use all of them
     for c in code_cells(nb):
         for module, star in imports(c.source):
             assert not star, f"a star import of {module}"
