@@ -24,7 +24,7 @@ from .rehearsal import not_in_file, rehearse
 from .runs import Run, content_id, hold_run, last_checkpoint, open_run, seal, sync, write_json
 from .schedule import (check_positive, count_steps, name_rows, number_of, repetitions, run_length,
                                say_overlap, say_schedule, source_of, take_tenth, tell, told_of)
-from .sources import shared_options
+from .sources import check_options, shared_options
 from .stages import check_alone, load_base, name_of, own_adapter, put_adapters
 from .taught import check_answers, check_ids, check_labels, end_ids, note_ends
 from .trainer import AdapterTrainer, KeepBest, fast_by_default, mean_loss, out_of_patience, trainer_settings
@@ -198,7 +198,7 @@ def finetune(model="smollm2",               # A name for `load_model`, a model t
              leave_out=(),                  # Numbers of rows, from 1, that are not trained on
              seed:int=0, resume:bool=False, progress:bool=True, **reading) -> Run:  # `reading`: `OPTIONS` of `load_rows`
     "Fine-tune LoRA adapters on a 4-bit model. Raises `QLoRAError` for bad data, bad settings and a folder in use."
-    check_alone()
+    check_alone(), check_options(finetune, reading)
     settings = {k: v for k, v in locals().items() if k in SETTINGS} | run_length(data, steps, epochs, lr)
     rows, folder = load_rows(data, **reading), Path(output).expanduser()
     how = dict(save_steps=save_steps, checkpointing=checkpointing, report_to=check_reports(report_to))

@@ -1,0 +1,87 @@
+"What users have met, by kind, where no other test holds it: what is said, and where."
+import re
+
+import pytest
+
+from qlora_nb.core import QLoRAError
+from qlora_nb.data import Source, load_rows, map_rows, stream_rows
+from qlora_nb.models import quiet, tiny_model
+from qlora_nb.training import finetune
+
+from common import small_tokenizer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "A folder with a small random Llama and a small tokenizer."
+    folder, tok = tmp_path_factory.mktemp("base"), small_tokenizer()
+    with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder), tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    "Whatever is refused, is refused before a model is loaded."
+    from qlora_nb import training
+    def refuse(*a, **k): raise AssertionError("a model was loaded")
+    for o in list(training.BACKENDS): monkeypatch.setitem(training.BACKENDS, o, refuse)
+
+
+ROWS = [dict(prompt=f"{i}?", response="yes") for i in range(12)]
+
+
+# ---- settings ----
+
+SETTINGS = {
+    "a part of a layer": (dict(rank=2.5), "rank is 2.5, and has to be a whole number. Set it with --rank."),
+    "a part of a step": (dict(steps=2.5), "steps is 2.5, and has to be a whole number"),
+    "a text": (dict(batch_size="4"), "batch-size is '4', and has to be a whole number"),
+    "a text for a rate": (dict(lr="1e-4"), "lr is '1e-4', and has to be a number"),
+    "a truth": (dict(max_length=True), "max-length is True, and has to be a whole number"),
+    "alpha below zero, which unlearns": (dict(alpha=-1), "alpha is -1, and has to be above zero"),
+    "alpha of zero, which learns nothing": (dict(alpha=0), "alpha is 0, and has to be above zero"),
+    "no rank": (dict(rank=None), "rank is None, and has to be a whole number"),
+    "a seed below zero": (dict(seed=-1), "seed is -1, and has to be from 0 to below 4294967296"),
+    "no seed": (dict(seed=None), "seed is None, and has to be a whole number"),
+    "no end": (dict(lr=float("inf")), "lr is inf"),
+    "mistyped": (dict(setps=3), "finetune has no argument 'setps'. Did you mean steps=...?"),
+    "the name of TRL": (dict(learning_rate=1e-4), "finetune has no argument 'learning_rate'. Did you mean lr=...?"),
+    "the name of PEFT": (dict(lora_alpha=8), "finetune has no argument 'lora_alpha'. Did you mean alpha=...?"),
+    "another of TRL's": (dict(per_device_train_batch_size=2), "Did you mean batch_size=...?"),
+    "a mistyped option of the data": (dict(colums=dict(prompt="q")), "finetune has no argument 'colums'. Did you mean columns=...?"),
+    "nothing near": (dict(zzz=1), "finetune has no argument 'zzz'. It has model, data, output"),
+}
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_make_no_sense(case, base, tmp_path, no_model):
+    more, said = SETTINGS[case]
+    with pytest.raises(QLoRAError, match=re.escape(said)): finetune(**dict(model=base, data=ROWS, output=tmp_path/"run", device="cpu", progress=False) | more)
+    assert not (tmp_path/"run").exists()
+
+
+# ---- options that mean nothing to the data ----
+
+@pytest.mark.parametrize("option", [dict(config="main"), dict(revision="a1b2"), dict(split="validation")])
+def test_a_file_has_no_parts(option, tmp_path, base, monkeypatch, no_model):
+    (path := tmp_path/"a.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    (k, v), = option.items()
+    said = re.escape(f"{k}={v!r} chooses a part of a Hub data set, and this is read whole. Leave {k} out.")
+    for data in (path, str(path), Source(path, **option), [path], ROWS):
+        with pytest.raises(QLoRAError, match=said) as e: load_rows(data, **option)
+        assert e.value.where == ("the rows given" if data is ROWS else str(path))
+    for f in (map_rows, stream_rows):
+        with pytest.raises(QLoRAError, match=said): f(path, None, **option)
+    with pytest.raises(QLoRAError, match=said): finetune(base, path, tmp_path/"run", **option)
+    if k != "split":
+        with pytest.raises(QLoRAError, match=f"tickets: {said}"): load_rows("tickets", **option)
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **how: asked.append((*a, how)) or [dict(prompt="c", response="d")])
+    several = [Source(o, **option) for o in (path, "someone/x")]   # as the command line gives them
+    for rows in (load_rows([path, "someone/x"], **option), load_rows(several)): assert [o["prompt"] for o in rows] == ["a", "c"]
+    wanted = {"config": ("someone/x", "main", dict(split="train")), "revision": ("someone/x", dict(split="train", revision="a1b2")), "split": ("someone/x", dict(split="validation"))}
+    assert asked == [wanted[k]]*2
+
+
+def test_readers_of_large_files_name_themselves(tmp_path):
+    with pytest.raises(QLoRAError, match="map_rows has no argument 'colums'. Did you mean columns=...?"): map_rows(tmp_path, None, colums=1)
+    with pytest.raises(QLoRAError, match="stream_rows has no argument 'skip_bad'. Did you mean skip_bad_rows=...?"): stream_rows(tmp_path, None, skip_bad=1)
