@@ -58,7 +58,8 @@ def choose(several:list,  # Names of data, or data
     for k, (v, o) in asked.items():
         if k in known: continue
         what = str(o) if isinstance(o, (str, Path)) else "the rows given"
-        raise QLoRAError(f"{k}={v!r} chooses a part of a Hub data set, and this is read whole.", what, f"Leave {k} out.")
+        raise QLoRAError(f"{k}={v!r} chooses a part of a Hub data set, and this is read whole.", what,
+                         f"Leave {k} out.")
     return out
 
 # %% ../nbs/05_files.ipynb #96039f6d

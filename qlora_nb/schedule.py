@@ -63,7 +63,8 @@ def check_positive(**settings):
     for name, value in settings.items():
         option, (low, high) = name.replace("_", "-"), LEAST.get(name, (0, math.inf))
         if name not in [*POSITIVE, *LEAST] or value is None and name in UNSAID: continue
-        def fail(what): raise QLoRAError(f"{option} is {value!r}, and has to be {what}.", cure=f"Set it with --{option}.")
+        def fail(what):
+            raise QLoRAError(f"{option} is {value!r}, and has to be {what}.", cure=f"Set it with --{option}.")
         kind, said = (Integral, "a whole number") if name in WHOLE else (Real, "a number")
         if not isinstance(value, kind) or isinstance(value, bool): fail(said)
         if name in POSITIVE and not value > 0: fail("above zero")
