@@ -147,7 +147,8 @@ def save_adapter(model,            # With adapters of either backend
                  **notes           # Kept beside it, such as template="chat"
                 ) -> Path:
     "Save the adapter as PEFT does, with the name of its base and of the prompt template beside it."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="tmp-") as tmp:
         new = Path(tmp)/folder.name
         with quiet():
@@ -163,7 +164,8 @@ def attach_adapter(model,               # A base, or a model with PEFT's adapter
                    folder:str|Path,     # Of an adapter in PEFT's format
                    name:str="default"):
     "Put an adapter from a file on a model with PEFT. Raises `QLoRAError` unless each of its matrices has found its layer."
-    with safe_open(Path(folder)/"adapter_model.safetensors", "pt") as f: keys = {k for k in f.keys() if ".lora_" in k}
+    folder = Path(folder).expanduser()
+    with safe_open(folder/"adapter_model.safetensors", "pt") as f: keys = {k for k in f.keys() if ".lora_" in k}
     mods = {clean_name(n) for n in outer_modules(model)}
     known = all(clean_name(k.partition(".lora_")[0]) in mods for k in keys)   # else its names are of an older version
     with quiet(), as_named() if known else contextlib.nullcontext(), stacks_as_parameters(model), warnings.catch_warnings():
@@ -180,7 +182,7 @@ def attach_adapter(model,               # A base, or a model with PEFT's adapter
 def read_adapter(model,             # With our own adapters on it
                  folder:str|Path):  # Of `save_adapter`, for the same targets and rank
     "Fill the adapters with the values of a file."
-    have = load_file(Path(folder)/"adapter_model.safetensors")
+    have = load_file(Path(folder).expanduser()/"adapter_model.safetensors")
     for k, p in adapter_tensors(model, "default").items(): p.data.copy_(have[k])
 
 # %% ../nbs/05_adapters.ipynb #d1c9d2fe

@@ -37,7 +37,7 @@ def name_sources(o:dict) -> dict:
     def one(name):
         "`a.jsonl` or `a.jsonl:0.5`."
         path, colon, weight = name.rpartition(":")
-        named = colon and re.fullmatch(r"\d*\.?\d+", weight) and not Path(name).exists()
+        named = colon and re.fullmatch(r"\d*\.?\d+", weight) and not Path(name).expanduser().exists()
         source = Source(path if named else name, **how, **(dict(split=split) if split != "train" else {}))
         return (source, float(weight)) if named else source
     given = [o["data"]] if isinstance(o["data"], str) else o["data"]

@@ -30,7 +30,7 @@ def check_fits(model,              # A base model, or one with adapters
     "Raise `QLoRAError` unless each LoRA matrix in the file has a layer of its size in `model`. Changes nothing."
     def plain(n): return n.removeprefix("base_model.model.")
     layers, lost, odd = {plain(n): getattr(m, "base_layer", m) for n, m in model.named_modules()}, {}, []
-    with safe_open(Path(folder)/"adapter_model.safetensors", "pt") as f:
+    with safe_open(Path(folder).expanduser()/"adapter_model.safetensors", "pt") as f:
         for key in f.keys():
             name, _, part = plain(key).rpartition(".lora_")
             if any(len(full_shape(p)) > 2 for p in getattr(layers.get(clean_name(name)), "parameters", list)()): continue   # of experts
@@ -47,7 +47,7 @@ def check_fits(model,              # A base model, or one with adapters
 # %% ../nbs/07_switching.ipynb #d23db30a
 def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
     "The folder of an adapter itself. Raises `QLoRAError` where there is no complete one."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if (folder/"adapter").is_dir(): folder = folder/"adapter"
     if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder/f).exists()]:
         raise QLoRAError(f"there is no adapter here: {' and '.join(missing)} missing.", where=str(folder),
@@ -211,10 +211,10 @@ def save_one(model, name:str,     # One of `adapter_names`
              folder:str|Path,     # Must not exist yet
              base:str, **notes) -> Path:  # As for `save_adapter`; what is noted need not be said
     "Save one of several adapters, with the name of its base and our notes beside it."
-    if (folder := Path(folder)).exists(): raise QLoRAError("this folder exists.", str(folder), "Choose another one.")
+    folder = Path(folder).expanduser()
+    if folder.exists(): raise QLoRAError("this folder exists.", str(folder), "Choose another one.")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="tmp-") as tmp, quiet():
         model.save_pretrained(tmp, selected_adapters=[find_adapter(model, name)], save_embedding_layers=False)
         new = Path(tmp) if name == "default" else Path(tmp)/name
         describe_adapter(new, base, **notes_of(model, name) | notes)
-        shutil.copytree(new, Path(tmp)/"whole"), (Path(tmp)/"whole").replace(folder)
-    return folder
+        return Path(shutil.copytree(new, Path(tmp)/"whole")).replace(folder)

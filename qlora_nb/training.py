@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'Sealer', 'make_trainer', 'set_aside', 'number_rows', 'fi
            'prepare', 'finetune']
 
 # %% ../nbs/07_training.ipynb #37fa86e9
-import time
+import os, time
 from functools import partial
 from pathlib import Path
 
@@ -139,7 +139,7 @@ def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tupl
         raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {' or '.join(BACKENDS)}.")
     if isinstance(model, tuple): model, tokenizer = model.model, model.tokenizer   # a `Run`, or what was loaded
     if not (named := isinstance(model, (str, Path))): backend = "scratch" if is_scratch(model) else "bnb"
-    name = str(model) if named else name_of(model)
+    name = os.path.expanduser(model) if named else name_of(model)
     place = locate(name) if named else None   # a wrong name fails here
     settings = dict(model=name, backend=backend, rows=len(rows), rows_sha256=digest(rows), **settings)
     if place and Path(place).is_dir(): settings["model_sha256"] = content_id(place)

@@ -1,5 +1,6 @@
 "What users have met, by kind, where no other test holds it: what is said, and where."
-import re
+import json, os, re, shutil
+from pathlib import Path
 
 import pytest
 
@@ -85,3 +86,44 @@ def test_a_file_has_no_parts(option, tmp_path, base, monkeypatch, no_model):
 def test_readers_of_large_files_name_themselves(tmp_path):
     with pytest.raises(QLoRAError, match="map_rows has no argument 'colums'. Did you mean columns=...?"): map_rows(tmp_path, None, colums=1)
     with pytest.raises(QLoRAError, match="stream_rows has no argument 'skip_bad'. Did you mean skip_bad_rows=...?"): stream_rows(tmp_path, None, skip_bad=1)
+
+
+# ---- where files go ----
+
+QUIET = dict(batch_size=4, lr=1e-2, device="cpu", progress=False)
+
+
+def test_the_home_folder_is_found_everywhere(base, tmp_path, monkeypatch):
+    "By every function that takes a path; and nothing is called ~ in the folder where we are."
+    from qlora_nb import adapters, card, cli, export, gguf_file, inference, runs, switching
+    (home := tmp_path/"home").mkdir(), (here := tmp_path/"here").mkdir(), monkeypatch.chdir(here)
+    for o in ("HOME", "USERPROFILE"): monkeypatch.setenv(o, str(home))
+    shutil.copytree(base, home/"base")
+    (home/"a.jsonl").write_text("".join(json.dumps(o) + "\n" for o in ROWS), encoding="utf-8")
+    run = finetune("~/base", "~/a.jsonl", "~/runs/a", steps=2, **QUIET)
+    config = json.loads((home/"runs"/"a"/"adapter"/"adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(home/"base"), "PEFT knows no ~"
+    loaded = inference.load_adapter("~/runs/a", base="~/base", device="cpu")
+    switching.check_fits(loaded.model, "~/runs/a/adapter")
+    made = [export.merge_and_save("~/runs/a", "~/merged"), card.export_adapter("~/runs/a", "~/alone"), gguf_file.export_gguf("~/merged", "~/gguf"),
+            adapters.save_adapter(run.model, "~/new/saved", str(base)), switching.save_one(loaded.model, "default", "~/one", str(base)), runs.latest_run("~/runs")]
+    assert [o.relative_to(home).parts[0] for o in made] == ["merged", "alone", "gguf", "new", "one", "runs"] and all(o.exists() for o in made)
+    assert runs.content_id("~/base") == runs.content_id(base) is not None and runs.last_checkpoint("~/runs/a/checkpoints").name == "checkpoint-2"
+    assert cli.finetune_options(["--data", "~/a.jsonl:0.5"])["data"] == [("~/a.jsonl", .5)] and len(load_rows([("~/a.jsonl", .5)])) == 6
+    assert not any(here.iterdir())
+
+
+def test_exports_that_cannot_be_written_are_refused_before_any_work(tmp_path, monkeypatch):
+    from qlora_nb import card, export, gguf_file
+    def refuse(*a, **k): raise AssertionError("work was done")
+    for module, name in ((export, "merged"), (gguf_file, "gguf_source")): monkeypatch.setattr(module, name, refuse)
+    (tmp_path/"file").write_text("mine", encoding="utf-8")
+    for write in (export.merge_and_save, gguf_file.export_gguf, lambda _, out: card.check_room(out)):
+        for out, said in ((tmp_path/"file"/"below"/"it", "cannot be written (Not a directory)"), (tmp_path/("x"*300), "cannot be written (File name too long)"),
+                          (tmp_path/"a\0b", "cannot be written (embedded null byte)"), (tmp_path/"file", "something here already")):
+            with pytest.raises(QLoRAError, match=re.escape(said)): write(tmp_path/"run", out)
+
+
+@pytest.mark.parametrize("name", ["x"*300, "a\0b"])
+def test_names_that_no_folder_can_have(name, base, tmp_path, no_model):
+    with pytest.raises(QLoRAError, match="the folder cannot be written .*Choose another --output"): finetune(base, ROWS, tmp_path/name, steps=1, **QUIET)
