@@ -12,6 +12,7 @@ import contextlib, json, re, shutil, tempfile, yaml
 from collections import namedtuple
 from pathlib import Path
 from safetensors import SafetensorError
+from .adapters import read_json
 from .core import QLoRAError, fmt_bytes, versions
 from .switching import find_folder, read_notes
 
@@ -23,7 +24,7 @@ def read_source(folder:str|Path,      # Of a run, or of an adapter in PEFT's for
                ) -> Source:           # The adapter's folder, PEFT's settings, our notes, `run.json`, the base's name
     "All that is known about an adapter. Raises `QLoRAError` for a folder without one."
     folder = find_folder(folder)
-    def read(path): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    def read(path): return read_json(path) if path.exists() else {}
     config, notes = read(folder/"adapter_config.json"), read_notes(folder)
     base = base or config.get("base_model_name_or_path") or notes.get("base")
     if not base: raise QLoRAError("the adapter does not name its base.", where=str(folder), cure="Say which: base=...")

@@ -1,6 +1,5 @@
 "What users have met, by kind, where no other test holds it: what is said, and where."
-import json, os, re, shutil
-from pathlib import Path
+import json, re, shutil
 
 import pytest
 
@@ -127,3 +126,87 @@ def test_exports_that_cannot_be_written_are_refused_before_any_work(tmp_path, mo
 @pytest.mark.parametrize("name", ["x"*300, "a\0b"])
 def test_names_that_no_folder_can_have(name, base, tmp_path, no_model):
     with pytest.raises(QLoRAError, match="the folder cannot be written .*Choose another --output"): finetune(base, ROWS, tmp_path/name, steps=1, **QUIET)
+
+
+# ---- adapters of others ----
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory): return finetune(base, ROWS, tmp_path_factory.mktemp("run")/"run", steps=2, **QUIET)
+
+
+def torn(name, n): return lambda folder: (folder/name).write_bytes((folder/name).read_bytes()[:n])
+def unnamed(folder):
+    config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
+    (folder/"adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "base_model_name_or_path"}), encoding="utf-8")
+def resized(folder):
+    import torch
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(file := folder/"adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.model.embed_tokens.weight": torch.zeros(1002, 64)}, file, metadata={"format": "pt"})
+
+HARMED = {
+    "no name of a base": (unnamed, "the adapter does not name its base. Say where it is: base=..."),
+    "half a config": (torn("adapter_config.json", 50), "adapter_config.json: this file is damaged (Unterminated string"),
+    "half of our notes": (torn("qlora_nb.json", 9), "qlora_nb.json: this file is damaged"),
+    "half of the weights": (torn("adapter_model.safetensors", 100), "adapter_model.safetensors: this file is damaged"),
+    "an end of the weights": (torn("adapter_model.safetensors", -5), "adapter_model.safetensors: this file is damaged"),
+    "tokens that were added": (resized, "the adapter holds a matrix of another size than the base (base_model.model.model.embed_tokens.weight: copying a param with shape torch.Size([1002, 64])"),
+}
+
+@pytest.mark.parametrize("case", HARMED)
+def test_adapters_that_came_from_elsewhere(case, run, tmp_path):
+    from qlora_nb.inference import load_adapter
+    harm, said = HARMED[case]
+    shutil.copytree(run.folder/"adapter", tmp_path/"adapter"), harm(tmp_path/"adapter")
+    with pytest.raises(QLoRAError, match=re.escape(said)): load_adapter(tmp_path/"adapter", device="cpu")
+
+
+# ---- tokenizers ----
+
+def test_a_tokenizer_without_an_end(base):
+    "The way out is not the template that is in use."
+    from qlora_nb.data import encode, encode_prompt
+    tok = small_tokenizer()
+    tok.eos_token = tok.chat_template = None
+    for template in ("auto", "article"):
+        with pytest.raises(QLoRAError, match="the tokenizer has no EOS token.*tokenizer.eos_token = ..., such as one of '<.im_start.>'") as e: encode(ROWS[0], tok, template)
+        assert "article" not in e.value.cure
+    tok.eos_token = "<|im_end|>"
+    assert tok.decode(encode(ROWS[0], tok)["labels"][-2:]).endswith("<|im_end|>") and encode_prompt(ROWS[0], tok).endswith("### Response:\n")
+
+
+def test_an_alphabet_that_the_tokenizer_cannot_write(tmp_path):
+    "A BPE without bytes and without <unk> leaves nothing of it, and the end token alone would be taught."
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE({o: i for i, o in enumerate(["y", "e", "s", "</s>", "?"])}, []))
+    tok = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>", chat_template="{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    with quiet(): model = tiny_model("llama", vocab_size=64, hidden_size=64, pad_token_id=3)
+    model.qlora_nb_name = str(tmp_path)
+    with pytest.raises(QLoRAError, match="the tokenizer cannot write 2 of 2 answers, the first in row 1"):
+        finetune(model, [dict(prompt="yes", response="你好")]*2, tmp_path/"run", tokenizer=tok, steps=1, **QUIET)
+
+
+def test_rows_longer_than_the_model_knows(tmp_path):
+    tok = small_tokenizer()
+    with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2, max_position_embeddings=64).save_pretrained(tmp_path/"base"), tok.save_pretrained(tmp_path/"base")
+    with pytest.warns(UserWarning, match="row 2: the example has .* tokens, and the model has 64 positions. .*set max_length=64"):
+        finetune(tmp_path/"base", [ROWS[0], dict(prompt="word "*40, response="yes")], tmp_path/"run", steps=1, **QUIET)
+
+
+@pytest.mark.parametrize("seq, fits", [(128, True), (32, True), (128, False)])
+def test_a_plan_knows_the_positions_too(seq, fits, monkeypatch):
+    from transformers import LlamaConfig
+    from qlora_nb import cards
+    monkeypatch.setattr(cards, "longest", lambda *a, **k: 131_072)
+    monkeypatch.setattr(cards, "largest_batch", lambda *a, **k: 8)
+    if not fits: monkeypatch.setattr(cards, "levers", lambda p: {})
+    cfg = LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+    said = cards.advise(cfg, 16 if fits else "0.000001", seq=seq)
+    assert ("131072 tokens, and the model knows 64 positions." in said) == fits and (f"These rows have {seq} tokens, and the model knows 64 positions" in said) == (seq > 64)
+
+
+def test_cards_as_people_write_them():
+    from qlora_nb.cards import card_bytes
+    assert card_bytes("16GB") == card_bytes("16 gb") == card_bytes(16) == 16e9 and card_bytes("24GiB") == 24*2**30 and card_bytes("NVIDIA A100-80GB") == 81920*2**20
+    with pytest.raises(QLoRAError, match="no card 'a100' in the list. Near: A100_40, A100_80"): card_bytes("a100")
