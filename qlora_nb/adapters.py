@@ -139,7 +139,8 @@ def describe_adapter(folder:Path,  # That PEFT, or `save_lora`, has written
     if notes.get("example"): notes["example_asked"] = True   # older files hold a row of the data there, unasked
     files = dict(adapter_config=cfg | dict(base_model_name_or_path=base), qlora_nb=dict(base=base) | notes)
     for name, obj in files.items():
-        (folder/f"{name}.json").write_text(json.dumps(obj, indent=1, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(obj, indent=1, ensure_ascii=False)
+        (folder/f"{name}.json").write_text(text, encoding="utf-8", errors="surrogateescape")
 
 def save_adapter(model,            # With adapters of either backend
                  folder:str|Path,  # Replaced if it exists

@@ -204,6 +204,7 @@ def export_adapter(folder:str|Path,     # Of a run, or of an adapter in PEFT's f
         (new/"adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         made = "As it was trained, in PEFT's format. It belongs on the base in the same 4 bits."
         notes = json.dumps(source.notes, indent=1, ensure_ascii=False)
-        if source.notes: (new/"qlora_nb.json").write_text(notes, encoding="utf-8")
-        (new/"README.md").write_text(model_card(source, out.name, "adapter", made), encoding="utf-8")
+        if source.notes: (new/"qlora_nb.json").write_text(notes, encoding="utf-8", errors="surrogateescape")
+        (new/"README.md").write_text(model_card(source, out.name, "adapter", made), encoding="utf-8",
+                                     errors="surrogateescape")
     return out

@@ -26,7 +26,8 @@ def sync(path:Path):  # A file, or a folder for the names in it
 def write_json(path:Path, obj:dict):
     "Write `obj` in one atomic step."
     tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    text = json.dumps(obj, indent=1, ensure_ascii=False, default=str)
+    tmp.write_text(text, encoding="utf-8", errors="surrogateescape")   # a path may hold bytes that are not text
     sync(tmp)
     tmp.replace(path)
     sync(path.parent)

@@ -210,3 +210,23 @@ def test_cards_as_people_write_them():
     from qlora_nb.cards import card_bytes
     assert card_bytes("16GB") == card_bytes("16 gb") == card_bytes(16) == 16e9 and card_bytes("24GiB") == 24*2**30 and card_bytes("NVIDIA A100-80GB") == 81920*2**20
     with pytest.raises(QLoRAError, match="no card 'a100' in the list. Near: A100_40, A100_80"): card_bytes("a100")
+
+
+# ---- a terminal whose locale is not UTF-8 ----
+
+def raw(text): return text.encode().decode("ascii", "surrogateescape")   # as Python hands on what it cannot decode
+
+
+def test_what_was_typed_in_another_locale(tmp_path):
+    "Names of columns and prompts are text again; names of files stay bytes, and are written as such."
+    from qlora_nb.adapters import describe_adapter
+    from qlora_nb.cli import chat_parser, finetune_options
+    from qlora_nb.runs import write_json
+    o = finetune_options(["--data", "a.jsonl", "--columns", raw("prompt=问,response=答"), "--system", raw("Grüße"), "--example", raw("Wofür?")])
+    assert o["data"].options == dict(columns=dict(prompt="问", response="答"), system="Grüße") and o["example"] == "Wofür?"
+    assert chat_parser().parse_args(["--system", raw("Grüße")]).system == "Grüße"
+    write_json(tmp_path/"run.json", dict(data=raw("数据.jsonl"), said="答"))
+    assert json.loads((tmp_path/"run.json").read_bytes().decode()) == dict(data="数据.jsonl", said="答")
+    (tmp_path/"adapter_config.json").write_text("{}", encoding="utf-8")
+    describe_adapter(tmp_path, raw("模型"), template="auto")
+    assert json.loads((tmp_path/"qlora_nb.json").read_text(encoding="utf-8"))["base"] == "模型"
