@@ -12,6 +12,7 @@ import contextlib, json, re, shutil, tempfile, yaml
 from collections import namedtuple
 from pathlib import Path
 from safetensors import SafetensorError
+from .adapters import read_json
 from .core import QLoRAError, fmt_bytes, versions
 from .switching import find_folder, read_notes
 
@@ -23,7 +24,7 @@ def read_source(folder:str|Path,      # Of a run, or of an adapter in PEFT's for
                ) -> Source:           # The adapter's folder, PEFT's settings, our notes, `run.json`, the base's name
     "All that is known about an adapter. Raises `QLoRAError` for a folder without one."
     folder = find_folder(folder)
-    def read(path): return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    def read(path): return read_json(path) if path.exists() else {}
     config, notes = read(folder/"adapter_config.json"), read_notes(folder)
     base = base or config.get("base_model_name_or_path") or notes.get("base")
     if not base: raise QLoRAError("the adapter does not name its base.", where=str(folder), cure="Say which: base=...")
@@ -45,7 +46,7 @@ def license_of(base:str   # As the adapter names it
               ) -> str|None:  # Such as "apache-2.0"; None where it is not known here
     "The license of a base model."
     if base in KNOWN: return KNOWN[base][1]
-    card = Path(base)/"README.md"
+    card = Path(base).expanduser()/"README.md"
     head = card.read_text(encoding="utf-8").split("---") if card.is_file() else []
     try: found = yaml.safe_load(head[1]) if len(head) > 2 and not head[0].strip() else None
     except yaml.YAMLError: return None
@@ -160,10 +161,17 @@ def model_card(source:Source,     # Of `read_source`
 # %% ../nbs/08_card.ipynb #fc475fa9
 def check_room(out:str|Path, need:int=0):   # Bytes that are going to be written
     "Raise `QLoRAError` when `out` holds something already, or its disk has no room."
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise QLoRAError("there is something here already.", str(out), "Choose another folder, or remove it.")
-    free = shutil.disk_usage(next(o for o in out.absolute().parents if o.exists())).free
+    out = Path(out).expanduser()
+    try:
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise QLoRAError("there is something here already.", str(out), "Choose another folder, or remove it.")
+        place = next(o for o in out.absolute().parents if o.exists())
+        first = out.absolute().relative_to(place).parts[0]
+        tempfile.TemporaryDirectory(dir=place, prefix=f"{first}.partial-").cleanup()   # may it be written?
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise QLoRAError(f"the folder cannot be written ({why}).", str(out), "Choose another folder.") from e
+    free = shutil.disk_usage(place).free
     if free < need: raise QLoRAError(f"the export takes {fmt_bytes(need)}, and the disk has {fmt_bytes(free)} left.",
                                      where=str(out), cure="Make room, or choose a folder on another disk.")
 
@@ -171,7 +179,7 @@ def check_room(out:str|Path, need:int=0):   # Bytes that are going to be written
 @contextlib.contextmanager
 def new_folder(out:str|Path, need:int=0):   # Yields the folder to write to
     "A folder that appears under its name when it is complete. An error or Ctrl-C leaves nothing behind."
-    out = Path(out).absolute()
+    out = Path(out).expanduser().absolute()
     check_room(out, need)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.partial-") as tmp:
@@ -188,7 +196,7 @@ def export_adapter(folder:str|Path,     # Of a run, or of an adapter in PEFT's f
                    base:str|None=None   # Instead of the base that the adapter names
                   ) -> Path:
     "Copy an adapter and write its card. Raises `QLoRAError` when that fails, and then leaves nothing behind."
-    source = read_source(folder, base)
+    source, out = read_source(folder, base), Path(out).expanduser()
     files = [o for o in source.folder.iterdir() if o.is_file() and o.name != "README.md"]
     with new_folder(out, sum(o.stat().st_size for o in files)) as new:
         for o in files: shutil.copy(o, new/o.name)
@@ -196,6 +204,7 @@ def export_adapter(folder:str|Path,     # Of a run, or of an adapter in PEFT's f
         (new/"adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         made = "As it was trained, in PEFT's format. It belongs on the base in the same 4 bits."
         notes = json.dumps(source.notes, indent=1, ensure_ascii=False)
-        if source.notes: (new/"qlora_nb.json").write_text(notes, encoding="utf-8")
-        (new/"README.md").write_text(model_card(source, Path(out).name, "adapter", made), encoding="utf-8")
-    return Path(out)
+        if source.notes: (new/"qlora_nb.json").write_text(notes, encoding="utf-8", errors="surrogateescape")
+        (new/"README.md").write_text(model_card(source, out.name, "adapter", made), encoding="utf-8",
+                                     errors="surrogateescape")
+    return out

@@ -50,10 +50,12 @@ CARDS = dict(T4=15360, L4=23034, A10G=23028, V100=16384, RTX3060=12288, RTX3090=
 def card_bytes(card:str|float) -> float:  # A name of `CARDS`, in any spelling, or GB
     "Memory of a card in bytes. Raises `QLoRAError` with near names."
     def plain(s): return re.sub(r"nvidia|geforce|rtx|[\W_]|gb", "", str(s).lower())
-    known = {plain(k): v for k, v in CARDS.items()}
-    if plain(card) in known: return known[plain(card)]*2**20
-    if re.fullmatch(r"[\d.]+", str(card)): return float(card)*1e9
-    near = difflib.get_close_matches(plain(card), known, n=3, cutoff=.3)
+    known = {plain(k): k for k in CARDS}
+    if plain(card) in known: return CARDS[known[plain(card)]]*2**20
+    if size := re.fullmatch(r"([\d.]+)\s*(gb|gib)?", str(card).strip().lower()):
+        return float(size[1])*(2**30 if size[2] == "gib" else 1e9)
+    near = [v for k, v in known.items() if k.startswith(plain(card))] if plain(card) else []
+    near = near or [known[k] for k in difflib.get_close_matches(plain(card), known, n=3, cutoff=.3)]
     raise QLoRAError(f"there is no card '{card}' in the list.", cure=(f"Near: {', '.join(near)}. " if near else "") +
                      f"Give its memory in GB, or one of {', '.join(CARDS)}.")
 
@@ -89,10 +91,13 @@ def advise(model, card="T4", seq:int=2048, batch:int=1, **settings) -> str:  # S
     p = plan(model, batch, seq, **settings)
     room, out = card_bytes(card), [str(p), ""]
     verdict = f"needs {p.needs()/1e9:.1f} GB of {room/1e9:.1f} GB, with CUDA's own part and room for gaps"
+    known = getattr(p.cfg, "max_position_embeddings", None) or float("inf")
+    def beyond(n): return f", and the model knows {known:,} positions" if n > known else ""
+    if seq > known: out.append(f"These rows have {seq} tokens{beyond(seq)}: it was never trained on more.")
     if fits(p, card):
         how = {k: v for k, v in p.settings.items() if k not in ("batch", "seq")}
         out += [f"It fits: {verdict}.", f"Largest batch at {seq} tokens: {largest_batch(p.cfg, card, seq=seq, **how)}. "
-                f"Longest rows at batch {batch}: {longest(p.cfg, card, batch, **how)} tokens."]
+                f"Longest rows at batch {batch}: {(n := longest(p.cfg, card, batch, **how))} tokens{beyond(n)}."]
         return "\n".join(out)
     helps = levers(p)
     rows = [[k, q.peak/1e9, "yes" if fits(q, card) else "no"] for k, q in helps.items()]

@@ -10,7 +10,7 @@ __all__ = ['run_options', 'training_options', 'watch_options', 'adapter_options'
 # %% ../nbs/18_cli.ipynb #b8e00b65
 import argparse, contextlib, os, sys, time, warnings
 from pathlib import Path
-from .data_options import data_options, name_sources
+from .data_options import data_options, name_sources, typed
 
 # %% ../nbs/18_cli.ipynb #77709db2
 def run_options(p:argparse.ArgumentParser):
@@ -65,7 +65,8 @@ def adapter_options(p:argparse.ArgumentParser):
     add("--max-length", type=int, default=512, help="longest example, in tokens")
     add("--long", default="drop", choices=["drop", "cut", "error"],
         help="longer examples: leave them out, cut their question, or stop")
-    add("--example", default=None, help="a prompt to show to those who use the adapter; none is taken from your rows")
+    add("--example", type=typed, default=None,
+        help="a prompt to show to those who use the adapter; none is taken from your rows")
     add("--backend", default="bnb", choices=["bnb", "scratch"], help="bitsandbytes and PEFT, or this course's own layers")
 
 # %% ../nbs/18_cli.ipynb #927c0f30
@@ -140,7 +141,7 @@ def chat_loop(model, tokenizer, notes:dict,  # Of `load_adapter`, or {} for a mo
     while True:
         try: text = input("\n> ").strip()
         except (EOFError, KeyboardInterrupt): return print()
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")   # bytes that are not text
+        text = typed(text)   # it may be bytes that are not text
         if text == "/exit": return
         if text == "/new" or not remember: said = start
         if text in ("", "/new"): continue
@@ -155,7 +156,7 @@ def chat_parser() -> argparse.ArgumentParser:
                                 description="Talk to a fine-tuned model; by default to the adapter of the latest run.")
     p.add_argument("--adapter", default=None, help="folder of a run or of a PEFT adapter (none: the latest finished run)")
     p.add_argument("--model", default=None, help="a base model: on its own, or with --adapter instead of the one it names")
-    p.add_argument("--system", default=None, help="a system prompt, such as the one that it was trained with")
+    p.add_argument("--system", type=typed, default=None, help="a system prompt, such as that of its training")
     p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
     p.add_argument("--temperature", type=float, default=0., help="0: always the likeliest token")
     p.add_argument("--top-p", type=float, default=1., help="sample from the tokens that make up this probability")

@@ -14,13 +14,13 @@ from pathlib import Path
 # %% ../nbs/06_data.ipynb #33842b59
 import torch
 from .core import QLoRAError
-from .files import as_path, digest, from_hub, identity, is_file, is_large, open_table, row_number
+from .files import PARTS, as_path, choose, digest, from_hub, identity, is_file, is_large, open_table, row_number
 from .notes import BROKEN, FATES, TEXT, Examples, Notes, Row, length_report, number_of, place_of
 from .notes import say_column, say_text, speaker, table_report
 from .readers import from_table, parse_json, read_rows
 from .rows import EXPECTED, check_row, check_rows, first_shape
 from .scores import exact_match, field_scores
-from .sources import Source, is_mixture, mix, rows_given
+from .sources import Source, check_options, is_mixture, mix, rows_given
 from .templates import TEMPLATES, answer_of, as_messages, encode, encode_prompt, render, shorten
 from .tickets import make_tickets
 from .written import control_tokens, text_notes
@@ -38,19 +38,21 @@ def load_rows(data,                      # "tickets", a file, a Hub id, a Datase
               config:str|None=None, revision:str|None=None  # The configuration and the commit, tag or branch of a Hub data set
              ) -> list:                  # `Row`s of `prompt` and `response` (perhaps `system`), or of `messages`
     "Get rows from anywhere and check all of them. Raises `QLoRAError` naming the file, the row and what was expected."
-    how, hub = dict(columns=columns, system=system, skip_bad_rows=skip_bad_rows), dict(config=config, revision=revision)
-    if isinstance(data, Source): return load_rows(str(data), **(dict(split=split) | how | hub | data.options))
+    how = dict(columns=columns, system=system, skip_bad_rows=skip_bad_rows)
+    several = [o if isinstance(o, (tuple, list)) else (o, 1) for o in data] if is_mixture(data) else [(data, 1)]
+    chosen = choose([o for o, _ in several], **how, split=split, config=config, revision=revision)
     if is_mixture(data):
-        pairs = [o if isinstance(o, (tuple, list)) else (o, 1) for o in data]
-        return mix([(load_rows(o, split, **how, **hub), weight) for o, weight in pairs])
+        return mix([(load_rows(o, **own), weight) for (o, own), (_, weight) in zip(chosen, several)])
+    (data, how), = chosen
+    hub, split = {k: how.pop(k) for k in PARTS[1:] if k in how}, how.pop("split", "train")
     checked = isinstance(data, (list, tuple)) and data and all(isinstance(o, Row) for o in data)
-    if checked and not system: return list(data)
+    if checked and not how["system"]: return list(data)
     if checked: how["columns"] = None   # they have been mapped
     if isinstance(data, (str, Path)):
         name = str(data)
         if name == "tickets": rows = make_tickets(split)
-        elif is_file(data, EXPECTED): rows = read_rows(as_path(data), skip_bad_rows, bool(columns))
-        else: rows = [from_table(o) for o in from_hub(name, split, **{k: v for k, v in hub.items() if v})]
+        elif is_file(data, EXPECTED): rows = read_rows(as_path(data), how["skip_bad_rows"], bool(how["columns"]))
+        else: rows = [from_table(o) for o in from_hub(name, split, **hub)]
     else: rows, name = rows_given(data, split)
     return check_rows(rows, name, **how)
 
@@ -180,6 +182,7 @@ def map_rows(data:str|Path,         # A .jsonl or .parquet file of any size, or 
             ):                      # `datasets.Dataset` of `input_ids` and `labels`, mapped from disk, with a `report`
     "The examples of `encode_rows`, in constant memory. Raises `QLoRAError` naming the file and the row."
     from datasets import Features, Sequence, Value
+    check_options(map_rows, reading)
     settings = dict(template=template, max_length=max_length, long=long)
     key = digest(data) if isinstance(data, (str, Path)) and is_file(data, EXPECTED) else ""
     table, columns, _, how = _open(data, split, cache_dir=cache_dir and str(cache_dir), **reading)
@@ -207,6 +210,7 @@ def stream_rows(data:str|Path,        # As in `map_rows`
                 **reading             # As in `map_rows`
                ):                     # `datasets.IterableDataset` of `input_ids` and `labels`
     "The examples of `encode_rows`, one after the other, encoded when they are asked for."
+    check_options(stream_rows, reading)
     if isinstance(data, (str, Path)) and is_file(data, EXPECTED): digest(data)  # is it text?
     table, columns, _, how = _open(data, split, streaming=True, **reading)
     how |= dict(tokenizer=tokenizer, template=template, max_length=max_length, long=long)

@@ -203,15 +203,15 @@ def merge_and_save(folder:str|Path,        # Of a run, or of an adapter in PEFT'
                    onto:str="dequantized", dtype=None, base:str|None=None, trained_in=None,
                    device:str|None="cpu") -> Path:   # As in `merged`
     "Merge, save a model that transformers loads alone, and read it back. Raises `QLoRAError`, and leaves nothing, where that fails."
-    check_room(out)
+    check_room(out := Path(out).expanduser())
     m, source = merged(folder, onto, dtype, base, trained_in, device), read_source(folder, base)
     need = sum(p.nbytes for p in m.model.parameters())*101//100 + 2**24   # weights, headers, tokenizer
     with new_folder(out, need) as new:
         with quiet(): m.model.save_pretrained(new), m.tokenizer.save_pretrained(new)
-        card = model_card(source, Path(out).name, "safetensors", merge_words(m.facts), m.chat)
+        card = model_card(source, out.name, "safetensors", merge_words(m.facts), m.chat)
         (new/"README.md").write_text(card, encoding="utf-8")
         want, kind = probe(m.model.cpu()), m.model.dtype
         m = None   # its memory is for what is read back
         read_back(new, want, kind)
     free_memory()
-    return Path(out)
+    return out

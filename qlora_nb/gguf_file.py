@@ -148,7 +148,7 @@ def write_gguf(model, tokenizer,
 # %% ../nbs/10_gguf.ipynb #4f984825
 def gguf_source(folder, how:dict) -> tuple:   # (model, tokenizer, source of the adapter or None, words for the card)
     "What is to be written: a merged folder as it is, or an adapter merged now, in float32."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if (folder/"config.json").exists():
         with quiet(): model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), None, ""
@@ -159,7 +159,7 @@ def gguf_source(folder, how:dict) -> tuple:   # (model, tokenizer, source of the
 def gguf_card(folder, name, file, tokenizer, source, made) -> str:
     "The card of a GGUF; for a folder that was merged already its own card, with the code changed."
     if source: return model_card(source, name, "gguf", made, bool(tokenizer.chat_template), file)
-    card = Path(folder)/"README.md"
+    card = Path(folder).expanduser()/"README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else ""
     return text.replace("library_name: transformers", "library_name: gguf").replace(
         'from_pretrained("."', f'from_pretrained(".", gguf_file="{file}"')
@@ -171,9 +171,9 @@ def export_gguf(folder:str|Path,      # Of a run, of an adapter, or of a merged 
                 **how                 # Of `merged`: onto, base, trained_in, device
                ) -> Path:             # The file, OUT/NAME-F16.gguf
     "Write a model as GGUF, with a card. Raises `QLoRAError`, and leaves nothing, where that cannot be done."
-    check_room(out), check_format(dtype)
+    check_room(out := Path(out).expanduser()), check_format(dtype)
     model, tok, source, made = gguf_source(folder, how)
-    name, bits = Path(out).name, dict(f32=4, f16=2, q8_0=34/32)   # bytes a weight
+    name, bits = out.name, dict(f32=4, f16=2, q8_0=34/32)   # bytes a weight
     made += f" Its matrices are stored as GGUF in {dtype}; tokens are split as '{pre_name(tok)}'."
     with new_folder(out, int(sum(p.numel() for p in model.parameters())*bits[dtype]) + 2**24) as new:
         about = (public_name(source.base)[0], license_of(source.base)) if source else ()
@@ -181,7 +181,7 @@ def export_gguf(folder:str|Path,      # Of a run, of an adapter, or of a merged 
         card = gguf_card(folder, name, file, tok, source, made.strip())
         if card: (new/"README.md").write_text(card, encoding="utf-8")
     free_memory()
-    return Path(out)/file
+    return out/file
 
 # %% ../nbs/10_gguf.ipynb #e8c363a1
 FORMS = ("safetensors", "adapter", "gguf")

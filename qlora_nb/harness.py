@@ -49,7 +49,7 @@ def rows_task(rows:list,              # Of `load_rows`
               template:str="auto"     # As in training
              ) -> dict:               # For `benchmark`
     "Held-out rows as a task: `acc` is the share of right answers that the model would write itself, token for token."
-    path = Path(folder)/f"{name}.jsonl"
+    path = Path(folder).expanduser()/f"{name}.jsonl"
     def end(row): return tokenizer.convert_ids_to_tokens(encode(row, tokenizer, template)["labels"][-1])
     docs = [dict(context=encode_prompt(r, tokenizer, template), answer=answer_of(r) + end(r)) for r in rows]
     path.write_text("".join(json.dumps(d) + "\n" for d in docs), encoding="utf-8")

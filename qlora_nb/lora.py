@@ -182,11 +182,11 @@ def save_adapter(model:nn.Module,            # Has adapters
     "Write one adapter in PEFT's format. Raises `QLoRAError` for an unknown name."
     config = dict(adapter_config(model, adapter), base_model_name_or_path=base_model)
     tensors = {k: p.detach().cpu().contiguous() for k,p in adapter_tensors(model, adapter).items()}
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder).expanduser()).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix="tmp-") as tmp:
         save_file(tensors, Path(tmp)/"adapter_model.safetensors", metadata={"format": "pt"})
         (Path(tmp)/"adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        for o in ("adapter_model.safetensors", "adapter_config.json"): (Path(tmp)/o).replace(Path(folder)/o)
+        for o in ("adapter_model.safetensors", "adapter_config.json"): (Path(tmp)/o).replace(folder/o)
 
 # %% ../nbs/03_lora.ipynb #b0c8643d
 PLAIN = """peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode bias r
@@ -197,7 +197,7 @@ def load_adapter(model:nn.Module,         # The base model; changed in place as 
                  folder:str|Path,         # Written by `save_adapter` or by PEFT
                  adapter:str="default"):  # The name to give it; it becomes the active one
     "Add an adapter from a file. Raises `QLoRAError` naming what is missing, unknown or of another shape."
-    cfg, have = Path(folder)/"adapter_config.json", Path(folder)/"adapter_model.safetensors"
+    cfg, have = (Path(folder).expanduser()/o for o in ("adapter_config.json", "adapter_model.safetensors"))
     for o in (cfg, have):
         if not o.is_file(): raise QLoRAError("there is no such file.", str(o), "Give the folder of an adapter.")
     cfg, have = json.loads(cfg.read_text(encoding="utf-8")), load_file(have)

@@ -27,7 +27,7 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 
 def cache_dir() -> Path:  # `$QLORA_NB_CACHE`, or the user's cache folder of this platform
     "Where converted models are kept."
-    return Path(os.environ.get("QLORA_NB_CACHE") or user_cache_dir("qlora_nb", appauthor=False))
+    return Path(os.environ.get("QLORA_NB_CACHE") or user_cache_dir("qlora_nb", appauthor=False)).expanduser()
 
 def sha256(path:Path) -> str:  # 64 hexadecimal digits
     "The SHA-256 checksum of a file."

@@ -7,15 +7,17 @@ __all__ = ['FIELDS', 'CHATS', 'PARTNERS', 'EXPECTED', 'NOTHING', 'shape_of', 'ma
            'read_row', 'check_row', 'check_rows', 'first_shape']
 
 # %% ../nbs/05_rows.ipynb #793bbafe
-from .chats import SKIP, brief, carries_meaning, check_text, fail, is_empty, kind_of, parse_text
+from .chats import SKIP, THOUGHTS, brief, carries_meaning, check_text, fail, is_empty, kind_of, parse_text
 from .chats import read_messages, read_tools
 from .core import QLoRAError
-from .notes import Notes, Row, say_unused
+from .notes import Notes, Row, say_columns, say_unused
+from .readers import undress
 
 # %% ../nbs/05_rows.ipynb #70346cc6
 FIELDS = dict(prompt=("prompt", "instruction", "question", "query"),
               response=("response", "output", "answer", "completion"),
-              context=("context", "input"), system=("system", "system_prompt"), history=("history",))
+              context=("context", "input"), system=("system", "system_prompt"),
+              history=("history",), reasoning=THOUGHTS)
 CHATS = ("messages", "conversations", "conversation")
 PARTNERS = dict(prompt="response", instruction="output", question="answer", query="response", input="output")
 EXPECTED = ("Rows hold a question and an answer (prompt/response, instruction/output, question/answer ...) or a chat "
@@ -44,12 +46,15 @@ def map_columns(row, columns:dict, note):
         if k not in columns.values() and not is_empty(v): note(k, v)
     return {k: row[v] for k, v in columns.items()}
 
-# %% ../nbs/05_rows.ipynb #65b48475
-def _columns(**names):
-    "How to name columns, in Python and on the command line."
-    pairs = ", ".join(f"{k}={v!r}" for k, v in names.items())
-    return f"columns=dict({pairs}), or --columns {','.join(f'{k}={v}' for k, v in names.items())}."
+def _missing(row, name, asked, said):
+    "Say that a field is missing, and what is there instead."
+    rest = [k for k in row if k not in (asked, said) and not is_empty(row[k])]
+    if not rest: fail(f"the field `{name}` is missing.")
+    way = say_columns(**dict(zip(("prompt", "response"), (rest[0], said) if name == asked else (asked, rest[-1]))))
+    fail(f"the field `{name}` is missing.", f"The row has {', '.join(map(repr, row))[:100]}. If one of them is meant, "
+         f"name the columns, such as {way} {SKIP}")
 
+# %% ../nbs/05_rows.ipynb #65b48475
 def refuse_kind(row):
     "Raise `QLoRAError` for rows that are made for something else, saying what they are."
     asked = next((k for k in FIELDS["prompt"] if k in row), None)
@@ -57,17 +62,22 @@ def refuse_kind(row):
         way = dict(prompt=asked or "PROMPT", response="chosen")
         if not isinstance(row["chosen"], str): way = dict(messages="chosen")
         fail("this is a preference pair (`chosen`, `rejected`), made for DPO; here one answer is learned (SFT).",
-             f"To learn the chosen answers: {_columns(**way)}")
+             f"To learn the chosen answers: {say_columns(**way)}")
     if isinstance(row.get("label"), bool):
+        ours = ["messages"] if (shape := shape_of(row) or "PROMPT/completion") in CHATS else ["prompt", "response"]
         fail("this is an answer judged good or bad (`label`), made for KTO; here each answer is learned as it stands.",
-             f"Keep the rows whose label is true: {_columns(prompt=asked or 'PROMPT', response='completion')}")
+             f"Keep the rows whose label is true: {say_columns(**dict(zip(ours, shape.split('/'))))}")
+    if "role" in row and "content" in row or "from" in row and "value" in row:
+        fail("this is one message, not a chat.", "Save each chat as one row: {\"messages\": [{\"role\": ...}, ...]}.")
     if "parent_id" in row or "message_tree_id" in row:
         fail("this is one message of a tree (`parent_id`), not a chat.",
              "Follow each answer up to its root and save the path as one row of `messages`, a list of {role, content}.")
     if shape_of(row): return
+    beside = [k for o in [*FIELDS][2:] for k in FIELDS[o]]   # what is never the question or the answer alone
     texts = [k for k, v in row.items() if isinstance(v, str) and v.strip() and carries_meaning(k, v, [])]
-    cure = EXPECTED + f" Others are mapped by {_columns(prompt='...', response='...')}"
-    if len(texts) == 2: cure = f"Name the columns: {_columns(prompt=texts[0], response=texts[1])}"
+    cure = EXPECTED + f" Others are mapped by {say_columns(prompt='...', response='...')}"
+    if len(two := [k for k in texts if k not in beside]) == 2:
+        cure = f"Name the columns: {say_columns(**dict(zip(('prompt', 'response'), two)))}"
     if [*texts, *(k for k in row if k == "text")][:1] == ["text"]:
         fail(f"the row is plain text ({brief(row['text'])}), in which question and answer cannot be told apart.",
              "Save them as `prompt` and `response`, or as `messages`.")
@@ -88,7 +98,7 @@ def _one_of(row, kind, skip, note):
     filled = {k: v for k in FIELDS[kind] if k not in skip and (v := _optional(row, k, note))}
     if len(filled) > 1:
         fail(f"the fields {' and '.join(map(repr, filled))} are both filled, and only one can be the {kind}.",
-             f"Name the columns: {_columns(prompt='...', response='...', **{kind: next(iter(filled))})}")
+             f"Name the columns: {say_columns(prompt='...', response='...', **{kind: next(iter(filled))})}")
     return next(iter(filled.values()), None)
 
 def read_history(value):
@@ -104,16 +114,20 @@ def read_history(value):
 def _pair(row, shape, note):
     "A row of a question and an answer, in our form, and the texts that were used."
     asked, said = shape.split("/")
-    if missing := [k for k in (asked, said) if k not in row]: fail(f"the field `{missing[0]}` is missing.")
+    if missing := [k for k in (asked, said) if k not in row]: _missing(row, missing[0], asked, said)
     system = _one_of(row, "system", (), note)
     if isinstance(row[asked], list) and isinstance(row[said], list):
         before = [o | dict(weight=0) if o.get("role") == "assistant" else o for o in row[asked]]
         return dict(messages=[dict(role="system", content=system)]*bool(system) + before + row[said])
-    prompt, response = check_text(row[asked], asked), check_text(row[said], said)
-    if context := _one_of(row, "context", (asked,), note): prompt += f"\n\n{context}"
+    context, thought = _one_of(row, "context", (asked,), note), _one_of(row, "reasoning", (), note)
+    alone = asked == "instruction" and context and row.get("input") and is_empty(row[asked])   # the question is there
+    prompt, response = context if alone else check_text(row[asked], asked), check_text(row[said], said)
+    if context and not alone: prompt += f"\n\n{context}"
     history = [] if is_empty(row.get("history")) else read_history(row["history"])
-    if not history and is_empty(row.get("tools")): return dict(system=system, prompt=prompt, response=response)
-    turns = [*history, dict(role="user", content=prompt), dict(role="assistant", content=response)]
+    if not (history or thought) and is_empty(row.get("tools")):
+        return dict(system=system, prompt=prompt, response=response)
+    answer = dict(role="assistant", content=response, reasoning_content=thought)
+    turns = [*history, dict(role="user", content=prompt), answer]
     return dict(messages=[dict(role="system", content=system)]*bool(system) + turns)
 
 def _chat(row, shape, note):
@@ -131,7 +145,7 @@ def _check_rest(row, used, texts, note):
         if carries_meaning(k, v, texts):
             fail(f"the field `{k}` ({brief(v)}) would be lost.",
                  f"If it belongs to the question, map it by columns=dict(context={k!r}, ...); if it is not needed, "
-                 f"name the columns that are: {_columns(**dict(zip(ours, used)))}")
+                 f"name the columns that are: {say_columns(**dict(zip(ours, used)))}")
         note(k or "the column without a name", v)
 
 def read_row(row, shape, note) -> dict:
@@ -142,7 +156,7 @@ def read_row(row, shape, note) -> dict:
     tools = next((k for k in ("tools", "functions") if not is_empty(row.get(k))), None)
     if tools: out["tools"] = read_tools(row[tools])
     texts = [o["content"] for o in out["messages"]] if "messages" in out else [o for o in out.values() if o]
-    kinds = ("system",) if chat else ("system", "context", "history")
+    kinds = ["system"] if chat or isinstance(row[shape.split("/")[0]], list) else [*FIELDS][2:]
     used = [*shape.split("/"), *([None] if chat else []), tools, *(k for o in kinds for k in FIELDS[o])]
     _check_rest(row, used, texts, note)
     return {k: v for k, v in out.items() if v}
@@ -158,11 +172,11 @@ def check_row(row,                     # As read
     "Check one row and bring it into one of two shapes. Raises `QLoRAError`."
     try:
         if isinstance(row, QLoRAError): raise row
+        row = undress(map_columns(row, columns, note) if columns and isinstance(row, dict) else row)
         if not isinstance(row, dict): fail(f"the row is a {kind_of(row)}, not an object with fields.", EXPECTED)
-        if columns: row = map_columns(row, columns, note)
         mine = shape_of(row)
         judged = {"chosen", "rejected"} <= set(row) or isinstance(row.get("label"), bool)
-        if shape is None or mine is None or judged: refuse_kind(row)
+        if None in (shape, mine) or judged: refuse_kind(row)
         parts = shape.split("/")
         if mine != shape and (all(k in row for k in mine.split("/")) or not any(k in row for k in parts)):
             fail(f"the row has the shape {mine}, but row 1 has {shape}.")
@@ -200,6 +214,6 @@ def check_rows(rows:list,              # Dicts as read, or the errors that stand
 def first_shape(rows, columns=None, skip=False) -> str|None:
     "The shape of the first row, or of the first one that has a shape where broken rows are left out."
     def shape(row):
-        if not isinstance(row, dict): return None
-        return shape_of({k: row.get(v) for k, v in columns.items()} if columns else row)
+        if columns and isinstance(row, dict): row = {k: row.get(v) for k, v in columns.items()}
+        return shape_of(row) if isinstance(row := undress(row), dict) else None
     return next((s for row in rows if (s := shape(row)) or not skip), None)

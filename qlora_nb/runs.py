@@ -26,7 +26,8 @@ def sync(path:Path):  # A file, or a folder for the names in it
 def write_json(path:Path, obj:dict):
     "Write `obj` in one atomic step."
     tmp = path.with_suffix(".tmp")
-    tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    text = json.dumps(obj, indent=1, ensure_ascii=False, default=str)
+    tmp.write_text(text, encoding="utf-8", errors="surrogateescape")   # a path may hold bytes that are not text
     sync(tmp)
     tmp.replace(path)
     sync(path.parent)
@@ -61,7 +62,7 @@ def in_use(folder:Path) -> bool:  # Of a run
 def last_checkpoint(folder:str|Path  # The `checkpoints` folder of a run
                    ) -> Path|None:   # The sealed checkpoint with the highest step, or None
     "The checkpoint to resume from; half-written ones of ours are removed."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     found = {int(o.name[11:]): o for o in folder.glob("checkpoint-*") if o.name[11:].isdigit()}
     whole = {n: f for n, f in found.items() if is_sealed(f)}
     torn = [f for n, f in found.items() if n not in whole]
@@ -89,19 +90,19 @@ def read_settings(file:Path) -> dict:  # `settings.json` of a run
 @contextlib.contextmanager
 def hold_run(folder:Path):  # Made where there is none
     "Keep the folder of a run for this process. Raises `QLoRAError` when it is another's, or cannot be written."
-    if not (folder/"settings.json").exists() and folder.is_dir() and any(
-            o.suffix != ".tmp" and not o.name.startswith(".") for o in folder.iterdir()):
-        raise QLoRAError("this folder is not empty and holds no run.", str(folder), "Choose another --output.")
-    lock = run_lock(folder)
     try:
+        if not (folder/"settings.json").exists() and folder.is_dir() and any(
+                o.suffix != ".tmp" and not o.name.startswith(".") for o in folder.iterdir()):
+            raise QLoRAError("this folder is not empty and holds no run.", str(folder), "Choose another --output.")
+        lock = run_lock(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as e:
         cure = "Wait for it, or choose another --output."
         raise QLoRAError("another process is at work on this run.", str(folder), cure) from e
-    except OSError as e:
-        cure = "Choose another --output."
-        raise QLoRAError(f"the folder cannot be written ({e.strerror}).", str(folder), cure) from e
+    except (OSError, ValueError) as e:
+        cure, why = "Choose another --output.", getattr(e, "strerror", None) or e
+        raise QLoRAError(f"the folder cannot be written ({why}).", str(folder), cure) from e
     try: yield
     except KeyboardInterrupt as e:
         if str(e): raise
@@ -142,7 +143,7 @@ def content_id(place:str|Path,     # A folder with *.safetensors, or the id of a
                many:int=1000       # Look into so many tensors at the most
               ) -> str|None:       # Hexadecimal; None where there is nothing to look at
     "What a model is, whatever it is called: a hash of its tensors' names, shapes and a few of their bytes."
-    if not Path(place).is_dir():
+    if not os.path.isdir(place := os.path.expanduser(place)):
         from huggingface_hub import snapshot_download
         try: place = snapshot_download(str(place), local_files_only=True)
         except Exception: return None
@@ -167,7 +168,8 @@ def latest_run(root:str|Path="runs",  # Where runs are kept
                finished:bool=False    # Only runs with an adapter?
               ) -> Path|None:
     "The run that was started last."
-    runs = [o.parent for o in Path(root).glob("*/settings.json") if not finished or (o.parent/"adapter").is_dir()]
+    runs = [o.parent for o in Path(root).expanduser().glob("*/settings.json")]
+    runs = [o for o in runs if not finished or (o/"adapter").is_dir()]
     return max(runs, key=lambda o: (o/"settings.json").stat().st_mtime, default=None)
 
 def finished_run(cure:str) -> Path:  # What to do where there is none

@@ -8,9 +8,9 @@ __all__ = ['check_fits', 'find_folder', 'read_notes', 'adapter_folder', 'adapter
            'shrink', 'scale_one', 'sum_error', 'combine_adapters', 'save_one']
 
 # %% ../nbs/07_switching.ipynb #818970d6
-import contextlib, json, shutil, tempfile, warnings
+import contextlib, shutil, tempfile, warnings
 from pathlib import Path
-from .adapters import attach_adapter, describe_adapter
+from .adapters import attach_adapter, describe_adapter, open_tensors, read_json
 from .core import QLoRAError
 from .lora import lora_layers, set_adapter
 from .models import locate, quiet
@@ -22,7 +22,6 @@ from .weights import clean_name, full_shape
 # %% ../nbs/07_switching.ipynb #e0512bd5
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 
 # %% ../nbs/07_switching.ipynb #a8c8d6dd
 def check_fits(model,              # A base model, or one with adapters
@@ -30,7 +29,7 @@ def check_fits(model,              # A base model, or one with adapters
     "Raise `QLoRAError` unless each LoRA matrix in the file has a layer of its size in `model`. Changes nothing."
     def plain(n): return n.removeprefix("base_model.model.")
     layers, lost, odd = {plain(n): getattr(m, "base_layer", m) for n, m in model.named_modules()}, {}, []
-    with safe_open(Path(folder)/"adapter_model.safetensors", "pt") as f:
+    with open_tensors(Path(folder).expanduser()) as f:
         for key in f.keys():
             name, _, part = plain(key).rpartition(".lora_")
             if any(len(full_shape(p)) > 2 for p in getattr(layers.get(clean_name(name)), "parameters", list)()): continue   # of experts
@@ -47,7 +46,7 @@ def check_fits(model,              # A base model, or one with adapters
 # %% ../nbs/07_switching.ipynb #d23db30a
 def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
     "The folder of an adapter itself. Raises `QLoRAError` where there is no complete one."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if (folder/"adapter").is_dir(): folder = folder/"adapter"
     if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder/f).exists()]:
         raise QLoRAError(f"there is no adapter here: {' and '.join(missing)} missing.", where=str(folder),
@@ -56,14 +55,14 @@ def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
 
 def read_notes(folder:Path) -> dict:  # Of an adapter
     "Our notes beside an adapter, without an example that nobody asked for: older runs wrote a row of the data there."
-    notes = json.loads(f.read_text(encoding="utf-8")) if (f := folder/"qlora_nb.json").exists() else {}
+    notes = read_json(f) if (f := folder/"qlora_nb.json").exists() else {}
     return {k: v for k, v in notes.items() if k != "example" or notes.get("example_asked")}
 
 def adapter_folder(folder:str|Path) -> tuple:  # (its folder, our notes with `template`, the name of its base)
     "Find an adapter, in a run or on its own. Raises `QLoRAError` as `find_folder` does."
     folder = find_folder(folder)
-    config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
-    return folder, dict(template="auto") | read_notes(folder), config["base_model_name_or_path"]
+    config = read_json(folder/"adapter_config.json")
+    return folder, dict(template="auto") | read_notes(folder), config.get("base_model_name_or_path")
 
 # %% ../nbs/07_switching.ipynb #cd0ea55f
 def adapter_names(model) -> list:  # Empty for a base model
@@ -211,10 +210,10 @@ def save_one(model, name:str,     # One of `adapter_names`
              folder:str|Path,     # Must not exist yet
              base:str, **notes) -> Path:  # As for `save_adapter`; what is noted need not be said
     "Save one of several adapters, with the name of its base and our notes beside it."
-    if (folder := Path(folder)).exists(): raise QLoRAError("this folder exists.", str(folder), "Choose another one.")
+    folder = Path(folder).expanduser()
+    if folder.exists(): raise QLoRAError("this folder exists.", str(folder), "Choose another one.")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="tmp-") as tmp, quiet():
         model.save_pretrained(tmp, selected_adapters=[find_adapter(model, name)], save_embedding_layers=False)
         new = Path(tmp) if name == "default" else Path(tmp)/name
         describe_adapter(new, base, **notes_of(model, name) | notes)
-        shutil.copytree(new, Path(tmp)/"whole"), (Path(tmp)/"whole").replace(folder)
-    return folder
+        return Path(shutil.copytree(new, Path(tmp)/"whole")).replace(folder)

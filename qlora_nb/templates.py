@@ -32,6 +32,10 @@ def begins_with_bos(tokenizer) -> bool:
 def _article(messages, tokenizer, ask):
     "The article's frame for any number of turns, each answer closed with EOS."
     text = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
+    if not tokenizer.eos_token:
+        known = ", ".join(map(repr, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()][:4])) or "'</s>'"
+        raise QLoRAError("the tokenizer has no EOS token, so no answer of this template could end.",
+                         cure=f"Set it: tokenizer.eos_token = ..., such as one of {known}.")
     heads = dict(system="", user="### Instruction:\n", assistant="### Response:\n")
     if any(m["role"] not in heads or set(m) & {"tool_calls", "reasoning_content"} for m in messages):
         raise QLoRAError("the template 'article' has no place for tools and reasoning.", cure=TOOLS)

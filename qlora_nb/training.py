@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'Sealer', 'make_trainer', 'set_aside', 'number_rows', 'fi
            'prepare', 'finetune']
 
 # %% ../nbs/07_training.ipynb #37fa86e9
-import time
+import os, time
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .rehearsal import not_in_file, rehearse
 from .runs import Run, content_id, hold_run, last_checkpoint, open_run, seal, sync, write_json
 from .schedule import (check_positive, count_steps, name_rows, number_of, repetitions, run_length,
                                say_overlap, say_schedule, source_of, take_tenth, tell, told_of)
-from .sources import shared_options
+from .sources import check_options, shared_options
 from .stages import check_alone, load_base, name_of, own_adapter, put_adapters
 from .taught import check_answers, check_ids, check_labels, end_ids, note_ends
 from .trainer import AdapterTrainer, KeepBest, fast_by_default, mean_loss, out_of_patience, trainer_settings
@@ -139,7 +139,7 @@ def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tupl
         raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {' or '.join(BACKENDS)}.")
     if isinstance(model, tuple): model, tokenizer = model.model, model.tokenizer   # a `Run`, or what was loaded
     if not (named := isinstance(model, (str, Path))): backend = "scratch" if is_scratch(model) else "bnb"
-    name = str(model) if named else name_of(model)
+    name = os.path.expanduser(model) if named else name_of(model)
     place = locate(name) if named else None   # a wrong name fails here
     settings = dict(model=name, backend=backend, rows=len(rows), rows_sha256=digest(rows), **settings)
     if place and Path(place).is_dir(): settings["model_sha256"] = content_id(place)
@@ -198,7 +198,7 @@ def finetune(model="smollm2",               # A name for `load_model`, a model t
              leave_out=(),                  # Numbers of rows, from 1, that are not trained on
              seed:int=0, resume:bool=False, progress:bool=True, **reading) -> Run:  # `reading`: `OPTIONS` of `load_rows`
     "Fine-tune LoRA adapters on a 4-bit model. Raises `QLoRAError` for bad data, bad settings and a folder in use."
-    check_alone()
+    check_alone(), check_options(finetune, reading)
     settings = {k: v for k, v in locals().items() if k in SETTINGS} | run_length(data, steps, epochs, lr)
     rows, folder = load_rows(data, **reading), Path(output).expanduser()
     how = dict(save_steps=save_steps, checkpointing=checkpointing, report_to=check_reports(report_to))

@@ -1,0 +1,232 @@
+"What users have met, by kind, where no other test holds it: what is said, and where."
+import json, re, shutil
+
+import pytest
+
+from qlora_nb.core import QLoRAError
+from qlora_nb.data import Source, load_rows, map_rows, stream_rows
+from qlora_nb.models import quiet, tiny_model
+from qlora_nb.training import finetune
+
+from common import small_tokenizer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "A folder with a small random Llama and a small tokenizer."
+    folder, tok = tmp_path_factory.mktemp("base"), small_tokenizer()
+    with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder), tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    "Whatever is refused, is refused before a model is loaded."
+    from qlora_nb import training
+    def refuse(*a, **k): raise AssertionError("a model was loaded")
+    for o in list(training.BACKENDS): monkeypatch.setitem(training.BACKENDS, o, refuse)
+
+
+ROWS = [dict(prompt=f"{i}?", response="yes") for i in range(12)]
+
+
+# ---- settings ----
+
+SETTINGS = {
+    "a part of a layer": (dict(rank=2.5), "rank is 2.5, and has to be a whole number. Set it with --rank."),
+    "a part of a step": (dict(steps=2.5), "steps is 2.5, and has to be a whole number"),
+    "a text": (dict(batch_size="4"), "batch-size is '4', and has to be a whole number"),
+    "a text for a rate": (dict(lr="1e-4"), "lr is '1e-4', and has to be a number"),
+    "a truth": (dict(max_length=True), "max-length is True, and has to be a whole number"),
+    "alpha below zero, which unlearns": (dict(alpha=-1), "alpha is -1, and has to be above zero"),
+    "alpha of zero, which learns nothing": (dict(alpha=0), "alpha is 0, and has to be above zero"),
+    "no rank": (dict(rank=None), "rank is None, and has to be a whole number"),
+    "a seed below zero": (dict(seed=-1), "seed is -1, and has to be from 0 to below 4294967296"),
+    "no seed": (dict(seed=None), "seed is None, and has to be a whole number"),
+    "no end": (dict(lr=float("inf")), "lr is inf"),
+    "mistyped": (dict(setps=3), "finetune has no argument 'setps'. Did you mean steps=...?"),
+    "the name of TRL": (dict(learning_rate=1e-4), "finetune has no argument 'learning_rate'. Did you mean lr=...?"),
+    "the name of PEFT": (dict(lora_alpha=8), "finetune has no argument 'lora_alpha'. Did you mean alpha=...?"),
+    "another of TRL's": (dict(per_device_train_batch_size=2), "Did you mean batch_size=...?"),
+    "a mistyped option of the data": (dict(colums=dict(prompt="q")), "finetune has no argument 'colums'. Did you mean columns=...?"),
+    "nothing near": (dict(zzz=1), "finetune has no argument 'zzz'. It has model, data, output"),
+}
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_that_make_no_sense(case, base, tmp_path, no_model):
+    more, said = SETTINGS[case]
+    with pytest.raises(QLoRAError, match=re.escape(said)): finetune(**dict(model=base, data=ROWS, output=tmp_path/"run", device="cpu", progress=False) | more)
+    assert not (tmp_path/"run").exists()
+
+
+# ---- options that mean nothing to the data ----
+
+@pytest.mark.parametrize("option", [dict(config="main"), dict(revision="a1b2"), dict(split="validation")])
+def test_a_file_has_no_parts(option, tmp_path, base, monkeypatch, no_model):
+    (path := tmp_path/"a.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    (k, v), = option.items()
+    said = re.escape(f"{k}={v!r} chooses a part of a Hub data set, and this is read whole. Leave {k} out.")
+    for data in (path, str(path), Source(path, **option), [path], ROWS):
+        with pytest.raises(QLoRAError, match=said) as e: load_rows(data, **option)
+        assert e.value.where == ("the rows given" if data is ROWS else str(path))
+    for f in (map_rows, stream_rows):
+        with pytest.raises(QLoRAError, match=said): f(path, None, **option)
+    with pytest.raises(QLoRAError, match=said): finetune(base, path, tmp_path/"run", **option)
+    if k != "split":
+        with pytest.raises(QLoRAError, match=f"tickets: {said}"): load_rows("tickets", **option)
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **how: asked.append((*a, how)) or [dict(prompt="c", response="d")])
+    several = [Source(o, **option) for o in (path, "someone/x")]   # as the command line gives them
+    for rows in (load_rows([path, "someone/x"], **option), load_rows(several)): assert [o["prompt"] for o in rows] == ["a", "c"]
+    wanted = {"config": ("someone/x", "main", dict(split="train")), "revision": ("someone/x", dict(split="train", revision="a1b2")), "split": ("someone/x", dict(split="validation"))}
+    assert asked == [wanted[k]]*2
+
+
+def test_readers_of_large_files_name_themselves(tmp_path):
+    with pytest.raises(QLoRAError, match="map_rows has no argument 'colums'. Did you mean columns=...?"): map_rows(tmp_path, None, colums=1)
+    with pytest.raises(QLoRAError, match="stream_rows has no argument 'skip_bad'. Did you mean skip_bad_rows=...?"): stream_rows(tmp_path, None, skip_bad=1)
+
+
+# ---- where files go ----
+
+QUIET = dict(batch_size=4, lr=1e-2, device="cpu", progress=False)
+
+
+def test_the_home_folder_is_found_everywhere(base, tmp_path, monkeypatch):
+    "By every function that takes a path; and nothing is called ~ in the folder where we are."
+    from qlora_nb import adapters, card, cli, export, gguf_file, inference, runs, switching
+    (home := tmp_path/"home").mkdir(), (here := tmp_path/"here").mkdir(), monkeypatch.chdir(here)
+    for o in ("HOME", "USERPROFILE"): monkeypatch.setenv(o, str(home))
+    shutil.copytree(base, home/"base")
+    (home/"a.jsonl").write_text("".join(json.dumps(o) + "\n" for o in ROWS), encoding="utf-8")
+    run = finetune("~/base", "~/a.jsonl", "~/runs/a", steps=2, **QUIET)
+    config = json.loads((home/"runs"/"a"/"adapter"/"adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(home/"base"), "PEFT knows no ~"
+    loaded = inference.load_adapter("~/runs/a", base="~/base", device="cpu")
+    switching.check_fits(loaded.model, "~/runs/a/adapter")
+    made = [export.merge_and_save("~/runs/a", "~/merged"), card.export_adapter("~/runs/a", "~/alone"), gguf_file.export_gguf("~/merged", "~/gguf"),
+            adapters.save_adapter(run.model, "~/new/saved", str(base)), switching.save_one(loaded.model, "default", "~/one", str(base)), runs.latest_run("~/runs")]
+    assert [o.relative_to(home).parts[0] for o in made] == ["merged", "alone", "gguf", "new", "one", "runs"] and all(o.exists() for o in made)
+    assert runs.content_id("~/base") == runs.content_id(base) is not None and runs.last_checkpoint("~/runs/a/checkpoints").name == "checkpoint-2"
+    assert cli.finetune_options(["--data", "~/a.jsonl:0.5"])["data"] == [("~/a.jsonl", .5)] and len(load_rows([("~/a.jsonl", .5)])) == 6
+    assert not any(here.iterdir())
+
+
+def test_exports_that_cannot_be_written_are_refused_before_any_work(tmp_path, monkeypatch):
+    from qlora_nb import card, export, gguf_file
+    def refuse(*a, **k): raise AssertionError("work was done")
+    for module, name in ((export, "merged"), (gguf_file, "gguf_source")): monkeypatch.setattr(module, name, refuse)
+    (tmp_path/"file").write_text("mine", encoding="utf-8")
+    for write in (export.merge_and_save, gguf_file.export_gguf, lambda _, out: card.check_room(out)):
+        for out, said in ((tmp_path/"file"/"below"/"it", "cannot be written (Not a directory)"), (tmp_path/("x"*300), "cannot be written (File name too long)"),
+                          (tmp_path/"a\0b", "cannot be written (embedded null byte)"), (tmp_path/"file", "something here already")):
+            with pytest.raises(QLoRAError, match=re.escape(said)): write(tmp_path/"run", out)
+
+
+@pytest.mark.parametrize("name", ["x"*300, "a\0b"])
+def test_names_that_no_folder_can_have(name, base, tmp_path, no_model):
+    with pytest.raises(QLoRAError, match="the folder cannot be written .*Choose another --output"): finetune(base, ROWS, tmp_path/name, steps=1, **QUIET)
+
+
+# ---- adapters of others ----
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory): return finetune(base, ROWS, tmp_path_factory.mktemp("run")/"run", steps=2, **QUIET)
+
+
+def torn(name, n): return lambda folder: (folder/name).write_bytes((folder/name).read_bytes()[:n])
+def unnamed(folder):
+    config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
+    (folder/"adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "base_model_name_or_path"}), encoding="utf-8")
+def resized(folder):
+    import torch
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(file := folder/"adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.model.embed_tokens.weight": torch.zeros(1002, 64)}, file, metadata={"format": "pt"})
+
+HARMED = {
+    "no name of a base": (unnamed, "the adapter does not name its base. Say where it is: base=..."),
+    "half a config": (torn("adapter_config.json", 50), "adapter_config.json: this file is damaged (Unterminated string"),
+    "half of our notes": (torn("qlora_nb.json", 9), "qlora_nb.json: this file is damaged"),
+    "half of the weights": (torn("adapter_model.safetensors", 100), "adapter_model.safetensors: this file is damaged"),
+    "an end of the weights": (torn("adapter_model.safetensors", -5), "adapter_model.safetensors: this file is damaged"),
+    "tokens that were added": (resized, "the adapter holds a matrix of another size than the base (base_model.model.model.embed_tokens.weight: copying a param with shape torch.Size([1002, 64])"),
+}
+
+@pytest.mark.parametrize("case", HARMED)
+def test_adapters_that_came_from_elsewhere(case, run, tmp_path):
+    from qlora_nb.inference import load_adapter
+    harm, said = HARMED[case]
+    shutil.copytree(run.folder/"adapter", tmp_path/"adapter"), harm(tmp_path/"adapter")
+    with pytest.raises(QLoRAError, match=re.escape(said)): load_adapter(tmp_path/"adapter", device="cpu")
+
+
+# ---- tokenizers ----
+
+def test_a_tokenizer_without_an_end(base):
+    "The way out is not the template that is in use."
+    from qlora_nb.data import encode, encode_prompt
+    tok = small_tokenizer()
+    tok.eos_token = tok.chat_template = None
+    for template in ("auto", "article"):
+        with pytest.raises(QLoRAError, match="the tokenizer has no EOS token.*tokenizer.eos_token = ..., such as one of '<.im_start.>'") as e: encode(ROWS[0], tok, template)
+        assert "article" not in e.value.cure
+    tok.eos_token = "<|im_end|>"
+    assert tok.decode(encode(ROWS[0], tok)["labels"][-2:]).endswith("<|im_end|>") and encode_prompt(ROWS[0], tok).endswith("### Response:\n")
+
+
+def test_an_alphabet_that_the_tokenizer_cannot_write(tmp_path):
+    "A BPE without bytes and without <unk> leaves nothing of it, and the end token alone would be taught."
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE({o: i for i, o in enumerate(["y", "e", "s", "</s>", "?"])}, []))
+    tok = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>", chat_template="{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    with quiet(): model = tiny_model("llama", vocab_size=64, hidden_size=64, pad_token_id=3)
+    model.qlora_nb_name = str(tmp_path)
+    with pytest.raises(QLoRAError, match="the tokenizer cannot write 2 of 2 answers, the first in row 1"):
+        finetune(model, [dict(prompt="yes", response="你好")]*2, tmp_path/"run", tokenizer=tok, steps=1, **QUIET)
+
+
+def test_rows_longer_than_the_model_knows(tmp_path):
+    tok = small_tokenizer()
+    with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2, max_position_embeddings=64).save_pretrained(tmp_path/"base"), tok.save_pretrained(tmp_path/"base")
+    with pytest.warns(UserWarning, match="row 2: the example has .* tokens, and the model has 64 positions. .*set max_length=64"):
+        finetune(tmp_path/"base", [ROWS[0], dict(prompt="word "*40, response="yes")], tmp_path/"run", steps=1, **QUIET)
+
+
+@pytest.mark.parametrize("seq, fits", [(128, True), (32, True), (128, False)])
+def test_a_plan_knows_the_positions_too(seq, fits, monkeypatch):
+    from transformers import LlamaConfig
+    from qlora_nb import cards
+    monkeypatch.setattr(cards, "longest", lambda *a, **k: 131_072)
+    monkeypatch.setattr(cards, "largest_batch", lambda *a, **k: 8)
+    if not fits: monkeypatch.setattr(cards, "levers", lambda p: {})
+    cfg = LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+    said = cards.advise(cfg, 16 if fits else "0.000001", seq=seq)
+    assert ("131072 tokens, and the model knows 64 positions." in said) == fits and (f"These rows have {seq} tokens, and the model knows 64 positions" in said) == (seq > 64)
+
+
+def test_cards_as_people_write_them():
+    from qlora_nb.cards import card_bytes
+    assert card_bytes("16GB") == card_bytes("16 gb") == card_bytes(16) == 16e9 and card_bytes("24GiB") == 24*2**30 and card_bytes("NVIDIA A100-80GB") == 81920*2**20
+    with pytest.raises(QLoRAError, match="no card 'a100' in the list. Near: A100_40, A100_80"): card_bytes("a100")
+
+
+# ---- a terminal whose locale is not UTF-8 ----
+
+def raw(text): return text.encode().decode("ascii", "surrogateescape")   # as Python hands on what it cannot decode
+
+
+def test_what_was_typed_in_another_locale(tmp_path):
+    "Names of columns and prompts are text again; names of files stay bytes, and are written as such."
+    from qlora_nb.adapters import describe_adapter
+    from qlora_nb.cli import chat_parser, finetune_options
+    from qlora_nb.runs import write_json
+    o = finetune_options(["--data", "a.jsonl", "--columns", raw("prompt=问,response=答"), "--system", raw("Grüße"), "--example", raw("Wofür?")])
+    assert o["data"].options == dict(columns=dict(prompt="问", response="答"), system="Grüße") and o["example"] == "Wofür?"
+    assert chat_parser().parse_args(["--system", raw("Grüße")]).system == "Grüße"
+    write_json(tmp_path/"run.json", dict(data=raw("数据.jsonl"), said="答"))
+    assert json.loads((tmp_path/"run.json").read_bytes().decode()) == dict(data="数据.jsonl", said="答")
+    (tmp_path/"adapter_config.json").write_text("{}", encoding="utf-8")
+    describe_adapter(tmp_path, raw("模型"), template="auto")
+    assert json.loads((tmp_path/"qlora_nb.json").read_text(encoding="utf-8"))["base"] == "模型"

@@ -1,0 +1,145 @@
+"""Files of the shapes that public data sets and their tools have: what each is read as, or what is said instead.
+
+The rows are made up. What stands in the tables of `test_data.py` and `test_formats.py` is not repeated here."""
+import json, warnings
+
+import pytest
+
+from qlora_nb.core import QLoRAError
+from qlora_nb.data import encode_rows, load_rows, map_rows
+from qlora_nb.models import load_tokenizer
+
+def system(text): return dict(role="system", content=text)
+def user(text, **more): return dict(role="user", content=text, **more)
+def assistant(text, **more): return dict(role="assistant", content=text, **more)
+def messages(*turns, **more): return dict(messages=list(turns), **more)
+def share(*turns, **more): return dict(conversations=[{"from": r, "value": c} for r, c in turns], **more)
+def lines(*rows): return "\n".join(json.dumps(o, ensure_ascii=False) for o in rows) + "\n"
+def pair(prompt, response, **more): return dict(prompt=prompt, response=response, **more)
+
+RIVER = "The Morva passes Tellin and ends in the sea."
+TOOLS = [dict(type="function", function=dict(name="tide", parameters=dict(type="object", properties={})))]
+TIDE = dict(type="function", function=dict(name="tide", arguments=dict(port="Ostby")))
+TEXT_TIDE = dict(id="call_7", type="function", function=dict(name="tide", arguments='{"port": "Ostby"}'))
+READ_TIDE = dict(type="function", function=TIDE["function"], id="call_7")
+SKIP = "Correct this row, or leave such rows out: skip_bad_rows=True, or --skip-bad-rows."
+def name_columns(**c): return f"columns=dict({', '.join(f'{k}={v!r}' for k, v in c.items())}), or --columns {','.join(f'{k}={v}' for k, v in c.items())}."
+
+
+# ---- files that are read: (name, content, rows, what is noted) ----
+
+READ = {
+    "instruction, context, response": ("dolly.jsonl", lines(
+        dict(instruction="Where does the Morva end?", context="", response="In the sea.", category="open_qa"),
+        dict(instruction="Where does the Morva end?", context=RIVER, response="In the sea.", category="closed_qa")),
+        [pair("Where does the Morva end?", "In the sea."), pair(f"Where does the Morva end?\n\n{RIVER}", "In the sea.")],
+        ["`category` (2 rows, the first is row 1, 'open_qa')"]),
+    "instruction, input, output, history": ("alpaca_zh.json", json.dumps([
+        dict(instruction="把地名Ostby写成中文", input="Ostby，海边", output="奥斯特比。", history=[]),
+        dict(instruction="把地名Tellin写成中文", input="", output="特林。", history=[["你好", "您好！"]])], ensure_ascii=False, indent=1),
+        [pair("把地名Ostby写成中文\n\nOstby，海边", "奥斯特比。"),
+         messages(user("你好"), assistant("您好！"), user("把地名Tellin写成中文"), assistant("特林。"))], []),
+    "system_prompt, question, response": ("orca.jsonl", lines(dict(id="flan.3", system_prompt="Think first.", question="Where is Ostby?", response="At the sea.")),
+        [pair("Where is Ostby?", "At the sea.", system="Think first.")], ["`id` (1 row, the first is row 1, 'flan.3')"]),
+    "question, answer": ("sums.jsonl", lines(dict(question="3+4?", answer="3+4=<<3+4=7>>7\n#### 7")), [pair("3+4?", "3+4=<<3+4=7>>7\n#### 7")], []),
+    "parts of text": ("parts.jsonl", lines(messages(user([dict(type="text", text="Hi "), dict(type="text", text="Ostby")]), assistant([dict(type="text", text="Hello")]))),
+        [messages(user("Hi Ostby"), assistant("Hello"))], []),
+    "a spreadsheet": ("sheet.csv", ('\ufeff,instruction,input,output\r\n0,"A guest from Ostby says ""it rains"".\r\nWhat now?","A) stay\nB) go","A, ""stay"", see §3"\r\n'
+                                    '1,Who rows?,,Ida\r\n'),
+        [pair('A guest from Ostby says "it rains".\r\nWhat now?\n\nA) stay\nB) go', 'A, "stay", see §3'), pair("Who rows?", "Ida")],
+        ["`the column without a name` (2 rows, the first is row 1, '0')"]),
+    "a spreadsheet of Excel's, with semicolons": ("sheet.csv", "sep=;\r\nQuestion;Answer\r\n\"When; exactly?\";At nine, or ten\r\n", [pair("When; exactly?", "At nine, or ten")], []),
+    "names in capitals": ("capitals.json", json.dumps([dict(Instruction="Say it.", Input="Ostby", Output="OSTBY")]), [pair("Say it.\n\nOstby", "OSTBY")], []),
+    "text and calls in one turn": ("calls.jsonl", lines(messages(system("Use tools."), user("Tide at Ostby?"), assistant("I'll look.", tool_calls=[TEXT_TIDE]), tools=TOOLS, parallel_tool_calls=False)),
+        [messages(system("Use tools."), user("Tide at Ostby?"), assistant("I'll look.", tool_calls=[READ_TIDE]), tools=TOOLS)],
+        ["`parallel_tool_calls` (1 row, the first is row 1, 'False')"]),
+    "a result that says nothing": ("silent.jsonl", lines(*[messages(user("Tide?"), assistant(None, tool_calls=[TEXT_TIDE]), dict(role="tool", tool_call_id="call_7", content=o), assistant("None.")) for o in ("", None)]),
+        [messages(user("Tide?"), assistant("", tool_calls=[READ_TIDE]), dict(role="tool", content="", tool_call_id="call_7"), assistant("None."))]*2, []),
+    "calls in the text, as Hermes writes them": ("hermes.jsonl", lines(share(("system", "You have tide(port)."), ("human", "Tide?"), ("gpt", '<tool_call>\n{"name": "tide", "arguments": {"port": "Ostby"}}\n</tool_call>'),
+                                                                          ("tool", "low"), ("gpt", "It is low."))),
+        [messages(system("You have tide(port)."), user("Tide?"), assistant('<tool_call>\n{"name": "tide", "arguments": {"port": "Ostby"}}\n</tool_call>'), dict(role="tool", content="low"), assistant("It is low."))], []),
+    "what is not to be learned, in four programs' words": ("flags.jsonl", lines(*[messages(user("Hi", **{k: no}), assistant("BAD", **{k: no}), user("Again"), assistant("GOOD", **{k: yes}))
+                                                                              for k, no, yes in (("weight", 0, 1), ("train", False, True), ("training", False, None), ("loss", 0., 1.))]),
+        [messages(user("Hi"), assistant("BAD", weight=0), user("Again"), assistant("GOOD"))]*4, []),
+    "roles in capitals": ("roles.jsonl", lines(share(("User", "Hi"), ("Assistant", "Hello")), share(("Human", "Hi"), ("AI", "Hello"))), [messages(user("Hi"), assistant("Hello"))]*2, []),
+    "reasoning beside the answer": ("thoughts.jsonl", lines(dict(question="3+4?", reasoning="Count on from 3.", answer="7"), dict(question="1+1?", reasoning=None, answer="2")),
+        [messages(user("3+4?"), assistant("7", reasoning_content="Count on from 3.")), pair("1+1?", "2")], []),
+    "the question in `input` alone": ("inputs.json", json.dumps([dict(instruction="", input="Where is Ostby?", output="At the sea.")]), [pair("Where is Ostby?", "At the sea.")], []),
+    "numbers as text": ("numbers.csv", "prompt,response\n3,4\n", [pair("3", "4")], []),
+    "chats without a name": ("chats.jsonl", lines([user("Hi"), assistant("Hello")], [user("Bye"), assistant("See you")]), [messages(user("Hi"), assistant("Hello")), messages(user("Bye"), assistant("See you"))], []),
+    "chats in a list": ("chats.json", json.dumps([[user("Hi"), assistant("Hello")]]), [messages(user("Hi"), assistant("Hello"))], []),
+    "rows under a key": ("export.json", json.dumps(dict(version="2", data=[pair("Hi", "Hello")])), [pair("Hi", "Hello")], []),
+    "rows under two keys": ("export.json", json.dumps(dict(dataset=dict(name="x", rows=[pair("Hi", "Hello")]))), [pair("Hi", "Hello")], []),
+    "each row under its own": ("export.json", json.dumps(dict(q7=pair("Hi", "Hello"), q9=pair("Bye", "See you"))), [pair("Hi", "Hello"), pair("Bye", "See you")], []),
+    "rows within rows": ("viewer.json", json.dumps(dict(rows=[dict(row_idx=0, row=pair("Hi", "Hello"), truncated_cells=[])])), [pair("Hi", "Hello")], ["`row_idx` (1 row, the first is row 1, '0')"]),
+    "ends of lines from long ago": ("old.jsonl", '{"prompt": "Hi", "response": "Hello"}\r{"prompt": "Bye", "response": "See you"}\r', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
+    "a mark and two ends of lines": ("marked.jsonl", '\ufeff{"prompt": "Hi", "response": "Hello"}\r\n\r\n{"prompt": "Bye", "response": "See you"}', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
+}
+
+@pytest.mark.parametrize("case", READ)
+def test_what_a_file_is_read_as(case, tmp_path):
+    name, content, rows, noted = READ[case]
+    (path := tmp_path/name).write_text(content, encoding="utf-8", newline="")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert load_rows(path) == rows
+    assert [str(o.message) for o in said] == [f"{path}: not used: {'; '.join(noted)}."]*bool(noted)
+
+
+# ---- files that are refused: (name, content, the message after the name of the file) ----
+
+def one(*turns, **more): return "x.jsonl", lines(messages(user("Hi"), assistant("Hello")), messages(*turns, **more))
+LOST = "If it belongs to the question, map it by columns=dict(context={!r}, ...); if it is not needed, name the columns that are: {}"
+SFT = "this is a preference pair (`chosen`, `rejected`), made for DPO; here one answer is learned (SFT). To learn the chosen answers: "
+KTO = "this is an answer judged good or bad (`label`), made for KTO; here each answer is learned as it stands. Keep the rows whose label is true: "
+
+REFUSED = {
+    "preferences": ("dpo.jsonl", lines(dict(prompt="Hi Ostby", chosen="Hello!", rejected="Go.")), ", row 1: " + SFT + name_columns(prompt="prompt", response="chosen")),
+    "judged pairs": ("kto.jsonl", lines(pair("Hi", "Hello", label=True)), ", row 1: " + KTO + name_columns(prompt="prompt", response="response")),
+    "judged chats": ("kto.jsonl", lines(messages(user("Hi"), assistant("Hello"), label=False)), ", row 1: " + KTO + name_columns(messages="messages")),
+    "trees": ("oasst.jsonl", lines(dict(message_id="m1", parent_id=None, text="Tell me of Ostby", role="prompter", lang="en")),
+              ", row 1: this is one message of a tree (`parent_id`), not a chat. Follow each answer up to its root and save the path as one row of `messages`, a list of {role, content}."),
+    "one message a row": ("turns.json", json.dumps([user("Hi"), assistant("Hello")]), ', row 1: this is one message, not a chat. Save each chat as one row: {"messages": [{"role": ...}, ...]}.'),
+    "the user twice and last": (*one(user("Hi"), assistant("Hello"), user("q"), user("an answer under the wrong role")), f", row 2: the last message is the user's, not the assistant's (message 4 of 4). {SKIP}"),
+    "the assistant first": ("share.json", json.dumps([share(("gpt", "How can I help?"), ("human", "Hi"), ("gpt", "Hello"))]), f", row 1: message 1 is an answer of the assistant that follows no question. {SKIP}"),
+    "two systems": (*one(system("a"), system("b"), user("Hi"), assistant("Hello")), f", row 2: message 2 is a system message; only the first one can be. {SKIP}"),
+    "a picture": (*one(user([dict(type="text", text="What?"), dict(type="image_url", image_url=dict(url="a.png"))]), assistant("A boat")),
+                  f", row 2: `content of message 1` holds a part of the kind 'image_url'; only text can be trained here. {SKIP}"),
+    "no content": (*one(user("Hi"), assistant(None)), f", row 2: `content of message 2` must be text, not null. {SKIP}"),
+    "empty answer": (*one(user("Hi"), assistant("")), f", row 2: `content of message 2` is empty. {SKIP}"),
+    "a result of an answer that calls nothing": (*one(user("Tide?"), assistant("I'll look."), dict(role="tool", content="low"), assistant("Low.")), f", row 2: message 3 is the result of a tool that was not called. {SKIP}"),
+    "a mask that may mean either": (*one(user("Hi"), assistant("Hello", masked=True)), f", row 2: the field 'masked' of message 2 ('True') would be lost. {SKIP}"),
+    "a weight that is text": (*one(user("Hi"), assistant("Hello", weight="0")), f", row 2: the weight of message 2 is '0', and only 0 and 1 are known. {SKIP}"),
+    "a mask of a row": ("mask.jsonl", lines(share(("User", "Hi"), ("Assistant", "Hello"), mask="User")), ", row 1: the field `mask` ('User') would be lost. " + LOST.format("mask", name_columns(messages="conversations"))),
+    "answers to choose from": ("choices.jsonl", lines(dict(question="Which?", choices=["oar", "sail"], answer="oar")), """, row 1: the field `choices` ("['oar', 'sail']") would be lost. """ + LOST.format("choices", name_columns(prompt="question", response="answer"))),
+    "the same under a name of its own": ("choices.jsonl", lines(dict(question="Which?", endings=["oar", "sail"], answer="oar")), """, row 1: the field `endings` ("['oar', 'sail']") would be lost. """ + LOST.format("endings", name_columns(prompt="question", response="answer"))),
+    "the same in columns": ("choices.csv", "question,A,B,answer\nWhich?,oar,sail,A\n", ", row 1: the field `A` ('oar') would be lost. " + LOST.format("A", name_columns(prompt="question", response="answer"))),
+    "a context beside messages": ("context.jsonl", lines(dict(prompt=[user("Q")], completion=[assistant("A")], context=RIVER)), f", row 1: the field `context` ({RIVER[:40]!r}".rstrip("'") + "…') would be lost. " + LOST.format("context", name_columns(prompt="prompt", response="completion"))),
+    "an answer under another name": ("squad.jsonl", lines(dict(context=RIVER, question="Where?", answers=dict(text=["the sea"]))), ", row 1: the field `answer` is missing. The row has 'context', 'question', 'answers'. If one of them is meant, "
+                                     f"name the columns, such as {name_columns(prompt='question', response='answers')} {SKIP}"),
+    "a question under another name": ("maths.jsonl", lines(dict(problem="3+4?", solution="3 and 4 are 7.", answer="7")), ", row 1: the field `question` is missing. The row has 'problem', 'solution', 'answer'. If one of them is meant, "
+                                      f"name the columns, such as {name_columns(prompt='problem', response='answer')} {SKIP}"),
+    "a chat in one text": ("glaive.jsonl", lines(dict(system="SYSTEM: You help.", chat="USER: Hi ASSISTANT: Hello")), ", row 1: the row has none of the known fields; it has 'system', 'chat'. Rows hold a question and an answer "
+                           f"(prompt/response, instruction/output, question/answer ...) or a chat (messages, conversations). Others are mapped by {name_columns(prompt='...', response='...')}"),
+    "an answer that is a number": ("numbers.jsonl", lines(pair("3", "4"), pair("3+4?", 7)), f", row 2: `response` must be text, not int. {SKIP}"),
+    "a split in one file": ("both.json", json.dumps(dict(train=[pair("a", "b")], test=[pair("c", "d")])), ": the file holds several lists of rows: 'train', 'test'. Save the one that is meant as a .jsonl file."),
+}
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_said_of_a_file(case, tmp_path):
+    name, content, message = REFUSED[case]
+    (path := tmp_path/name).write_text(content, encoding="utf-8")
+    with pytest.raises(QLoRAError) as e: load_rows(path)
+    assert str(e.value) == f"{path}{message}"
+
+
+def test_files_are_mapped_as_they_are_read(tmp_path):
+    "The same rows from a table on the disk."
+    tok = load_tokenizer()
+    for case in ("names in capitals", "rows within rows", "roles in capitals", "what is not to be learned, in four programs' words"):
+        name, content, rows, _ = READ[case]
+        given = json.loads(content) if name.endswith(".json") else list(map(json.loads, content.splitlines()))
+        (path := tmp_path/f"{len(case)}.jsonl").write_text(lines(*(given["rows"] if isinstance(given, dict) else given)), encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert list(map_rows(path, tok, cache_dir=tmp_path/"cache")) == list(encode_rows(rows, tok))
