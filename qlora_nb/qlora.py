@@ -111,10 +111,11 @@ def quantize_model(model:nn.Module,          # Changed in place
 def load_scratch(name="smollm2",                # As for `load_model`
                  device:str|None=None,          # "cuda", "mps", "cpu"; None picks the best one here
                  dtype:torch.dtype|None=None,   # To compute in; None: what suits the device
+                 revision:str|None=None,        # As in `load_model`
                  **how                          # Of `quantize_model`
                 ):
     "Load a model and store its linear layers in 4 bits with our own code. Raises `QLoRAError` as `load_model` does."
-    model = load_model(name, bits=None, device=device, dtype=dtype)
+    model = load_model(name, bits=None, device=device, dtype=dtype, revision=revision)
     quantize_model(model, **how)
     if (error := misplaced(model)[2]) is not None:   # other code asks a layer for a weight that ours does not have
         raise QLoRAError(f"its first forward pass fails ({error}).", type(model).__name__, "Use bitsandbytes: load_model.")
