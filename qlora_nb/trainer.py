@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['row_marks', 'row_losses', 'mean_loss', 'best_eval', 'out_of_patience', 'KeepBest', 'AdapterCheckpoints',
-           'triton_everywhere', 'SureTrainer', 'tolerance', 'FastTrainer', 'fast_by_default', 'AdapterTrainer',
-           'trainer_settings']
+           'triton_everywhere', 'SureTrainer', 'tolerance', 'FastTrainer', 'fast_by_default', 'check_checkpointing',
+           'AdapterTrainer', 'trainer_settings']
 
 # %% ../nbs/06_trainer.ipynb #2ffa94c0
 import math, os, shutil, warnings
@@ -167,9 +167,19 @@ def fast_by_default(device:torch.device) -> bool:
     return here and bool(util.find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")))
 
 # %% ../nbs/06_trainer.ipynb #c90185a4
+def check_checkpointing(model):
+    "Raise `QLoRAError` for a model that cannot compute its activations twice: it is asked, and left as it was."
+    try: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    except ValueError as e:
+        raise QLoRAError(f"checkpointing is not possible ({e}).", model.config.model_type, "Leave --checkpointing out.") from e
+    model.gradient_checkpointing_disable()
+
 class AdapterTrainer(FastTrainer):
     "TRL's trainer for adapters. `guard` sees each batch, `held_out` are the batches to evaluate on."
     guard, held_out, tokens = None, (), 0
+    def __init__(self, model, args, **kw):
+        if args.gradient_checkpointing: check_checkpointing(model)
+        super().__init__(model, args, **kw)
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows, labels = inputs.pop("rows", []), inputs["labels"]
         self.tokens += int(inputs.get("attention_mask", torch.ones_like(labels)).sum())

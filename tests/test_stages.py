@@ -50,8 +50,9 @@ def first(base, rows, tmp_path_factory):
 
 
 class CtrlC(TrainerCallback):
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step == 3: raise KeyboardInterrupt
+    def __init__(self, step=3): self.step = step
+    def on_step_begin(self, args, state, control, **kw):
+        if state.global_step == self.step: raise KeyboardInterrupt
 
 
 # ---- a second stage ----
@@ -108,17 +109,17 @@ def test_an_adapter_on_the_head_is_not_trained_further(base, rows, tmp_path):
 
 
 def test_another_adapter_is_another_run(first, base, rows, tmp_path):
-    "Also where the run began without one, with the same settings."
+    "Also where the run began without one, with the same settings; the same one at another place is the same."
     how = dict(data=rows[8:], output=tmp_path/"run", rank=4, alpha=8, dropout=.1, targets=["q_proj", "down_proj"], template="article")
-    finetune(base, **how, **QUIET)
-    for adapter in (first["bnb"][0], first["scratch"][0]):
-        with pytest.raises(QLoRAError, match="adapter_sha256 was None"): finetune(adapter=adapter, resume=True, **how, **QUIET)
-    shutil.rmtree(tmp_path/"run")
-    finetune(adapter=first["bnb"][0], **how, **QUIET)
-    with pytest.raises(QLoRAError, match="adapter_sha256 was"): finetune(adapter=first["scratch"][0], resume=True, **how, **QUIET)
-    with pytest.raises(QLoRAError, match="adapter_sha256 was"): finetune(base, resume=True, **how, **QUIET)
-    moved = shutil.copytree(first["bnb"][0], tmp_path/"moved")   # the same adapter, elsewhere
-    assert finetune(adapter=moved, resume=True, **how, **QUIET).info["steps"] == 4
+    (mine, _), (other, _) = first.values()
+    begun = dict.fromkeys(("whole", "stage"))
+    for o, adapter in (("whole", None), ("stage", mine)):   # as `finetune` begins, without training
+        how["output"] = begun[o] = tmp_path/o
+        with pytest.raises(KeyboardInterrupt): finetune(None if adapter else base, adapter=adapter, callbacks=[CtrlC(1)], **how, **QUIET | dict(save_steps=1))
+    for o, kw in (("whole", dict(adapter=mine)), ("stage", dict(adapter=other)), ("stage", dict(model=base))):
+        with pytest.raises(QLoRAError, match="adapter_sha256 was"): finetune(resume=True, **how | dict(output=begun[o]) | kw, **QUIET)
+    moved = shutil.copytree(mine, tmp_path/"moved")
+    assert finetune(adapter=moved, resume=True, **how, **QUIET).info["resumed_from"] == "checkpoint-1"
 
 
 def test_a_second_stage_through_the_command(first, rows, tmp_path, capsys):
