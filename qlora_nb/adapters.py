@@ -12,7 +12,7 @@ import contextlib, difflib, json, re, shutil, tempfile, torch, warnings
 from functools import partial
 from pathlib import Path
 from .core import QLoRAError, Table
-from .lora import adapter_tensors, add_lora, disable_adapter, save_adapter as save_lora
+from .lora import adapter_tensors, add_lora, disable_adapter, load_adapter as load_lora, save_adapter as save_lora
 from .models import load_model, quiet, tiny_model
 from .qlora import is_scratch, load_scratch, quantize_model
 from .stacks import is_stack, stacks_as_parameters, stacks_of
@@ -137,7 +137,7 @@ def describe_adapter(folder:Path,  # That PEFT, or `save_lora`, has written
     (folder/"README.md").unlink(missing_ok=True)
     cfg = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
     if notes.get("example"): notes["example_asked"] = True   # older files hold a row of the data there, unasked
-    files = dict(adapter_config=cfg | dict(base_model_name_or_path=base), qlora_nb=dict(base=base) | notes)
+    files = dict(adapter_config=cfg | dict(base_model_name_or_path=base, revision=notes.get("revision")), qlora_nb=dict(base=base) | notes)
     for name, obj in files.items():
         text = json.dumps(obj, indent=1, ensure_ascii=False)
         (folder/f"{name}.json").write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -178,8 +178,12 @@ def open_tensors(folder:Path):  # Of an adapter
 def attach_adapter(model,               # A base, or a model with PEFT's adapters on it
                    folder:str|Path,     # Of an adapter in PEFT's format
                    name:str="default"):
-    "Put an adapter from a file on a model with PEFT. Raises `QLoRAError` unless each of its matrices has found its layer."
+    "Put an adapter from a file on a model, with PEFT or, on our own layers, with ours. Raises `QLoRAError` unless each matrix has its layer."
     folder = Path(folder).expanduser()
+    if is_scratch(model):
+        load_lora(model, folder, name)
+        model.disable_adapter = partial(disable_adapter, model)
+        return model
     with open_tensors(folder) as f: keys = {k for k in f.keys() if ".lora_" in k}
     mods = {clean_name(n) for n in outer_modules(model)}
     known = all(clean_name(k.partition(".lora_")[0]) in mods for k in keys)   # else its names are of an older version

@@ -106,7 +106,7 @@ def data_lines(run:dict) -> str:   # `run.json`
 def setting_lines(source:Source) -> str:
     "Every setting of the run or, failing that, of the adapter."
     shown = source.run.get("settings") or {k: v for k, v in source.config.items() if v not in (None, {}, [], False)}
-    shown = {k: public_name(str(v))[0] if "model" in k else v for k, v in shown.items() if k != "rows_sha256"}
+    shown = {k: public_name(str(v))[0] if k in ("model", "adapter") else v for k, v in shown.items() if k != "rows_sha256"}
     def say(v): return ", ".join(map(str, v)) if isinstance(v, list) else v
     return _table([[f"`{k}`", say(v)] for k, v in shown.items()], "setting", "value")
 

@@ -16,7 +16,9 @@ from .data_options import data_options, name_sources, typed
 def run_options(p:argparse.ArgumentParser):
     "What to train, on what, and where."
     add, data = p.add_argument, "several, each perhaps with a weight: a.jsonl b.jsonl:0.5"
-    add("--model", default="smollm2", help="'smollm2', a local folder or a Hub id")
+    add("--model", default=None, help="'smollm2', a local folder or a Hub id (none: smollm2, or the base of --adapter)")
+    add("--revision", dest="model_revision", default=None, help="branch, tag or commit of a Hub model (none: its main branch)")
+    add("--adapter", default=None, help="train this adapter further: folder of a run or of an adapter (none: a new adapter)")
     add("--data", nargs="+", default="tickets",
         help=f"'tickets', a .jsonl, .json, .csv, .tsv or .parquet file, or a Hub data set id; {data}")
     add("--test-data", default=None, help="rows for the scores before and after (none: --eval-data, or the tickets' held-out "
@@ -56,9 +58,9 @@ def watch_options(p:argparse.ArgumentParser):
 def adapter_options(p:argparse.ArgumentParser):
     "What the adapters are, and what they read."
     add = p.add_argument
-    add("--rank", type=int, default=16, help="r, the inner size of the adapters")
-    add("--alpha", type=float, default=32, help="the adapters' update is scaled by alpha / r")
-    add("--dropout", type=float, default=0., help="dropout on the adapters' input")
+    add("--rank", type=int, default=None, help="r, the inner size of the adapters (none: 16, or that of --adapter)")
+    add("--alpha", type=float, default=None, help="their update is scaled by alpha / r (none: 32, or that of --adapter)")
+    add("--dropout", type=float, default=None, help="on the adapters' input (none: 0, or that of --adapter)")
     add("--targets", default="all-linear", help="names of layers, separated by commas, or all-linear")
     add("--target-parameters", default=None, help="stacks of experts that get adapters too, such as experts.down_proj (none: no experts)")
     add("--template", default="auto", choices=["auto", "chat", "article", "no-thinking"], help="prompt template")
@@ -156,6 +158,7 @@ def chat_parser() -> argparse.ArgumentParser:
                                 description="Talk to a fine-tuned model; by default to the adapter of the latest run.")
     p.add_argument("--adapter", default=None, help="folder of a run or of a PEFT adapter (none: the latest finished run)")
     p.add_argument("--model", default=None, help="a base model: on its own, or with --adapter instead of the one it names")
+    p.add_argument("--revision", default=None, help="branch, tag or commit of a Hub model (none: the one trained on)")
     p.add_argument("--system", type=typed, default=None, help="a system prompt, such as that of its training")
     p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
     p.add_argument("--temperature", type=float, default=0., help="0: always the likeliest token")
@@ -168,22 +171,22 @@ def chat_parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../nbs/18_cli.ipynb #ad7fbac4
-def load_chat(adapter, base, device) -> tuple:  # (model, tokenizer, notes, name)
+def load_chat(adapter, base, device, revision=None) -> tuple:  # (model, tokenizer, notes, name)
     "What to talk to: an adapter, a base as it is, or the latest finished run. Raises `QLoRAError` when there is none."
     from qlora_nb.inference import load_adapter
     from qlora_nb.models import load_model, load_tokenizer
     from qlora_nb.runs import finished_run
-    if base and not adapter: return load_model(base, device=device), load_tokenizer(base), {}, base
+    if base and not adapter: return load_model(base, device=device, revision=revision), load_tokenizer(base, revision), {}, base
     folder = adapter or finished_run("Run qlora_finetune first, give --adapter FOLDER, or chat with a model as it is: "
                                      "--model smollm2.")
-    return *load_adapter(folder, base=base, device=device), folder
+    return *load_adapter(folder, base=base, device=device, revision=revision), folder
 
 # %% ../nbs/18_cli.ipynb #0aae17e9
 def chat_main(argv:list|None=None):  # None: the options that the command was called with
     "Chat with an adapter on its base: the console command `qlora_chat`."
     o = vars(chat_parser().parse_args(argv))
     with one_line_errors():
-        model, tokenizer, notes, name = load_chat(o.pop("adapter"), o.pop("model"), o.pop("device"))
+        model, tokenizer, notes, name = load_chat(*map(o.pop, ("adapter", "model", "device", "revision")))
         print(f"{name} on {model.device}")
         chat_loop(model, tokenizer, notes, **o)
 

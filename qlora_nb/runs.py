@@ -77,7 +77,8 @@ def comparable(settings:dict) -> dict:
     s = json.loads(json.dumps(settings, default=str))
     if "batch_size" in s and "accumulation" in s: s["rows_a_step"] = s.pop("batch_size")*s.pop("accumulation")
     if s.get("steps"): s.pop("epochs", None)
-    if s.get("model_sha256"): s.pop("model", None)   # known by its content
+    for k in ("model", "adapter"):
+        if s.get(f"{k}_sha256"): s.pop(k, None)   # known by its content
     return s
 
 def read_settings(file:Path) -> dict:  # `settings.json` of a run
@@ -121,9 +122,9 @@ def open_run(folder:Path, settings:dict, resume:bool):
         if resume and not last_checkpoint(folder/"checkpoints"):
             warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run starts at step 0.")
         if not has_work: return write_json(file, settings)
-        old, new = read_settings(file), comparable(settings)
+        old, new = read_settings(file), dict(adapter_sha256=None) | comparable(settings)
         if not settings.get("model_sha256") == old.get("model_sha256"): new["model"] = settings["model"]
-        old = comparable(old) | {k: old[k] for k in ("model",) if k in old}
+        old = dict(adapter_sha256=None) | comparable(old) | {k: old[k] for k in ("model",) if k in old}
         if diff := [f"{k} was {old[k]}, now {v}" for k, v in new.items() if k in old and old[k] != v]:
             raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.", where=str(folder),
                              cure="Use the same options, or start a new run.")
@@ -140,12 +141,13 @@ def _tensors(file):
         yield name, o["dtype"], o["shape"], file, 8 + size + start, end - start
 
 def content_id(place:str|Path,     # A folder with *.safetensors, or the id of a model in the Hub's cache
-               many:int=1000       # Look into so many tensors at the most
+               many:int=1000,      # Look into so many tensors at the most
+               revision:str|None=None  # Of a Hub id
               ) -> str|None:       # Hexadecimal; None where there is nothing to look at
     "What a model is, whatever it is called: a hash of its tensors' names, shapes and a few of their bytes."
     if not os.path.isdir(place := os.path.expanduser(place)):
         from huggingface_hub import snapshot_download
-        try: place = snapshot_download(str(place), local_files_only=True)
+        try: place = snapshot_download(str(place), revision=revision, local_files_only=True)
         except Exception: return None
     found = sorted(o for f in Path(place).glob("*.safetensors") for o in _tensors(f))
     sha = hashlib.sha256(json.dumps([o[:3] for o in found]).encode())

@@ -60,9 +60,9 @@ def read_notes(folder:Path) -> dict:  # Of an adapter
 
 def adapter_folder(folder:str|Path) -> tuple:  # (its folder, our notes with `template`, the name of its base)
     "Find an adapter, in a run or on its own. Raises `QLoRAError` as `find_folder` does."
-    folder = find_folder(folder)
-    config = read_json(folder/"adapter_config.json")
-    return folder, dict(template="auto") | read_notes(folder), config.get("base_model_name_or_path")
+    config = read_json((folder := find_folder(folder))/"adapter_config.json")
+    notes = dict(template="auto") | {k: v for k, v in config.items() if k == "revision" and v}   # of the base
+    return folder, notes | read_notes(folder), config.get("base_model_name_or_path")
 
 # %% ../nbs/07_switching.ipynb #cd0ea55f
 def adapter_names(model) -> list:  # Empty for a base model
@@ -84,9 +84,9 @@ def add_adapter_from(model,               # A base, or a model with PEFT's adapt
     "Put one more adapter on a model. Only the first is switched to. Raises `QLoRAError` if it does not fit."
     folder, notes, base = adapter_folder(folder)
     free_name(model, name), check_fits(model, folder)
-    have = getattr(model, "qlora_nb_name", base)
+    have, at, known = getattr(model, "qlora_nb_name", base), getattr(model, "qlora_nb_revision", None), notes.get("base_sha256")
     if have != base: warnings.warn(f"{folder.name} was trained on {base}; this is {have}.", stacklevel=2)
-    elif notes.get("base_sha256") and notes["base_sha256"] != (content_id(locate(have)) or notes["base_sha256"]):
+    elif known and known != (content_id(locate(have), revision=at) or known):
         warnings.warn(f"{folder.name} was trained on other weights than {have} has now.", stacklevel=2)
     with quiet(): model = attach_adapter(model, folder, name)
     note_loaded(model, name, notes)

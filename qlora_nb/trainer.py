@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['row_marks', 'row_losses', 'mean_loss', 'best_eval', 'out_of_patience', 'KeepBest', 'AdapterCheckpoints',
-           'triton_everywhere', 'SureTrainer', 'tolerance', 'FastTrainer', 'fast_by_default', 'AdapterTrainer',
-           'trainer_settings']
+           'triton_everywhere', 'SureTrainer', 'FastTrainer', 'fast_by_default', 'check_checkpointing',
+           'AdapterTrainer', 'trainer_settings']
 
 # %% ../nbs/06_trainer.ipynb #2ffa94c0
 import math, os, shutil, warnings
@@ -100,11 +100,17 @@ def triton_everywhere() -> bool:
 
 class SureTrainer(AdapterCheckpoints):
     "TRL's trainer, whose loss is compared with that of the model's own logits on the first batch."
-    sure, own = False, False   # has a batch been compared? is the model's own loss trained on?
+    sure, own, current_gradient_accumulation_steps = False, False, 1   # compared? own loss? batches, outside of a loop
+    def models_loss(self, model, inputs, return_outputs, n):
+        "The model's own loss; that of routers counts once a step, as in TRL's, however many batches a step has."
+        loss, out = Trainer.compute_loss(self, model, inputs, True, n)
+        aux, steps = getattr(out, "aux_loss", None), self.current_gradient_accumulation_steps
+        if aux is not None and n is not None: loss = loss - self.router_aux_loss_coef*aux*(1 - 1/steps)
+        return (loss, out) if return_outputs else loss
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch, n = dict(inputs), num_items_in_batch   # before TRL adds to it
         if self.own or self.model.device.type == "cpu" and triton_everywhere():
-            return Trainer.compute_loss(self, model, inputs, return_outputs, n)
+            return self.models_loss(model, inputs, return_outputs, n)
         if self.sure or return_outputs: return super().compute_loss(model, inputs, return_outputs, n)
         try: loss = super().compute_loss(model, inputs, False, n)
         except AttributeError as e: why = str(e)   # it asks the config for a name that is not there
@@ -114,13 +120,9 @@ class SureTrainer(AdapterCheckpoints):
                 return loss
         warnings.warn(f"trained on the model's own loss, not on TRL's ({why})")
         self.own = True
-        return Trainer.compute_loss(self, model, batch, False, n)
+        return self.models_loss(model, batch, False, n)
 
 # %% ../nbs/06_trainer.ipynb #42e0563a
-def tolerance(dtype:torch.dtype) -> float:
-    "What two computations of a loss may differ by (relative): a thousandth, or the rounding of one number."
-    return max(1e-3, torch.finfo(dtype).eps)
-
 @patch
 def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
     "What is wrong with TRL's loss of a batch, or None."
@@ -131,7 +133,7 @@ def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
         steps = self.current_gradient_accumulation_steps if n is not None else 1
         loss = loss - self.router_aux_loss_coef*aux/steps
     half = dict(fp16=torch.float16, bf16=torch.bfloat16).get(self.accelerator.mixed_precision)
-    near = tolerance(half or self.model.get_input_embeddings().weight.dtype)
+    near = max(1e-3, torch.finfo(half or self.model.get_input_embeddings().weight.dtype).eps)   # or one number's rounding
     if not abs(loss.item() - want) <= near*abs(want): return f"{loss.item():.4g} instead of {want:.4g}"
 
 # %% ../nbs/06_trainer.ipynb #909e50e5
@@ -166,9 +168,18 @@ def fast_by_default(device:torch.device) -> bool:
     return here and bool(util.find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")))
 
 # %% ../nbs/06_trainer.ipynb #c90185a4
+def check_checkpointing(model):
+    "Raise `QLoRAError` for a model that cannot compute its activations twice: it is asked, and left as it was."
+    try: model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    except ValueError as e: raise QLoRAError(f"checkpointing is not possible ({e}).", cure="Leave --checkpointing out.") from e
+    model.gradient_checkpointing_disable()
+
 class AdapterTrainer(FastTrainer):
     "TRL's trainer for adapters. `guard` sees each batch, `held_out` are the batches to evaluate on."
     guard, held_out, tokens = None, (), 0
+    def __init__(self, model, args, **kw):
+        if args.gradient_checkpointing: check_checkpointing(model)
+        super().__init__(model, args, **kw)
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows, labels = inputs.pop("rows", []), inputs["labels"]
         self.tokens += int(inputs.get("attention_mask", torch.ones_like(labels)).sum())

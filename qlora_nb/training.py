@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'Sealer', 'make_trainer', 'set_aside', 'number_rows', 'fi
            'prepare', 'finetune']
 
 # %% ../nbs/07_training.ipynb #37fa86e9
-import os, time
+import time
 from functools import partial
 from pathlib import Path
 
@@ -16,16 +16,15 @@ from .core import QLoRAError, count_params, free_memory, pick_device, set_seed, 
 from .adapters import BACKENDS, add_adapters, save_adapter
 from .data import as_messages, collate, digest, encode_rows, load_rows
 from .failures import Guard, explain_failure
-from .models import load_tokenizer, locate, quiet
+from .models import locate, quiet
 from .optimizers import float32_adapters, pick_optimizer
 from .packing import collate_packed, pack, separate_documents
-from .qlora import is_scratch
 from .rehearsal import not_in_file, rehearse
 from .runs import Run, content_id, hold_run, last_checkpoint, open_run, seal, sync, write_json
 from .schedule import (check_positive, count_steps, name_rows, number_of, repetitions, run_length,
                                say_overlap, say_schedule, source_of, take_tenth, tell, told_of)
 from .sources import check_options, shared_options
-from .stages import check_alone, load_base, name_of, own_adapter, put_adapters
+from .stages import check_alone, find_model, load_base, put_adapters
 from .taught import check_answers, check_ids, check_labels, end_ids, note_ends
 from .trainer import AdapterTrainer, KeepBest, fast_by_default, mean_loss, out_of_patience, trainer_settings
 from .watch import LivePlot, ProgressBar, check_reports, close_bars, curve, in_notebook, plot_loss
@@ -130,24 +129,19 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), r
 
 # %% ../nbs/07_training.ipynb #0ea7f2dc
 SETTINGS = ("steps epochs batch_size accumulation lr rank alpha dropout targets template max_length seed eval_steps "
-            "target_parameters patience optim long packing fast").split()   # what makes a run what it is
+            "target_parameters patience optim long packing fast adapter model_revision").split()   # what makes a run what it is
 
 # %% ../nbs/07_training.ipynb #309202d4
 def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tuple:
     "Check the settings, before anything is written: (model, tokenizer, settings to be compared)."
-    if backend not in BACKENDS:
-        raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {' or '.join(BACKENDS)}.")
-    if isinstance(model, tuple): model, tokenizer = model.model, model.tokenizer   # a `Run`, or what was loaded
-    if not (named := isinstance(model, (str, Path))): backend = "scratch" if is_scratch(model) else "bnb"
-    name = os.path.expanduser(model) if named else name_of(model)
-    place = locate(name) if named else None   # a wrong name fails here
-    settings = dict(model=name, backend=backend, rows=len(rows), rows_sha256=digest(rows), **settings)
-    if place and Path(place).is_dir(): settings["model_sha256"] = content_id(place)
-    where = pick_device(device) if named else model.device
+    model, tokenizer, place, settings = find_model(model, tokenizer, backend, settings)
+    settings |= dict(rows=len(rows), rows_sha256=digest(rows))
+    for k, o in dict(model=place, adapter=settings["adapter"]).items():
+        if o and Path(o).is_dir(): settings[f"{k}_sha256"] = content_id(o)
+    where = pick_device(device) if place else model.device
     settings["optim"] = pick_optimizer(settings["optim"], where)
     if settings["fast"] is None: settings["fast"] = fast_by_default(where)
-    if named: return model, None, settings
-    return model, tokenizer or load_tokenizer(name), settings | (own_adapter(model) or {})
+    return model, tokenizer, settings
 
 # %% ../nbs/07_training.ipynb #6d8c1f8b
 def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, source, **how) -> tuple:
@@ -177,14 +171,17 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
     return model, trainer, dict(end_tokens=ends)
 
 # %% ../nbs/07_training.ipynb #ac9bf7fa
-def finetune(model="smollm2",               # A name for `load_model`, a model that is loaded, or a `Run` to go on from
+def finetune(model=None,                    # A name for `load_model`, a loaded model, or a `Run` to go on from; None: "smollm2"
              data="tickets",                # A name for `load_rows`, or its rows
              output:str|Path="runs/latest", # The folder of the run
              tokenizer=None,                # Of a model that is already loaded; None: the one of its base
              steps:int|None=None, epochs:float|None=None,  # One of them; None: 3 epochs (tickets: 150 steps)
              batch_size:int=4, accumulation:int=1, # Examples a forward pass, forward passes a step
              lr:float|None=None,            # The highest learning rate; None: 2e-4 (tickets: 2e-3)
-             rank:int=16, alpha:float=32, dropout:float=0., targets="all-linear", target_parameters=None,  # See `add_adapters`
+             rank:int|None=None, alpha:float|None=None, dropout:float|None=None, # None: 16, 32, 0, or those of `adapter`
+             targets="all-linear", target_parameters=None, # See `add_adapters`
+             adapter:str|Path|None=None,    # The folder of an adapter to train further, on its own base
+             model_revision:str|None=None,  # Of the base, as `revision` in `load_model`
              template:str="auto", max_length:int=512, long:str="drop",  # See `qlora_nb.data.encode_rows`
              packing:bool=False,            # Fill rows of `max_length` tokens; `batch_size` then counts packs
              eval_data=None,                # Rows to evaluate on while training; None: some of `data`, if wanted
@@ -212,9 +209,11 @@ def finetune(model="smollm2",               # A name for `load_model`, a model t
     model, tokenizer, settings = run_settings(model, tokenizer, kept, device, backend, settings)
     with hold_run(folder):
         open_run(folder, settings, resume)
-        model, tokenizer = load_base(model, tokenizer, device, settings["backend"])
+        model, tokenizer = load_base(model, tokenizer, device, *map(settings.get, ("backend", "model_revision", "adapter")))
         model, trainer, notes = prepare(model, tokenizer, rows, [mine[i-1] for i in numbers], held, folder, settings,
                                         progress, source_of(data), **how)
-        notes["base_sha256"] = content_id(locate(settings["model"]))
+        named = dict(adapter=settings["adapter"], revision=settings["model_revision"])
+        notes |= {k: v for k, v in named.items() if v}
+        notes["base_sha256"] = content_id(locate(settings["model"]), revision=named["revision"])
         if example: notes["example"] = example
         return train_run(model, tokenizer, trainer, folder, rows, settings, notes, callbacks, resume, progress)
