@@ -53,13 +53,16 @@ def key(ax, x, y, kinds:dict):  # Kind of a box → what it means
     ax.legend(handles=[Patch(label=k, **v) for k, v in styles.items()], loc="lower left", bbox_to_anchor=(x, y),
               bbox_transform=ax.transData, frameon=False, fontsize=8.5, borderaxespad=0)
 
-# %% ../nbs/01_diagrams.ipynb #82535781
+# %% ../nbs/01_diagrams.ipynb #4099d935
 def texts_of(fig) -> list:
     "The texts that a figure shows."
     found = []
     for ax in fig.axes:
         found += [*ax.texts, ax.title, *(ax.get_legend().get_texts() if ax.get_legend() else ())]
-        if ax.axison: found += [ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()]
+        for axis, i in ((ax.xaxis, 0), (ax.yaxis, 1)):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [t for t in axis.get_ticklabels() if low <= t.get_position()[i] <= high]
+            if ax.axison: found += [axis.label, *ticks]
     return [t for t in found if t.get_visible() and t.get_text()]
 
 def crowded(fig) -> list:  # [] for a figure that is in order
@@ -103,7 +106,8 @@ def qlora_layer() -> Figure:
     box(ax, left, 1.46, 1.5, .5, "4-bit codes\n$W^{NF4}$", "frozen")
     box(ax, left, 2.05, 1.5, .66, "scales: 8 bits $c_2$,\nscales of scales:\n32 bits $c_1$", "frozen", 8.5)
     box(ax, left, 2.92, 1.5, .34, "dequantize"), box(ax, left, 3.65, 1.5, .5, "W in 16 bits,\nnot kept", "passing")
-    for y, name in ((.6, "x"), (3.65, "x $W^T$"), (4.45, "+"), (5.2, "y")): box(ax, mid, y, .8 if "W" in name else .5, .34, name)
+    for y, name in ((.6, "x"), (4.45, "+"), (5.2, "y")): box(ax, mid, y, .5, .34, name)
+    box(ax, mid, 3.65, .8, .34, "x $W^T$")
     box(ax, right, 1.65, 1.3, .5, "A:  r × $d_{in}$\ngradient, Adam", "trained")
     box(ax, right, 2.75, 1.3, .5, "B:  $d_{out}$ × r\ngradient, Adam", "trained")
     box(ax, right, 3.65, .6, .34, "× s")
