@@ -56,7 +56,7 @@ def run_length(data, steps:int|None=None, epochs:float|None=None, lr:float|None=
 POSITIVE = "steps epochs batch_size accumulation lr rank alpha max_length save_steps eval_steps patience".split()
 LEAST = dict(dropout=(0, 1), eval_rows=(0, math.inf), seed=(0, 2**32))   # from … to below
 WHOLE = "steps batch_size accumulation rank max_length save_steps eval_steps patience eval_rows seed".split()
-UNSAID = ("steps", "epochs", "eval_steps", "patience")   # None: something else decides
+UNSAID = "steps epochs eval_steps patience rank alpha dropout".split()   # None: something else decides
 
 def check_positive(**settings):
     "Raise `QLoRAError` for a setting that makes no sense at its value."

@@ -40,7 +40,6 @@ SETTINGS = {
     "a truth": (dict(max_length=True), "max-length is True, and has to be a whole number"),
     "alpha below zero, which unlearns": (dict(alpha=-1), "alpha is -1, and has to be above zero"),
     "alpha of zero, which learns nothing": (dict(alpha=0), "alpha is 0, and has to be above zero"),
-    "no rank": (dict(rank=None), "rank is None, and has to be a whole number"),
     "a seed below zero": (dict(seed=-1), "seed is -1, and has to be from 0 to below 4294967296"),
     "no seed": (dict(seed=None), "seed is None, and has to be a whole number"),
     "no end": (dict(lr=float("inf")), "lr is inf"),
