@@ -26,6 +26,8 @@ def data_options(p:argparse.ArgumentParser):
     add("--columns", type=_columns, default=None, help="our names of columns from yours, such as prompt=q,response=a")
     add("--system", type=typed, default=None, help="a system prompt for rows without one")
     add("--skip-bad-rows", action="store_true", help="leave broken rows out and say how many, instead of stopping")
+    add("--large", action=argparse.BooleanOptionalAction, default=None,
+        help="map the rows from disk instead of holding them in memory (none: from 100 MB on)")
     add("--data-config", default=None, help="configuration of a Hub data set")
     add("--data-split", default="train", help="split of a Hub data set")
     add("--data-revision", default=None, help="commit, tag or branch of a Hub data set (none: its newest state)")
@@ -36,13 +38,14 @@ def name_sources(o:dict) -> dict:
     "The options of `data_options` put into the names of the data, and a chat template from its file."
     from qlora_nb.sources import Source
     how = {k: v for k in ("columns", "system", "skip_bad_rows") if (v := o.pop(k))}
-    split, template = o.pop("data_split"), o.pop("chat_template")
+    split, template, large = (o.pop(k) for k in ("data_split", "chat_template", "large"))
     how |= {k: v for k in ("config", "revision") if (v := o.pop(f"data_{k}"))}
     def one(name):
         "`a.jsonl` or `a.jsonl:0.5`."
         path, colon, weight = name.rpartition(":")
         named = colon and re.fullmatch(r"\d*\.?\d+", weight) and not Path(name).expanduser().exists()
-        source = Source(path if named else name, **how, **(dict(split=split) if split != "train" else {}))
+        more = dict(split=split) if split != "train" else {}
+        source = Source(path if named else name, **how, **more, **({} if large is None else dict(large=large)))
         return (source, float(weight)) if named else source
     given = [o["data"]] if isinstance(o["data"], str) else o["data"]
     o["data"] = one(given[0]) if len(given) == 1 else list(map(one, given))

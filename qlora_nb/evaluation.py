@@ -14,13 +14,14 @@ from pathlib import Path
 # %% ../nbs/09_evaluation.ipynb #1a4c1561
 from .answers import fit_rows, mark_rows, read_off
 from .core import QLoRAError, Table, fmt_bytes, free_memory, model_bytes, peak_memory
-from .data import answer_of, as_messages, digest, encode_prompt, exact_match, field_scores, load_rows
+from .data import answer_of, as_messages, encode_prompt, exact_match, field_scores, load_rows
 from .dequantized import dequantized
 from .inference import generate
 from .intervals import interval, paired_interval
+from .mapped import Mapped
 from .runs import write_json
 from .sources import OPTIONS, shared_options
-from .schedule import NamedRows, check_positive, pick_rows, run_length, say_overlap, source_of
+from .schedule import NamedRows, check_positive, pick_rows, repetitions, run_length, say_overlap, source_of
 from .taught import stop_ids
 from .training import finetune
 
@@ -101,7 +102,7 @@ def as_text(row):
 # %% ../nbs/09_evaluation.ipynb #6508a887
 def hold_out_numbers(rows:list, eval_rows:int=64, seed:int=0) -> tuple:  # (to train on, held out), numbers from 1
     "Divide rows for training and evaluation, by their numbers."
-    different = len({digest(as_messages(r)) for r in rows})
+    different = len(rows) - repetitions(rows)
     return pick_rows(rows, min(eval_rows, different//10) if different >= 10 else 0, seed)
 
 def hold_out(rows:list,          # Of `load_rows`
@@ -117,7 +118,7 @@ def rows_to_score(data, rows, eval_data=None, test_data=None, eval_rows:int=64, 
     if given is None and source_of(data) == "tickets": given = load_rows("tickets", "test")[:eval_rows]
     if given is None:
         kept, held = hold_out_numbers(rows, eval_rows, seed)
-        return [i for i in range(1, len(rows) + 1) if i not in {*kept}], [rows[i-1] for i in held], []
+        return sorted({*range(1, len(rows) + 1)} - {*kept}), [rows[i-1] for i in held], []
     score, said = load_rows(given), []
     if len(score) > eval_rows:
         said.append(f"The scores are taken on {eval_rows} of {len(score)} rows, drawn with the seed.")
@@ -183,7 +184,8 @@ def finetune_and_evaluate(data="tickets",          # See `load_rows`
     start, source = time.perf_counter(), source_of(data)
     reading = {k: settings.pop(k) for k in OPTIONS if k in settings}
     how = shared_options(reading)
-    length, rows = run_length(data, steps, epochs, lr), NamedRows(load_rows(data, **reading), source)
+    length, rows = run_length(data, steps, epochs, lr), load_rows(data, **reading)
+    if not isinstance(rows, Mapped): rows = NamedRows(rows, source)
     eval_data, test_data = (o if o is None else load_rows(o, **how) for o in (eval_data, test_data))
     out, held, said = rows_to_score(data, rows, eval_data, test_data, eval_rows, seed)
     for o in said: warnings.warn(o)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['FILE_KINDS', 'PARTS', 'LARGE', 'as_path', 'near', 'is_file', 'parts_known', 'choose', 'from_hub', 'digest',
-           'identity', 'row_number', 'is_large', 'open_table']
+           'identity', 'each_row', 'is_large']
 
 # %% ../nbs/05_files.ipynb #66e7b5af
-import difflib, hashlib, json
+import codecs, difflib, gzip, hashlib, io, json, zlib
+from itertools import chain, islice
 from pathlib import Path
 from .core import QLoRAError, versions
+from .readers import csv_rows, is_list, json_rows, kind_of_file, parquet_rows
 
 # %% ../nbs/05_files.ipynb #0d7d4f82
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")  # such names mean files, not the Hub
@@ -79,12 +81,24 @@ def from_hub(name:str,  # Its id
         raise QLoRAError(f"the data set cannot be loaded from the Hub ({said[0].rstrip('.')}).", name, cure) from e
 
 # %% ../nbs/05_files.ipynb #93ba6ba0
+def _starts_as_utf16(f): return f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+def _pieces(rows):
+    "What `json.dumps` makes of rows, piece by piece."
+    yield b"["
+    for i, o in enumerate(rows): yield (", "*(i > 0) + json.dumps(o, sort_keys=True)).encode()
+    yield b"]"
+
 def digest(data          # A file, or rows
           ) -> str:      # Hexadecimal SHA-256 of the file's bytes, or of the rows as JSON
-    "The identity of data. Raises `QLoRAError` naming the row of a .jsonl file that is not UTF-8."
-    if not isinstance(data, (str, Path)): return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-    sha, row, text = hashlib.sha256(), 0, Path(data).suffix.lower() == ".jsonl"
+    "The identity of data, in constant memory. Raises `QLoRAError` naming the row of a .jsonl file that is not UTF-8."
+    sha, row = hashlib.sha256(), 0
+    if not isinstance(data, (str, Path)):
+        for o in _pieces(data): sha.update(o)
+        return sha.hexdigest()
     with open(as_path(data), "rb") as f:
+        text = Path(data).suffix.lower() == ".jsonl" and not _starts_as_utf16(f)
+        f.seek(0)
         for line in f if text else iter(lambda: f.read(2**20), b""):
             sha.update(line)
             row += not line.isspace()
@@ -96,40 +110,60 @@ def digest(data          # A file, or rows
 
 # %% ../nbs/05_files.ipynb #c2aab5cd
 def identity(rows, tokenizer, settings):
-    "A name for the result of `map_rows`, from the hash of the rows and all that shapes an example."
+    "A name for a table of examples, from the hash of the rows and all that shapes an example."
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
     special = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
     return digest([versions()["qlora_nb"], rows, vocabulary, special, settings])[:32]
 
-# %% ../nbs/05_files.ipynb #5aa8f7eb
-def row_number(name, i):
-    "The number of the row in line `i` of a .jsonl file, or at place `i` of a table."
-    if not name.lower().endswith(".jsonl"): return i + 1
-    with open(as_path(name), encoding="utf-8-sig") as f: return sum(bool(o.strip()) for _, o in zip(range(i + 1), f))
-
 # %% ../nbs/05_files.ipynb #93b5aaed
-LARGE = 100_000_000  # bytes of a file, whose examples would take one or two gigabytes as lists
+def _lines(path, ends):
+    "The lines of a text file, perhaps packed, as `_read_text` of `04_readers` would decode them."
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as f:
+        wide = _starts_as_utf16(f)
+        f.seek(0)
+        if wide: yield from io.TextIOWrapper(f, encoding="utf-16", errors="replace", newline=ends)
+        else:
+            for i, o in enumerate(f): yield from io.StringIO(o.decode("utf-8" if i else "utf-8-sig"), newline=ends)
 
-def is_large(data,           # A name for `load_rows`, or rows
-             limit:int=LARGE # Bytes
-            ) -> bool:       # Should `map_rows` read it? Only files of .jsonl and .parquet can be large in this sense
-    "Is this a file better mapped from disk than held in memory?"
+def _first_two(lines): return list(islice(filter(str.strip, lines), 2)) or [""]
+
+def _begin(path, kind, skip, named):
+    "An iterator over the rows of a file, by its kind."
+    if kind == ".parquet": return parquet_rows(path)
+    lines, name = _lines(path, "\n" if kind == ".jsonl" else ""), str(path)
+    if kind in (".csv", ".tsv"): return csv_rows(lines, name, skip, named)
+    two = _first_two(lines)
+    if kind == ".jsonl" and not is_list(two[0], len(two) > 1): return json_rows(chain(two, lines), name, skip)
+    raise QLoRAError("the file holds one list, not one row a line, and can only be read as a whole.", name,
+                     "Save it line by line as .jsonl, or leave out large=True (--large).")
+
+def each_row(path:Path, skip_bad_rows:bool=False, named:bool=False):  # As in `read_rows`
+    "The rows of `read_rows`, one by one, in constant memory."
+    n, kind = 0, kind_of_file(path)
+    try:
+        for n, row in enumerate(_begin(path, kind, skip_bad_rows, named), 1): yield row
+    except UnicodeDecodeError as e:
+        raise QLoRAError(f"byte {e.object[e.start]:#04x} is not UTF-8.", f"{path}, row {n + 1}",
+                         "Save the file as UTF-8.") from e
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path), "Write it again, as .jsonl.") from e
+
+# %% ../nbs/05_files.ipynb #980c6592
+LARGE = 100_000_000  # bytes of rows, whose examples would take one or two gigabytes as lists
+
+def _opening(path):
+    two = _first_two(_lines(path, "\n"))
+    return two[0], len(two) > 1
+
+def is_large(data,           # What `load_rows` takes
+             limit:int=LARGE # Bytes; a packed file counts five times
+            ) -> bool:       # Should they be mapped from disk? Never rows that are in a list, nor a file that is one
+    "Are these rows better left on the disk than held in memory?"
+    if isinstance(data, dict): return any(is_large(o, limit) for o in data.values())   # a DatasetDict
+    if hasattr(data, "column_names"):   # of a table, or of a stream, which has no length
+        return not hasattr(data, "__len__") or data.data.nbytes*len(data)/max(1, data.data.num_rows) > limit
     path = as_path(data) if isinstance(data, (str, Path)) else Path()
-    return path.suffix.lower() in (".jsonl", ".parquet") and path.is_file() and path.stat().st_size > limit
-
-# %% ../nbs/05_files.ipynb #e8537e13
-def open_table(data:str|Path,      # A .jsonl or .parquet file, or a Hub data set id
-               split:str="train",  # Of a Hub data set
-               **how):             # `config`, `revision` of a Hub data set; `streaming`, `cache_dir`: for `datasets.load_dataset`
-    "A `datasets` table: the column `text` with the lines of a .jsonl file, else the columns that are there."
-    if not is_file(data): return from_hub(str(data), split, **how)
-    from datasets import load_dataset
-    choose([data], split=split, **{k: how.pop(k, None) for k in PARTS[1:]})
-    kind, files = Path(data).suffix.lower(), dict(data_files=str(as_path(data)), split="train")
-    with open(as_path(data), "rb") as f:
-        if kind == ".jsonl" and f.read(2) in (b"\xff\xfe", b"\xfe\xff"): kind = "UTF-16"
-    if kind == ".jsonl": return load_dataset("text", encoding="utf-8-sig", chunksize=2**20, **files, **how)
-    if kind == ".parquet": return load_dataset("parquet", **files, **how)
-    raise QLoRAError(f"files of the kind '{kind}' cannot be read row by row.", where=str(data),
-                     cure="Save it as .jsonl or .parquet, or read it with `load_rows`.")
+    if not path.is_file() or path.stat().st_size*(5 if path.suffix.lower() == ".gz" else 1) <= limit: return False
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    return kind in (".csv", ".tsv", ".parquet") or kind == ".jsonl" and not is_list(*_opening(path))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FATES', 'TEXT', 'BROKEN', 'Row', 'place_of', 'number_of', 'say_columns', 'Notes', 'say_unused', 'say_text',
-           'Examples', 'length_report', 'table_report', 'say_column', 'speaker']
+           'Examples', 'length_report', 'table_report', 'say_column']
 
 # %% ../nbs/04_notes.ipynb #7913dbd4
 import warnings
@@ -77,33 +77,18 @@ def length_report(count, first, longest, max_length, turns):
 TEXT, BROKEN = "\0", "\1"   # marks of a line: the tokenizer changes a text; the row is broken
 
 def table_report(data, max_length):
-    "The `length_report` of a table with the columns `fate`, `size` and `turns`."
-    fate, size, turns = (data.column(o).to_numpy() for o in ("fate", "size", "turns"))
+    "The `length_report` of a table with the columns `number`, `fate`, `size` and `turns`."
+    number, fate, size, turns = (data.column(o).to_numpy() for o in ("number", "fate", "size", "turns"))
     count = {o: int((fate == i).sum()) for i, o in enumerate(FATES)}
-    first = {o: int((fate == i).argmax()) + 1 for i, o in enumerate(FATES) if i and count[o]}
+    first = {o: int(number[fate == i].min()) for i, o in enumerate(FATES) if i and count[o]}
     return length_report(count, first, int(size.max()), max_length, int(turns.max()))
 
-def say_column(said, name):
+def say_column(data, name):
     "Warn of what stands in the column `said` of a table: fields not used, texts that change, rows that are broken."
-    kinds = {o: Notes() for o in (TEXT, BROKEN, "")}
+    kinds, said, number = {o: Notes() for o in (TEXT, BROKEN, "")}, data.column("said"), data.column("number")
     for o in said.value_counts().to_pylist():
         for line in filter(None, o["values"].split("\n")):
             mark = line[0] if line[0] in kinds else ""
-            kinds[mark].add(line.removeprefix(mark), said.index(o["values"]).as_py() + 1, n=o["counts"])
+            kinds[mark].add(line.removeprefix(mark), number[said.index(o["values"]).as_py()].as_py(), n=o["counts"])
     say_unused(kinds[""], name, kinds[BROKEN])
     say_text(kinds[TEXT])
-
-def speaker(name):
-    "A filter of a stream that leaves rows out and says each thing when it is met first."
-    heard = set()
-    def keep(fate, said):
-        for line in {*filter(None, said.split("\n"))} - heard:
-            heard.add(line)
-            marks = {TEXT: f"a row holds {line[1:]}", BROKEN: f"a broken row is left out ({line[1:]})"}
-            said_now = marks.get(line[0], f"`{line}` is not used")
-            warnings.warn(f"{name}: {said_now}. `map_rows` counts such rows.", stacklevel=2)
-        if 0 <= fate < FATES.index("dropped"): return True
-        if fate >= 0:
-            warnings.warn("rows longer than max_length are left out of the stream. `map_rows` counts them.",
-                          stacklevel=2)
-    return keep

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from .core import QLoRAError
 from .dequantized import dequantized
 from .logits import evaluating, own_logits
+from .mapped import Grouped, Mapped, count
 
 # %% ../nbs/06_packing.ipynb #12e886a9
 PackStats = namedtuple("PackStats", "packs useful computed efficiency")
@@ -66,7 +67,9 @@ def pack(examples:list,   # Dicts of `input_ids` and `labels`
          max_length:int   # Of a pack, in tokens
         ) -> list:        # Packs: lists of examples, none of them cut
     "Put whole examples together so that few rows are needed. Raises `QLoRAError` as `pack_lengths` does."
-    return [[examples[i] for i in p] for p in pack_lengths([len(e["input_ids"]) for e in examples], max_length)]
+    lengths = [int(n) for n in count(examples, "tokens", lambda e: len(e["input_ids"]))]
+    packs = pack_lengths(lengths, max_length)
+    return Grouped(examples, packs) if isinstance(examples, Mapped) else [[examples[i] for i in p] for p in packs]
 
 # %% ../nbs/06_packing.ipynb #006713f8
 def collate_packed(packs:list,       # From `pack`
@@ -153,14 +156,14 @@ def _embedded(model, recompute=False):   # Yields a list, whose last element is 
 # %% ../nbs/06_packing.ipynb #793cc51d
 def separation(model, sizes:tuple,  # Tokens of each document of one row; the model is in eval mode
                asked:tuple,         # Which documents' gradients to look at
-               recompute:bool=False) -> Separation:  # Keep no activations
+               recompute:bool=False, rows:int=1) -> Separation:  # Keep no activations; so many equal rows in a batch
     "How far one document's gradient reaches into the others, and how far its logits are from those alone (relative)."
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(model.get_input_embeddings().weight.shape[0], (sum(sizes),), generator=g).tolist()
     parts = [slice(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
     places = [torch.linspace(0, n - 1, min(n, 16)).long() for n in sizes]
     def logits(docs, where):
-        batch = collate_packed([[dict(input_ids=o, labels=o) for o in docs]])
+        batch = collate_packed([[dict(input_ids=o, labels=o) for o in docs]]*rows)
         inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"} | dict(use_cache=None)   # as it comes
         return own_logits(model, inputs, where.to(model.device))[0]
     with _embedded(model, recompute) as seen:
@@ -180,19 +183,21 @@ def separation(model, sizes:tuple,  # Tokens of each document of one row; the mo
 def check_packing(model,      # As it will be trained: with adapters, in 4 bits, on its device
                   max_length:int|None=None  # Of a pack, in tokens; None: short rows are looked at only
                  ) -> Separation:  # See `separation`
-    "Does a document in a pack get the logits that it gets alone? Raises `QLoRAError` when it does not."
+    "Does a document in a pack get the logits that it gets alone? Raises `QLoRAError` when not. Notes in what form it does."
     with evaluating(model), dequantized(model):   # on a CPU, where there is room: the same bits
-        found = separation(model, (20, 23, 33), (1, 2))
-        _judge(model, found, _tolerance(model))
+        found, near = separation(model, (20, 23, 33), (1, 2), rows=2), _tolerance(model)
+        model.packs_in_one_row = not _apart(found, near)   # FlashAttention knows the documents of a single row only
+        if model.packs_in_one_row: _judge(model, found := separation(model, (20, 23, 33), (1, 2)), near)
         if max_length and max_length > 76:
             long = separation(model, (3, max_length - 8, 5), (2,), model.device.type != "cpu")
-            _judge(model, long, _tolerance(model))
+            _judge(model, long, near)
             found = Separation(*map(max, found, long))
     return found
 
 # %% ../nbs/06_packing.ipynb #6f61b568
+def _apart(found, tolerance): return found.leak == 0 and found.shift <= tolerance   # a NaN is neither
 def _judge(model, found, tolerance):
-    if found.leak == 0 and found.shift <= tolerance: return   # a NaN is neither
+    if _apart(found, tolerance): return
     why = (f"documents in a pack see each other: the gradient of one reaches another, {found.leak:.1g} of what it is at home."
            if found.leak != 0 else
            f"a document in a pack gets other logits than alone: they differ by {found.shift:.1%}.")

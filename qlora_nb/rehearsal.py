@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from .core import QLoRAError
 from .adapters import read_adapter, save_adapter
 from .lora import adapter_tensors
+from .mapped import Grouped, count
 from .models import quiet
 from .qlora import is_scratch
 from .stacks import adapted_tensor
@@ -74,8 +75,10 @@ def stir(mine:dict):
 # %% ../nbs/06_rehearsal.ipynb #c1ec4350
 def short_rows(examples:list, longest:int=64) -> list:  # Of `encode_rows`, or packs of such
     "Two short examples, by their last tokens."
-    flat = [e for o in examples for e in (o if isinstance(o, list) else [o])]
-    two = nsmallest(2, flat, key=lambda e: len(e["input_ids"]))
+    flat = examples.items if isinstance(examples, Grouped) else examples   # or one read for each pack of a million
+    if isinstance(examples, list): flat = [e for o in examples for e in (o if isinstance(o, list) else [o])]
+    lengths = count(flat, "tokens", lambda e: len(e["input_ids"]))
+    two = [flat[i] for i in nsmallest(2, range(len(flat)), key=lengths.__getitem__)]
     return [dict(e, **{k: e[k][-longest:] for k in ("input_ids", "labels")}) for e in two]
 
 def cross_entropy(trainer, batch) -> tuple:  # (nats a token on the model's own logits, what is added for routers)

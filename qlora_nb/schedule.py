@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'LEAST', 'WHOLE', 'UNSAID', 'steps_a_pass', 'count_steps', 'rows_seen', 'source_of', 'NamedRows',
-           'run_length', 'check_positive', 'content', 'pick_rows', 'take_tenth', 'repetitions', 'overlap',
+           'run_length', 'check_positive', 'content', 'contents', 'pick_rows', 'take_tenth', 'repetitions', 'overlap',
            'say_schedule', 'say_overlap', 'tell', 'told_of', 'name_rows']
 
 # %% ../nbs/06_schedule.ipynb #1c09a65f
 import contextlib, math, random, sys, warnings
+import numpy as np
 from numbers import Integral, Real
 from pathlib import Path
 from .core import QLoRAError
 from .files import digest
+from .mapped import count
 from .notes import number_of
 from .templates import as_messages
 
@@ -71,13 +73,15 @@ def check_positive(**settings):
         if not low <= value < high: fail(f"from {low} to below {high}")
 
 # %% ../nbs/06_schedule.ipynb #0f9a5c04
-def content(row, end:int|None=None) -> str:
+def content(row, end:int|None=None) -> int:  # 60 bits of a hash
     "What makes two rows equal: their messages, up to number `end`, and their tools."
-    return digest([as_messages(row)[:end], row.get("tools")])
+    return int(digest([as_messages(row)[:end], row.get("tools")])[:15], 16)
+
+def contents(rows, end:int|None=None) -> np.ndarray: return np.asarray(count(rows, f"content to {end}", lambda o: content(o, end)))
 
 def pick_rows(rows:list, n:int, seed:int=0) -> tuple:  # (numbers to train on, numbers to set aside), from 1
     "Set `n` rows aside, no two of them equal; their twins are in neither part."
-    of = [content(r) for r in rows]
+    of = contents(rows).tolist()
     held, seen = [], set()
     for i in random.Random(seed).sample(range(len(rows)), len(rows)):
         if len(held) == n: break
@@ -94,13 +98,12 @@ def take_tenth(rows:list, seed:int=0, most:int=64) -> tuple:  # (numbers to trai
 # %% ../nbs/06_schedule.ipynb #205b9616
 def repetitions(rows:list) -> int:
     "How many rows are equal to an earlier one."
-    return len(rows) - len({content(r) for r in rows})
+    return len(rows) - len(np.unique(contents(rows)))
 
 def overlap(rows:list, others:list) -> tuple:  # (as a whole, the question only)
     "How many of `others` are among `rows`."
-    whole, asked = ({content(r, end) for r in rows} for end in (None, -1))
-    same = sum(content(r) in whole for r in others)
-    return same, sum(content(r, -1) in asked for r in others) - same
+    same, asked = (int(np.isin(contents(others, end), contents(rows, end)).sum()) for end in (None, -1))
+    return same, asked - same
 
 # %% ../nbs/06_schedule.ipynb #4d220cad
 def say_schedule(steps:int, n:int, batch_size:int, accumulation:int=1, unit:str="rows", again:int=0) -> str:

@@ -9,10 +9,12 @@ __all__ = ['OPTIONS', 'NAMES', 'rows_given', 'Source', 'shared_options', 'is_mix
 import difflib, inspect, random
 from pathlib import Path
 from .core import QLoRAError
+from .mapped import join, take
 from .readers import from_table
 
 # %% ../nbs/05_sources.ipynb #e603a2d6
-def rows_given(data, split):
+def rows_given(data, split,
+               whole:bool=True):  # Else the rows of a table come one by one
     "(rows as plain Python, a name for messages) of a list, a Dataset, a DatasetDict or a DataFrame."
     if isinstance(data, (list, tuple)): return list(data), "the rows given"
     kind = type(data).__name__
@@ -20,7 +22,7 @@ def rows_given(data, split):
         if split not in data: raise QLoRAError(f"there is no split '{split}' in the {kind} given.",
                                                cure=f"Choose one by split=...: {', '.join(data)}.")
         data = data[split]
-    if hasattr(data, "column_names"): return [from_table(o) for o in data], f"the {kind} given"
+    if hasattr(data, "column_names"): return (list if whole else iter)(map(from_table, data)), f"the {kind} given"
     if hasattr(data, "columns") and hasattr(data, "to_dict"):
         return list(map(from_table, data.to_dict("records"))), f"the {kind} given"
     raise QLoRAError(f"data of the type {kind} cannot be read.",
@@ -36,7 +38,7 @@ class Source(str):
         self.options = options
         return self
 
-OPTIONS = ("columns", "system", "skip_bad_rows", "split", "config", "revision")   # of `load_rows`
+OPTIONS = ("columns", "system", "skip_bad_rows", "split", "config", "revision", "large")   # of `load_rows`
 
 def shared_options(options:dict) -> dict:
     "Those of `OPTIONS` that hold for other rows too, such as those to evaluate on: how to read them, not which."
@@ -56,9 +58,9 @@ def mix(parts:list,  # Of (rows, weight)
     out, rng = [], random.Random(seed)
     for rows, weight in parts:
         if not weight > 0: raise QLoRAError(f"the weight of a data set is {weight}, and has to be above zero.")
-        out += rows*int(weight)
-        out += [rows[i] for i in sorted(rng.sample(range(len(rows)), round((weight - int(weight))*len(rows))))]
-    return out
+        some = sorted(rng.sample(range(len(rows)), round((weight - int(weight))*len(rows))))
+        out += [rows]*int(weight) + [take(rows, some)]*bool(some)
+    return join(out)
 
 # %% ../nbs/05_sources.ipynb #2c0e9413
 NAMES = dict(learning_rate="lr", r="rank", target_modules="targets", max_seq_length="max_length")   # elsewhere → ours

@@ -7,21 +7,22 @@ __all__ = ['SETTINGS', 'Sealer', 'make_trainer', 'set_aside', 'number_rows', 'fi
            'prepare', 'finetune']
 
 # %% ../nbs/07_training.ipynb #37fa86e9
-import time
+import time, numpy as np
 from functools import partial
 from pathlib import Path
 
 # %% ../nbs/07_training.ipynb #73eff3be
 from .core import QLoRAError, count_params, free_memory, pick_device, set_seed, versions
 from .adapters import BACKENDS, add_adapters, save_adapter
-from .data import as_messages, collate, digest, encode_rows, load_rows
+from .data import as_messages, collate, digest, encode_rows, load_rows, numbered
 from .failures import Guard, explain_failure
+from .mapped import count, take, whereabouts
 from .models import locate, quiet
 from .optimizers import float32_adapters, pick_optimizer
 from .packing import collate_packed, pack, separate_documents
 from .rehearsal import not_in_file, rehearse
 from .runs import Run, content_id, hold_run, last_checkpoint, open_run, seal, sync, write_json
-from .schedule import (check_positive, count_steps, name_rows, number_of, repetitions, run_length,
+from .schedule import (check_positive, count_steps, name_rows, repetitions, run_length,
                                say_overlap, say_schedule, source_of, take_tenth, tell, told_of)
 from .sources import check_options, shared_options
 from .stages import check_alone, find_model, load_base, put_adapters
@@ -71,13 +72,12 @@ def make_trainer(model,              # With adapters, on a 4-bit base
 def set_aside(rows:list, eval_data=None, wanted:bool=False, seed:int=0, **reading) -> tuple:  # (numbers from 1, held-out rows)
     "Which rows to train on, and what to evaluate on while training: `eval_data`, or some of `rows` if that is wanted."
     if eval_data is None and wanted: return take_tenth(rows, seed)
-    return list(range(1, len(rows) + 1)), [] if eval_data is None else load_rows(eval_data, **reading)
+    return range(1, len(rows) + 1), [] if eval_data is None else load_rows(eval_data, **reading)
 
 # %% ../nbs/07_training.ipynb #fdbd7b25
 def number_rows(rows:list, numbers:list, tokenizer, template:str, max_length:int, long:str="drop") -> list:
     "Encode the rows of these numbers; each example keeps its number as `row`."
-    examples, wanted = encode_rows(rows, tokenizer, template, max_length, long), set(numbers)
-    examples = [dict(e, row=i, number=number_of(rows[i-1], i)) for e, i in zip(examples, examples.rows, strict=True) if i in wanted]
+    examples = numbered(encode_rows(rows, tokenizer, template, max_length, long), rows, numbers)
     check_labels(examples)
     return examples
 
@@ -85,7 +85,7 @@ def number_rows(rows:list, numbers:list, tokenizer, template:str, max_length:int
 def finish(model, tokenizer, trainer, folder:Path, rows:list, s:dict, notes:dict, **facts) -> dict:  # `run.json`
     "Save what a run was for: the adapter, the picture of the loss, the numbers."
     best, history, facts["loss_curve"] = trainer.load_best(), trainer.state.log_history, str(folder/"loss.png")
-    notes |= dict(turns=max(sum(m["role"] == "user" for m in as_messages(r)) for r in rows),
+    notes |= dict(turns=int(max(count(rows, "turns", lambda o: sum(m["role"] == "user" for m in as_messages(o))))),
                   dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."))   # of the base
     adapter = save_adapter(model, folder/"adapter", s["model"], template=s["template"], **notes)
     if lost := not_in_file(model, adapter):
@@ -150,12 +150,12 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
     with told_of(source):
         examples = number_rows(rows, numbers, **encoding)
         check_ids(model, tokenizer, examples)
-        said, ends = [check_answers(examples, rows, tokenizer)], end_ids(examples)
+        said, ends = [whereabouts(rows), check_answers(examples, rows, tokenizer)], end_ids(examples)
     ends = note_ends(model, tokenizer, ends, template=s["template"])   # so that generation stops where it is taught to
-    def size(o): return sum(map(size, o)) if isinstance(o, list) else len(o["input_ids"])   # or of a pack
+    tokens = sum(count(examples, "tokens", lambda o: len(o["input_ids"])))
     if s["packing"]: examples, model = pack(examples, s["max_length"]), separate_documents(model, s["max_length"])
-    collator = partial(collate_packed, pad_id=tokenizer.pad_token_id) if s["packing"] else None
-    shape, chosen = (len(examples), s["batch_size"], s["accumulation"]), [rows[i-1] for i in numbers]
+    collator = s["packing"] and partial(collate_packed, pad_id=tokenizer.pad_token_id, flat=model.packs_in_one_row)
+    shape, chosen = (len(examples), s["batch_size"], s["accumulation"]), take(rows, numbers - 1)
     how |= dict(steps=s["steps"] or count_steps(s["epochs"], *shape), eval_steps=s["eval_steps"] if held else None)
     said += [say_schedule(how["steps"], *shape, "packs" if s["packing"] else "rows", repetitions(chosen)),
              say_overlap(chosen, held) if held else None]
@@ -166,7 +166,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
         model, tokenizer, examples, folder/"checkpoints", progress, held, s["patience"], collator,
         describe=lambda drawn: name_rows(drawn, examples, rows), **how,
         **{k: s[k] for k in ("batch_size", "accumulation", "lr", "seed", "optim")})
-    if s["fast"]: trainer.speed_up(sum(size(o) for o in examples)/len(examples))
+    if s["fast"]: trainer.speed_up(float(tokens)/len(examples))
     tell(trainer, [*said, more], progress)
     return model, trainer, dict(end_tokens=ends)
 
@@ -200,8 +200,8 @@ def finetune(model=None,                    # A name for `load_model`, a loaded 
     rows, folder = load_rows(data, **reading), Path(output).expanduser()
     how = dict(save_steps=save_steps, checkpointing=checkpointing, report_to=check_reports(report_to))
     check_positive(**settings, **how)
-    mine = [i for i in range(1, len(rows) + 1) if i not in {*leave_out}]
-    kept = [rows[i-1] for i in mine]
+    mine = np.setdiff1d(np.arange(1, len(rows) + 1), leave_out)
+    kept = take(rows, mine - 1)
     numbers, held = set_aside(kept, eval_data, bool(eval_steps or patience), seed, **shared_options(reading))
     if held and not eval_steps: settings["eval_steps"] = save_steps
     if source_of(data) == "tickets" and not example: example = as_messages(rows[0])[-2]["content"]   # made up anyway
@@ -210,7 +210,7 @@ def finetune(model=None,                    # A name for `load_model`, a loaded 
     with hold_run(folder):
         open_run(folder, settings, resume)
         model, tokenizer = load_base(model, tokenizer, device, *map(settings.get, ("backend", "model_revision", "adapter")))
-        model, trainer, notes = prepare(model, tokenizer, rows, [mine[i-1] for i in numbers], held, folder, settings,
+        model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers)-1], held, folder, settings,
                                         progress, source_of(data), **how)
         named = dict(adapter=settings["adapter"], revision=settings["model_revision"])
         notes |= {k: v for k, v in named.items() if v}

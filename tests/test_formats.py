@@ -1,5 +1,5 @@
 "Formats in and templates out: ShareGPT, Alpaca, chats, Parquet; our masks beside TRL's; long rows; files larger than memory."
-import json, re, warnings
+import gzip, json, re, warnings
 from copy import copy, deepcopy
 from pathlib import Path
 from unittest.mock import patch
@@ -11,7 +11,8 @@ from transformers.utils import chat_template_utils
 
 from qlora_nb.core import QLoRAError
 from qlora_nb.data import (answer_of, as_messages, digest, encode, encode_prompt, encode_rows, is_large, load_rows,
-                           make_tickets, map_rows, shorten, stream_rows)
+                           make_tickets, map_rows, shorten)
+from qlora_nb.mapped import Mapped
 from qlora_nb.models import load_tokenizer, quiet, tiny_model
 from qlora_nb.templates import render
 
@@ -76,7 +77,7 @@ def test_bad_format(case, tmp_path):
     row, what = BAD[case]
     good = share(("human", "Hi"), ("gpt", "Hello")) if "conversations" in row else GOOD["messages"][0] if "messages" in row else GOOD["pair"][0]
     (path := tmp_path/"a.jsonl").write_text(lines(good, row), encoding="utf-8")
-    for read in (load_rows, lambda p: map_rows(p, load_tokenizer("smollm2"), cache_dir=tmp_path/"cache")):
+    for read in (load_rows, lambda p: map_rows(p, cache_dir=tmp_path/"cache")):
         with pytest.raises(QLoRAError) as e: read(path)
         assert e.value.where == f"{path}, row 2" and what in e.value.what and "skip_bad_rows" in e.value.cure
         assert "\n" not in str(e.value)
@@ -175,7 +176,7 @@ LOST = {
 def test_what_would_be_lost_is_refused(case, tmp_path):
     row, what, cure = LOST[case]
     (path := tmp_path/"a.jsonl").write_text(lines(row), encoding="utf-8")
-    for read in (load_rows, lambda p: map_rows(p, load_tokenizer("smollm2"), cache_dir=tmp_path/"cache")):
+    for read in (load_rows, lambda p: map_rows(p, cache_dir=tmp_path/"cache")):
         with pytest.raises(QLoRAError) as e: read(path)
         assert e.value.where == f"{path}, row 1" and what in e.value.what and cure in e.value.cure and "\n" not in str(e.value), str(e.value)
 
@@ -195,7 +196,7 @@ def test_columns_are_mapped(tmp_path, tok):
     how = dict(columns=dict(prompt="q", response="a", context="about", system="who"))
     with pytest.warns(UserWarning, match="not used: `more`"): rows = load_rows(path, **how)
     assert rows == [dict(system="Be brief.", prompt="Who?\n\nA text.", response="Ada did.")]*2
-    with pytest.warns(UserWarning, match="not used: `more`"): assert list(map_rows(path, tok, cache_dir=tmp_path/"cache", **how)) == encode_rows(rows, tok)
+    with pytest.warns(UserWarning, match="not used: `more`"): assert list(map_rows(path, cache_dir=tmp_path/"cache", **how)) == rows
     (path := tmp_path/"a.csv").write_text("q;a\nHi;Hello\n", encoding="utf-8")
     assert load_rows(path, columns=dict(prompt="q", response="a")) == [dict(prompt="Hi", response="Hello")]
     with pytest.raises(QLoRAError, match="no place 'answer' for a column. Choose from: prompt, response"): load_rows(path, columns=dict(answer="a"))
@@ -454,8 +455,7 @@ def test_text_that_cannot_be_written_is_counted(tok, tmp_path):
     with pytest.warns(UserWarning) as said: encode_rows(rows, tok)
     assert "control tokens within the text (1 row, the first is row 2, '<|im_end|>')" in str(said[0].message) and len(said) == 1
     (path := tmp_path/"a.jsonl").write_text(lines(*rows), encoding="utf-8")
-    with pytest.warns(UserWarning, match="control tokens within the text .1 row, the first is row 2"): map_rows(path, tok, cache_dir=tmp_path/"cache")
-    with pytest.warns(UserWarning, match="a row holds control tokens"): list(stream_rows(path, tok))
+    with pytest.warns(UserWarning, match="control tokens within the text .1 row, the first is row 2"): encode_rows(map_rows(path, cache_dir=tmp_path/"cache"), tok)
 
 
 def test_broken_rows_are_left_out_of_tables_too(tok, tmp_path):
@@ -467,12 +467,10 @@ def test_broken_rows_are_left_out_of_tables_too(tok, tmp_path):
             warnings.simplefilter("always")
             return list(f()), " ".join(str(o.message) for o in caught)
     listed, one = said(lambda: encode_rows(load_rows(path, skip_bad_rows=True), tok, **same))
-    mapped, two = said(lambda: map_rows(path, tok, cache_dir=tmp_path/"cache", skip_bad_rows=True, num_proc=2, **same))
-    streamed, three = said(lambda: stream_rows(path, tok, skip_bad_rows=True, **same))
-    assert listed == mapped == streamed and len(listed) == 3
+    mapped, two = said(lambda: encode_rows(map_rows(path, cache_dir=tmp_path/"cache", skip_bad_rows=True), tok, num_proc=2, **same))
+    assert listed == mapped and len(listed) == 3
     for text in (one, two): assert "`response` is missing (1 row, the first is row 2)" in text and "the first is row 4)" in text and "left out, the first is row 6" in text
-    assert "`topic` (4 rows, the first is row 1" in one and "`topic` (4 rows, the first is row 1" in two and "`topic` is not used" in three
-    assert "a broken row is left out (the field `response` is missing)" in three
+    assert "`topic` (4 rows, the first is row 1" in one and "`topic` (4 rows, the first is row 1" in two
 
 
 # ---- rows that are too long ----
@@ -537,41 +535,79 @@ def test_mapped_as_listed(tok, kind, how, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         listed = encode_rows(load_rows(path), tok, **same)
-        mapped = map_rows(path, tok, cache_dir=tmp_path/"cache", **how)
-        streamed = stream_rows(path, tok, **same)
-        assert list(mapped) == list(listed) == list(streamed) == list(streamed)
-    assert mapped.report == listed.report and mapped.column_names == ["input_ids", "labels"]
+        rows = map_rows(path, cache_dir=tmp_path/"cache")
+        mapped = encode_rows(rows, tok, **how)
+    assert list(rows) == load_rows(path) and digest(rows) == digest(load_rows(path)) and list(mapped) == list(listed)
+    assert mapped.report == listed.report and [o.number for o in rows] == list(range(1, 62))
 
 
 def test_mapped_chats_of_every_shape(tok, tmp_path):
     for i, row in enumerate([SYSTEM, GOOD["ShareGPT, system beside"][0], GOOD["Alpaca with system"][0]]):
         path = write(tmp_path/f"{i}.jsonl", [row]*3)
-        assert list(map_rows(path, tok, cache_dir=tmp_path/"cache")) == list(encode_rows(load_rows(path), tok))
+        assert list(encode_rows(map_rows(path, cache_dir=tmp_path/"cache"), tok)) == list(encode_rows(load_rows(path), tok))
 
 
 @pytest.mark.parametrize("text,what", [('{"prompt": "a"}', "`response` is missing"), ('{"prompt": "a", "resp', "not valid JSON"),
                                        ('["a"]', "the row is a list"), (lines(HI), "has the shape messages")])
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_mapped_errors_name_the_row(tok, text, what, num_proc, tmp_path):
+def test_mapped_errors_name_the_row(text, what, tmp_path):
     path = write(tmp_path/"a.jsonl", make_tickets(n=30))
     path.write_text(path.read_text(encoding="utf-8") + "\n\n" + text + "\n", encoding="utf-8")
-    with pytest.raises(QLoRAError) as e: map_rows(path, tok, num_proc=num_proc, cache_dir=tmp_path/"cache")
+    with pytest.raises(QLoRAError) as e: map_rows(path, cache_dir=tmp_path/"cache")
     assert e.value.where == f"{path}, row 31" and what in e.value.what
-    with pytest.raises(QLoRAError, match="row 31"): list(stream_rows(path, tok))
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_mapped_rows_that_are_too_long_are_named(tok, num_proc, tmp_path):
+    rows = map_rows(write(tmp_path/"a.jsonl", [ONE]*30 + [ONE | dict(prompt="word "*99)]), cache_dir=tmp_path/"cache")
+    with pytest.raises(QLoRAError, match="a.jsonl, row 31: the example has"): encode_rows(rows[1:], tok, max_length=64, long="error", num_proc=num_proc)
 
 
 def test_mapped_errors_before_any_work(tok, tmp_path):
+    f = lambda p: map_rows(p, cache_dir=tmp_path/"cache")
     (bad := tmp_path/"a.jsonl").write_bytes(lines(ONE).encode() + "\n\n{\"prompt\": \"é\"}".encode("latin-1"))
-    for f in (map_rows, stream_rows):
-        with pytest.raises(QLoRAError, match="row 2: byte 0xe9 is not UTF-8"): f(bad, tok)
-        with pytest.raises(QLoRAError, match="no such file. Did you mean '"): f(tmp_path/"b.jsonl", tok)
-        with pytest.raises(QLoRAError, match="in memory already"): f([ONE], tok)
-        with pytest.raises(QLoRAError, match="in memory already"): f("tickets", tok)
-        (tmp_path/"blank.jsonl").write_text("\n \n", encoding="utf-8")
-        with pytest.raises(QLoRAError, match="there are no rows"): f(tmp_path/"blank.jsonl", tok)
-        (tmp_path/"a.csv").write_text("prompt,response\na,b\n", encoding="utf-8")
-        with pytest.raises(QLoRAError, match="cannot be read row by row"): f(tmp_path/"a.csv", tok)
-        with pytest.raises(QLoRAError, match="no choice long"): list(f(write(tmp_path/"c.jsonl", [ONE]), tok, long="x"))
+    with pytest.raises(QLoRAError, match="row 2: byte 0xe9 is not UTF-8"): f(bad)
+    (bad := tmp_path/"a.csv").write_bytes("prompt,response\na,b\n\n\"c\nd\",é\n".encode("latin-1"))
+    with pytest.raises(QLoRAError, match="a.csv, row 2: byte 0xe9 is not UTF-8"): f(bad)
+    with pytest.raises(QLoRAError, match="no such file. Did you mean '"): f(tmp_path/"b.jsonl")
+    (tmp_path/"blank.jsonl").write_text("\n \n", encoding="utf-8")
+    with pytest.raises(QLoRAError, match="there are no rows"): f(tmp_path/"blank.jsonl")
+    (tmp_path/"torn.jsonl.gz").write_bytes(gzip.compress(lines(*[ONE]*99).encode())[:-20])
+    with pytest.raises(QLoRAError, match="cannot be unpacked"): f(tmp_path/"torn.jsonl.gz")
+    (tmp_path/"list.json").write_text(json.dumps([ONE, ONE]), encoding="utf-8")
+    with pytest.raises(QLoRAError, match="list.json: the file holds one list, not one row a line.*leave out large=True"): f(tmp_path/"list.json")
+    with pytest.raises(QLoRAError, match="all 2 rows are broken"), warnings.catch_warnings(): map_rows([dict(prompt="x")]*2, skip_bad_rows=True)
+    with pytest.raises(QLoRAError, match="no choice long"): encode_rows(f(write(tmp_path/"c.jsonl", [ONE])), tok, long="x")
+
+
+def every_kind(folder, rows):
+    "The same rows in each kind of file that can be read row by row, and in memory."
+    cells = lambda mark: "\n" + "\n".join(mark.join('"' + o.replace('"', '""') + '"' for o in row) for row in
+                                               [("prompt", "response"), *[(o["prompt"], o["response"]) for o in rows]]) + "\n"
+    text = "\n\n".join(json.dumps(o, ensure_ascii=False) for o in rows)
+    files = {"a.jsonl": text.encode("utf-8-sig"), "b.jsonl": text.encode("utf-16"), "c.jsonl.gz": gzip.compress(text.encode()),
+             "d.csv": cells(";").encode("utf-8-sig"), "e.tsv": cells("\t").encode("utf-16"), "f.csv.gz": gzip.compress(cells(",").replace("\n", "\r\n").encode())}
+    for name, data in files.items():
+        (folder/name).write_bytes(data)
+        yield folder/name
+    yield write(folder/"g.parquet", rows)
+    table = datasets.Dataset.from_list(rows)
+    yield from (table, table.to_iterable_dataset(), table.to_pandas(), datasets.DatasetDict(train=table), rows)
+
+
+def test_every_source_is_mapped_as_it_is_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path/"cache"))
+    rows = make_tickets("test", 12) + [dict(prompt='a\u2028"b"\nc, d; e', response="你好 𠮷 \x85."), dict(prompt="one\r\ntwo", response="x")]
+    for data in every_kind(tmp_path, rows):
+        listed, mapped = load_rows(data), load_rows(data, large=True)
+        assert isinstance(mapped, Mapped) and isinstance(listed, list if hasattr(data, "__len__") or isinstance(data, Path) else Mapped)
+        assert list(mapped) == list(listed) and [(o.number, o.source) for o in mapped] == [(o.number, o.source) for o in listed], data
+        assert load_rows(mapped) is mapped and load_rows(mapped, system="S")[13] == dict(system="S", **listed[13])
+    both = [tmp_path/"a.jsonl", (tmp_path/"d.csv", .5), ("tickets", 2)]
+    assert list(load_rows(both, large=True)) == load_rows(both) and isinstance(load_rows(both, large=True), Mapped)
+    monkeypatch.setattr("qlora_nb.files.is_large.__defaults__", (1000,))
+    assert all(isinstance(load_rows(o), Mapped) for o in (tmp_path/"a.jsonl", tmp_path/"f.csv.gz", both))
+    assert isinstance(load_rows(datasets.Dataset.from_list(rows)), Mapped) and isinstance(load_rows(rows), list)
+    assert isinstance(load_rows(tmp_path/"a.jsonl", large=False), list)
 
 
 def test_mapped_again_only_when_something_changed(tok, tmp_path, monkeypatch):
@@ -581,7 +617,7 @@ def test_mapped_again_only_when_something_changed(tok, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_fit", lambda *a, **k: calls.append(1) or fit(*a, **k))
     def run(**how):
         calls.clear()
-        rows = list(map_rows(path, how.pop("tok", tok), cache_dir=tmp_path/"cache", **how))
+        rows = list(encode_rows(map_rows(path, cache_dir=tmp_path/"cache"), how.pop("tok", tok), **how))
         return len(calls), rows
     assert run()[0] == 5 and run()[0] == 0
     assert run(template="article")[0] == 5 and run(max_length=400)[0] == 5
@@ -592,10 +628,11 @@ def test_mapped_again_only_when_something_changed(tok, tmp_path, monkeypatch):
     assert n == 6 == len(rows) and run()[0] == 0
 
 
-def test_hub_tables_are_mapped(tok, monkeypatch, tmp_path):
+def test_hub_tables_are_mapped(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path/"cache"))
     table = datasets.Dataset.from_list([ONE, dict(prompt="a", response="")])
     monkeypatch.setattr("datasets.load_dataset", lambda name, split, **how: table)
-    with pytest.raises(QLoRAError, match="someone/x, row 2: `response` is empty"): map_rows("someone/x", tok)
+    with pytest.raises(QLoRAError, match="someone/x, row 2: `response` is empty"): load_rows("someone/x", large=True)
 
 
 def test_identity_and_size(tmp_path):

@@ -1,6 +1,7 @@
 "Packs that cut nothing, and documents that cannot see each other, on every architecture that is let through."
 import math, time
 from collections import Counter
+from itertools import pairwise
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -9,9 +10,13 @@ from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2C
                           Phi3Config, PhiConfig, Qwen3Config, Qwen3MoeConfig)
 
 from qlora_nb.core import QLoRAError, set_seed
+from qlora_nb.data import load_rows
 from qlora_nb.models import load_model, tiny_model
 from qlora_nb.packing import (check_packing, collate_packed, document_ids, pack, pack_lengths, pack_stats,
                               separate_documents)
+from qlora_nb.training import finetune
+
+from common import small_tokenizer
 
 BASE = dict(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, bos_token_id=1,
             eos_token_id=2)
@@ -269,3 +274,53 @@ def test_a_state_that_runs_on_is_refused_in_every_format(dtype):
     model = AutoModelForCausalLM.from_config(Mamba2Config(vocab_size=64, hidden_size=32, num_heads=4, head_dim=16, state_size=8, n_groups=1,
                                                           num_hidden_layers=2, pad_token_id=0), dtype=dtype)
     with pytest.raises(QLoRAError, match="Train this architecture without packing"): separate_documents(model)
+
+
+# ---- FlashAttention ----
+
+@pytest.fixture
+def flash(monkeypatch):
+    "transformers' own way to FlashAttention, with kernels written in PyTorch; how many documents each call of them saw."
+    import transformers.modeling_flash_attention_utils as fa
+    seen = []
+    def whole(q, k, v, causal=False, softmax_scale=None, **kw):   # (B, T, heads, size)
+        q, k, v = (o.transpose(1, 2) for o in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True).transpose(1, 2)
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, causal=False, softmax_scale=None):
+        seen.append(len(cu_seqlens_q) - 1)
+        parts = list(pairwise(cu_seqlens_q.tolist()))
+        return torch.cat([whole(*(o[None, a:b] for o in (q, k, v)), causal, softmax_scale)[0] for a, b in parts])
+    made = (whole, varlen, None, None, None), (fa._lazy_define_process_function(varlen), dict)
+    monkeypatch.setattr(fa, "lazy_import_flash_attention", lambda *a, **kw: made)
+    return seen
+
+
+def with_flash(model):
+    model.config._attn_implementation_internal = "flash_attention_2"   # from_pretrained would ask for the package
+    return model
+
+
+def test_flash_attention_gets_packs_in_one_row(flash):
+    "It knows documents from a single row only: with two rows a document would see its neighbour, and nothing would say so."
+    plain, model = separate_documents(tiny_model("llama")), with_flash(tiny_model("llama"))
+    assert separate_documents(model).packs_in_one_row and not plain.packs_in_one_row and set(flash) == {3}
+    a, b, c = doc(20, 1), doc(30, 2), doc(25, 3)
+    with torch.no_grad():
+        want, flat, rows = plain(**collate_packed([[a, b], [c]])), model(**collate_packed([[a, b], [c]], flat=True)), \
+                           model(**collate_packed([[a, b], [c]]))
+    torch.testing.assert_close(flat.loss, want.loss)
+    torch.testing.assert_close(flat.logits[0, :50], want.logits[0, :50])
+    torch.testing.assert_close(flat.logits[0, 50:], want.logits[1, :25])
+    assert (rows.logits[0, 20:50] - want.logits[0, 20:50]).abs().max() > 1e-3, "transformers knows rows by now: flat batches may go"
+
+
+def test_training_on_packs_is_the_same_with_flash_attention(flash, tmp_path):
+    losses = {}
+    for name, change in dict(plain=lambda m: m, flash=with_flash).items():
+        set_seed(0)
+        model, tok = change(tiny_model("llama", vocab_size=len(small_tokenizer()))), small_tokenizer()
+        model.qlora_nb_name = "someone/tiny"
+        run = finetune(model, load_rows("tickets")[:12], tmp_path/name, tok, steps=2, batch_size=2, packing=True, max_length=400,
+                       device="cpu", progress=False, fast=False)
+        losses[name] = run.info["losses"]
+    assert losses["flash"] == pytest.approx(losses["plain"], rel=1e-5) and max(flash) > 3, (losses, flash)

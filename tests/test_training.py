@@ -3,12 +3,14 @@ import importlib.util, json, math, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest
-import torch
+import torch, transformers
 
 from qlora_nb.core import QLoRAError, cpu_kind
 from qlora_nb.data import load_rows
+from qlora_nb.evaluation import finetune_and_evaluate, hold_out_numbers
 from qlora_nb.models import load_model, load_tokenizer, quiet, tiny_model
 from qlora_nb.runs import is_sealed, last_checkpoint
+from qlora_nb.schedule import overlap, repetitions
 from qlora_nb.training import finetune, make_trainer, number_rows
 
 from common import small_tokenizer
@@ -535,3 +537,57 @@ def test_ctrl_c_while_the_model_is_loaded(base, rows, tmp_path, monkeypatch):
     def stop(*a, **k): raise KeyboardInterrupt
     monkeypatch.setattr(training, "load_base", stop)
     with pytest.raises(KeyboardInterrupt, match="No checkpoint was complete"): finetune(base, rows, tmp_path/"run", steps=1, **QUIET)
+
+
+# ---- rows that stay on the disk ----
+
+class Stop(transformers.TrainerCallback):
+    "Ctrl-C behind a step."
+    def __init__(self, step): self.step = step
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step == self.step: raise KeyboardInterrupt
+
+
+@pytest.fixture
+def on_disk(tmp_path, rows, monkeypatch):
+    "The same rows as lines, with a cache of their own."
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path/"cache"))
+    (path := tmp_path/"rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return path
+
+
+def test_mapped_rows_give_the_same_run(base, whole, on_disk, tmp_path):
+    run = finetune(base, on_disk, tmp_path/"run", large=True, **HOW)
+    assert outcome(tmp_path/"run") == outcome(whole/"bnb")
+    assert run.info["said"][0].startswith(f"{ROWS} rows, mapped from disk ({tmp_path/'cache'}"), run.info["said"]
+
+
+def test_mapped_rows_are_packed_as_listed_ones(base, rows, on_disk, tmp_path):
+    how = HOW | dict(steps=2, packing=True, max_length=300, leave_out=[2, 24], fast=False)
+    for name, data, large in (("a", rows, None), ("b", on_disk, True)): finetune(base, data, tmp_path/name, large=large, **how)
+    assert outcome(tmp_path/"a") == outcome(tmp_path/"b")
+
+
+def test_a_run_goes_on_with_its_rows_on_disk(base, whole, rows, on_disk, tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-4 is complete"): finetune(base, rows, tmp_path/"run", callbacks=[Stop(5)], **HOW)
+    text = on_disk.read_text(encoding="utf-8")
+    on_disk.write_text(text.replace("A", "B", 1), encoding="utf-8")
+    with pytest.raises(QLoRAError, match="only with its own settings: rows_sha256 was"): finetune(base, on_disk, tmp_path/"run", large=True, resume=True, **HOW)
+    on_disk.write_text(text, encoding="utf-8")
+    assert finetune(base, on_disk, tmp_path/"run", large=True, resume=True, **HOW).info["resumed_from"] == "checkpoint-4"
+    assert outcome(tmp_path/"run") == outcome(whole/"bnb")
+
+
+def test_a_broken_row_at_the_far_end_is_named_before_training(base, rows, on_disk, tmp_path):
+    on_disk.write_text("\n\n".join(map(json.dumps, [*rows]*100)) + '\n\n{"prompt": "x"}\n', encoding="utf-8")
+    with pytest.raises(QLoRAError) as e: finetune(base, on_disk, tmp_path/"run", large=True, **HOW)
+    assert e.value.where == f"{on_disk}, row {100*ROWS + 1}" and not (tmp_path/"run").exists()
+    with pytest.warns(UserWarning, match=f"1 row, the first is row {100*ROWS + 1}"): kept = load_rows(on_disk, large=True, skip_bad_rows=True)
+    assert hold_out_numbers(kept, 9, 1) == hold_out_numbers([*rows]*100, 9, 1) and repetitions(kept) == 99*ROWS
+    assert overlap(kept, rows[:3]) == (3, 0) and overlap(rows[:3], kept) == (300, 0)
+
+
+def test_mapped_rows_are_scored_too(base, on_disk, tmp_path):
+    report = finetune_and_evaluate(on_disk, eval_rows=2, test_data=on_disk, model=base, output=tmp_path/"run", large=True,
+                                   **HOW | dict(steps=1, eval_steps=None, patience=None))
+    assert report.after.n == 2 and report.info["data"] == str(on_disk)
