@@ -4,7 +4,7 @@ import json, re, shutil
 import pytest
 
 from qlora_nb.core import QLoRAError
-from qlora_nb.data import Source, load_rows, map_rows, stream_rows
+from qlora_nb.data import Source, load_rows
 from qlora_nb.models import quiet, tiny_model
 from qlora_nb.training import finetune
 
@@ -68,8 +68,6 @@ def test_a_file_has_no_parts(option, tmp_path, base, monkeypatch, no_model):
     for data in (path, str(path), Source(path, **option), [path], ROWS):
         with pytest.raises(QLoRAError, match=said) as e: load_rows(data, **option)
         assert e.value.where == ("the rows given" if data is ROWS else str(path))
-    for f in (map_rows, stream_rows):
-        with pytest.raises(QLoRAError, match=said): f(path, None, **option)
     with pytest.raises(QLoRAError, match=said): finetune(base, path, tmp_path/"run", **option)
     if k != "split":
         with pytest.raises(QLoRAError, match=f"tickets: {said}"): load_rows("tickets", **option)
@@ -79,11 +77,6 @@ def test_a_file_has_no_parts(option, tmp_path, base, monkeypatch, no_model):
     for rows in (load_rows([path, "someone/x"], **option), load_rows(several)): assert [o["prompt"] for o in rows] == ["a", "c"]
     wanted = {"config": ("someone/x", "main", dict(split="train")), "revision": ("someone/x", dict(split="train", revision="a1b2")), "split": ("someone/x", dict(split="validation"))}
     assert asked == [wanted[k]]*2
-
-
-def test_readers_of_large_files_name_themselves(tmp_path):
-    with pytest.raises(QLoRAError, match="map_rows has no argument 'colums'. Did you mean columns=...?"): map_rows(tmp_path, None, colums=1)
-    with pytest.raises(QLoRAError, match="stream_rows has no argument 'skip_bad'. Did you mean skip_bad_rows=...?"): stream_rows(tmp_path, None, skip_bad=1)
 
 
 # ---- where files go ----

@@ -6,8 +6,7 @@ import json, warnings
 import pytest
 
 from qlora_nb.core import QLoRAError
-from qlora_nb.data import encode_rows, load_rows, map_rows
-from qlora_nb.models import load_tokenizer
+from qlora_nb.data import load_rows, map_rows
 
 def system(text): return dict(role="system", content=text)
 def user(text, **more): return dict(role="user", content=text, **more)
@@ -135,11 +134,10 @@ def test_what_is_said_of_a_file(case, tmp_path):
 
 def test_files_are_mapped_as_they_are_read(tmp_path):
     "The same rows from a table on the disk."
-    tok = load_tokenizer()
     for case in ("names in capitals", "rows within rows", "roles in capitals", "what is not to be learned, in four programs' words"):
         name, content, rows, _ = READ[case]
         given = json.loads(content) if name.endswith(".json") else list(map(json.loads, content.splitlines()))
         (path := tmp_path/f"{len(case)}.jsonl").write_text(lines(*(given["rows"] if isinstance(given, dict) else given)), encoding="utf-8")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            assert list(map_rows(path, tok, cache_dir=tmp_path/"cache")) == list(encode_rows(rows, tok))
+            assert list(map_rows(path, cache_dir=tmp_path/"cache")) == list(load_rows(path))

@@ -183,7 +183,7 @@ def test_tables_in_memory():
     chats = datasets.Dataset.from_list([chat(("user", "a"), ("assistant", "b"))])
     assert load_rows(table) == load_rows(table.to_pandas()) == load_rows(datasets.DatasetDict(train=table)) == [row, row]
     assert load_rows(chats) == load_rows(chats.to_pandas()) == [chat(("user", "a"), ("assistant", "b"))]
-    assert load_rows(datasets.DatasetDict(a=table), "a") == load_rows(table.to_iterable_dataset()) == [row, row]
+    assert load_rows(datasets.DatasetDict(a=table), "a") == list(load_rows(table.to_iterable_dataset())) == [row, row]
     with pytest.raises(QLoRAError, match="no split 'train' in the DatasetDict given.*: a, b"): load_rows(datasets.DatasetDict(a=table, b=table))
     frame = pd.DataFrame(dict(instruction=["Hi", "Hi"], input=[None, float("nan")], output=["Hello", "Hello"]))
     assert load_rows(frame) == [row, row]
