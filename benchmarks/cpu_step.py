@@ -24,15 +24,15 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from qlora_nb import core
-from qlora_nb.adapters import add_adapters
-from qlora_nb.cpu import cpu_pieces, cpu_pieces_undo
-from qlora_nb.data import collate, encode_rows, load_rows
-from qlora_nb.fast import adapted_layers, make_fast, make_plain
-from qlora_nb.fused import fuse
-from qlora_nb.models import load_model, load_tokenizer, quiet
-from qlora_nb.qlora import load_scratch
-from qlora_nb.training import make_trainer
+from qlora_nb.base import core
+from qlora_nb.foundations.adapters import add_adapters
+from qlora_nb.speed.cpu import cpu_pieces, cpu_pieces_undo
+from qlora_nb.training.data import collate, encode_rows, load_rows
+from qlora_nb.speed.fast_training import adapted_layers, make_fast, make_plain
+from qlora_nb.speed.fused import fuse
+from qlora_nb.foundations.models import load_model, load_tokenizer, quiet
+from qlora_nb.foundations.qlora import load_scratch
+from qlora_nb.training.finetune import make_trainer
 
 LOAD = dict(peft=load_model, scratch=load_scratch)
 ALONE = ["loss", "adapters", "norm", "attention", "optimizer"]

@@ -12,11 +12,11 @@ import torch
 
 
 def main():
-    from qlora_nb.core import versions
-    from qlora_nb.data import load_rows
-    from qlora_nb.evaluation import evaluate
-    from qlora_nb.models import load_model, load_tokenizer
-    from qlora_nb.training import finetune
+    from qlora_nb.base.core import versions
+    from qlora_nb.training.data import load_rows
+    from qlora_nb.evaluation.evaluation import evaluate
+    from qlora_nb.foundations.models import load_model, load_tokenizer
+    from qlora_nb.training.finetune import finetune
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out", type=Path)
     ap.add_argument("--steps", type=int, default=150)

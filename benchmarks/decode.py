@@ -1,4 +1,4 @@
-"""How long does one row take to be multiplied with a 4-bit weight? The kernel of `13_kernels` beside bitsandbytes and a 16-bit weight. CUDA.
+"""How long does one row take to be multiplied with a 4-bit weight? The kernel of `71_kernels` beside bitsandbytes and a 16-bit weight. CUDA.
 
     python benchmarks/decode.py benchmarks/results/decode.json [--sweep]
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import bitsandbytes as bnb
 from step import gpu_ms
-from qlora_nb.core import versions
-from qlora_nb.kernels import bytes_moved, dequantize_nf4, multiply_nf4
+from qlora_nb.base.core import versions
+from qlora_nb.speed.kernels import bytes_moved, dequantize_nf4, multiply_nf4
 
 SHAPES = [(1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]   # of Llama-3-8B, and of a 70B's MLP
 

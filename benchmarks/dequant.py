@@ -3,7 +3,7 @@
     python benchmarks/dequant.py benchmarks/results/dequant.json [--peers ours bitsandbytes unsloth] [--rounds 3] \
         [--peers-path FOLDER]      # where Unsloth is, which only its own process sees
 
-A row holds medians over the rounds. `gb_per_s` are the bytes that must be moved (see `13_kernels`) by the time taken;
+A row holds medians over the rounds. `gb_per_s` are the bytes that must be moved (see `71_kernels`) by the time taken;
 `copy_gb_per_s` is what copying a gigabyte reached in the same process. The cache is emptied before each call. CUDA only.
 """
 import argparse, json, os, statistics, subprocess, sys
@@ -16,7 +16,7 @@ ROOT, ENV = Path(__file__).resolve().parent.parent, dict(HF_HUB_OFFLINE="1", UNS
 def peer_function(peer):
     "(packed, state) → weight, by `peer`."
     if peer == "ours":
-        from qlora_nb.kernels import dequantize_nf4
+        from qlora_nb.speed.kernels import dequantize_nf4
         return dequantize_nf4
     if peer == "bitsandbytes":
         import bitsandbytes.functional as BF
@@ -33,7 +33,7 @@ def measure(peer):
     undo = peer_function(peer)   # before torch: unsloth wants to be first
     import torch, bitsandbytes.functional as BF
     from triton.testing import do_bench
-    from qlora_nb.kernels import bytes_moved
+    from qlora_nb.speed.kernels import bytes_moved
     def us(f): return 1e3*do_bench(f, warmup=50, rep=200, return_mode="median")
     src = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
     dst = torch.empty_like(src)
@@ -58,7 +58,7 @@ def main():
     args = ap.parse_args()
     if args.one: return measure(args.one)
     import torch
-    from qlora_nb.core import versions
+    from qlora_nb.base.core import versions
     found, doc = {}, dict(hardware=torch.cuda.get_device_name(), versions=versions(), rows=[])
     def middle(rows, key): return statistics.median(r[key] for r in rows)
     for _ in range(args.rounds):

@@ -29,7 +29,7 @@ WAYS = {"article": {}, "ours, as many updates": dict(rows=8, width=264), "ours, 
 def make(folder, size, device):
     import torch
     from transformers import FalconConfig, FalconForCausalLM
-    from qlora_nb.models import load_tokenizer, quiet
+    from qlora_nb.foundations.models import load_tokenizer, quiet
     torch.manual_seed(0)
     with torch.device(device), quiet(): model = FalconForCausalLM._from_config(FalconConfig(**SHAPE | SIZES[size]),
                                                                                dtype=torch.bfloat16)
@@ -84,10 +84,10 @@ def ours(folder, device, repeat, epochs, width, rows=None, memory=1., targets=No
     "The same rows, packed; the first epochs compile and record."
     import torch
     from peft import LoraConfig, get_peft_model
-    from qlora_nb.data import encode_rows
-    from qlora_nb.fast import make_fast
-    from qlora_nb.models import load_model, load_tokenizer
-    from qlora_nb.packing import collate_packed, pack, separate_documents
+    from qlora_nb.training.data import encode_rows
+    from qlora_nb.speed.fast_training import make_fast
+    from qlora_nb.foundations.models import load_model, load_tokenizer
+    from qlora_nb.training.packing import collate_packed, pack, separate_documents
     tok = load_tokenizer(folder)
     examples = encode_rows([dict(prompt=p, response=r) for p, r in ROWS]*repeat, tok, "article")
     groups = [examples[i:i + rows] for i in range(0, len(examples), rows)] if rows else [examples]
@@ -117,7 +117,7 @@ def ours(folder, device, repeat, epochs, width, rows=None, memory=1., targets=No
 
 def measure(way, folder, device, repeat, epochs):
     import torch
-    from qlora_nb.core import versions
+    from qlora_nb.base.core import versions
     how = WAYS[way]
     r = ours(folder, device, repeat, epochs, **how) if how else article(folder, device, repeat, epochs)
     times = r.pop("times")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch, torch.nn.functional as F
 from decode import recorded
-from qlora_nb.core import versions
+from qlora_nb.base.core import versions
 from step import gpu_ms
 
 TOKENS, WIDTH, RANK, LAYERS = 4096, 4096, 16, 32

@@ -1,4 +1,4 @@
-"""What is each lever of `14_fast_training` worth? One model, one process, lever after lever. CUDA, or a tiny model on a CPU.
+"""What is each lever of `80_fast_training` worth? One model, one process, lever after lever. CUDA, or a tiny model on a CPU.
 
     python benchmarks/step.py --make --models /dev/shm/models --shapes llama-3-8b
     python benchmarks/levers.py benchmarks/results/levers.json --models /dev/shm/models [--shape llama-3-8b] [--rounds 3]
@@ -23,7 +23,8 @@ OFFLOAD = [(f"memory {m:g}", dict(memory=m, offload=True)) for m in (0., .1, .2,
 
 def prepare(model, loss=False, fuse=None, **how):
     "Put `model` into a way to train, from whatever it was before: a function of the token ids that returns the loss."
-    from qlora_nb import fast, fused
+    from qlora_nb.speed import fast_training as fast
+    from qlora_nb.speed import fused
     fast.make_plain(model)
     cuda = model.device.type == "cuda"
     if "memory" in how: fast.make_fast(model, compile="inductor" if cuda else "aot_eager_decomp_partition", **how)
@@ -94,7 +95,7 @@ def link(nbytes=2**28, times=5):
 
 def main():
     from peft import get_peft_model
-    from qlora_nb.core import set_seed, versions
+    from qlora_nb.base.core import set_seed, versions
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out", type=Path)
     ap.add_argument("--models", type=Path, default=Path("/dev/shm/models"))

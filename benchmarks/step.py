@@ -42,7 +42,7 @@ def make(shape, folder, device):
     "Random weights, made where they are packed, in a folder that `from_pretrained` takes for an NF4 checkpoint."
     import bitsandbytes as bnb, torch, transformers
     from safetensors.torch import save_file
-    from qlora_nb.models import load_tokenizer, nf4_config, plain_linears, quiet
+    from qlora_nb.foundations.models import load_tokenizer, nf4_config, plain_linears, quiet
     t0, (kind, fields) = time.perf_counter(), SHAPES[shape]
     config = getattr(transformers, kind)(**fields)
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def load(job):
     "The packed model, as transformers loads it; Falcon's layers too are 4-bit ones."
     import torch
     from transformers import AutoModelForCausalLM
-    from qlora_nb.models import audit_4bit, disarm, plain_linears
+    from qlora_nb.foundations.models import audit_4bit, disarm, plain_linears
     torch.manual_seed(0)   # the adapters that follow
     with plain_linears():
         model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.bfloat16, attn_implementation="sdpa",
@@ -175,7 +175,7 @@ def loop(model, job, autocast=True, **inputs):
 def ours(job):
     import torch
     from peft import get_peft_model
-    from qlora_nb.fast import make_fast
+    from qlora_nb.speed.fast_training import make_fast
     model = get_peft_model(load(job), lora(job)).train()
     class Loss(torch.nn.Module):   # what `loop` calls
         parameters = staticmethod(model.parameters)
@@ -212,7 +212,7 @@ def liger(job):
 def unsloth(job):
     from unsloth import FastLanguageModel   # first: it changes the others
     import torch
-    from qlora_nb.models import audit_4bit, plain_linears
+    from qlora_nb.foundations.models import audit_4bit, plain_linears
     with plain_linears():
         model, _ = FastLanguageModel.from_pretrained(job["folder"], max_seq_length=max(job["seqs"]), load_in_4bit=True,
                                                      dtype=torch.bfloat16)
@@ -277,7 +277,7 @@ def near_gpu():
 
 
 def about(job):
-    from qlora_nb.core import versions
+    from qlora_nb.base.core import versions
     found = versions()
     for o in ("triton", "unsloth", "unsloth_zoo", "liger_kernel"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[o] = importlib.metadata.version(o)

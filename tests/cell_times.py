@@ -1,6 +1,6 @@
 """Run a notebook as the suite does, and say which of its cells take how long.
 
-    python tests/cell_times.py nbs/00_core.ipynb"""
+    python tests/cell_times.py nbs/base/core.ipynb"""
 import math, sys
 from time import monotonic
 from unittest.mock import patch

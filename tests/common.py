@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat
 
-from qlora_nb.cells import directives
+from qlora_nb.base.cells import directives
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT/"qlora_nb"
@@ -20,8 +20,8 @@ def small_tokenizer(size=1000):
     """SmolLM2's tokenizer, its rules, special tokens and template, with entries learnt from the tickets instead of 49,152.
 
     For models whose weights are random anyway: most of their time would go into the head, and into a GGUF's vocabulary."""
-    from qlora_nb.models import load_tokenizer
-    from qlora_nb.tickets import make_tickets
+    from qlora_nb.foundations.models import load_tokenizer
+    from qlora_nb.training.tickets import make_tickets
     return load_tokenizer().train_new_from_iterator([str(row) for row in make_tickets("train")], size)
 
 

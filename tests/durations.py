@@ -31,7 +31,7 @@ def rows_for(table, this=None):
 
 
 def page_of(nodeid):
-    "`00_core` for the test that runs this page."
+    "`core` for the test that runs this page."
     head, _, name = nodeid.partition("::test_page_runs[")
     return name.removesuffix("]").removesuffix(".ipynb") if name and head.endswith("test_notebooks.py") else None
 

@@ -1,9 +1,9 @@
 """Run a notebook top to bottom in a fresh Jupyter kernel, honouring nbdev's `#|` directives.
 
-    python tests/run_notebook.py nbs/00_core.ipynb                  # run it; a failing cell is shown with its error
-    python tests/run_notebook.py nbs/00_core.ipynb --save           # and keep the outputs, cleaned, in the file
-    python tests/run_notebook.py nbs/13_kernels.ipynb --flags cuda  # run the cells marked `#| cuda` too
-    python tests/run_notebook.py nbs/13_offload.ipynb --all         # every cell, as a reader's Run All would
+    python tests/run_notebook.py nbs/base/core.ipynb                  # run it; a failing cell is shown with its error
+    python tests/run_notebook.py nbs/base/core.ipynb --save           # and keep the outputs, cleaned, in the file
+    python tests/run_notebook.py nbs/7_speed/71_kernels.ipynb --flags cuda  # run the cells marked `#| cuda` too
+    python tests/run_notebook.py nbs/7_speed/77_offload.ipynb --all         # every cell, as a reader's Run All would
 """
 import argparse, os, re, sys, tempfile
 from configparser import ConfigParser
@@ -14,7 +14,7 @@ from time import monotonic
 import nbformat
 from nbclient import NotebookClient
 
-from qlora_nb.cells import directives
+from qlora_nb.base.cells import directives
 
 ROOT = Path(__file__).parent.parent
 cfg = ConfigParser(delimiters=["="])

@@ -5,7 +5,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 from common import MODULES, NOTEBOOKS, ROOT, code_cells, read
-from qlora_nb.core import cpu_kind, stored_results
+from qlora_nb.base.core import cpu_kind, stored_results
 
 sys.path.insert(0, str(ROOT/"tools"))
 from machine import describe
@@ -94,9 +94,9 @@ def test_text_is_utf8_in_every_locale():
 ASCII = """
 import json, sys, tempfile
 from pathlib import Path
-from qlora_nb.cli import one_line_errors
-from qlora_nb.core import QLoRAError
-from qlora_nb.runs import write_json
+from qlora_nb.apps.cli import one_line_errors
+from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.runs import write_json
 with tempfile.TemporaryDirectory() as d:
     write_json(Path(d)/"run.json", dict(said="Grüße → 你好"))
     assert json.loads((Path(d)/"run.json").read_bytes())["said"] == "Grüße → 你好"

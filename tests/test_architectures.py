@@ -10,12 +10,12 @@ import architectures
 from architectures import IDS, build, check, right
 
 from peft import PeftModel
-from qlora_nb.adapters import adapted_layers, adapted_parameters, adapter_coverage, add_adapters, as_named, attach_adapter, save_adapter
-from qlora_nb.core import QLoRAError, count_params, stored_results
-from qlora_nb.models import audit_4bit, load_model, nf4_config, quiet
-from qlora_nb.qlora import load_scratch
-from qlora_nb.rehearsal import coverage
-from qlora_nb.weights import acts_linear, list_weights, routers
+from qlora_nb.foundations.adapters import adapted_layers, adapted_parameters, adapter_coverage, add_adapters, as_named, attach_adapter, save_adapter
+from qlora_nb.base.core import QLoRAError, count_params, stored_results
+from qlora_nb.foundations.models import audit_4bit, load_model, nf4_config, quiet
+from qlora_nb.foundations.qlora import load_scratch
+from qlora_nb.training.rehearsal import coverage
+from qlora_nb.base.weights import acts_linear, list_weights, routers
 
 FAST = "qwen3 gemma2 gpt2 falcon mixtral qwen3_moe gpt_oss deepseek_v3 jetmoe phimoe mamba mamba2 nemotron_h qwen3_next".split()
 
@@ -164,10 +164,10 @@ def test_an_nf4_folder_computes_in_the_type_asked_for(theirs, ours, double, fold
     ("qwen3_moe", "bnb", dict(dropout=0., target_parameters=["experts.gate_up_proj", "experts.down_proj"]))])
 def test_what_finetune_saves_loads_and_merges(name, backend, how, tmp_path, monkeypatch):
     from common import small_tokenizer
-    from qlora_nb.export import merge_and_save
-    from qlora_nb.inference import load_adapter
-    from qlora_nb.tickets import make_tickets
-    from qlora_nb.training import finetune
+    from qlora_nb.using.merge import merge_and_save
+    from qlora_nb.using.inference import load_adapter
+    from qlora_nb.training.tickets import make_tickets
+    from qlora_nb.training.finetune import finetune
     tok, (kind, fields) = small_tokenizer(), architectures.ZOO[name]
     monkeypatch.setitem(architectures.ZOO, name, (kind, fields | dict(vocab_size=len(tok), max_position_embeddings=512)))
     base = build(name, str(tmp_path/"base"))
@@ -187,8 +187,8 @@ def test_what_finetune_saves_loads_and_merges(name, backend, how, tmp_path, monk
 @pytest.mark.parametrize("how", [{}, dict(target_parameters=["experts.down_proj"])])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "granitemoe", "deepseek_v3"])
 def test_a_fast_step_of_a_mixture_is_the_plain_step(name, how, folders):
-    from qlora_nb.fast import make_fast
-    from qlora_nb.logits import own_loss
+    from qlora_nb.speed.fast_training import make_fast
+    from qlora_nb.speed.logits import own_loss
     model = add_adapters(load_model(folders(name), device="cpu", dtype=torch.float32), 4, 8, **how).train()
     architectures.gradients(model)   # adapters that are not zero
     batch, mine = dict(input_ids=IDS, labels=IDS), [p for p in model.parameters() if p.requires_grad]

@@ -3,10 +3,10 @@ import json, re, shutil
 
 import pytest
 
-from qlora_nb.core import QLoRAError
-from qlora_nb.data import Source, load_rows
-from qlora_nb.models import quiet, tiny_model
-from qlora_nb.training import finetune
+from qlora_nb.base.core import QLoRAError
+from qlora_nb.training.data import Source, load_rows
+from qlora_nb.foundations.models import quiet, tiny_model
+from qlora_nb.training.finetune import finetune
 
 from common import small_tokenizer
 
@@ -22,7 +22,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def no_model(monkeypatch):
     "Whatever is refused, is refused before a model is loaded."
-    from qlora_nb import training
+    from qlora_nb.training import finetune as training
     def refuse(*a, **k): raise AssertionError("a model was loaded")
     for o in list(training.BACKENDS): monkeypatch.setitem(training.BACKENDS, o, refuse)
 
@@ -86,7 +86,14 @@ QUIET = dict(batch_size=4, lr=1e-2, device="cpu", progress=False)
 
 def test_the_home_folder_is_found_everywhere(base, tmp_path, monkeypatch):
     "By every function that takes a path; and nothing is called ~ in the folder where we are."
-    from qlora_nb import adapters, card, cli, export, gguf_file, inference, runs, switching
+    from qlora_nb.foundations import adapters
+    from qlora_nb.using import model_card as card
+    from qlora_nb.apps import cli
+    from qlora_nb.using import merge as export
+    from qlora_nb.using import gguf as gguf_file
+    from qlora_nb.using import inference
+    from qlora_nb.base import runs
+    from qlora_nb.using import several_adapters as switching
     (home := tmp_path/"home").mkdir(), (here := tmp_path/"here").mkdir(), monkeypatch.chdir(here)
     for o in ("HOME", "USERPROFILE"): monkeypatch.setenv(o, str(home))
     shutil.copytree(base, home/"base")
@@ -105,7 +112,9 @@ def test_the_home_folder_is_found_everywhere(base, tmp_path, monkeypatch):
 
 
 def test_exports_that_cannot_be_written_are_refused_before_any_work(tmp_path, monkeypatch):
-    from qlora_nb import card, export, gguf_file
+    from qlora_nb.using import model_card as card
+    from qlora_nb.using import merge as export
+    from qlora_nb.using import gguf as gguf_file
     def refuse(*a, **k): raise AssertionError("work was done")
     for module, name in ((export, "merged"), (gguf_file, "gguf_source")): monkeypatch.setattr(module, name, refuse)
     (tmp_path/"file").write_text("mine", encoding="utf-8")
@@ -147,7 +156,7 @@ HARMED = {
 
 @pytest.mark.parametrize("case", HARMED)
 def test_adapters_that_came_from_elsewhere(case, run, tmp_path):
-    from qlora_nb.inference import load_adapter
+    from qlora_nb.using.inference import load_adapter
     harm, said = HARMED[case]
     shutil.copytree(run.folder/"adapter", tmp_path/"adapter"), harm(tmp_path/"adapter")
     with pytest.raises(QLoRAError, match=re.escape(said)): load_adapter(tmp_path/"adapter", device="cpu")
@@ -157,7 +166,7 @@ def test_adapters_that_came_from_elsewhere(case, run, tmp_path):
 
 def test_a_tokenizer_without_an_end(base):
     "The way out is not the template that is in use."
-    from qlora_nb.data import encode, encode_prompt
+    from qlora_nb.training.data import encode, encode_prompt
     tok = small_tokenizer()
     tok.eos_token = tok.chat_template = None
     for template in ("auto", "article"):
@@ -189,7 +198,7 @@ def test_rows_longer_than_the_model_knows(tmp_path):
 @pytest.mark.parametrize("seq, fits", [(128, True), (32, True), (128, False)])
 def test_a_plan_knows_the_positions_too(seq, fits, monkeypatch):
     from transformers import LlamaConfig
-    from qlora_nb import cards
+    from qlora_nb.memory import gpus as cards
     monkeypatch.setattr(cards, "longest", lambda *a, **k: 131_072)
     monkeypatch.setattr(cards, "largest_batch", lambda *a, **k: 8)
     if not fits: monkeypatch.setattr(cards, "levers", lambda p: {})
@@ -199,7 +208,7 @@ def test_a_plan_knows_the_positions_too(seq, fits, monkeypatch):
 
 
 def test_cards_as_people_write_them():
-    from qlora_nb.cards import card_bytes
+    from qlora_nb.memory.gpus import card_bytes
     assert card_bytes("16GB") == card_bytes("16 gb") == card_bytes(16) == 16e9 and card_bytes("24GiB") == 24*2**30 and card_bytes("NVIDIA A100-80GB") == 81920*2**20
     with pytest.raises(QLoRAError, match="no card 'a100' in the list. Near: A100_40, A100_80"): card_bytes("a100")
 
@@ -211,9 +220,9 @@ def raw(text): return text.encode().decode("ascii", "surrogateescape")   # as Py
 
 def test_what_was_typed_in_another_locale(tmp_path):
     "Names of columns and prompts are text again; names of files stay bytes, and are written as such."
-    from qlora_nb.adapters import describe_adapter
-    from qlora_nb.cli import chat_parser, finetune_options
-    from qlora_nb.runs import write_json
+    from qlora_nb.foundations.adapters import describe_adapter
+    from qlora_nb.apps.cli import chat_parser, finetune_options
+    from qlora_nb.base.runs import write_json
     o = finetune_options(["--data", "a.jsonl", "--columns", raw("prompt=问,response=答"), "--system", raw("Grüße"), "--example", raw("Wofür?")])
     assert o["data"].options == dict(columns=dict(prompt="问", response="答"), system="Grüße") and o["example"] == "Wofür?"
     assert chat_parser().parse_args(["--system", raw("Grüße")]).system == "Grüße"

@@ -5,8 +5,8 @@ import json, warnings
 
 import pytest
 
-from qlora_nb.core import QLoRAError
-from qlora_nb.data import load_rows, map_rows
+from qlora_nb.base.core import QLoRAError
+from qlora_nb.training.data import load_rows, map_rows
 
 def system(text): return dict(role="system", content=text)
 def user(text, **more): return dict(role="user", content=text, **more)

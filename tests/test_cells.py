@@ -9,14 +9,14 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from common import NOTEBOOKS, ROOT, SETTINGS, code_cells, read
 from run_notebook import run
-from qlora_nb.cells import NEEDS, NOT_RUN, cell_key, directives, stored_outputs
+from qlora_nb.base.cells import NEEDS, NOT_RUN, cell_key, directives, stored_outputs
 
 sys.path.insert(0, str(ROOT/"tools"))
 from store_outputs import STORE, collect, flags_of, make_store, storable
 
 FLAGGED = [o for o in NOTEBOOKS if any(flags_of(c.source) for c in code_cells(read(o)))]
 each_flagged = pytest.mark.parametrize("path", FLAGGED, ids=lambda o: o.name)
-GUARD = "from qlora_nb.cells import guard_cells\nguard_cells()"
+GUARD = "from qlora_nb.base.cells import guard_cells\nguard_cells()"
 MARK = "ran.append(1)"
 
 
@@ -136,7 +136,7 @@ def shown(cell):
 def test_stored_output_is_shown_again(tmp_path):
     "Every flagged cell with an output, in one kernel where nothing is there."
     real = [c for o in FLAGGED for c in code_cells(read(o)) if flags_of(c.source) and c.outputs]
-    nothing = "import qlora_nb.cells as c\nc.missing = lambda s: 'the moon' if c.directives(s) else ''"
+    nothing = "import qlora_nb.base.cells as c\nc.missing = lambda s: 'the moon' if c.directives(s) else ''"
     cells = run_all(write(tmp_path, GUARD, nothing, *(c.source for c in real)))[2:]
     assert len(real) > 10 and len(cells) == len(real)
     for a, b in zip(real, cells):
@@ -148,22 +148,22 @@ def test_pictures_keep_their_alternative_text(tmp_path):
     data, alt = {"image/png": "iVBORw0KGgo=", "text/plain": "a curve"}, {"image/png": {"alt": "a curve that falls"}}
     stored = [dict(output_type="stream", name="stdout", text="two\nlines\n"),
               dict(output_type="display_data", data=data, metadata=alt)]
-    plant = f"import qlora_nb.cells as c\nc.stored_outputs = lambda _: {stored}"
+    plant = f"import qlora_nb.base.cells as c\nc.stored_outputs = lambda _: {stored}"
     cells = run_all(write(tmp_path, GUARD, plant, "#| slow\n1/0"))
     assert shown(cells[-1]) == [("stream", ("stdout", "two\nlines\n"), None), ("data", data, alt)]
 
 
 def test_a_real_page_ends_without_a_gpu():
-    cells = run_all(ROOT/"nbs"/"05_optimizers.ipynb")
+    cells = run_all(ROOT/"nbs"/"21_optimizers.ipynb")
     lines = [said(c) for c in cells if "cuda" in directives(c.source)]
-    assert len(cells) == len(code_cells(read(ROOT/"nbs"/"05_optimizers.ipynb")))
+    assert len(cells) == len(code_cells(read(ROOT/"nbs"/"21_optimizers.ipynb")))
     assert lines and all(o.startswith(f"{NOT_RUN} a CUDA GPU") for o in lines)
 
 
 # ---- what is stored ----
 
 def test_import_is_light():
-    code = "import sys, qlora_nb.cells; print(*{'torch', 'numpy', 'huggingface_hub', 'IPython'} & set(sys.modules))"
+    code = "import sys, qlora_nb.base.cells; print(*{'torch', 'numpy', 'huggingface_hub', 'IPython'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
@@ -211,7 +211,7 @@ def test_two_outputs_of_one_source_are_refused(tmp_path):
 
 def test_key_is_that_of_what_a_kernel_gets(tmp_path):
     source = "#| slow\n\nif 1:\n    x = 'ü'   \n"
-    probe = "keys = []\nimport qlora_nb.cells as c\nc.stored_outputs = lambda s: keys.append(c.cell_key(s)) or []"
+    probe = "keys = []\nimport qlora_nb.base.cells as c\nc.stored_outputs = lambda s: keys.append(c.cell_key(s)) or []"
     run_all(write(tmp_path, GUARD, probe, source, f"assert keys == [{cell_key(source)!r}], keys"))
 
 

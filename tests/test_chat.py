@@ -4,14 +4,14 @@ import threading
 import ipywidgets as W, pytest, torch
 from torch import nn
 
-from qlora_nb import chat as module
-from qlora_nb.adapters import add_adapters, save_adapter
-from qlora_nb.chat import Chat, bubble, chat, conversation
-from qlora_nb.core import QLoRAError, set_seed
-from qlora_nb.inference import generate
-from qlora_nb.data import encode_prompt
-from qlora_nb.models import load_tokenizer, quiet, tiny_model
-from qlora_nb.switching import active_adapter, answering_as
+from qlora_nb.apps import chat as module
+from qlora_nb.foundations.adapters import add_adapters, save_adapter
+from qlora_nb.apps.chat import Chat, bubble, chat, conversation
+from qlora_nb.base.core import QLoRAError, set_seed
+from qlora_nb.using.inference import generate
+from qlora_nb.training.data import encode_prompt
+from qlora_nb.foundations.models import load_tokenizer, quiet, tiny_model
+from qlora_nb.using.several_adapters import active_adapter, answering_as
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 

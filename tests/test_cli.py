@@ -4,8 +4,8 @@ import json, os, random, signal, subprocess, sys, time
 import pytest
 import safetensors.torch, torch
 
-from qlora_nb.cli import finetune_main, finetune_parser
-from qlora_nb.models import quiet, tiny_model
+from qlora_nb.apps.cli import finetune_main, finetune_parser
+from qlora_nb.foundations.models import quiet, tiny_model
 
 from common import small_tokenizer
 from forks import Fork
@@ -13,7 +13,7 @@ from forks import Fork
 
 def command(name, *args, **kw):
     "Start one of our console commands."
-    return Fork(f"import sys; from qlora_nb.cli import {name} as main; main(sys.argv[1:])", *args, **kw)
+    return Fork(f"import sys; from qlora_nb.apps.cli import {name} as main; main(sys.argv[1:])", *args, **kw)
 
 
 def call(name, *args, **kw):
@@ -25,7 +25,7 @@ def call(name, *args, **kw):
 @pytest.fixture
 def complaint(monkeypatch, capsys):
     "(exit status, what goes to stderr) of a `qlora_finetune` that has to fail before it loads a model; in this process."
-    from qlora_nb import training
+    from qlora_nb.training import finetune as training
     def refuse(*a, **k): raise AssertionError("a model was loaded")
     for o in list(training.BACKENDS): monkeypatch.setitem(training.BACKENDS, o, refuse)
     def run(*args):
@@ -146,7 +146,7 @@ def test_broken_files(name, tmp_path, complaint):
 
 def test_help_is_quick_and_complete():
     "Each option with its default, and without waiting for PyTorch."
-    code = "import sys; from qlora_nb.cli import finetune_main; finetune_main(['--help'])"
+    code = "import sys; from qlora_nb.apps.cli import finetune_main; finetune_main(['--help'])"
     p = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
     assert not [o for o in p.stderr.splitlines() if o.split("|")[-1].strip() == "torch"]
     for o in "--model --data --output --steps --epochs --lr --rank --alpha --targets --max-length --seed --resume --eval-steps --patience --optim --report-to".split(): assert o in p.stdout
@@ -162,13 +162,13 @@ def test_chat_without_a_run(tmp_path):
 @pytest.mark.parametrize("args, said", [(["--help"], "usage: qlora_finetune"), (["chat", "--help"], "usage: qlora_chat"),
                                         (["--steps", "1", "--epochs", "1"], "not allowed with")])
 def test_the_module_does_what_the_command_does(args, said):
-    p = subprocess.run([sys.executable, "-m", "qlora_nb.cli", *args], capture_output=True, text=True)
+    p = subprocess.run([sys.executable, "-m", "qlora_nb.apps.cli", *args], capture_output=True, text=True)
     assert said in p.stdout + p.stderr and (p.returncode == 0) == ("--help" in args)
 
 
 def test_bytes_that_are_not_text_are_asked_all_the_same(monkeypatch, capsys):
     "A terminal in Latin-1 sends caf\xe9, which Python hands on as a lone surrogate."
-    from qlora_nb import cli
+    from qlora_nb.apps import cli
     typed, asked = iter(["caf\udce9", "/exit"]), []
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     monkeypatch.setattr(cli, "say_answer", lambda model, tok, said, notes, **how: asked.append(said[-1]["content"]) or "")
@@ -184,8 +184,8 @@ def test_numbers_that_make_no_sense(more, said, tmp_path, complaint):
 
 def test_row_numbers_through_the_command(tmp_path, complaint, tiny, monkeypatch):
     "Rows are held out and shuffled on the way; the message names the file and the row in it."
-    from qlora_nb import training
-    from qlora_nb.models import load_model
+    from qlora_nb.training import finetune as training
+    from qlora_nb.foundations.models import load_model
     monkeypatch.setitem(training.BACKENDS, "bnb", load_model)
     rows = [dict(prompt=f"What is {i}?", response="word "*(400 if i == 13 else 1)) for i in range(1, 21)]
     (tmp_path/"mine.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows), encoding="utf-8")
@@ -194,7 +194,7 @@ def test_row_numbers_through_the_command(tmp_path, complaint, tiny, monkeypatch)
 
 
 def test_a_system_prompt_stands_before_each_conversation(monkeypatch, capsys):
-    from qlora_nb import cli
+    from qlora_nb.apps import cli
     typed, asked = iter(["a", "b", "/new", "c", "/exit"]), []
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
     monkeypatch.setattr(cli, "say_answer", lambda model, tok, said, notes, **how: asked.append([m["content"] for m in said]) or "y")

@@ -8,11 +8,11 @@ from transformers import (AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaCo
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from qlora_nb.adapters import add_adapters
-from qlora_nb.core import set_seed
-from qlora_nb.cpu import RMSNorm, attention_float32, cpu_pieces, cpu_pieces_undo, why_not_norm
-from qlora_nb.models import tiny_model
-from qlora_nb.qlora import quantize_model
+from qlora_nb.foundations.adapters import add_adapters
+from qlora_nb.base.core import set_seed
+from qlora_nb.speed.cpu import RMSNorm, attention_float32, cpu_pieces, cpu_pieces_undo, why_not_norm
+from qlora_nb.foundations.models import tiny_model
+from qlora_nb.foundations.qlora import quantize_model
 
 SIZE = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)

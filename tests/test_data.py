@@ -6,11 +6,11 @@ from itertools import product
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from qlora_nb.core import QLoRAError
-from qlora_nb.data import (Source, answer_of, collate, encode, encode_prompt, encode_rows, exact_match, field_scores, load_rows,
+from qlora_nb.base.core import QLoRAError
+from qlora_nb.training.data import (Source, answer_of, collate, encode, encode_prompt, encode_rows, exact_match, field_scores, load_rows,
                            make_tickets)
-from qlora_nb.models import load_tokenizer
-from qlora_nb.tickets import CATEGORIES, PRIORITIES, WORDS
+from qlora_nb.foundations.models import load_tokenizer
+from qlora_nb.training.tickets import CATEGORIES, PRIORITIES, WORDS
 
 GOOD = json.dumps(dict(prompt="Hi", response="Hello"))
 def lines(*rows): return "\n".join(o if isinstance(o, str) else json.dumps(o) for o in rows)
@@ -237,7 +237,7 @@ def test_any_text_survives_a_file(rows, tmp_path_factory):
 # ---- from a terminal ----
 
 def test_options_of_data_reach_the_rows(tmp_path):
-    from qlora_nb.cli import finetune_options
+    from qlora_nb.apps.cli import finetune_options
     (path := tmp_path/"a.csv").write_text("q;a;c\n" + "".join(f"What is {i}?;{i};x\n" for i in range(40)) + "lost\n", encoding="utf-8")
     (tmp_path/"own.jinja").write_text("{{ messages }}", encoding="utf-8")
     o = finetune_options(["--data", str(path), "--columns", "prompt=q,response=a", "--system", "S", "--skip-bad-rows", "--eval-data", str(path),
@@ -360,7 +360,7 @@ def test_collate(tok):
 
 def test_tickets_repeat():
     assert make_tickets(n=50) == make_tickets(n=800)[:50] and make_tickets(seed=1) != make_tickets()
-    code = "from qlora_nb.tickets import make_tickets; print(repr(make_tickets('test', 40)))"
+    code = "from qlora_nb.training.tickets import make_tickets; print(repr(make_tickets('test', 40)))"
     env = {**os.environ, "PYTHONHASHSEED": "1"}
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
     assert other.strip() == repr(make_tickets("test", 40))
@@ -444,5 +444,5 @@ def test_scores_of_other_answers():
 
 
 def test_import_is_light():
-    code = "import sys, qlora_nb.data; print([o for o in ('datasets', 'transformers', 'trl', 'peft') if o in sys.modules])"
+    code = "import sys, qlora_nb.training.data; print([o for o in ('datasets', 'transformers', 'trl', 'peft') if o in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

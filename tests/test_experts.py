@@ -6,10 +6,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from qlora_nb.core import QLoRAError, set_seed
-from qlora_nb.data import load_rows
-from qlora_nb.models import quiet
-from qlora_nb.training import finetune
+from qlora_nb.base.core import QLoRAError, set_seed
+from qlora_nb.training.data import load_rows
+from qlora_nb.foundations.models import quiet
+from qlora_nb.training.finetune import finetune
 
 from common import small_tokenizer
 
@@ -72,8 +72,8 @@ def test_the_loss_of_the_routers_counts_once_a_step(make, tmp_path, kind, said):
 
 def test_our_own_backend_packs_experts_while_they_are_read(make, monkeypatch):
     "None of them is wide when the model has been read, and all of it is what quantizing it whole would give."
-    from qlora_nb import qlora
-    from qlora_nb.models import load_model
+    from qlora_nb.foundations import qlora
+    from qlora_nb.foundations.models import load_model
     seen, base = [], make("Mixtral")
     def load(*args, **how):
         model = load_model(*args, **how)

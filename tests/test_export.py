@@ -9,12 +9,12 @@ from safetensors import safe_open
 from tokenizers import pre_tokenizers as pre
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from qlora_nb.adapters import BACKENDS, add_adapters, save_adapter
-from qlora_nb.card import export_adapter, new_folder, read_source
-from qlora_nb.core import QLoRAError, set_seed
-from qlora_nb.export import ONTO, merge_and_save, merged
-from qlora_nb.gguf_file import export_gguf, export_run, pair_neighbours, pre_name, write_gguf
-from qlora_nb.models import load_tokenizer, quiet, tiny_model
+from qlora_nb.foundations.adapters import BACKENDS, add_adapters, save_adapter
+from qlora_nb.using.model_card import export_adapter, new_folder, read_source
+from qlora_nb.base.core import QLoRAError, set_seed
+from qlora_nb.using.merge import ONTO, merge_and_save, merged
+from qlora_nb.using.gguf import export_gguf, export_run, pair_neighbours, pre_name, write_gguf
+from qlora_nb.foundations.models import load_tokenizer, quiet, tiny_model
 
 from common import small_tokenizer
 from forks import Fork, run
@@ -187,8 +187,8 @@ def test_a_folder_in_use_and_a_full_disk(form, adapter, tmp_path, monkeypatch):
 
 LIMIT = """
 import resource, signal, sys
-from qlora_nb.core import QLoRAError
-from qlora_nb.gguf_file import export_run
+from qlora_nb.base.core import QLoRAError
+from qlora_nb.using.gguf import export_run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))   # no file may grow beyond this: writing fails half way
 try: export_run(*sys.argv[1:])
@@ -207,7 +207,7 @@ def test_a_write_that_fails_half_way(form, adapter, tmp_path):
 KILL = """
 import sys, time
 from pathlib import Path
-from qlora_nb.gguf_file import export_run
+from qlora_nb.using.gguf import export_run
 def slow(self, *a, **k): print("writing", flush=True); time.sleep(60)
 Path.write_text = slow   # the card is written last
 export_run(*sys.argv[1:])
@@ -272,7 +272,7 @@ def test_an_adapter_alone_loads_again(adapter, tmp_path):
 @pytest.mark.parametrize("config", [dict(vocab_size=1200, num_key_value_heads=4), dict(tie_word_embeddings=True, num_key_value_heads=1)],
                          ids=str)   # ids that the vocabulary does not use; a tied head
 def test_gguf_gives_the_same_weights(config, tmp_path):
-    tok = small_tokenizer()   # 10_gguf writes the whole one
+    tok = small_tokenizer()   # 46_gguf writes the whole one
     model = tiny_model("llama", **dict(vocab_size=len(tok), hidden_size=64) | config)
     back = from_gguf(write_gguf(model, tok, tmp_path/"a.gguf", "f32"))
     have, want = dict(back.named_parameters()), dict(model.named_parameters())
@@ -347,7 +347,7 @@ def test_gpt2_stores_its_weights_the_other_way_round(tmp_path):
 
 
 def test_a_base_that_is_stored_in_4_bits(llama, adapter, tmp_path):
-    from qlora_nb.models import load_model
+    from qlora_nb.foundations.models import load_model
     with quiet(): load_model(llama, device="cpu", dtype=torch.float32).save_pretrained(tmp_path/"nf4"), load_tokenizer().save_pretrained(tmp_path/"nf4")
     want = logits(AutoModelForCausalLM.from_pretrained(merge_and_save(adapter, tmp_path/"from-16", **F32)))
     for onto in ("dequantized", "4bit"):
@@ -378,7 +378,7 @@ def test_a_folder_that_is_another_model_is_not_left_behind(adapter, tmp_path, mo
 def test_experts_in_4_bits_are_written_out():
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
     from transformers import MixtralConfig
-    from qlora_nb.dequantized import write_out_4bit
+    from qlora_nb.speed.dequantized import write_out_4bit
     set_seed(0)
     model = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                                                            num_key_value_heads=2, num_local_experts=2), dtype=torch.float32).eval()
@@ -394,7 +394,7 @@ def test_experts_in_4_bits_are_written_out():
 
 def test_a_row_that_an_older_run_has_noted_stays_here(adapter, tmp_path):
     "Neither in the card nor in the notes of an export, nor on the screen; what was asked for is."
-    from qlora_nb.switching import adapter_folder
+    from qlora_nb.using.several_adapters import adapter_folder
     old, secret = shutil.copytree(adapter, tmp_path/"old"), "The patient Jane Roe"
     notes = json.loads((old/"qlora_nb.json").read_text(encoding="utf-8"))
     assert "Hello there" in (export_adapter(old, tmp_path/"new")/"README.md").read_text(encoding="utf-8")

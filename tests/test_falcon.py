@@ -1,10 +1,10 @@
-"The Falcon trap and its cure, on each architecture that the family has: `10_falcon` shows falcon-rw-1b's alone."
+"The Falcon trap and its cure, on each architecture that the family has: `58_falcon` shows falcon-rw-1b's alone."
 import bitsandbytes as bnb, pytest, torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_nb.core import QLoRAError
-from qlora_nb.models import audit_4bit, load_model, quiet, tiny_model
+from qlora_nb.base.core import QLoRAError
+from qlora_nb.foundations.models import audit_4bit, load_model, quiet, tiny_model
 
 SHAPES = {"rw-1b": {},
           "7b": dict(alibi=False, bias=False, multi_query=True, parallel_attn=True),

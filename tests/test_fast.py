@@ -5,15 +5,15 @@ from types import SimpleNamespace
 import pytest, torch
 from peft import LoraConfig, get_peft_model
 
-from qlora_nb.adapters import add_adapters
-from qlora_nb.core import QLoRAError, Table
-from qlora_nb.fast import adapted_layers, decoder_layers, fast_loss, make_fast, make_plain
-from qlora_nb.fused import fuse, unfuse, why_not
-from qlora_nb.graphs import record
-from qlora_nb.models import load_model, load_tokenizer, quiet, tiny_model
-from qlora_nb.packing import collate_packed, separate_documents
-from qlora_nb.qlora import quantize_model
-from qlora_nb.training import finetune
+from qlora_nb.foundations.adapters import add_adapters
+from qlora_nb.base.core import QLoRAError, Table
+from qlora_nb.speed.fast_training import adapted_layers, decoder_layers, fast_loss, make_fast, make_plain
+from qlora_nb.speed.fused import fuse, unfuse, why_not
+from qlora_nb.speed.cuda_graphs import record
+from qlora_nb.foundations.models import load_model, load_tokenizer, quiet, tiny_model
+from qlora_nb.training.packing import collate_packed, separate_documents
+from qlora_nb.foundations.qlora import quantize_model
+from qlora_nb.training.finetune import finetune
 
 EAGER = "aot_eager_decomp_partition"   # decides on memory as the real compiler does, and generates no code
 
@@ -152,7 +152,7 @@ def test_a_recording_is_of_one_state(folders):
 
 
 def test_a_recording_that_fails_is_said(folders, monkeypatch):
-    from qlora_nb import graphs
+    from qlora_nb.speed import cuda_graphs as graphs
     model, b, once = adapted(folders["llama"]), batch(), graphs.Passes
     want = gradients(model, lambda: model(**b).loss)
     make_fast(model, record=True)
@@ -269,7 +269,7 @@ def test_trl_needs_no_gpu_for_a_cpu(tmp_path):
 import sys
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
-from qlora_nb.models import load_tokenizer, tiny_model
+from qlora_nb.foundations.models import load_tokenizer, tiny_model
 rows = Dataset.from_dict(dict(input_ids=[list(range(5, 30))]*8))
 args = SFTConfig(sys.argv[1], max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True)
 SFTTrainer(tiny_model(), args, train_dataset=rows, processing_class=load_tokenizer()).train()
@@ -279,8 +279,8 @@ SFTTrainer(tiny_model(), args, train_dataset=rows, processing_class=load_tokeniz
 
 
 def test_a_cpu_does_without_a_loss_in_triton(folders, tmp_path, monkeypatch):
-    from qlora_nb import trainer
-    from qlora_nb.data import load_rows
+    from qlora_nb.training import training_loop as trainer
+    from qlora_nb.training.data import load_rows
     def losses(name):
         return finetune(str(folders["llama"]), load_rows("tickets")[:8], tmp_path/name, steps=2, batch_size=2, accumulation=2, device="cpu",
                         progress=False, fast=False).info["losses"]
@@ -293,7 +293,7 @@ def test_a_cpu_does_without_a_loss_in_triton(folders, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["bnb", "scratch"])
 def test_a_fast_run_is_the_same_run_and_resumes_to_the_same_bits(folders, tmp_path, backend):
-    from qlora_nb.data import load_rows
+    from qlora_nb.training.data import load_rows
     rows = load_rows("tickets")[:16]
     def run(name, steps=4, **how):
         return finetune(str(folders["llama"]), rows, tmp_path/name, steps=steps, batch_size=2, accumulation=2, save_steps=2, lr=1e-2,
@@ -313,16 +313,16 @@ def test_a_cpu_needs_no_triton():
 import sys
 sys.modules["triton"] = None   # as where it is not installed
 import torch
-from qlora_nb.core import QLoRAError
-from qlora_nb.adapters import add_adapters
-from qlora_nb.fast import make_fast
-from qlora_nb.models import tiny_model
-from qlora_nb.qlora import quantize_model
+from qlora_nb.base.core import QLoRAError
+from qlora_nb.foundations.adapters import add_adapters
+from qlora_nb.speed.fast_training import make_fast
+from qlora_nb.foundations.models import tiny_model
+from qlora_nb.foundations.qlora import quantize_model
 quantize_model(model := tiny_model())
 model, ids = add_adapters(model).train(), torch.arange(20)[None]
 assert "fused" in str(make_fast(model))
 model.step_loss(dict(input_ids=ids, labels=ids)).backward()
-try: import qlora_nb.kernels
+try: import qlora_nb.speed.kernels
 except QLoRAError as e: print(e)
 """
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -411,7 +411,8 @@ def test_a_gpu_trains_fast_by_itself(folders, tmp_path):
 @pytest.mark.parametrize("steps, device, compiled", [(6_000, "cuda", False), (7_000, "cuda", True), (7_000, "cpu", False)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_layers_are_compiled_for_long_runs_only(monkeypatch, steps, device, compiled, checkpointing):
-    from qlora_nb import fast, trainer
+    from qlora_nb.speed import fast_training as fast
+    from qlora_nb.training import training_loop as trainer
     called = []
     def note(model, memory, **how): called.append((memory, how)); return Table([], [])
     monkeypatch.setattr(fast, "make_fast", note)

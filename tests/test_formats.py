@@ -9,12 +9,12 @@ from hypothesis import given, settings, strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from qlora_nb.core import QLoRAError
-from qlora_nb.data import (answer_of, as_messages, digest, encode, encode_prompt, encode_rows, is_large, load_rows,
+from qlora_nb.base.core import QLoRAError
+from qlora_nb.training.data import (answer_of, as_messages, digest, encode, encode_prompt, encode_rows, is_large, load_rows,
                            make_tickets, map_rows, shorten)
-from qlora_nb.mapped import Mapped
-from qlora_nb.models import load_tokenizer, quiet, tiny_model
-from qlora_nb.templates import render
+from qlora_nb.base.mapped import Mapped
+from qlora_nb.foundations.models import load_tokenizer, quiet, tiny_model
+from qlora_nb.training.chat_templates import render
 
 datasets.disable_progress_bars()
 def lines(*rows): return "\n".join(map(json.dumps, rows))
@@ -604,7 +604,7 @@ def test_every_source_is_mapped_as_it_is_listed(tmp_path, monkeypatch):
         assert load_rows(mapped) is mapped and load_rows(mapped, system="S")[13] == dict(system="S", **listed[13])
     both = [tmp_path/"a.jsonl", (tmp_path/"d.csv", .5), ("tickets", 2)]
     assert list(load_rows(both, large=True)) == load_rows(both) and isinstance(load_rows(both, large=True), Mapped)
-    monkeypatch.setattr("qlora_nb.files.is_large.__defaults__", (1000,))
+    monkeypatch.setattr("qlora_nb.base.files.is_large.__defaults__", (1000,))
     assert all(isinstance(load_rows(o), Mapped) for o in (tmp_path/"a.jsonl", tmp_path/"f.csv.gz", both))
     assert isinstance(load_rows(datasets.Dataset.from_list(rows)), Mapped) and isinstance(load_rows(rows), list)
     assert isinstance(load_rows(tmp_path/"a.jsonl", large=False), list)
@@ -612,7 +612,7 @@ def test_every_source_is_mapped_as_it_is_listed(tmp_path, monkeypatch):
 
 def test_mapped_again_only_when_something_changed(tok, tmp_path, monkeypatch):
     path, calls = write(tmp_path/"a.jsonl", make_tickets(n=5)), []
-    import qlora_nb.data as data
+    import qlora_nb.training.data as data
     fit = data._fit
     monkeypatch.setattr(data, "_fit", lambda *a, **k: calls.append(1) or fit(*a, **k))
     def run(**how):
@@ -652,7 +652,8 @@ def test_a_row_does_not_ask_for_the_whole_vocabulary():
         assert encode(dict(prompt="Hello", response="Hi."), tok)["labels"][-1] == tok.eos_token_id
 
 def test_options_of_the_data_reach_every_reader(tmp_path, monkeypatch):
-    from qlora_nb import data, sources
+    from qlora_nb.training import data
+    from qlora_nb.base import sources
     path, asked = tmp_path/"a.jsonl", []
     path.write_text('{"q": "1+1", "a": "2"}\n{"q": "", "a": "3"}\n{"q": "2+2", "a": "4"}\n', encoding="utf-8")
     how = dict(columns=dict(prompt="q", response="a"), skip_bad_rows=True)
@@ -673,8 +674,8 @@ def test_options_of_the_data_reach_every_reader(tmp_path, monkeypatch):
 
 
 def test_numbers_are_those_of_the_file_where_broken_rows_were_left_out():
-    from qlora_nb.schedule import name_rows, overlap, repetitions
-    from qlora_nb.training import number_rows
+    from qlora_nb.training.schedule import name_rows, overlap, repetitions
+    from qlora_nb.training.finetune import number_rows
     rows = [dict(prompt=f"Question {k}", response=f"Answer {k}") if k % 2 else dict(prompt="", response="x") for k in range(8)]
     with pytest.warns(UserWarning, match="broken"): kept = load_rows(rows, skip_bad_rows=True)
     examples = number_rows(kept, [1, 3], load_tokenizer(), "chat", 512)

@@ -52,10 +52,10 @@ def test_install_cell(path):
 
 
 def test_links_can_be_moved_and_checked():
-    raw = text("nbs/00_core.ipynb")
+    raw = text("nbs/base/core.ipynb")
     fork = dict(user="someone", repo="their_copy", branch="dev", git_url="https://github.com/someone/their_copy")
     moved = fix_links(raw, fork)
-    assert "/github/someone/their_copy/blob/dev/nbs/00_core.ipynb" in moved and f"{USER}/{REPO}" not in moved
+    assert "/github/someone/their_copy/blob/dev/nbs/base/core.ipynb" in moved and f"{USER}/{REPO}" not in moved
     assert "git+https://github.com/someone/their_copy@dev" in moved
     assert fix_links(moved, SETTINGS) == raw
     foreign = "https://github.com/huggingface/peft and https://colab.research.google.com/github/a/b/blob/c/d.ipynb"
@@ -93,7 +93,7 @@ def test_requirements_span_colab_and_today():
     for lib, versions in dict(trl="0.29.1 1.14.0 1.16.0", transformers="5.15.0 5.17.0 5.23.0", fastcore="1.14.5 2.2.12",
                               ipywidgets="7.7.1 8.1.9", peft="0.20.0 0.21.2").items():
         assert all(wanted[lib].contains(o) for o in versions.split()), lib
-    assert not wanted["trl"].contains("1.15.0")   # see 06_trainer: it trains nothing on a CPU beside a GPU
+    assert not wanted["trl"].contains("1.15.0")   # see 22_training_loop: it trains nothing on a CPU beside a GPU
 
 
 # ---- the README ----

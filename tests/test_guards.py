@@ -6,13 +6,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig
 
-from qlora_nb.adapters import add_adapters
-from qlora_nb.core import set_seed
-from qlora_nb.fast import decoder_layers, fast_loss, make_fast, make_plain
-from qlora_nb.fused import adapted_layers
-from qlora_nb.lora import LoRA, set_adapter
-from qlora_nb.models import load_model, quiet, tiny_model
-from qlora_nb.qlora import quantize_model
+from qlora_nb.foundations.adapters import add_adapters
+from qlora_nb.base.core import set_seed
+from qlora_nb.speed.fast_training import decoder_layers, fast_loss, make_fast, make_plain
+from qlora_nb.speed.fused import adapted_layers
+from qlora_nb.foundations.lora import LoRA, set_adapter
+from qlora_nb.foundations.models import load_model, quiet, tiny_model
+from qlora_nb.foundations.qlora import quantize_model
 
 IDS = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(0))
 BATCH = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS.masked_fill(torch.arange(14) < 6, -100))

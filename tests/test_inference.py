@@ -9,13 +9,13 @@ from torch import nn
 from transformers import (AutoConfig, AutoModelForCausalLM, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor,
                           TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
-from qlora_nb.adapters import add_adapters, save_adapter
-from qlora_nb.core import QLoRAError, model_tensors, set_seed
-from qlora_nb.inference import batches, generate, load_adapter, pads_safely, padding_error, sampling, stream
-from qlora_nb.lora import add_lora
-from qlora_nb.models import load_model, load_tokenizer, quiet, tiny_model
-from qlora_nb.sampling import bend, check_sampling, decode, keep_min_p, keep_top_k, keep_top_p, penalize, seeded, with_temperature
-from qlora_nb.switching import (active_adapter, adapter_names, add_adapter_from, answering_as, check_fits, combine_adapters,
+from qlora_nb.foundations.adapters import add_adapters, save_adapter
+from qlora_nb.base.core import QLoRAError, model_tensors, set_seed
+from qlora_nb.using.inference import batches, generate, load_adapter, pads_safely, padding_error, sampling, stream
+from qlora_nb.foundations.lora import add_lora
+from qlora_nb.foundations.models import load_model, load_tokenizer, quiet, tiny_model
+from qlora_nb.using.sampling import bend, check_sampling, decode, keep_min_p, keep_top_k, keep_top_p, penalize, seeded, with_temperature
+from qlora_nb.using.several_adapters import (active_adapter, adapter_names, add_adapter_from, answering_as, check_fits, combine_adapters,
                                 drop_adapter, save_one, unload, use_adapter)
 
 SMALL = dict(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
@@ -149,7 +149,7 @@ def test_a_penalty_in_a_batch_is_the_penalty_alone(monkeypatch):
     def alone(): return [decode(m, torch.tensor([r]), None, 12, **how)[0, len(r):].tolist() for r in ROWS]
     def together(): return [o[9:] for o in decode(m, BATCH, MASK, 12, **how).tolist()]
     assert together() == alone()
-    monkeypatch.setattr("qlora_nb.sampling.penalize", lambda s, ids, p, mask=None: penalize(s, ids, p))
+    monkeypatch.setattr("qlora_nb.using.sampling.penalize", lambda s, ids, p, mask=None: penalize(s, ids, p))
     assert together() != alone()   # what a penalty that does not know of padding does
 
 
@@ -204,7 +204,7 @@ def test_every_knob_is_named(tok, k, v):
 def test_the_penalty_is_told_about_padding(tok, monkeypatch):
     masks = []
     def spy(scores, ids, penalty, mask=None): masks.append(mask); return scores
-    monkeypatch.setattr("qlora_nb.inference.penalize", spy)
+    monkeypatch.setattr("qlora_nb.using.inference.penalize", spy)
     generate(talker(tok), tok, PROMPTS, 2, repetition_penalty=1.5)
     sizes = [len(tok(p, add_special_tokens=False).input_ids) for p in PROMPTS]
     assert sorted(masks[0].sum(1).tolist()) == sorted(sizes) and masks[0][:, -1].all() and masks[0].shape[1] == max(sizes)
@@ -313,7 +313,7 @@ def test_our_own_adapters_are_switched_too():
     assert adapter_names(m) == [] and active_adapter(m) is None
     with answering_as(m, None): plain = scores(m)
     add_lora(m, "all-linear", 4), add_lora(m, "all-linear", 2, adapter="other")
-    from qlora_nb.lora import disable_adapter
+    from qlora_nb.foundations.lora import disable_adapter
     from functools import partial
     m.disable_adapter = partial(disable_adapter, m)   # as add_adapters does
     for n, p in m.named_parameters():
@@ -438,7 +438,7 @@ def test_public_calls_keep_their_order():
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     "A run on a base whose template closes with <|im_end|> while its tokenizer's EOS is another token."
-    from qlora_nb.training import finetune
+    from qlora_nb.training.finetune import finetune
     from common import small_tokenizer
     d, tok = tmp_path_factory.mktemp("taught"), small_tokenizer()
     tok.eos_token = "<|endoftext|>"
@@ -449,9 +449,9 @@ def taught(tmp_path_factory):
 
 def test_answers_stop_at_the_token_that_was_taught(taught):
     "In all four ways, from the run and from its folder; and the base's list counts too."
-    from qlora_nb.data import encode_prompt
-    from qlora_nb.evaluation import evaluate
-    from qlora_nb.taught import stop_ids
+    from qlora_nb.training.data import encode_prompt
+    from qlora_nb.evaluation.evaluation import evaluate
+    from qlora_nb.training.end_tokens import stop_ids
     loaded = load_adapter(taught.folder, device="cpu")
     assert loaded.notes["end_tokens"] == ["<|im_end|>"] and loaded.tokenizer.eos_token == "<|endoftext|>"
     for model, tok in ((taught.model, taught.tokenizer), loaded[:2]):
@@ -467,8 +467,8 @@ def test_answers_stop_at_the_token_that_was_taught(taught):
 
 def test_an_end_token_that_is_not_special_is_not_shown(taught):
     "Decoding leaves special tokens out and keeps all others; here an ordinary one ends the answer."
-    from qlora_nb.data import encode_prompt
-    from qlora_nb.taught import note_ends, notes_of
+    from qlora_nb.training.data import encode_prompt
+    from qlora_nb.training.end_tokens import note_ends, notes_of
     model, tok = taught.model, taught.tokenizer
     prompt, first = encode_prompt(dict(prompt="3?"), tok), tok("yes", add_special_tokens=False).input_ids[0]
     note_ends(model, tok, [first])
@@ -478,7 +478,7 @@ def test_an_end_token_that_is_not_special_is_not_shown(taught):
 
 def test_each_adapter_ends_where_it_was_taught(taught, tmp_path):
     "One of several on a base, saved by its name, and a sum of two: the notes go along, and nothing leaks into the other."
-    from qlora_nb.taught import stop_ids
+    from qlora_nb.training.end_tokens import stop_ids
     tok, odd = taught.tokenizer, "<repo_name>"
     def stops(model): return tok.convert_ids_to_tokens(stop_ids(model, tok))
     shutil.copytree(taught.folder/"adapter", tmp_path/"other")
@@ -506,7 +506,7 @@ def test_another_base_of_the_same_shape_is_noticed(taught, tmp_path):
         load_adapter(taught.folder, base=str(other), device="cpu")   # the same weights in another place
     with quiet(): tiny_model("llama", seed=3, vocab_size=len(taught.tokenizer), hidden_size=64, pad_token_id=2).save_pretrained(other)
     with pytest.warns(UserWarning, match="trained on another base"): load_adapter(taught.folder, base=str(other), device="cpu")
-    from qlora_nb.training import finetune
+    from qlora_nb.training.finetune import finetune
     rows = [dict(prompt=f"{i}?", response="yes") for i in range(8)]
     with pytest.raises(QLoRAError, match="model_sha256 was"): finetune(other, rows, tmp_path/"run", steps=40, lr=3e-2, device="cpu", progress=False, resume=True)
     file = tmp_path/"run"/"adapter"/"adapter_config.json"
@@ -527,7 +527,7 @@ def test_an_adapter_that_fits_in_part_is_refused(taught, tmp_path):
 
 
 def test_the_dtype_of_the_training_is_kept_or_said(taught, monkeypatch):
-    from qlora_nb import inference
+    from qlora_nb.using import inference
     notes = dict(dtype="bfloat16")
     for native in (True, False):
         monkeypatch.setattr(inference, "has_native_bf16", lambda device: native)

@@ -5,8 +5,8 @@ import bitsandbytes.functional as BF
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from qlora_nb import kernels
-from qlora_nb.core import QLoRAError
+from qlora_nb.speed import kernels
+from qlora_nb.base.core import QLoRAError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

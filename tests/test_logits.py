@@ -6,14 +6,14 @@ from torch.nn import functional as F
 from transformers import (AutoConfig, AutoModelForCausalLM, CohereConfig, Cohere2Config, Gemma2Config, GraniteConfig, GraniteMoeConfig,
                           LlamaConfig, RecurrentGemmaConfig)
 
-from qlora_nb.adapters import add_adapters
-from qlora_nb.core import set_seed
-from qlora_nb.fast import make_fast
-from qlora_nb.logits import evaluating, own_logits, own_loss, picked_logits, plain_head
-from qlora_nb.models import load_tokenizer, quiet
-from qlora_nb.perplexity import token_losses
-from qlora_nb.qlora import quantize_model
-from qlora_nb.trainer import mean_loss, row_losses, trainer_settings, AdapterTrainer
+from qlora_nb.foundations.adapters import add_adapters
+from qlora_nb.base.core import set_seed
+from qlora_nb.speed.fast_training import make_fast
+from qlora_nb.speed.logits import evaluating, own_logits, own_loss, picked_logits, plain_head
+from qlora_nb.foundations.models import load_tokenizer, quiet
+from qlora_nb.evaluation.perplexity import token_losses
+from qlora_nb.foundations.qlora import quantize_model
+from qlora_nb.training.training_loop import mean_loss, row_losses, trainer_settings, AdapterTrainer
 
 SIZE = dict(vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
             head_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
@@ -128,7 +128,7 @@ def test_the_loss_that_is_trained_is_the_one_that_is_evaluated(kind, fast, tmp_p
 
 
 def test_a_fast_loss_that_is_another_is_said_and_not_used(monkeypatch):
-    from qlora_nb import fast
+    from qlora_nb.speed import fast_training as fast
     model, b = adapted("llama"), batch()
     want = own_loss(model, b)
     wanted = torch.autograd.grad(want, [p for p in model.parameters() if p.requires_grad], allow_unused=True)

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
-from qlora_nb import lora
-from qlora_nb.core import QLoRAError, count_params, set_seed
-from qlora_nb.lora import LoRA, add_lora, disable_adapter, load_adapter, lora_layers, merge, save_adapter, set_adapter, unmerge
-from qlora_nb.models import audit_4bit, load_model, tiny_model
+from qlora_nb.foundations import lora
+from qlora_nb.base.core import QLoRAError, count_params, set_seed
+from qlora_nb.foundations.lora import LoRA, add_lora, disable_adapter, load_adapter, lora_layers, merge, save_adapter, set_adapter, unmerge
+from qlora_nb.foundations.models import audit_4bit, load_model, tiny_model
 
 PREFIX = "base_model.model."
 IDS = torch.arange(3, 27).reshape(2, 12)

@@ -3,8 +3,8 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from qlora_nb.core import QLoRAError
-from qlora_nb.loss import tiled_loss
+from qlora_nb.base.core import QLoRAError
+from qlora_nb.speed.chunked_loss import tiled_loss
 
 
 def case(B, T, V, D, part):

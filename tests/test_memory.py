@@ -3,10 +3,10 @@ import pytest, torch
 from transformers import (AutoModelForCausalLM, BloomConfig, DeepseekV3Config, Gemma2Config, Glm4MoeConfig, GPT2Config, GptOssConfig, JetMoeConfig,
                           Llama4TextConfig, LlamaConfig, MambaConfig, MixtralConfig, PhimoeConfig)
 
-from qlora_nb.adapters import add_adapters
-from qlora_nb.core import QLoRAError, count_params
-from qlora_nb.ledger import blocks_of, layer_groups, some_layers, whole
-from qlora_nb.memory import plan, rehearse, skeleton
+from qlora_nb.foundations.adapters import add_adapters
+from qlora_nb.base.core import QLoRAError, count_params
+from qlora_nb.memory.ledger import blocks_of, layer_groups, some_layers, whole
+from qlora_nb.memory.planner import plan, rehearse, skeleton
 
 SIZE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, pad_token_id=0)
 MOE = SIZE | dict(num_key_value_heads=2, intermediate_size=256)

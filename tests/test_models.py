@@ -8,13 +8,13 @@ import pytest, torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_nb import models
-from qlora_nb.core import QLoRAError, set_seed
-from qlora_nb.models import audit_4bit, disarm, load_model, load_tokenizer, nf4_config, quiet, tiny_model
+from qlora_nb.foundations import models
+from qlora_nb.base.core import QLoRAError, set_seed
+from qlora_nb.foundations.models import audit_4bit, disarm, load_model, load_tokenizer, nf4_config, quiet, tiny_model
 
 from forks import Fork
 
-GET = "import sys; from qlora_nb.models import smollm2_folder; print(smollm2_folder())"
+GET = "import sys; from qlora_nb.foundations.models import smollm2_folder; print(smollm2_folder())"
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_smollm2_answers():
 @pytest.mark.parametrize("gpu, kind, want", [(False, "AVX512-BF16", "AVX512-BF16"), (True, "AVX512-BF16", "AVX2"), (True, "AVX512", "AVX2"),
                                              (True, "arm64", "arm64")])
 def test_bitsandbytes_for_a_gpu_knows_no_avx512(monkeypatch, gpu, kind, want):
-    from qlora_nb import models
+    from qlora_nb.foundations import models
     monkeypatch.setattr(models, "cpu_kind", lambda: kind)
     monkeypatch.setattr(models.bnb.cextension, "lib", SimpleNamespace(compiled_with_cuda=gpu))
     assert models.bnb_kind() == want

@@ -9,12 +9,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, GPTNeoXConfig, Mamba2Config, MistralConfig, OPTConfig,
                           Phi3Config, PhiConfig, Qwen3Config, Qwen3MoeConfig)
 
-from qlora_nb.core import QLoRAError, set_seed
-from qlora_nb.data import load_rows
-from qlora_nb.models import load_model, tiny_model
-from qlora_nb.packing import (check_packing, collate_packed, document_ids, pack, pack_lengths, pack_stats,
+from qlora_nb.base.core import QLoRAError, set_seed
+from qlora_nb.training.data import load_rows
+from qlora_nb.foundations.models import load_model, tiny_model
+from qlora_nb.training.packing import (check_packing, collate_packed, document_ids, pack, pack_lengths, pack_stats,
                               separate_documents)
-from qlora_nb.training import finetune
+from qlora_nb.training.finetune import finetune
 
 from common import small_tokenizer
 

@@ -7,14 +7,14 @@ from transformers import (AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaC
                           Qwen3Config)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qlora_nb import prefix
-from qlora_nb.adapters import tiny_qlora
-from qlora_nb.core import set_seed
-from qlora_nb.dequantized import dequantized, drop_dequantized, four_bit_layers, keep_dequantized
-from qlora_nb.fast import make_fast, make_plain
-from qlora_nb.models import tiny_model
-from qlora_nb.prefix import fold, fold_prefixes, hidden_states, shared_prefix, unfold_prefixes, worth_folding
-from qlora_nb.trainer import row_losses
+from qlora_nb.speed import shared_prefix as prefix
+from qlora_nb.foundations.adapters import tiny_qlora
+from qlora_nb.base.core import set_seed
+from qlora_nb.speed.dequantized import dequantized, drop_dequantized, four_bit_layers, keep_dequantized
+from qlora_nb.speed.fast_training import make_fast, make_plain
+from qlora_nb.foundations.models import tiny_model
+from qlora_nb.speed.shared_prefix import fold, fold_prefixes, hidden_states, shared_prefix, unfold_prefixes, worth_folding
+from qlora_nb.training.training_loop import row_losses
 
 SIZE = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -7,11 +7,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from qlora_nb.core import QLoRAError, count_params, model_bytes, set_seed
-from qlora_nb.lora import add_lora
-from qlora_nb.models import load_model, quiet, tiny_model
-from qlora_nb.qlora import NF4Function, NF4Linear, load_scratch, quantize_model, write_out
-from qlora_nb.quantization import QuantizedTensor, quantize
+from qlora_nb.base.core import QLoRAError, count_params, model_bytes, set_seed
+from qlora_nb.foundations.lora import add_lora
+from qlora_nb.foundations.models import load_model, quiet, tiny_model
+from qlora_nb.foundations.qlora import NF4Function, NF4Linear, load_scratch, quantize_model, write_out
+from qlora_nb.foundations.quantization import QuantizedTensor, quantize
 
 import forks
 
@@ -167,7 +167,7 @@ def test_the_command_trains_with_our_layers(tmp_path):
     "`--backend scratch` writes the same kind of adapter, and a run cannot be resumed with the other backend."
     rows = [dict(prompt=f"Say {i}.", response=f"{i}!") for i in range(20)]
     (tmp_path/"rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    code = "import sys; from qlora_nb.cli import finetune_main; finetune_main(sys.argv[1:])"
+    code = "import sys; from qlora_nb.apps.cli import finetune_main; finetune_main(sys.argv[1:])"
     how = ["--data", str(tmp_path/"rows.jsonl"), "--output", str(tmp_path/"run"), "--steps", "2", "--eval-rows", "2"]
     def run(*o): return forks.run(code, *how, *o)
     p = run("--backend", "scratch")

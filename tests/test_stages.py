@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qlora_nb.adapters import BACKENDS, add_adapters, save_adapter
-from qlora_nb.cli import finetune_main
-from qlora_nb.core import QLoRAError
-from qlora_nb.data import load_rows
-from qlora_nb.inference import load_adapter
-from qlora_nb.models import load_model, quiet, tiny_model
-from qlora_nb.training import finetune
+from qlora_nb.foundations.adapters import BACKENDS, add_adapters, save_adapter
+from qlora_nb.apps.cli import finetune_main
+from qlora_nb.base.core import QLoRAError
+from qlora_nb.training.data import load_rows
+from qlora_nb.using.inference import load_adapter
+from qlora_nb.foundations.models import load_model, quiet, tiny_model
+from qlora_nb.training.finetune import finetune
 
 from common import small_tokenizer
 
@@ -162,8 +162,8 @@ def test_a_revision_is_loaded(hub):
 
 def test_a_revision_through_a_run_and_what_follows(hub, rows, tmp_path, monkeypatch):
     "Trained, noted, loaded again, chatted with, merged, trained further and resumed: on the same weights throughout."
-    from qlora_nb.cli import load_chat
-    from qlora_nb.export import merge_and_save
+    from qlora_nb.apps.cli import load_chat
+    from qlora_nb.using.merge import merge_and_save
     run = finetune(HUB, rows, tmp_path/"run", model_revision="v1", **QUIET)
     tag, main = load_model(HUB, device="cpu", revision="v1"), load_model(HUB, device="cpu")
     assert torch.equal(weight(run.model), weight(tag)) and run.info["settings"]["model_revision"] == "v1"

@@ -42,7 +42,7 @@ def test_every_page_that_imports_a_module_is_found():
     loaded = subprocess.run([sys.executable, "-c", code, "perplexity", "intervals"], capture_output=True, text=True, check=True)
     found = touched(["qlora_nb/core.py"], texts)
     for o in loaded.stdout.split(): assert f"qlora_nb/{o.partition('.')[2]}.py" in found
-    assert "nbs/07_perplexity.ipynb" in touched(["qlora_nb/models.py"], texts)
+    assert "nbs/5_evaluation/55_perplexity.ipynb" in touched(["qlora_nb/models.py"], texts)
     assert "tests/test_cli.py" in touched(["qlora_nb/training.py"], texts)
 
 
@@ -54,31 +54,31 @@ def test_files_that_differ_from_a_commit():
 
 # ---- how long it takes ----
 
-ROWS = dict(pages={"00_core": [8, 9], "09_export": [80, 90]}, files={"tests/test_a.py": [5, 6]}, tests={"tests/test_a.py::long": [4, 5]})
+ROWS = dict(pages={"core": [8, 9], "45_merge": [80, 90]}, files={"tests/test_a.py": [5, 6]}, tests={"tests/test_a.py::long": [4, 5]})
 
 
 def test_longest_first():
-    names = ["tests/test_a.py::short", "tests/test_a.py::long", PAGE.format("00_core"), PAGE.format("99_new"), PAGE.format("09_export")]
+    names = ["tests/test_a.py::short", "tests/test_a.py::long", PAGE.format("core"), PAGE.format("99_new"), PAGE.format("45_merge")]
     order = sorted(names, key=lambda o: durations.position(o, ROWS))
-    assert order == [PAGE.format("99_new"), PAGE.format("09_export"), PAGE.format("00_core"), names[1], names[0]]
+    assert order == [PAGE.format("99_new"), PAGE.format("45_merge"), PAGE.format("core"), names[1], names[0]]
 
 
 def test_pages_over_their_budget():
-    took = {PAGE.format("00_core"): (12.5, 50), PAGE.format("09_export"): (121, 90), PAGE.format("99_new"): (500, 500),
+    took = {PAGE.format("core"): (12.5, 50), PAGE.format("45_merge"): (121, 90), PAGE.format("99_new"): (500, 500),
             "tests/test_a.py::long": (500, 500)}
-    assert list(durations.over_budget(took, ROWS)) == ["09_export took 121 CPU seconds; its budget is 80"]
-    assert list(durations.over_budget({PAGE.format("00_core"): (13.5, 9)}, ROWS)) == ["00_core took 14 CPU seconds; its budget is 8"]
+    assert list(durations.over_budget(took, ROWS)) == ["45_merge took 121 CPU seconds; its budget is 80"]
+    assert list(durations.over_budget({PAGE.format("core"): (13.5, 9)}, ROWS)) == ["core took 14 CPU seconds; its budget is 8"]
 
 
 def test_the_table_is_written_and_read(tmp_path):
     path = tmp_path/"durations.json"
-    whole = {PAGE.format("00_core"): (8.04, 9), "tests/test_a.py::long[1-2]": (4, 5), "tests/test_a.py::short": (1, .5)}
+    whole = {PAGE.format("core"): (8.04, 9), "tests/test_a.py::long[1-2]": (4, 5), "tests/test_a.py::short": (1, .5)}
     durations.save(whole, True, path)
     rows = durations.load(path)[durations.kind()]
-    assert rows == {"pages": {"00_core": [8, 9]}, "files": {"tests/test_a.py": [5, 5.5]}, "tests": {"tests/test_a.py::long[1-2]": [4, 5]}}
-    durations.save({PAGE.format("01_models"): (3, 3), "tests/test_a.py::long[1-2]": (6, 6)}, False, path)
+    assert rows == {"pages": {"core": [8, 9]}, "files": {"tests/test_a.py": [5, 5.5]}, "tests": {"tests/test_a.py::long[1-2]": [4, 5]}}
+    durations.save({PAGE.format("08_models"): (3, 3), "tests/test_a.py::long[1-2]": (6, 6)}, False, path)
     rows = durations.load(path)[durations.kind()]
-    assert rows["pages"] == {"00_core": [8, 9], "01_models": [3, 3]} and rows["files"] == {"tests/test_a.py": [5, 5.5]}
+    assert rows["pages"] == {"core": [8, 9], "08_models": [3, 3]} and rows["files"] == {"tests/test_a.py": [5, 5.5]}
     assert rows["tests"] == {"tests/test_a.py::long[1-2]": [6, 6]}
     assert durations.rows_for({"another": 1}, "this") == 1 and durations.rows_for({}) == {}
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch, transformers
 
-from qlora_nb.core import QLoRAError, cpu_kind
-from qlora_nb.data import load_rows
-from qlora_nb.evaluation import finetune_and_evaluate, hold_out_numbers
-from qlora_nb.models import load_model, load_tokenizer, quiet, tiny_model
-from qlora_nb.runs import is_sealed, last_checkpoint
-from qlora_nb.schedule import overlap, repetitions
-from qlora_nb.training import finetune, make_trainer, number_rows
+from qlora_nb.base.core import QLoRAError, cpu_kind
+from qlora_nb.training.data import load_rows
+from qlora_nb.evaluation.evaluation import finetune_and_evaluate, hold_out_numbers
+from qlora_nb.foundations.models import load_model, load_tokenizer, quiet, tiny_model
+from qlora_nb.base.runs import is_sealed, last_checkpoint
+from qlora_nb.training.schedule import overlap, repetitions
+from qlora_nb.training.finetune import finetune, make_trainer, number_rows
 
 from common import small_tokenizer
 
@@ -54,8 +54,8 @@ def outcome(folder):
 # A process that has imported everything, and forks a child for each attempt: imports would take longer than the runs.
 FORKS = """
 import json, os, random, signal, sys, time, torch
-import qlora_nb.training as training
-from qlora_nb.data import load_rows
+import qlora_nb.training.finetune as training
+from qlora_nb.training.data import load_rows
 base, folder, backend, kills, seed, how, rows = json.loads(sys.argv[1])
 rng, rows = random.Random(seed), load_rows("tickets")[:rows]
 real_seal, real_save = training.seal, torch.save
@@ -79,7 +79,7 @@ def state(): return sorted(o.name for o in __import__("pathlib").Path(folder).gl
 """
 
 KILLED = FORKS + """
-from qlora_nb.runs import is_sealed
+from qlora_nb.base.runs import is_sealed
 from pathlib import Path
 report, length, k = [], 1.5, 0
 while k < kills:
@@ -151,7 +151,7 @@ def test_resume_after_the_last_checkpoint_was_damaged(base, rows, whole, tmp_pat
 
 def disturbed(base, rows, out, step, do, **more):
     "The exception of a run in which `do(trainer, inputs)` is called in the given step."
-    from qlora_nb.trainer import AdapterTrainer
+    from qlora_nb.training.training_loop import AdapterTrainer
     real = AdapterTrainer.training_step
     def training_step(self, model, inputs, n=None):
         if self.state.global_step + 1 == step: do(self, inputs)
@@ -235,7 +235,7 @@ def test_nan_stops_before_the_optimizer(do, said, backend, base, rows, tmp_path)
     now = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     changed = [n for n in before if not torch.equal(before[n], now[n])]
     assert changed == [] or do is nan_adapter and len(changed) == 1
-    from qlora_nb.training import set_aside
+    from qlora_nb.training.finetune import set_aside
     numbers = set_aside(rows, wanted=True)[0]
     named = [str(numbers[i]) for _, drawn, _ in seen for i in drawn]
     assert all(f" {n} (" in str(e) for n in named[:2]), (named, str(e))
@@ -245,7 +245,7 @@ def test_rows_keep_their_numbers(rows):
     "Also where rows that are too long were left out in between."
     tok = load_tokenizer()
     with pytest.warns(UserWarning, match="left out"): examples = number_rows(rows, range(1, len(rows) + 1), tok, "auto", 95)
-    from qlora_nb.data import encode
+    from qlora_nb.training.data import encode
     assert 0 < len(examples) < len(rows) and all(e["input_ids"] == encode(rows[e["row"] - 1], tok)["input_ids"] for e in examples)
 
 
@@ -253,9 +253,9 @@ def test_rows_keep_their_numbers(rows):
 
 @pytest.mark.parametrize("kind, backend", [("falcon", "bnb"), ("falcon", "scratch"), ("llama", "bnb")])
 def test_accumulation_over_unequal_lengths(kind, backend, rows, tmp_path):
-    from qlora_nb.adapters import BACKENDS, add_adapters
-    from qlora_nb.core import set_seed
-    from qlora_nb.data import encode_rows
+    from qlora_nb.foundations.adapters import BACKENDS, add_adapters
+    from qlora_nb.base.core import set_seed
+    from qlora_nb.training.data import encode_rows
     tok = small_tokenizer()
     with quiet(): tiny_model(kind, vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(tmp_path/"base")
     examples = encode_rows(rows, tok)
@@ -280,7 +280,7 @@ def refuse(*a, **k): raise AssertionError("a model was loaded")
     (dict(patience=0), "patience is 0"), (dict(eval_steps=-1), "eval-steps is -1"), (dict(data=[dict(prompt="a", response="b")]*5), "too few"),
     (dict(eval_data="nowhere.jsonl"), "no such file")], ids=lambda o: next(iter(o)) if isinstance(o, dict) else "")
 def test_wrong_settings_fail_before_a_model_is_loaded(more, said, base, rows, tmp_path, monkeypatch):
-    import qlora_nb.training as training
+    import qlora_nb.training.finetune as training
     monkeypatch.setitem(training.BACKENDS, "bnb", refuse)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
     with pytest.raises(QLoRAError, match="") as e: finetune(**dict(HOW, model=base, data=rows, output=tmp_path/"run") | more)
@@ -339,7 +339,7 @@ def test_a_run_that_is_over_is_resumed_with_the_bar_on(base, rows, whole, tmp_pa
 
 
 def test_a_bar_that_never_began_can_be_closed():
-    from qlora_nb.watch import LivePlot, ProgressBar
+    from qlora_nb.base.progress import LivePlot, ProgressBar
     for o in (ProgressBar(), LivePlot()): o.close(), o.close()
 
 
@@ -358,7 +358,7 @@ def test_resume_of_nothing_says_so(base, rows, tmp_path):
 
 @pytest.mark.parametrize("where", ["file", "below"])
 def test_an_output_that_cannot_be_a_folder(where, base, rows, tmp_path, monkeypatch):
-    import qlora_nb.training as training
+    import qlora_nb.training.finetune as training
     monkeypatch.setitem(training.BACKENDS, "bnb", refuse)
     (tmp_path/"file").write_text("mine", encoding="utf-8")
     out = tmp_path/"file" if where == "file" else tmp_path/"file"/"below"
@@ -367,7 +367,7 @@ def test_an_output_that_cannot_be_a_folder(where, base, rows, tmp_path, monkeypa
 
 
 def test_hidden_folders_are_not_in_the_way(tmp_path):
-    from qlora_nb.runs import open_run
+    from qlora_nb.base.runs import open_run
     (tmp_path/"run"/".ipynb_checkpoints").mkdir(parents=True)
     open_run(tmp_path/"run", dict(lr=1), False)
     assert (tmp_path/"run"/"settings.json").exists()
@@ -382,7 +382,7 @@ QUIET = dict(batch_size=4, lr=1e-2, device="cpu", progress=False)
 def test_epochs_are_passes_to_the_row(n, batch, accumulation, epochs, base, rows, tmp_path, monkeypatch):
     "Counted where the trainer draws its batches."
     from collections import Counter
-    from qlora_nb.trainer import AdapterTrainer
+    from qlora_nb.training.training_loop import AdapterTrainer
     real, drawn = AdapterTrainer.training_step, Counter()
     def step(self, model, inputs, k=None):
         drawn.update(inputs["rows"])
@@ -401,7 +401,7 @@ def test_a_length_is_given_once_and_defaults_suit_a_large_model(base, rows, tmp_
 
 def test_numbers_are_those_of_the_file(base, rows, tmp_path):
     "Whatever rows are set aside, and through the name of the file."
-    from qlora_nb.data import encode
+    from qlora_nb.training.data import encode
     tok = load_tokenizer(base)
     long = dict(rows[0], prompt=rows[0]["prompt"]*20)
     file = tmp_path/"mine.jsonl"
@@ -436,7 +436,7 @@ def test_a_second_run_on_one_model(base, rows, tmp_path):
 
 
 def test_a_second_stage_from_a_file_trains_what_it_loads(base, rows, tmp_path):
-    from qlora_nb.inference import load_adapter
+    from qlora_nb.using.inference import load_adapter
     finetune(base, rows[:4], tmp_path/"a", steps=1, **QUIET)
     got = load_adapter(tmp_path/"a", device="cpu")
     was = {n: p.detach().clone() for n, p in got.model.named_parameters() if "lora_" in n}
@@ -463,7 +463,7 @@ def test_under_torchrun(base, rows, tmp_path, monkeypatch):
 
 def test_the_rehearsal_changes_no_bit(base, rows, tmp_path, monkeypatch):
     "With dropout, on either backend: the run with it is the run without it."
-    import qlora_nb.training as training
+    import qlora_nb.training.finetune as training
     how = dict(HOW, steps=3, eval_steps=None, patience=None)
     for backend in ("bnb", "scratch"):
         with_it = finetune(base, rows, tmp_path/f"{backend}-a", backend=backend, **how).info["losses"]
@@ -473,7 +473,7 @@ def test_the_rehearsal_changes_no_bit(base, rows, tmp_path, monkeypatch):
 
 
 def test_the_rehearsal_stops_before_the_first_step(base, rows, tmp_path, monkeypatch):
-    from qlora_nb.trainer import AdapterTrainer
+    from qlora_nb.training.training_loop import AdapterTrainer
     steps, real = [], AdapterTrainer.compute_loss
     monkeypatch.setattr(AdapterTrainer, "training_step", lambda *a: steps.append(1))
     monkeypatch.setattr(AdapterTrainer, "compute_loss", lambda self, *a, **k: real(self, *a, **k) + 1)
@@ -492,7 +492,7 @@ def test_tokens_that_the_model_does_not_have(base, rows, tmp_path):
 
 def test_the_evaluation_never_undoes_a_run(base, rows, tmp_path, monkeypatch):
     "Rows that are cut, rows of which none fits, a long answer that training would leave out, and an error."
-    from qlora_nb import evaluation
+    from qlora_nb.evaluation import evaluation
     how = dict(model=base, steps=1, max_length=256, **QUIET)
     long = [dict(r, prompt=r["prompt"]*12) for r in rows[:12]]
     assert evaluation.finetune_and_evaluate(long, long="cut", output=tmp_path/"cut", **how).after.n == 1
@@ -511,7 +511,7 @@ def test_the_evaluation_never_undoes_a_run(base, rows, tmp_path, monkeypatch):
 
 def test_validation_and_test_are_two_things(base, rows, tmp_path):
     "eval_data means the same in both calls; what is trained on and judged by is reported; repeated rows stay."
-    from qlora_nb.evaluation import finetune_and_evaluate
+    from qlora_nb.evaluation.evaluation import finetune_and_evaluate
     how = dict(model=base, steps=1, **QUIET)
     with pytest.warns(UserWarning, match="2 of 4 evaluation rows are training rows too"):
         report = finetune_and_evaluate(rows[:12] + rows[:3], rows[10:14], output=tmp_path/"a", eval_steps=1, test_data=rows[14:17], **how)
@@ -524,7 +524,7 @@ def test_validation_and_test_are_two_things(base, rows, tmp_path):
 
 def test_a_damaged_file_is_not_called_a_full_disk(tmp_path):
     "torch's words for both begin alike."
-    from qlora_nb.failures import is_disk_error
+    from qlora_nb.base.failures import is_disk_error
     torch.save(dict(a=torch.ones(100)), tmp_path/"a.pt")
     (tmp_path/"a.pt").write_bytes((tmp_path/"a.pt").read_bytes()[:-200])
     with pytest.raises(RuntimeError) as e: torch.load(tmp_path/"a.pt")
@@ -533,7 +533,7 @@ def test_a_damaged_file_is_not_called_a_full_disk(tmp_path):
 
 
 def test_ctrl_c_while_the_model_is_loaded(base, rows, tmp_path, monkeypatch):
-    import qlora_nb.training as training
+    import qlora_nb.training.finetune as training
     def stop(*a, **k): raise KeyboardInterrupt
     monkeypatch.setattr(training, "load_base", stop)
     with pytest.raises(KeyboardInterrupt, match="No checkpoint was complete"): finetune(base, rows, tmp_path/"run", steps=1, **QUIET)

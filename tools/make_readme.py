@@ -25,7 +25,7 @@ def hidden(cell):
 
 
 def rebase(match, raw):
-    "A link from nbs/ as seen from the top: `00_core.ipynb` → `nbs/00_core.ipynb`, `../LICENSE` → `LICENSE`."
+    "A link from nbs/ as seen from the top: `core.ipynb` → `nbs/base/core.ipynb`, `../LICENSE` → `LICENSE`."
     before, target = match.groups()
     target = target[3:] if target.startswith("../") else f"nbs/{target}"
     image = re.search(r"\.(png|svg|jpe?g|gif|webp)$", target)

@@ -1,4 +1,4 @@
-"""Copy the outputs of flagged cells from nbs/ to qlora_nb/outputs.json, where a kernel finds them (nbs/00_cells.ipynb).
+"""Copy the outputs of flagged cells from nbs/ to qlora_nb/outputs.json, where a kernel finds them (nbs/base/cells.ipynb).
 
     python tools/store_outputs.py          # write it, after a flagged cell or its output has changed
     python tools/store_outputs.py --check  # say whether it is up to date; exit 1 when it is not
@@ -10,7 +10,7 @@ import nbformat
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from qlora_nb.cells import NEEDS, cell_key, directives
+from qlora_nb.base.cells import NEEDS, cell_key, directives
 
 STORE = ROOT/"qlora_nb"/"outputs.json"
 WIDGET = "application/vnd.jupyter.widget-view+json"  # shows nothing without its kernel

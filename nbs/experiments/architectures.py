@@ -16,10 +16,10 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from qlora_nb.adapters import BACKENDS, adapted_layers, adapter_coverage, add_adapters, attach_adapter, save_adapter
-from qlora_nb.core import QLoRAError, Table, set_seed, versions
-from qlora_nb.models import audit_4bit, quiet
-from qlora_nb.stacks import unpack_stacks
+from qlora_nb.foundations.adapters import BACKENDS, adapted_layers, adapter_coverage, add_adapters, attach_adapter, save_adapter
+from qlora_nb.base.core import QLoRAError, Table, set_seed, versions
+from qlora_nb.foundations.models import audit_4bit, quiet
+from qlora_nb.foundations.expert_weights import unpack_stacks
 
 BASE = dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, bos_token_id=1,
             eos_token_id=2)

@@ -7,7 +7,7 @@ steps, the batches and their order depend on the seed alone. `full` trains all w
 adapters on the 16-bit base, `qlora` adapters on bitsandbytes' NF4 with double quantization; `rounded` trains adapters
 on a 16-bit base whose weights were rounded to a format first, which is what a frozen quantized base computes with.
 Rows are written as they come in. Times and memory are measured apart, one after the other.
-`nbs/10_datatypes.ipynb` and `nbs/10_methods.ipynb` show the results.
+`nbs/5_evaluation/56_data_types.ipynb` and `nbs/5_evaluation/57_methods.ipynb` show the results.
 """
 import argparse, json, os, statistics, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -39,8 +39,8 @@ def tasks(groups="methods targets formats ranks"):
 
 def load(task):
     import torch
-    from qlora_nb.datatypes import round_weights
-    from qlora_nb.models import load_model, load_tokenizer
+    from qlora_nb.evaluation.data_types import round_weights
+    from qlora_nb.foundations.models import load_model, load_tokenizer
     dtype = torch.bfloat16 if torch.cuda.is_available() else None   # None: the faster one here
     model = load_model(bits=4 if task["method"] == "qlora" else None, dtype=dtype)
     if task["method"] == "rounded": round_weights(model, task["format"], task["block"], task["double"])
@@ -48,10 +48,10 @@ def load(task):
 
 
 def trainer_for(model, tokenizer, rows, task, steps, folder):
-    from qlora_nb.adapters import add_adapters
-    from qlora_nb.core import set_seed
-    from qlora_nb.data import encode_rows
-    from qlora_nb.training import make_trainer
+    from qlora_nb.foundations.adapters import add_adapters
+    from qlora_nb.base.core import set_seed
+    from qlora_nb.training.data import encode_rows
+    from qlora_nb.training.finetune import make_trainer
     set_seed(task["seed"])
     if task["method"] == "full": model.requires_grad_(True)
     else: model = add_adapters(model, task["rank"], 2*task["rank"], 0., task["targets"])
@@ -63,9 +63,9 @@ def learn(task, steps, n_eval, workers):
     "One fine-tune: what it scored, what it cost in the prose that it never saw."
     import torch
     torch.set_num_threads(max(1, os.cpu_count()//workers))
-    from qlora_nb.data import load_rows
-    from qlora_nb.evaluation import evaluate, answer_loss
-    from qlora_nb.perplexity import perplexity, prose
+    from qlora_nb.training.data import load_rows
+    from qlora_nb.evaluation.evaluation import evaluate, answer_loss
+    from qlora_nb.evaluation.perplexity import perplexity, prose
     held = load_rows("tickets", "test")[:n_eval]
     model, tok = load(task)
     before = dict(prose_before=perplexity(model, tok, prose()), answer_loss_before=answer_loss(model, tok, held))
@@ -88,8 +88,8 @@ def learn(task, steps, n_eval, workers):
 def cost(wanted, steps=30):
     "Time of a step and peak memory, one after the other, with nothing else on the machine."
     import torch
-    from qlora_nb.core import free_memory
-    from qlora_nb.data import load_rows
+    from qlora_nb.base.core import free_memory
+    from qlora_nb.training.data import load_rows
     out = []
     for task in wanted:
         free_memory()
@@ -115,9 +115,9 @@ def cost(wanted, steps=30):
 def formats(n_tokens=8192, blocks=(32, 64, 128, 256, 1024)):
     "Perplexity on prose for each format and block size, without training."
     import torch
-    from qlora_nb.datatypes import bits_per_weight, round_weights
-    from qlora_nb.models import load_model, load_tokenizer
-    from qlora_nb.perplexity import perplexity, prose
+    from qlora_nb.evaluation.data_types import bits_per_weight, round_weights
+    from qlora_nb.foundations.models import load_model, load_tokenizer
+    from qlora_nb.evaluation.perplexity import perplexity, prose
     tok, out = load_tokenizer(), []
     def measure(dtype="float32", **how):
         model = load_model(bits=None, dtype=getattr(torch, dtype))
@@ -138,7 +138,7 @@ def formats(n_tokens=8192, blocks=(32, 64, 128, 256, 1024)):
 
 def main():
     import multiprocessing, torch
-    from qlora_nb.core import versions
+    from qlora_nb.base.core import versions
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out", type=Path)
     ap.add_argument("--parts", default="formats cost learn", help="which of them to measure; others in `out` are kept")

@@ -29,7 +29,8 @@ def timed(module, name, found):
 def run(seed, options):
     "One run in this process: (what each phase took, what run.json holds)."
     start, took = time.perf_counter(), {}
-    from qlora_nb import evaluation, training
+    from qlora_nb.evaluation import evaluation
+    from qlora_nb.training import finetune as training
     took["imports"] = round(time.perf_counter() - start, 1)
     for module, name in PHASES: timed({"training": training, "evaluation": evaluation}[module], name, took)
     with tempfile.TemporaryDirectory() as folder:

@@ -5,8 +5,8 @@
 
 Random weights of the shapes below, stored by bitsandbytes in NF4 with double quantization, adapters of PEFT in
 float32, autocast to bfloat16. The first command writes down what `torch.cuda` says, and the smallest limit on the
-process's memory, as a multiple of that peak, under which the step still runs. The second adds what `qlora_nb.memory`
-says about the same settings. `nbs/05_memory.ipynb` compares.
+process's memory, as a multiple of that peak, under which the step still runs. The second adds what `qlora_nb.memory.planner`
+says about the same settings. `nbs/3_memory/37_planner.ipynb` compares.
 """
 import gc, importlib.metadata, json, sys
 
@@ -161,7 +161,7 @@ def measure_all(out):
 
 def predict_all(measured, out):
     "Put a plan beside each row."
-    from qlora_nb.memory import plan
+    from qlora_nb.memory.planner import plan
     res = json.load(open(measured, encoding="utf-8"))
     for r in res["rows"]:
         p = plan(SHAPES[r["shape"]], r["batch"], r["seq"], r["method"], r["rank"], r["targets"], r["checkpointing"],

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from qlora_nb import tickets
-from qlora_nb.core import versions
-from qlora_nb.data import collate, encode_rows
-from qlora_nb.models import load_model, load_tokenizer
-from qlora_nb.training import finetune
+from qlora_nb.training import tickets
+from qlora_nb.base.core import versions
+from qlora_nb.training.data import collate, encode_rows
+from qlora_nb.foundations.models import load_model, load_tokenizer
+from qlora_nb.training.finetune import finetune
 
 ASIDE = dict(products=12, order=1, shapes=2, issues=2, cues=2)   # words of each list that only the tickets of the test hold
 

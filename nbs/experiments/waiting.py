@@ -16,10 +16,10 @@ LOAD = "import torch\nA = torch.randn(1500, 1500)\nwhile True: A @ A"
 def train(n):
     "`n` steps of the main job, each begun when a line comes in; prints what each took, in seconds."
     import tempfile
-    from qlora_nb.adapters import add_adapters
-    from qlora_nb.data import encode_rows, load_rows
-    from qlora_nb.models import load_model, load_tokenizer
-    from qlora_nb.training import make_trainer
+    from qlora_nb.foundations.adapters import add_adapters
+    from qlora_nb.training.data import encode_rows, load_rows
+    from qlora_nb.foundations.models import load_model, load_tokenizer
+    from qlora_nb.training.finetune import make_trainer
     from transformers import TrainerCallback
     class OnCall(TrainerCallback):
         def on_step_begin(self, *args, **kw):
@@ -60,7 +60,7 @@ def main():
             for o, w in ways.items(): found.setdefault((o, load), []).append(step(w))
         for o in others: o.kill()
     for w in ways.values(): w.kill()
-    from qlora_nb.core import cpu_kind, versions
+    from qlora_nb.base.core import cpu_kind, versions
     rows = [dict(cpu=cpu_kind(), spins=o, other_work=load, steps=len(t), seconds=statistics.median(t), low=min(t), high=max(t),
                  ratio=statistics.median(x/y for x, y in zip(t, found[a.spins[-1], load]))) for (o, load), t in found.items()]
     if a.out: a.out.write_text(json.dumps(dict(rows=rows, versions=versions()), indent=1) + "\n", encoding="utf-8")
