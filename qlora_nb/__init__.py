@@ -1,1 +1,22 @@
+"""QLoRA explained and built, in notebooks that are also the library: `from qlora_nb import finetune, load_model, generate`.
+
+`import qlora_nb` alone loads nothing and changes nothing in the process: a name loads its module when it is first asked for."""
 __version__ = "0.1.0"
+
+# What a user calls, and the module that defines it.
+FRONT = dict(finetune="training.finetune", finetune_and_evaluate="evaluation.evaluation", evaluate="evaluation.evaluation",
+             load_model="foundations.models", load_tokenizer="foundations.models", audit_4bit="foundations.models",
+             add_adapters="foundations.adapters", quantize="foundations.quantization", load_adapter="using.inference",
+             encode_prompt="training.data", generate="using.inference", stream="using.inference", chat="apps.chat", merge_and_save="using.merge",
+             plan="memory.planner", make_fast="speed.fast_training", load_rows="training.data", QLoRAError="base.core")
+__all__ = [*FRONT]
+
+
+def __getattr__(name):
+    if name not in FRONT: raise AttributeError(f"module 'qlora_nb' has no attribute {name!r}; it has {', '.join(FRONT)}.")
+    from importlib import import_module
+    globals()[name] = value = getattr(import_module(f"qlora_nb.{FRONT[name]}"), name)
+    return value
+
+
+def __dir__(): return sorted([*globals(), *FRONT])

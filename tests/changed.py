@@ -32,18 +32,19 @@ def code(path):
 
 def sources(root=ROOT):
     "{path in the project: code} of modules, tools, tests and pages."
-    files = [o for p in ("qlora_nb/*.py", "tools/*.py", "tests/*.py", "nbs/*.ipynb") for o in sorted(root.glob(p))]
+    files = [o for p in ("qlora_nb/**/*.py", "tools/*.py", "tests/*.py", "nbs/**/*.ipynb") for o in sorted(root.glob(p))]
     return {o.relative_to(root).as_posix(): code(o) for o in files}
 
 
-def imported(path, text):
-    "Files of the project that `text` imports, also in a function, or in a string that a test runs."
-    ours = set(re.findall(r"\bqlora_nb\.(\w+)", text))
-    for names in re.findall(r"^\s*from qlora_nb import ([^#\n]+)", text, re.M):
-        ours.update(re.findall(r"(\w+)(?: as \w+)?", names))
+def imported(path, text, front={}):
+    "Files of the project that `text` imports, also in a function, in a string that a test runs, or by the front door, {name: module}."
+    ours = set(re.findall(r"\bqlora_nb\.(\w+\.\w+)", text))
+    for part, names in re.findall(r"^\s*from qlora_nb((?:\.\w+)?) import ([^#\n]+)", text, re.M):
+        ours.update(f"{part[1:]}.{o}" if part else front.get(o, o) for o in re.findall(r"(\w+)(?: as \w+)?", names))
     if path.startswith("qlora_nb/"):
-        ours.update(re.findall(r"^\s*from \.(\w+) import", text, re.M))
-    yield from (f"qlora_nb/{o}.py" for o in ours)
+        for dots, o in re.findall(r"^\s*from (\.\.?)([\w.]+) import", text, re.M):
+            ours.add(o if dots == ".." else f"{path.split('/')[1]}.{o}")
+    yield from (f"qlora_nb/{o.replace('.', '/')}.py" for o in ours)
     if "qlora_nb" in text: yield "qlora_nb/__init__.py"
     if not path.startswith("tests/"): return
     for o in re.findall(r"^\s*(?:from|import) (\w+)", text, re.M): yield from (f"tests/{o}.py", f"tools/{o}.py")
@@ -61,6 +62,7 @@ def touched(changed, texts):
     found = {o for o in changed if o in texts}
     found |= {p for p, t in texts.items() for o in changed if o not in texts and names(t, o)}
     if changed: found |= {HOUSE} & set(texts)
-    needs = {p: set(imported(p, t)) - {p} | ({RUNNER} if p.endswith(".ipynb") else set()) for p, t in texts.items()}
+    front = dict(re.findall(r'(\w+)="(\w+\.\w+)"', texts.get("qlora_nb/__init__.py", "")))
+    needs = {p: set(imported(p, t, front)) - {p} | ({RUNNER} if p.endswith(".ipynb") else set()) for p, t in texts.items()}
     while more := {p for p, n in needs.items() if p not in found and n & found}: found |= more
     return found

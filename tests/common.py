@@ -8,9 +8,12 @@ from qlora_nb.base.cells import directives
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT/"qlora_nb"
-NOTEBOOKS = sorted((ROOT/"nbs").glob("*.ipynb"))
-PAGES = [o for o in NOTEBOOKS if o.name[0].isdigit()]
-MODULES = sorted(o for o in PACKAGE.glob("*.py") if not o.name.startswith("_"))
+NBS = ROOT/"nbs"
+PAGES = sorted(NBS.glob("*/*.ipynb"))           # in the order of the course: 1_foundations … 7_speed, apps, base
+NOTEBOOKS = [*PAGES, NBS/"index.ipynb"]
+LESSONS = [o for o in PAGES if o.name[0].isdigit()]
+MODULES = sorted(o for o in PACKAGE.rglob("*.py") if not o.name.startswith("_"))
+def module_name(path): return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)  # `training.data`
 _ini = ConfigParser(delimiters=["="])
 _ini.read(ROOT/"settings.ini", encoding="utf-8")
 SETTINGS = _ini["DEFAULT"]

@@ -82,7 +82,7 @@ def spoken_of(path, words):
 def page_words(expression):
     "The words of a `-k` expression when each is a part of a page's name and none is denied; else nothing."
     words = re.findall(r"[\w.]+", expression.lower())
-    pages = [o.name for o in (changed.ROOT/"nbs").glob("*.ipynb")]
+    pages = [o.name for o in (changed.ROOT/"nbs").rglob("*.ipynb")]
     if {"not"} & set(words): return []
     words = [o for o in words if o not in ("and", "or")]
     return words if all(any(w in p for p in pages) for w in words) else []
@@ -101,7 +101,7 @@ def pytest_ignore_collect(collection_path, config):
 def wanted(item, touched):
     "Is this test of a touched file, or of a touched page?"
     path = getattr(item, "callspec", None) and item.callspec.params.get("path")
-    if path is not None and Path(path).suffix == ".ipynb": return f"nbs/{path.name}" in touched
+    if path is not None and Path(path).suffix == ".ipynb": return Path(path).resolve().relative_to(changed.ROOT).as_posix() in touched
     return f"tests/{item.path.name}" in touched
 
 

@@ -6,15 +6,19 @@ from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from common import MODULES, NOTEBOOKS, PACKAGE, PAGES, ROOT, SETTINGS, code_cells, exported_module, install_cells, read
+import qlora_nb
+from common import (LESSONS, MODULES, NBS, NOTEBOOKS, PACKAGE, PAGES, ROOT, SETTINGS, code_cells, exported_module, install_cells,
+                    module_name, read)
+from qlora_nb import FRONT
 
 sys.path.insert(0, str(ROOT/"tools"))
+from make_course import course, stale
 from make_links import fix_links
 from make_readme import make_readme
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda o: o.name)
 each_page = pytest.mark.parametrize("path", PAGES, ids=lambda o: o.name)
-each_module = pytest.mark.parametrize("path", MODULES, ids=lambda o: o.name)
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda o: f"{o.parent.name}/{o.name}")
 USER, REPO, BRANCH = (SETTINGS[o] for o in ("user", "repo", "branch"))
 
 
@@ -33,7 +37,7 @@ def test_links_agree_with_settings(path):
 
 @each_notebook
 def test_colab_badge(path):
-    url = f"https://colab.research.google.com/github/{USER}/{REPO}/blob/{BRANCH}/nbs/{path.name}"
+    url = f"https://colab.research.google.com/github/{USER}/{REPO}/blob/{BRANCH}/nbs/{path.relative_to(NBS).as_posix()}"
     title = next(c.source for c in read(path).cells if c.cell_type == "markdown")
     assert title.startswith("# ") and f"(https://colab.research.google.com/assets/colab-badge.svg)]({url})" in title
 
@@ -68,6 +72,47 @@ def test_address_stands_in_settings_alone():
     files += [*MODULES, *(ROOT/"tests").glob("*.*"), *(ROOT/"tools").glob("*.py"), *(ROOT/".github").rglob("*.yml")]
     holders = [o.name for o in files if f"{USER}/" in o.read_text(encoding="utf-8")]
     assert not holders, f"{holders} repeat the address"
+
+
+def heading_anchors(nb):
+    "What a link may name behind `#`: headings, with hyphens for spaces, as Jupyter, GitHub and Colab write them."
+    heads = [m[1] for c in nb.cells if c.cell_type == "markdown" for m in re.finditer(r"^#+ (.+)$", c.source, re.M)]
+    return {form for o in heads for form in (o.replace(" ", "-"), re.sub(r"[^\w\- ]", "", o.lower()).replace(" ", "-"))}
+
+
+@each_notebook
+def test_links_lead_somewhere(path):
+    for c in read(path).cells:
+        if c.cell_type != "markdown": continue
+        for target, anchor in re.findall(r"\]\((?!https?:|mailto:|#)([^)\s#]+)(?:#([^)\s]*))?\)", c.source):
+            there = (path.parent/target).resolve()
+            assert there.exists(), f"{path.name} links to {target}"
+            if anchor: assert anchor in heading_anchors(read(there)), f"{path.name} links to {target}#{anchor}"
+
+
+# ---- the course ----
+
+COURSE = course()
+
+
+def test_course_holds_every_page_in_order():
+    listed = [p["path"] for part in COURSE for p in part["page"]]
+    assert sorted(listed) == [o.relative_to(NBS).as_posix() for o in PAGES]
+    lessons = [o for o in listed if o[0].isdigit()]
+    assert lessons == sorted(lessons), "course.toml is not in the order of the numbers"
+
+
+def test_pages_say_what_the_course_says():
+    assert not (found := stale()), f"run tools/make_course.py: {', '.join(o.stem for o in found)}"
+
+
+def test_nothing_is_needed_before_it_was_taught():
+    seen = {p["name"] for part in COURSE for p in part["page"] if not p["path"][0].isdigit()}   # may be read at any time
+    for part in COURSE:
+        for p in part["page"]:
+            later = set(p["first"]) - seen if p["path"][0].isdigit() else ()
+            assert not later, f"{p['name']} wants {later} to be known, which come later or are no pages"
+            seen.add(p["name"])
 
 
 # ---- versions and packages ----
@@ -158,7 +203,7 @@ def test_module_is_small_and_safe(path):
     source = path.read_text(encoding="utf-8")
     lines = len(source.splitlines())
     assert lines <= 220, f"{path.name} has {lines} lines, so it holds two ideas: make two notebooks"
-    assert not [m for m, star in imports(source) if star]
+    assert not [m for m, star in imports(source, path.parent.name) if star]
     for bad in (r"trust_remote_code\s*=\s*True", r"\btorch\.load\(", r"\bpickle\b", r"\b(import|from) nbdev\b"):
         found = re.search(bad, source)
         assert not found, f"{path.name} holds {found[0]}"
@@ -182,7 +227,7 @@ for name in sys.argv[1:]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")
 def test_each_module_imports_alone(tmp_path):
-    names = [f"{PACKAGE.name}.{o.stem}" for o in MODULES]
+    names = [f"{PACKAGE.name}.{module_name(o)}" for o in MODULES]
     r = subprocess.run([sys.executable, "-c", ALONE, *names], cwd=tmp_path, capture_output=True, text=True)
     failed = [line for line in r.stderr.splitlines() if line.startswith(tuple(f"{o}: " for o in names))]
     assert r.returncode == 0 and not failed, r.stderr
@@ -193,4 +238,4 @@ def test_phases_of_the_main_job_exist():
     import importlib, sys
     sys.path.insert(0, str(ROOT/"nbs"/"experiments"))
     for module, name in importlib.import_module("main_job").PHASES:
-        assert callable(getattr(importlib.import_module(f"qlora_nb.{module}"), name)), (module, name)
+        assert callable(getattr(importlib.import_module(module), name)), (module, name)

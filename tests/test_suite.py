@@ -15,18 +15,19 @@ PAGE = "tests/test_notebooks.py::test_page_runs[{}.ipynb]"
 
 # ---- what a change touches ----
 
-TEXTS = {"qlora_nb/a.py": "import torch", "qlora_nb/b.py": "from .a import x", "qlora_nb/c.py": "def f():\n    from .b import y",
-         "qlora_nb/d.py": "", "nbs/01_a.ipynb": "#| default_exp a", "nbs/02_c.ipynb": "from qlora_nb.c import f",
-         "nbs/03_d.ipynb": "from qlora_nb import d\nrows = stored_results('speed')", "tests/common.py": "from run_notebook import run",
-         "tests/run_notebook.py": "", "tests/test_b.py": "from common import x\nCODE = '''\nimport qlora_nb.b\n'''",
-         "tests/test_frame.py": "", "tests/test_d.py": "from qlora_nb import a as x, d"}
+TEXTS = {"qlora_nb/p/a.py": "import torch", "qlora_nb/p/b.py": "from .a import x", "qlora_nb/q/c.py": "def f():\n    from ..p.b import y",
+         "qlora_nb/q/d.py": "", "nbs/1_p/01_a.ipynb": "#| default_exp p.a", "nbs/2_q/02_c.ipynb": "from qlora_nb.q.c import f",
+         "nbs/2_q/03_d.ipynb": "from qlora_nb.q import d\nrows = stored_results('speed')", "tests/common.py": "from run_notebook import run",
+         "tests/run_notebook.py": "", "tests/test_b.py": "from common import x\nCODE = '''\nimport qlora_nb.p.b\n'''",
+         "tests/test_frame.py": "", "tests/test_d.py": "from qlora_nb.p import a as x\nfrom qlora_nb import call",
+         "qlora_nb/__init__.py": 'FRONT = dict(call="q.d")'}
 
 
 @pytest.mark.parametrize("file, expected", [
-    ("qlora_nb/a.py", "qlora_nb/a.py qlora_nb/b.py qlora_nb/c.py nbs/02_c.ipynb tests/test_b.py tests/test_d.py"),
-    ("qlora_nb/c.py", "qlora_nb/c.py nbs/02_c.ipynb"), ("qlora_nb/d.py", "qlora_nb/d.py nbs/03_d.ipynb tests/test_d.py"),
-    ("nbs/01_a.ipynb", "nbs/01_a.ipynb"), ("nbs/results/speed.json", "nbs/03_d.ipynb"), ("tests/test_d.py", "tests/test_d.py"),
-    ("tests/run_notebook.py", "tests/run_notebook.py tests/common.py tests/test_b.py nbs/01_a.ipynb nbs/02_c.ipynb nbs/03_d.ipynb"),
+    ("qlora_nb/p/a.py", "qlora_nb/p/a.py qlora_nb/p/b.py qlora_nb/q/c.py nbs/2_q/02_c.ipynb tests/test_b.py tests/test_d.py"),
+    ("qlora_nb/q/c.py", "qlora_nb/q/c.py nbs/2_q/02_c.ipynb"), ("qlora_nb/q/d.py", "qlora_nb/q/d.py nbs/2_q/03_d.ipynb tests/test_d.py"),
+    ("nbs/1_p/01_a.ipynb", "nbs/1_p/01_a.ipynb"), ("nbs/results/speed.json", "nbs/2_q/03_d.ipynb"), ("tests/test_d.py", "tests/test_d.py"),
+    ("tests/run_notebook.py", "tests/run_notebook.py tests/common.py tests/test_b.py nbs/1_p/01_a.ipynb nbs/2_q/02_c.ipynb nbs/2_q/03_d.ipynb"),
     ("LICENSE", ""), ("constraints.txt", " ".join(TEXTS))])
 def test_what_a_change_touches(file, expected):
     assert touched([file], TEXTS) == {*expected.split(), "tests/test_frame.py"}
@@ -39,11 +40,12 @@ def test_every_page_that_imports_a_module_is_found():
     "Against another way to look: the modules that Python has loaded after the imports of a page's module."
     texts = changed.sources()
     code = "import sys\nfor m in sys.argv[1:]: __import__(f'qlora_nb.{m}')\nprint(*(o for o in sys.modules if o.startswith('qlora_nb.')))"
-    loaded = subprocess.run([sys.executable, "-c", code, "perplexity", "intervals"], capture_output=True, text=True, check=True)
-    found = touched(["qlora_nb/core.py"], texts)
-    for o in loaded.stdout.split(): assert f"qlora_nb/{o.partition('.')[2]}.py" in found
-    assert "nbs/5_evaluation/55_perplexity.ipynb" in touched(["qlora_nb/models.py"], texts)
-    assert "tests/test_cli.py" in touched(["qlora_nb/training.py"], texts)
+    loaded = subprocess.run([sys.executable, "-c", code, "evaluation.perplexity", "evaluation.intervals"], capture_output=True, text=True, check=True)
+    found = touched(["qlora_nb/base/core.py"], texts)
+    for o in loaded.stdout.split():
+        if o.count(".") == 2: assert o.replace(".", "/") + ".py" in found
+    assert "nbs/5_evaluation/55_perplexity.ipynb" in touched(["qlora_nb/foundations/models.py"], texts)
+    assert "tests/test_cli.py" in touched(["qlora_nb/training/finetune.py"], texts)
 
 
 def test_files_that_differ_from_a_commit():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 def fix_links(text, cfg):
     "`text` of a notebook file with the address of `cfg` in each link to this project, whoever it named before."
     user, repo, branch = cfg["user"], cfg["repo"], cfg["branch"]
-    text = re.sub(r"(research\.google\.com/github/)[\w.-]+/[\w.-]+/blob/[^\s\"')]+?(/nbs/(?:\d\d_\w+|index)\.ipynb)",
+    text = re.sub(r"(research\.google\.com/github/)[\w.-]+/[\w.-]+/blob/[^\s\"')]+?(/nbs/(?:\w+/\w+|index)\.ipynb)",
                   rf"\g<1>{user}/{repo}/blob/{branch}\2", text)
     text = re.sub(r"""(--no-deps\s+\\?["']?git\+)https://[^@\s]+@[\w./-]+""", rf"\g<1>{cfg['git_url']}@{branch}", text)
     return re.sub(rf"(\b(?:github\.com|raw\.githubusercontent\.com|/github)/)[\w.-]+/{re.escape(repo)}(?![\w-])",
@@ -22,7 +22,7 @@ def fix_links(text, cfg):
 def main():
     cfg = ConfigParser(delimiters=["="])
     cfg.read(ROOT/"settings.ini", encoding="utf-8")
-    for path in sorted((ROOT/"nbs").glob("*.ipynb")):
+    for path in sorted((ROOT/"nbs").rglob("*.ipynb")):
         old = path.read_text(encoding="utf-8")
         if (new := fix_links(old, cfg["DEFAULT"])) != old:
             path.write_text(new, encoding="utf-8", newline="\n")

@@ -40,7 +40,7 @@ def collect(paths):
     return store
 
 
-def make_store(): return json.dumps(collect((ROOT/"nbs").glob("*.ipynb")), indent=1, ensure_ascii=False) + "\n"
+def make_store(): return json.dumps(collect((ROOT/"nbs").rglob("*.ipynb")), indent=1, ensure_ascii=False) + "\n"
 
 
 def main():

@@ -12,7 +12,8 @@ import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-PHASES = ("training", "load_base"), ("training", "prepare"), ("evaluation", "answer_rows"), ("evaluation", "mark_rows")
+TRAINING, EVALUATION = "qlora_nb.training.finetune", "qlora_nb.evaluation.evaluation"
+PHASES = (TRAINING, "load_base"), (TRAINING, "prepare"), (EVALUATION, "answer_rows"), (EVALUATION, "mark_rows")
 FILES = {"AVX512-BF16": "finetune_cpu", "AVX2": "finetune_cpu_avx2"}
 
 
@@ -30,9 +31,9 @@ def run(seed, options):
     "One run in this process: (what each phase took, what run.json holds)."
     start, took = time.perf_counter(), {}
     from qlora_nb.evaluation import evaluation
-    from qlora_nb.training import finetune as training
+    from qlora_nb.training import finetune as _  # loads it
     took["imports"] = round(time.perf_counter() - start, 1)
-    for module, name in PHASES: timed({"training": training, "evaluation": evaluation}[module], name, took)
+    for module, name in PHASES: timed(sys.modules[module], name, took)
     with tempfile.TemporaryDirectory() as folder:
         report = evaluation.finetune_and_evaluate(output=f"{folder}/run", device="cpu", seed=seed, progress=False, **options)
         info = json.loads((report.run.folder/"run.json").read_text(encoding="utf-8"))

@@ -1,0 +1,157 @@
+"""Write what nbs/course.toml says about the course into its pages: where each stands, what to know first, the next one.
+Cells that are plumbing are collapsed.
+
+    python tools/make_course.py          # write it, after a change of course.toml, of a title or of a page's length
+    python tools/make_course.py --check  # say which pages are not up to date; exit 1 when there are any
+"""
+import argparse, json, os, re, sys, tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+NBS = ROOT/"nbs"
+TOP, END, TABLE = "course-top", "course-end", "course-table"   # the cells that this tool writes
+
+
+def course(path=NBS/"course.toml"):
+    "The parts of the course, each page with its folder, its title and subtitle, and its minutes of reading."
+    parts = tomllib.loads(path.read_text(encoding="utf-8"))["part"]
+    for part in parts:
+        for p in part["page"]: p |= dict(part=part, path=f"{part['folder']}/{p['name']}.ipynb", **look_at(NBS/part["folder"]/f"{p['name']}.ipynb"))
+    return parts
+
+
+def text_of(cell): return "".join(cell["source"])
+
+
+def look_at(path):
+    "Title, subtitle, reading time: 200 words a minute, and four seconds a line of code that is not hidden."
+    cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c.get("id") not in (TOP, END, TABLE)]
+    head = text_of(cells[0])
+    prose = [text_of(c) for c in cells if c["cell_type"] == "markdown"]
+    code = [text_of(c) for c in cells if c["cell_type"] == "code" and not re.search(r"^#\|\s*(hide|eval: false)\b", text_of(c), re.M)]
+    minutes = sum(len(o.split()) for o in prose)/200 + sum(len(o.splitlines()) for o in code)*4/60
+    return dict(title=re.search(r"^# (.+)$", head, re.M)[1], subtitle=re.search(r"^> (.+)$", head, re.M)[1], minutes=max(5, 5*round(minutes/5)))
+
+
+def link(page, here, words=None): return f"[{words or page['name']}]({os.path.relpath(page['path'], Path(here).parent).replace(os.sep, '/')})"
+
+
+def seconds(page, table):
+    "What the page took where it was measured, in words."
+    found = {kind: rows["pages"][page["name"]][0] for kind, rows in sorted(table.items()) if page["name"] in rows["pages"]}
+    def said(s): return f"{max(5, 5*round(s/5))} s" if s < 60 else f"{round(s/30)/2:g} min"
+    return " and ".join(f"{said(s)} on {kind}" for kind, s in found.items())
+
+
+def top(page, before, after, pages, table):
+    "The cell below a page's title."
+    here, part = page["path"], page["part"]
+    index = os.path.relpath("index.ipynb", Path(here).parent).replace(os.sep, "/")
+    lesson = part["folder"][0].isdigit()
+    ways = [link(before, here, f"← {before['title']}")] if before else []
+    ways += [f"[all parts]({index}#The-course)"] + ([link(after, here, f"{after['title']} →")] if after else [])
+    number = f"Part {part['folder'][0]}, {part['title']}" if lesson else f"{part['title']}, no lesson"
+    lines = [f"**{number}** · " + " · ".join(ways)]
+    if page.get("can"): lines += ["After this page you can", "\n".join(f"- {o}" for o in page["can"])]
+    first = ", ".join(link(pages[o], here) for o in page["first"])
+    facts = [f"**Know first:** {first or 'nothing else'}." if lesson or first else "", f"**Reading:** about {page['minutes']} minutes."]
+    took = seconds(page, table)
+    if took: facts.append(f"**Running:** {took}, of computing on two cores without a GPU.")
+    return "\n\n".join([*lines, " ".join(filter(None, facts))])
+
+
+def end(page, after):
+    "The cell below everything else: what to remember of a part at its end, and the way on."
+    part, last = page["part"], page is page["part"]["page"][-1]
+    lines = []
+    if last and part.get("remember"):
+        lines += [f"## What to remember of part {part['folder'][0]}", "\n".join(f"- {o}" for o in part["remember"])]
+    if after: lines.append(f"**Next:** {link(after, page['path'], after['title'])}. {after['subtitle']}")
+    return "\n\n".join(lines)
+
+
+def pages_of(part, here):
+    "The table of a part's pages."
+    rows = [f"| {link(p, here)} | {p['title']} | {p['builds']} | {p['against']} | {p['minutes']} |" for p in part["page"] if not is_start(p)]
+    return "\n".join(["| page | title | what it builds | proven against | minutes |", "|---|---|---|---|---|", *rows])
+
+
+def is_start(page): return page["name"].endswith("_start")
+
+
+def parts_table(parts):
+    "The table of the index: the parts, and for each what a reader can do afterwards."
+    rows = []
+    for part in parts:
+        if not part["folder"][0].isdigit(): continue
+        first, lessons = part["page"][0], [p for p in part["page"] if not is_start(p)]
+        hours = sum(p["minutes"] for p in lessons)/60
+        rows.append(f"| {part['folder'][0]} | {link(first, 'index.ipynb', part['title'])} | {part['can']} | {len(lessons)} | {hours:.0f} h |")
+    others = [f"**{part['title']}** ({part['folder']}/), to {part['can']}: " + ", ".join(link(p, "index.ipynb", p["title"]) for p in part["page"]) + "."
+              for part in parts if not part["folder"][0].isdigit()]
+    return "\n".join(["| part | | afterwards you can | pages | reading |", "|---|---|---|---|---|", *rows]) + "\n\n" + "\n\n".join(others)
+
+
+def put(nb, key, text, place):
+    "The notebook's cell `key` says `text`; an empty text takes it away, and a new one goes to `place`."
+    cells, lines = nb["cells"], text.splitlines(True)
+    old = next((c for c in cells if c.get("id") == key), None)
+    if old and text: old["source"] = lines
+    elif old: cells.remove(old)
+    elif text: cells.insert(place, dict(cell_type="markdown", id=key, metadata={}, source=lines))
+
+
+PLUMBING = re.compile(r"^#\|\s*(hide|code-fold|default_exp|echo: false|eval: false)\b", re.M)
+
+
+def is_plumbing(source):
+    "A cell that a lesson can be read without: set-up, hidden checks, code behind a table, and imports alone."
+    lines = [o for o in source.splitlines() if o.strip() and not o.startswith("#")]
+    return bool(PLUMBING.search(source)) or bool(lines) and all(re.match(r"(from|import) |[\s(]", o) for o in lines)
+
+
+def fold(nb):
+    "Collapse the plumbing in JupyterLab and on Colab, and nothing else; a click opens it."
+    for c in nb["cells"]:
+        if c["cell_type"] != "code": continue
+        meta = {k: v for k, v in c["metadata"].items() if k not in ("jupyter", "cellView")}
+        if is_plumbing(text_of(c)): meta |= dict(jupyter=dict(source_hidden=True), cellView="form")
+        c["metadata"] = dict(sorted(meta.items()))
+
+
+def written(parts, table):
+    "{path: text} of every notebook as course.toml wants it."
+    pages = {p["name"]: p for part in parts for p in part["page"]}
+    lessons = [p for p in pages.values() if p["part"]["folder"][0].isdigit()]
+    out = {}
+    for p in pages.values():
+        i = lessons.index(p) if p in lessons else None
+        before, after = (lessons[i-1] if i else None, lessons[i+1] if i is not None and i + 1 < len(lessons) else None)
+        nb = json.loads((NBS/p["path"]).read_text(encoding="utf-8"))
+        put(nb, TOP, top(p, before, after, pages, table), 1)
+        if is_start(p): put(nb, TABLE, pages_of(p["part"], p["path"]), len(nb["cells"]))
+        put(nb, END, end(p, after), len(nb["cells"]))
+        out[NBS/p["path"]] = nb
+    index = json.loads((NBS/"index.ipynb").read_text(encoding="utf-8"))
+    heading = next(i for i, c in enumerate(index["cells"]) if text_of(c).startswith("## The course"))
+    put(index, TABLE, parts_table(parts), heading + 1)
+    out[NBS/"index.ipynb"] = index
+    for nb in out.values(): fold(nb)
+    return {p: json.dumps(nb, indent=1, ensure_ascii=False) + "\n" for p, nb in out.items()}
+
+
+def stale():
+    "{path: text} of the notebooks that differ from what they should say."
+    table = json.loads((ROOT/"tests"/"durations.json").read_text(encoding="utf-8"))
+    return {p: new for p, new in written(course(), table).items() if p.read_text(encoding="utf-8") != new}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--check", action="store_true", help="compare only")
+    check, found = p.parse_args().check, stale()
+    if check and found: sys.exit(f"run tools/make_course.py: {', '.join(o.stem for o in found)}")
+    for path, new in found.items(): path.write_text(new, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__": main()
