@@ -30,7 +30,9 @@ from qlora_nb.speed.cpu import cpu_pieces, cpu_pieces_undo
 from qlora_nb.training.data import collate, encode_rows, load_rows
 from qlora_nb.speed.fast_training import adapted_layers, make_fast, make_plain
 from qlora_nb.speed.fused import fuse
-from qlora_nb.foundations.models import load_model, load_tokenizer, quiet
+from qlora_nb.base.model_files import load_tokenizer
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.foundations.loading import load_model
 from qlora_nb.foundations.qlora import load_scratch
 from qlora_nb.training.finetune import make_trainer
 
@@ -85,8 +87,8 @@ def trainer_of(way, dtype, examples, tokenizer):
     backend, levers = WAYS[way]
     model = build(backend, dtype)
     pull(model, levers)
-    with quiet(): trainer = make_trainer(model, tokenizer, examples, tempfile.mkdtemp(), progress=False, steps=10**6,
-                                         batch_size=BATCH, lr=1e-5)
+    with quiet(): trainer = make_trainer(model, tokenizer, examples, tempfile.mkdtemp(), progress=False, max_steps=10**6,
+                                         per_device_train_batch_size=BATCH, learning_rate=1e-5)
     first_values(model)   # again, since TRL has rounded those of PEFT to bfloat16
     trainer.guard = None
     trainer.args.optim = "adamw_torch_fused" if "optimizer" in levers else "adamw_torch"

@@ -15,7 +15,8 @@ def main():
     from qlora_nb.base.core import versions
     from qlora_nb.training.data import load_rows
     from qlora_nb.evaluation.evaluation import evaluate
-    from qlora_nb.foundations.models import load_model, load_tokenizer
+    from qlora_nb.base.model_files import load_tokenizer
+    from qlora_nb.foundations.loading import load_model
     from qlora_nb.training.finetune import finetune
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("out", type=Path)
@@ -31,10 +32,10 @@ def main():
         for way in args.ways:
             if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
             backend = "scratch" if way == "scratch" else "bnb"
-            how = dict(packing=True, batch_size=1, max_length=512) if "packing" in way else {}
+            how = dict(packing=True, per_device_train_batch_size=1, max_length=512) if "packing" in way else {}
             if way == "float32": how = dict(model=load_model(dtype=torch.float32), tokenizer=load_tokenizer())
             with tempfile.TemporaryDirectory() as folder:
-                run = finetune(output=Path(folder)/"run", steps=args.steps, seed=seed, fast="fast" in way, backend=backend,
+                run = finetune(output_dir=Path(folder)/"run", max_steps=args.steps, seed=seed, fast="fast" in way, backend=backend,
                                progress=False, **how)
                 peak = torch.cuda.max_memory_allocated()/1e9 if torch.cuda.is_available() else None
                 score = evaluate(run.model, run.tokenizer, held, batch_size=64)

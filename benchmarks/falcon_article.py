@@ -29,7 +29,8 @@ WAYS = {"article": {}, "ours, as many updates": dict(rows=8, width=264), "ours, 
 def make(folder, size, device):
     import torch
     from transformers import FalconConfig, FalconForCausalLM
-    from qlora_nb.foundations.models import load_tokenizer, quiet
+    from qlora_nb.base.model_files import load_tokenizer
+    from qlora_nb.base.nf4_config import quiet
     torch.manual_seed(0)
     with torch.device(device), quiet(): model = FalconForCausalLM._from_config(FalconConfig(**SHAPE | SIZES[size]),
                                                                                dtype=torch.bfloat16)
@@ -86,7 +87,8 @@ def ours(folder, device, repeat, epochs, width, rows=None, memory=1., targets=No
     from peft import LoraConfig, get_peft_model
     from qlora_nb.training.data import encode_rows
     from qlora_nb.speed.fast_training import make_fast
-    from qlora_nb.foundations.models import load_model, load_tokenizer
+    from qlora_nb.base.model_files import load_tokenizer
+    from qlora_nb.foundations.loading import load_model
     from qlora_nb.training.packing import collate_packed, pack, separate_documents
     tok = load_tokenizer(folder)
     examples = encode_rows([dict(prompt=p, response=r) for p, r in ROWS]*repeat, tok, "article")

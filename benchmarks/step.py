@@ -42,7 +42,8 @@ def make(shape, folder, device):
     "Random weights, made where they are packed, in a folder that `from_pretrained` takes for an NF4 checkpoint."
     import bitsandbytes as bnb, torch, transformers
     from safetensors.torch import save_file
-    from qlora_nb.foundations.models import load_tokenizer, nf4_config, plain_linears, quiet
+    from qlora_nb.base.model_files import load_tokenizer
+    from qlora_nb.base.nf4_config import nf4_config, plain_linears, quiet
     t0, (kind, fields) = time.perf_counter(), SHAPES[shape]
     config = getattr(transformers, kind)(**fields)
     torch.manual_seed(0)
@@ -134,7 +135,8 @@ def load(job):
     "The packed model, as transformers loads it; Falcon's layers too are 4-bit ones."
     import torch
     from transformers import AutoModelForCausalLM
-    from qlora_nb.foundations.models import audit_4bit, disarm, plain_linears
+    from qlora_nb.base.nf4_config import plain_linears
+    from qlora_nb.foundations.loading import audit_4bit, disarm
     torch.manual_seed(0)   # the adapters that follow
     with plain_linears():
         model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.bfloat16, attn_implementation="sdpa",
@@ -212,7 +214,8 @@ def liger(job):
 def unsloth(job):
     from unsloth import FastLanguageModel   # first: it changes the others
     import torch
-    from qlora_nb.foundations.models import audit_4bit, plain_linears
+    from qlora_nb.base.nf4_config import plain_linears
+    from qlora_nb.foundations.loading import audit_4bit
     with plain_linears():
         model, _ = FastLanguageModel.from_pretrained(job["folder"], max_seq_length=max(job["seqs"]), load_in_4bit=True,
                                                      dtype=torch.bfloat16)

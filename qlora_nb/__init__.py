@@ -5,8 +5,8 @@ __version__ = "0.1.0"
 
 # What a user calls, and the module that defines it.
 FRONT = dict(finetune="training.finetune", finetune_and_evaluate="evaluation.evaluation", evaluate="evaluation.evaluation",
-             load_model="foundations.models", load_tokenizer="foundations.models", audit_4bit="foundations.models",
-             add_adapters="foundations.adapters", quantize="foundations.quantization", load_adapter="using.inference",
+             load_model="foundations.loading", load_tokenizer="base.model_files", audit_4bit="foundations.loading",
+             add_adapters="foundations.adapters", quantize="foundations.double_quantization", load_adapter="training.saved_adapters",
              encode_prompt="training.data", generate="using.inference", stream="using.inference", chat="apps.chat", merge_and_save="using.merge",
              plan="memory.planner", make_fast="speed.fast_training", load_rows="training.data", QLoRAError="base.core")
 __all__ = [*FRONT]

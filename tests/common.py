@@ -23,7 +23,7 @@ def small_tokenizer(size=1000):
     """SmolLM2's tokenizer, its rules, special tokens and template, with entries learnt from the tickets instead of 49,152.
 
     For models whose weights are random anyway: most of their time would go into the head, and into a GGUF's vocabulary."""
-    from qlora_nb.foundations.models import load_tokenizer
+    from qlora_nb.base.model_files import load_tokenizer
     from qlora_nb.training.tickets import make_tickets
     return load_tokenizer().train_new_from_iterator([str(row) for row in make_tickets("train")], size)
 

@@ -95,7 +95,7 @@ ASCII = """
 import json, sys, tempfile
 from pathlib import Path
 from qlora_nb.apps.cli import one_line_errors
-from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.runs import write_json
 with tempfile.TemporaryDirectory() as d:
     write_json(Path(d)/"run.json", dict(said="Grüße → 你好"))

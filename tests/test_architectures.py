@@ -11,8 +11,10 @@ from architectures import IDS, build, check, right
 
 from peft import PeftModel
 from qlora_nb.foundations.adapters import adapted_layers, adapted_parameters, adapter_coverage, add_adapters, as_named, attach_adapter, save_adapter
-from qlora_nb.base.core import QLoRAError, count_params, stored_results
-from qlora_nb.foundations.models import audit_4bit, load_model, nf4_config, quiet
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import count_params, stored_results
+from qlora_nb.base.nf4_config import nf4_config, quiet
+from qlora_nb.foundations.loading import audit_4bit, load_model
 from qlora_nb.foundations.qlora import load_scratch
 from qlora_nb.training.rehearsal import coverage
 from qlora_nb.base.weights import acts_linear, list_weights, routers
@@ -76,7 +78,7 @@ def test_routers_stay_wide(folders):
 @pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj", "up_proj"], "all-linear"])
 def test_shared_and_dense_layers_keep_their_adapters(targets, load, folders):
     "PEFT takes these names for experts, and would put nothing on the dense MLP and the shared expert."
-    model = add_adapters(load(folders("deepseek_v3"), device="cpu", dtype=torch.float32), 2, targets=targets, dropout=.1)
+    model = add_adapters(load(folders("deepseek_v3"), device="cpu", dtype=torch.float32), 2, target_modules=targets, lora_dropout=.1)
     names = adapted_layers(model)
     for o in ("model.layers.0.mlp.", "model.layers.1.mlp.shared_experts."):
         for t in ["gate_proj", "up_proj", "down_proj"] if targets == "all-linear" else targets: assert o + t in names
@@ -91,9 +93,9 @@ STACKS = dict(mixtral=["experts.gate_up_proj", "experts.down_proj"], deepseek_v3
 def test_adapters_on_experts(name, folders, tmp_path):
     "Those of PEFT on the weights as parameters: same logits and gradients, in the second step too, and one file for both."
     def load(): return load_model(folders(name), device="cpu", dtype=torch.float32)
-    twin, how = architectures.written_out(load(), folders(name)), dict(rank=4, alpha=8, target_parameters=STACKS[name])
+    twin, how = architectures.written_out(load(), folders(name)), dict(r=4, lora_alpha=8, target_parameters=STACKS[name])
     model = add_adapters(load(), **how)
-    twin = add_adapters(twin, targets=adapted_layers(model), **how)
+    twin = add_adapters(twin, target_modules=adapted_layers(model), **how)
     for _ in range(2): (y, g), (y_twin, g_twin) = architectures.gradients(model), architectures.gradients(twin)
     assert (y - y_twin).norm() < 1e-5*y_twin.norm() and g.keys() == g_twin.keys()
     for n in g: assert torch.cosine_similarity(g[n].flatten(), g_twin[n].flatten(), 0) > .99999 and g[n].any(), n
@@ -110,7 +112,7 @@ def test_adapters_on_experts(name, folders, tmp_path):
 
 
 @pytest.mark.parametrize("load, how, says", [
-    (load_scratch, {}, "backend='bnb' only"), (load_model, dict(dropout=.1), "no dropout"),
+    (load_scratch, {}, "backend='bnb' only"), (load_model, dict(lora_dropout=.1), "no lora_dropout"),
     (load_model, dict(target_parameters=["experts.gate_proj"]), "Its stacks are: mlp.experts.gate_up_proj"),
     (load_model, dict(target_parameters=["q_proj.weight"]), "matches no stack of experts"),
     (load_model, dict(target_parameters="experts.down_proj"), "has to be a list")])
@@ -122,7 +124,7 @@ def test_experts_that_cannot_have_adapters(load, how, says, folders):
 
 def test_what_peft_refuses_is_left_out_and_said(folders):
     model = load_model(folders("falcon_h1"), device="cpu", dtype=torch.float32)
-    with pytest.raises(QLoRAError, match="out_proj cannot have an adapter"): add_adapters(model, 2, targets=["out_proj"])
+    with pytest.raises(QLoRAError, match="out_proj cannot have an adapter"): add_adapters(model, 2, target_modules=["out_proj"])
     with pytest.warns(UserWarning, match="out_proj of FalconH1ForCausalLM cannot have an adapter and is left out"): model = add_adapters(model, 2)
     assert not [n for n in adapted_layers(model) if n.endswith("out_proj")]
 
@@ -161,19 +163,19 @@ def test_an_nf4_folder_computes_in_the_type_asked_for(theirs, ours, double, fold
 
 
 @pytest.mark.parametrize("name, backend, how", [("deepseek_v3", "bnb", {}), ("qwen3_next", "scratch", {}), ("mixtral", "bnb", {}),
-    ("qwen3_moe", "bnb", dict(dropout=0., target_parameters=["experts.gate_up_proj", "experts.down_proj"]))])
+    ("qwen3_moe", "bnb", dict(lora_dropout=0., target_parameters=["experts.gate_up_proj", "experts.down_proj"]))])
 def test_what_finetune_saves_loads_and_merges(name, backend, how, tmp_path, monkeypatch):
     from common import small_tokenizer
     from qlora_nb.using.merge import merge_and_save
-    from qlora_nb.using.inference import load_adapter
+    from qlora_nb.training.saved_adapters import load_adapter
     from qlora_nb.training.tickets import make_tickets
     from qlora_nb.training.finetune import finetune
     tok, (kind, fields) = small_tokenizer(), architectures.ZOO[name]
     monkeypatch.setitem(architectures.ZOO, name, (kind, fields | dict(vocab_size=len(tok), max_position_embeddings=512)))
     base = build(name, str(tmp_path/"base"))
     tok.save_pretrained(base)
-    run = finetune(base, make_tickets("train")[:8], output=tmp_path/"run", steps=2, device="cpu", backend=backend, progress=False,
-                   **dict(batch_size=2, max_length=256, dropout=.05) | how)
+    run = finetune(base, make_tickets("train")[:8], output_dir=tmp_path/"run", max_steps=2, device="cpu", backend=backend, progress=False,
+                   **dict(per_device_train_batch_size=2, max_length=256, lora_dropout=.05) | how)
     def logits(m):
         with torch.no_grad(): return m.eval()(input_ids=IDS + 100).logits.float()
     y = logits(run.model)

@@ -3,9 +3,10 @@ import json, re, shutil
 
 import pytest
 
-from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.errors import QLoRAError
 from qlora_nb.training.data import Source, load_rows
-from qlora_nb.foundations.models import quiet, tiny_model
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.base.nf4_config import quiet
 from qlora_nb.training.finetune import finetune
 
 from common import small_tokenizer
@@ -33,16 +34,16 @@ ROWS = [dict(prompt=f"{i}?", response="yes") for i in range(12)]
 # ---- settings ----
 
 SETTINGS = {
-    "a part of a layer": (dict(rank=2.5), "rank is 2.5, and has to be a whole number. Set it with --rank."),
-    "a part of a step": (dict(steps=2.5), "steps is 2.5, and has to be a whole number"),
-    "a text": (dict(batch_size="4"), "batch-size is '4', and has to be a whole number"),
-    "a text for a rate": (dict(lr="1e-4"), "lr is '1e-4', and has to be a number"),
+    "a part of a layer": (dict(r=2.5), "rank is 2.5, and has to be a whole number. Set it with --r."),
+    "a part of a step": (dict(max_steps=2.5), "steps is 2.5, and has to be a whole number"),
+    "a text": (dict(per_device_train_batch_size="4"), "batch-size is '4', and has to be a whole number"),
+    "a text for a rate": (dict(learning_rate="1e-4"), "lr is '1e-4', and has to be a number"),
     "a truth": (dict(max_length=True), "max-length is True, and has to be a whole number"),
-    "alpha below zero, which unlearns": (dict(alpha=-1), "alpha is -1, and has to be above zero"),
-    "alpha of zero, which learns nothing": (dict(alpha=0), "alpha is 0, and has to be above zero"),
+    "alpha below zero, which unlearns": (dict(lora_alpha=-1), "alpha is -1, and has to be above zero"),
+    "alpha of zero, which learns nothing": (dict(lora_alpha=0), "alpha is 0, and has to be above zero"),
     "a seed below zero": (dict(seed=-1), "seed is -1, and has to be from 0 to below 4294967296"),
     "no seed": (dict(seed=None), "seed is None, and has to be a whole number"),
-    "no end": (dict(lr=float("inf")), "lr is inf"),
+    "no end": (dict(learning_rate=float("inf")), "lr is inf"),
     "mistyped": (dict(setps=3), "finetune has no argument 'setps'. Did you mean steps=...?"),
     "the name of TRL": (dict(learning_rate=1e-4), "finetune has no argument 'learning_rate'. Did you mean lr=...?"),
     "the name of PEFT": (dict(lora_alpha=8), "finetune has no argument 'lora_alpha'. Did you mean alpha=...?"),
@@ -54,7 +55,7 @@ SETTINGS = {
 @pytest.mark.parametrize("case", SETTINGS)
 def test_settings_that_make_no_sense(case, base, tmp_path, no_model):
     more, said = SETTINGS[case]
-    with pytest.raises(QLoRAError, match=re.escape(said)): finetune(**dict(model=base, data=ROWS, output=tmp_path/"run", device="cpu", progress=False) | more)
+    with pytest.raises(QLoRAError, match=re.escape(said)): finetune(**dict(model=base, data=ROWS, output_dir=tmp_path/"run", device="cpu", progress=False) | more)
     assert not (tmp_path/"run").exists()
 
 
@@ -81,7 +82,7 @@ def test_a_file_has_no_parts(option, tmp_path, base, monkeypatch, no_model):
 
 # ---- where files go ----
 
-QUIET = dict(batch_size=4, lr=1e-2, device="cpu", progress=False)
+QUIET = dict(per_device_train_batch_size=4, learning_rate=1e-2, device="cpu", progress=False)
 
 
 def test_the_home_folder_is_found_everywhere(base, tmp_path, monkeypatch):
@@ -98,7 +99,7 @@ def test_the_home_folder_is_found_everywhere(base, tmp_path, monkeypatch):
     for o in ("HOME", "USERPROFILE"): monkeypatch.setenv(o, str(home))
     shutil.copytree(base, home/"base")
     (home/"a.jsonl").write_text("".join(json.dumps(o) + "\n" for o in ROWS), encoding="utf-8")
-    run = finetune("~/base", "~/a.jsonl", "~/runs/a", steps=2, **QUIET)
+    run = finetune("~/base", "~/a.jsonl", "~/runs/a", max_steps=2, **QUIET)
     config = json.loads((home/"runs"/"a"/"adapter"/"adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == str(home/"base"), "PEFT knows no ~"
     loaded = inference.load_adapter("~/runs/a", base="~/base", device="cpu")
@@ -126,13 +127,13 @@ def test_exports_that_cannot_be_written_are_refused_before_any_work(tmp_path, mo
 
 @pytest.mark.parametrize("name", ["x"*300, "a\0b"])
 def test_names_that_no_folder_can_have(name, base, tmp_path, no_model):
-    with pytest.raises(QLoRAError, match="the folder cannot be written .*Choose another --output"): finetune(base, ROWS, tmp_path/name, steps=1, **QUIET)
+    with pytest.raises(QLoRAError, match="the folder cannot be written .*Choose another --output-dir"): finetune(base, ROWS, tmp_path/name, max_steps=1, **QUIET)
 
 
 # ---- adapters of others ----
 
 @pytest.fixture(scope="module")
-def run(base, tmp_path_factory): return finetune(base, ROWS, tmp_path_factory.mktemp("run")/"run", steps=2, **QUIET)
+def run(base, tmp_path_factory): return finetune(base, ROWS, tmp_path_factory.mktemp("run")/"run", max_steps=2, **QUIET)
 
 
 def torn(name, n): return lambda folder: (folder/name).write_bytes((folder/name).read_bytes()[:n])
@@ -156,7 +157,7 @@ HARMED = {
 
 @pytest.mark.parametrize("case", HARMED)
 def test_adapters_that_came_from_elsewhere(case, run, tmp_path):
-    from qlora_nb.using.inference import load_adapter
+    from qlora_nb.training.saved_adapters import load_adapter
     harm, said = HARMED[case]
     shutil.copytree(run.folder/"adapter", tmp_path/"adapter"), harm(tmp_path/"adapter")
     with pytest.raises(QLoRAError, match=re.escape(said)): load_adapter(tmp_path/"adapter", device="cpu")
@@ -185,14 +186,14 @@ def test_an_alphabet_that_the_tokenizer_cannot_write(tmp_path):
     with quiet(): model = tiny_model("llama", vocab_size=64, hidden_size=64, pad_token_id=3)
     model.qlora_nb_name = str(tmp_path)
     with pytest.raises(QLoRAError, match="the tokenizer cannot write 2 of 2 answers, the first in row 1"):
-        finetune(model, [dict(prompt="yes", response="你好")]*2, tmp_path/"run", tokenizer=tok, steps=1, **QUIET)
+        finetune(model, [dict(prompt="yes", response="你好")]*2, tmp_path/"run", tokenizer=tok, max_steps=1, **QUIET)
 
 
 def test_rows_longer_than_the_model_knows(tmp_path):
     tok = small_tokenizer()
     with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2, max_position_embeddings=64).save_pretrained(tmp_path/"base"), tok.save_pretrained(tmp_path/"base")
     with pytest.warns(UserWarning, match="row 2: the example has .* tokens, and the model has 64 positions. .*set max_length=64"):
-        finetune(tmp_path/"base", [ROWS[0], dict(prompt="word "*40, response="yes")], tmp_path/"run", steps=1, **QUIET)
+        finetune(tmp_path/"base", [ROWS[0], dict(prompt="word "*40, response="yes")], tmp_path/"run", max_steps=1, **QUIET)
 
 
 @pytest.mark.parametrize("seq, fits", [(128, True), (32, True), (128, False)])
@@ -203,7 +204,7 @@ def test_a_plan_knows_the_positions_too(seq, fits, monkeypatch):
     monkeypatch.setattr(cards, "largest_batch", lambda *a, **k: 8)
     if not fits: monkeypatch.setattr(cards, "levers", lambda p: {})
     cfg = LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
-    said = cards.advise(cfg, 16 if fits else "0.000001", seq=seq)
+    said = cards.advise(cfg, 16 if fits else "0.000001", max_length=seq)
     assert ("131072 tokens, and the model knows 64 positions." in said) == fits and (f"These rows have {seq} tokens, and the model knows 64 positions" in said) == (seq > 64)
 
 

@@ -5,7 +5,7 @@ import json, warnings
 
 import pytest
 
-from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.errors import QLoRAError
 from qlora_nb.training.data import load_rows, map_rows
 
 def system(text): return dict(role="system", content=text)

@@ -7,10 +7,12 @@ from torch import nn
 from qlora_nb.apps import chat as module
 from qlora_nb.foundations.adapters import add_adapters, save_adapter
 from qlora_nb.apps.chat import Chat, bubble, chat, conversation
-from qlora_nb.base.core import QLoRAError, set_seed
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import set_seed
 from qlora_nb.using.inference import generate
 from qlora_nb.training.data import encode_prompt
-from qlora_nb.foundations.models import load_tokenizer, quiet, tiny_model
+from qlora_nb.base.model_files import load_tokenizer, tiny_model
+from qlora_nb.base.nf4_config import quiet
 from qlora_nb.using.several_adapters import active_adapter, answering_as
 
 VIEW = "application/vnd.jupyter.widget-view+json"

@@ -5,7 +5,8 @@ import pytest
 import safetensors.torch, torch
 
 from qlora_nb.apps.cli import finetune_main, finetune_parser
-from qlora_nb.foundations.models import quiet, tiny_model
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.base.nf4_config import quiet
 
 from common import small_tokenizer
 from forks import Fork
@@ -44,7 +45,7 @@ def tiny(tmp_path_factory):
 
 
 def options(tiny, out, *more):
-    return ["--model", tiny, "--device", "cpu", "--output", out, "--steps", 30, "--batch-size", 2, "--accumulation", 1, "--lr", 0.01,
+    return ["--model", tiny, "--device", "cpu", "--output-dir", out, "--max-steps", 30, "--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 1, "--learning-rate", 0.01,
             "--save-steps", 4, "--eval-rows", 2, *more]
 
 
@@ -93,18 +94,18 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
 
 def test_evaluated_while_it_trains(tiny, tmp_path):
     "The options of a run that is watched arrive, and `run.json` says which step was the best."
-    args = [o for o in options(tiny, tmp_path/"run", "--eval-steps", 3, "--patience", 2, "--optim", "adamw_8bit") if o not in ("--steps", 30)]
-    status, out, err = call("finetune_main", *args, "--steps", 6)
+    args = [o for o in options(tiny, tmp_path/"run", "--eval-steps", 3, "--early-stopping-patience", 2, "--optim", "adamw_8bit") if o not in ("--max-steps", 30)]
+    status, out, err = call("finetune_main", *args, "--max-steps", 6)
     assert status == 0, err
     run = json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))
     assert [s for s, _ in run["eval_losses"]] == [3, 6] and run["best_step"] in (3, 6)
     assert run["best_eval_loss"] == min(o for _, o in run["eval_losses"]) and run["settings"]["optim"] == "adamw_8bit"
 
 
-@pytest.mark.parametrize("more", ["--optim paged_adamw_8bit", "--optim adam", "--patience 0", "--eval-steps 0", "--report-to everywhere"])
+@pytest.mark.parametrize("more", ["--optim paged_adamw_8bit", "--optim adam", "--early-stopping-patience 0", "--eval-steps 0", "--report-to everywhere"])
 def test_options_that_cannot_work(more, tmp_path, complaint):
     "Exit status 2 and one line, before a model is loaded or a folder made."
-    status, err = complaint("--device", "cpu", "--output", tmp_path/"run", *more.split())
+    status, err = complaint("--device", "cpu", "--output-dir", tmp_path/"run", *more.split())
     errors = [o for o in err.splitlines() if o.startswith("error: ")]
     assert status == 2 and len(errors) == 1 and "Traceback" not in err, err
     assert not (tmp_path/"run").exists()
@@ -113,10 +114,10 @@ def test_options_that_cannot_work(more, tmp_path, complaint):
 def test_the_run_json_of_own_data(tiny, tmp_path):
     data = tmp_path/"mine.csv"
     data.write_text("prompt,response\n" + "".join(f"What is {i}+{i}?,{2*i}\n" for i in range(30)), encoding="utf-8")
-    status, out, err = call("finetune_main", *options(tiny, tmp_path/"run", "--data", data, "--epochs", 1)[:-4], *("--epochs", 1))
-    assert status == 2 and "not allowed with" in err   # --steps and --epochs
-    args = [o for o in options(tiny, tmp_path/"run") if o not in ("--steps", 30)]
-    status, out, err = call("finetune_main", *args, "--data", data, "--epochs", 1)
+    status, out, err = call("finetune_main", *options(tiny, tmp_path/"run", "--data", data, "--num-train-epochs", 1)[:-4], *("--num-train-epochs", 1))
+    assert status == 2 and "max_steps and num_train_epochs are both given" in err
+    args = [o for o in options(tiny, tmp_path/"run") if o not in ("--max-steps", 30)]
+    status, out, err = call("finetune_main", *args, "--data", data, "--num-train-epochs", 1)
     assert status == 0, err
     run = json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))
     assert {"before", "after", "train_seconds", "total_seconds", "peak_memory_gb", "trainable_parameters", "total_parameters", "settings",
@@ -139,7 +140,7 @@ BROKEN = {"missing.jsonl": b'{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n
 def test_broken_files(name, tmp_path, complaint):
     "Exit status 2, one line, the file's name in it, and no model loaded."
     if name in BROKEN: (tmp_path/name).write_bytes(BROKEN[name])
-    status, err = complaint("--data", tmp_path/name, "--output", tmp_path/"run")
+    status, err = complaint("--data", tmp_path/name, "--output-dir", tmp_path/"run")
     assert status == 2 and err.count("\n") == 1 and name in err and "error: " in err, err
     assert not (tmp_path/"run").exists()
 
@@ -149,7 +150,7 @@ def test_help_is_quick_and_complete():
     code = "import sys; from qlora_nb.apps.cli import finetune_main; finetune_main(['--help'])"
     p = subprocess.run([sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True)
     assert not [o for o in p.stderr.splitlines() if o.split("|")[-1].strip() == "torch"]
-    for o in "--model --data --output --steps --epochs --lr --rank --alpha --targets --max-length --seed --resume --eval-steps --patience --optim --report-to".split(): assert o in p.stdout
+    for o in "--model --data --output-dir --max-steps --num-train-epochs --learning-rate --r --lora-alpha --target-modules --max-length --seed --resume --eval-steps --early-stopping-patience --optim --report-to".split(): assert o in p.stdout
     options = [o for o in finetune_parser()._actions if o.dest != "help"]
     assert " ".join(p.stdout.split()).count("(default:") == len(options)
 
@@ -160,7 +161,7 @@ def test_chat_without_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("args, said", [(["--help"], "usage: qlora_finetune"), (["chat", "--help"], "usage: qlora_chat"),
-                                        (["--steps", "1", "--epochs", "1"], "not allowed with")])
+                                        (["--max-steps", "1", "--num-train-epochs", "1"], "are both given")])
 def test_the_module_does_what_the_command_does(args, said):
     p = subprocess.run([sys.executable, "-m", "qlora_nb.apps.cli", *args], capture_output=True, text=True)
     assert said in p.stdout + p.stderr and (p.returncode == 0) == ("--help" in args)
@@ -176,20 +177,20 @@ def test_bytes_that_are_not_text_are_asked_all_the_same(monkeypatch, capsys):
     assert asked == ["caf\ufffd"] and asked[0].encode("utf-8")
 
 
-@pytest.mark.parametrize("more, said", [("--steps 1 --lr 0", "lr is 0"), ("--dropout 1.5", "dropout is 1.5"), ("--eval-rows -1", "eval-rows is -1")])
+@pytest.mark.parametrize("more, said", [("--max-steps 1 --learning-rate 0", "learning_rate is 0"), ("--lora-dropout 1.5", "lora_dropout is 1.5"), ("--eval-rows -1", "eval_rows is -1")])
 def test_numbers_that_make_no_sense(more, said, tmp_path, complaint):
-    status, err = complaint("--device", "cpu", "--output", tmp_path/"run", *more.split())
+    status, err = complaint("--device", "cpu", "--output-dir", tmp_path/"run", *more.split())
     assert status == 2 and said in err and not (tmp_path/"run").exists()
 
 
 def test_row_numbers_through_the_command(tmp_path, complaint, tiny, monkeypatch):
     "Rows are held out and shuffled on the way; the message names the file and the row in it."
     from qlora_nb.training import finetune as training
-    from qlora_nb.foundations.models import load_model
+    from qlora_nb.foundations.loading import load_model
     monkeypatch.setitem(training.BACKENDS, "bnb", load_model)
     rows = [dict(prompt=f"What is {i}?", response="word "*(400 if i == 13 else 1)) for i in range(1, 21)]
     (tmp_path/"mine.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows), encoding="utf-8")
-    status, err = complaint("--model", tiny, "--device", "cpu", "--data", tmp_path/"mine.jsonl", "--output", tmp_path/"run", "--long", "error")
+    status, err = complaint("--model", tiny, "--device", "cpu", "--data", tmp_path/"mine.jsonl", "--output-dir", tmp_path/"run", "--long", "error")
     assert status == 2 and "mine.jsonl, row 13: the example has" in err
 
 

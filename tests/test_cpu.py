@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.base.core import set_seed
 from qlora_nb.speed.cpu import RMSNorm, attention_float32, cpu_pieces, cpu_pieces_undo, why_not_norm
-from qlora_nb.foundations.models import tiny_model
+from qlora_nb.base.model_files import tiny_model
 from qlora_nb.foundations.qlora import quantize_model
 
 SIZE = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,

@@ -6,10 +6,10 @@ from itertools import product
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.errors import QLoRAError
 from qlora_nb.evaluation.scores import exact_match, field_scores
 from qlora_nb.training.data import Source, answer_of, collate, encode, encode_prompt, encode_rows, load_rows, make_tickets
-from qlora_nb.foundations.models import load_tokenizer
+from qlora_nb.base.model_files import load_tokenizer
 from qlora_nb.training.tickets import CATEGORIES, PRIORITIES, WORDS
 
 GOOD = json.dumps(dict(prompt="Hi", response="Hello"))

@@ -6,9 +6,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from qlora_nb.base.core import QLoRAError, set_seed
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import set_seed
 from qlora_nb.training.data import load_rows
-from qlora_nb.foundations.models import quiet
+from qlora_nb.base.nf4_config import quiet
 from qlora_nb.training.finetune import finetune
 
 from common import small_tokenizer
@@ -16,7 +17,7 @@ from common import small_tokenizer
 SIZES = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_key_value_heads=2, num_experts_per_tok=2, num_local_experts=4,
              pad_token_id=2, bos_token_id=1, eos_token_id=2)
 KINDS = dict(Mixtral=dict(num_attention_heads=4), GraniteMoe=dict(num_attention_heads=4), JetMoe=dict(kv_channels=32))
-HOW = dict(batch_size=1, accumulation=2, lr=1e-2, save_steps=2, device="cpu", progress=False)
+HOW = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=1e-2, save_steps=2, device="cpu", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +46,20 @@ FACTS = "losses", "eval_losses", "best_step", "best_eval_loss", "steps"
 
 def test_a_whole_run(make, tmp_path):
     "A run that is interrupted and resumed has the bits of one that was left alone; so has a checkpointed one."
-    base, rows, how = make("GraniteMoe"), load_rows("tickets")[:16], dict(HOW, steps=4, eval_steps=1, patience=9)
+    base, rows, how = make("GraniteMoe"), load_rows("tickets")[:16], dict(HOW, max_steps=4, eval_steps=1, early_stopping_patience=9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # its config lacks a name that TRL asks for, so its own loss is trained on
         run = finetune(base, rows, tmp_path/"whole", **how)
         with pytest.raises(KeyboardInterrupt): finetune(base, rows, tmp_path/"run", callbacks=[CtrlC()], **how)
         again = finetune(base, rows, tmp_path/"run", resume=True, **how)
         assert again.info["resumed_from"] == "checkpoint-2" and [again.info[k] for k in FACTS] == [run.info[k] for k in FACTS]
-        assert finetune(base, rows, tmp_path/"twice", **dict(how, checkpointing=True)).info["losses"] == run.info["losses"]
+        assert finetune(base, rows, tmp_path/"twice", **dict(how, gradient_checkpointing=True)).info["losses"] == run.info["losses"]
 
 
 def test_checkpointing_that_is_not_possible(make, tmp_path):
     "JetMoE's code knows none; that is said before the first step, in one sentence."
     with pytest.raises(QLoRAError, match="checkpointing is not possible"):
-        finetune(make("JetMoe"), load_rows("tickets")[:4], tmp_path/"run", **HOW, steps=1, checkpointing=True)
+        finetune(make("JetMoe"), load_rows("tickets")[:4], tmp_path/"run", **HOW, max_steps=1, gradient_checkpointing=True)
 
 
 @pytest.mark.parametrize("kind, said", [("Mixtral", "error"), ("GraniteMoe", "ignore")])
@@ -66,14 +67,14 @@ def test_the_loss_of_the_routers_counts_once_a_step(make, tmp_path, kind, said):
     "However a step is divided into batches; it is a mean over them, in TRL's loss and in the model's own."
     base, rows = make(kind, router_aux_loss_coef=.5), load_rows("tickets")[:4]
     warnings.filterwarnings(said, message="trained on the model's own loss")
-    one, two = (finetune(base, rows, tmp_path/str(n), **HOW | dict(steps=1, batch_size=4//n, accumulation=n)).info["losses"][0] for n in (1, 2))
+    one, two = (finetune(base, rows, tmp_path/str(n), **HOW | dict(max_steps=1, per_device_train_batch_size=4//n, gradient_accumulation_steps=n)).info["losses"][0] for n in (1, 2))
     assert one == pytest.approx(two, abs=.2), (one, two)   # counted twice, it is off by 1
 
 
 def test_our_own_backend_packs_experts_while_they_are_read(make, monkeypatch):
     "None of them is wide when the model has been read, and all of it is what quantizing it whole would give."
     from qlora_nb.foundations import qlora
-    from qlora_nb.foundations.models import load_model
+    from qlora_nb.foundations.loading import load_model
     seen, base = [], make("Mixtral")
     def load(*args, **how):
         model = load_model(*args, **how)

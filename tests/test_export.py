@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qlora_nb.foundations.adapters import BACKENDS, add_adapters, save_adapter
 from qlora_nb.using.model_card import export_adapter, new_folder, read_source
-from qlora_nb.base.core import QLoRAError, set_seed
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import set_seed
 from qlora_nb.using.merge import ONTO, merge_and_save, merged
 from qlora_nb.using.gguf import export_gguf, export_run, pair_neighbours, pre_name, write_gguf
-from qlora_nb.foundations.models import load_tokenizer, quiet, tiny_model
+from qlora_nb.base.model_files import load_tokenizer, tiny_model
+from qlora_nb.base.nf4_config import quiet
 
 from common import small_tokenizer
 from forks import Fork, run
@@ -187,7 +189,7 @@ def test_a_folder_in_use_and_a_full_disk(form, adapter, tmp_path, monkeypatch):
 
 LIMIT = """
 import resource, signal, sys
-from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.errors import QLoRAError
 from qlora_nb.using.gguf import export_run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))   # no file may grow beyond this: writing fails half way
@@ -347,7 +349,7 @@ def test_gpt2_stores_its_weights_the_other_way_round(tmp_path):
 
 
 def test_a_base_that_is_stored_in_4_bits(llama, adapter, tmp_path):
-    from qlora_nb.foundations.models import load_model
+    from qlora_nb.foundations.loading import load_model
     with quiet(): load_model(llama, device="cpu", dtype=torch.float32).save_pretrained(tmp_path/"nf4"), load_tokenizer().save_pretrained(tmp_path/"nf4")
     want = logits(AutoModelForCausalLM.from_pretrained(merge_and_save(adapter, tmp_path/"from-16", **F32)))
     for onto in ("dequantized", "4bit"):
@@ -394,7 +396,7 @@ def test_experts_in_4_bits_are_written_out():
 
 def test_a_row_that_an_older_run_has_noted_stays_here(adapter, tmp_path):
     "Neither in the card nor in the notes of an export, nor on the screen; what was asked for is."
-    from qlora_nb.using.several_adapters import adapter_folder
+    from qlora_nb.training.saved_adapters import adapter_folder
     old, secret = shutil.copytree(adapter, tmp_path/"old"), "The patient Jane Roe"
     notes = json.loads((old/"qlora_nb.json").read_text(encoding="utf-8"))
     assert "Hello there" in (export_adapter(old, tmp_path/"new")/"README.md").read_text(encoding="utf-8")

@@ -3,8 +3,10 @@ import bitsandbytes as bnb, pytest, torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_nb.base.core import QLoRAError
-from qlora_nb.foundations.models import audit_4bit, load_model, quiet, tiny_model
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.foundations.loading import audit_4bit, load_model
 
 SHAPES = {"rw-1b": {},
           "7b": dict(alibi=False, bias=False, multi_query=True, parallel_attn=True),

@@ -6,11 +6,14 @@ import pytest, torch
 from peft import LoraConfig, get_peft_model
 
 from qlora_nb.foundations.adapters import add_adapters
-from qlora_nb.base.core import QLoRAError, Table
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import Table
 from qlora_nb.speed.fast_training import adapted_layers, decoder_layers, fast_loss, make_fast, make_plain
 from qlora_nb.speed.fused import fuse, unfuse, why_not
 from qlora_nb.speed.cuda_graphs import record
-from qlora_nb.foundations.models import load_model, load_tokenizer, quiet, tiny_model
+from qlora_nb.base.model_files import load_tokenizer, tiny_model
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.foundations.loading import load_model
 from qlora_nb.training.packing import collate_packed, separate_documents
 from qlora_nb.foundations.qlora import quantize_model
 from qlora_nb.training.finetune import finetune
@@ -269,7 +272,7 @@ def test_trl_needs_no_gpu_for_a_cpu(tmp_path):
 import sys
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
-from qlora_nb.foundations.models import load_tokenizer, tiny_model
+from qlora_nb.base.model_files import load_tokenizer, tiny_model
 rows = Dataset.from_dict(dict(input_ids=[list(range(5, 30))]*8))
 args = SFTConfig(sys.argv[1], max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True)
 SFTTrainer(tiny_model(), args, train_dataset=rows, processing_class=load_tokenizer()).train()
@@ -282,7 +285,7 @@ def test_a_cpu_does_without_a_loss_in_triton(folders, tmp_path, monkeypatch):
     from qlora_nb.training import training_loop as trainer
     from qlora_nb.training.data import load_rows
     def losses(name):
-        return finetune(str(folders["llama"]), load_rows("tickets")[:8], tmp_path/name, steps=2, batch_size=2, accumulation=2, device="cpu",
+        return finetune(str(folders["llama"]), load_rows("tickets")[:8], tmp_path/name, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, device="cpu",
                         progress=False, fast=False).info["losses"]
     want = losses("theirs")
     def broken(*args, **kw): raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
@@ -296,7 +299,7 @@ def test_a_fast_run_is_the_same_run_and_resumes_to_the_same_bits(folders, tmp_pa
     from qlora_nb.training.data import load_rows
     rows = load_rows("tickets")[:16]
     def run(name, steps=4, **how):
-        return finetune(str(folders["llama"]), rows, tmp_path/name, steps=steps, batch_size=2, accumulation=2, save_steps=2, lr=1e-2,
+        return finetune(str(folders["llama"]), rows, tmp_path/name, max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=2, learning_rate=1e-2,
                         device="cpu", progress=False, backend=backend, **how)
     usual, fast = run("usual", fast=False).info, run("fast").info
     assert usual["settings"]["fast"] is False and fast["settings"]["fast"] is True   # by itself
@@ -313,10 +316,10 @@ def test_a_cpu_needs_no_triton():
 import sys
 sys.modules["triton"] = None   # as where it is not installed
 import torch
-from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.errors import QLoRAError
 from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.speed.fast_training import make_fast
-from qlora_nb.foundations.models import tiny_model
+from qlora_nb.base.model_files import tiny_model
 from qlora_nb.foundations.qlora import quantize_model
 quantize_model(model := tiny_model())
 model, ids = add_adapters(model).train(), torch.arange(20)[None]
@@ -404,7 +407,7 @@ def test_a_recording_that_fails_leaves_nothing_behind(failure):
 @needs_gpu
 def test_a_gpu_trains_fast_by_itself(folders, tmp_path):
     model = load_model(folders["llama"], device="cuda")
-    run = finetune(model, tokenizer=load_tokenizer(folders["llama"]), output=tmp_path/"run", steps=2, progress=False)
+    run = finetune(model, tokenizer=load_tokenizer(folders["llama"]), output_dir=tmp_path/"run", max_steps=2, progress=False)
     assert run.info["settings"]["fast"] is True and hasattr(run.model, "step_loss") and not run.model.stack.passes
 
 

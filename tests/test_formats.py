@@ -9,11 +9,12 @@ from hypothesis import given, settings, strategies as st
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.errors import QLoRAError
 from qlora_nb.training.data import (answer_of, as_messages, digest, encode, encode_prompt, encode_rows, is_large, load_rows,
                            make_tickets, map_rows, shorten)
 from qlora_nb.base.mapped import Mapped
-from qlora_nb.foundations.models import load_tokenizer, quiet, tiny_model
+from qlora_nb.base.model_files import load_tokenizer, tiny_model
+from qlora_nb.base.nf4_config import quiet
 from qlora_nb.training.chat_templates import render
 
 datasets.disable_progress_bars()

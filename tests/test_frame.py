@@ -161,41 +161,101 @@ def test_readme_links_exist():
 
 # ---- the modules ----
 
-def imports(source):
-    "(module of ours, is it a star import?) for each import in `source`, which may hold IPython's magics."
+def imports(source, part=""):
+    "(module of ours, is it a star import?) for each import in `source`, which may hold IPython's magics and stand in `part`."
     for node in ast.walk(ast.parse(TransformerManager().transform_cell(source))):
         if isinstance(node, ast.Import):
-            yield from ((m[1], False) for o in node.names if (m := re.match(r"qlora_nb\.(\w+)", o.name)))
+            yield from ((m[1], False) for o in node.names if (m := re.match(r"qlora_nb\.([\w.]+)", o.name)))
         elif isinstance(node, ast.ImportFrom):
-            ours, _, module = (("qlora_nb." if node.level else "") + (node.module or "")).partition(".")
+            above = ["", f"qlora_nb.{part}", "qlora_nb"][node.level]   # `from .x`, `from ..part.x`
+            ours, _, module = ".".join(filter(None, (above, node.module))).partition(".")
             if ours != "qlora_nb": continue
-            names = [module.split(".")[0]] if module else [o.name for o in node.names]
-            yield from ((o, node.names[0].name == "*") for o in names)
+            for o in node.names:
+                name = module if "." in module else f"{module}.{o.name}" if module else FRONT.get(o.name, o.name)
+                yield name, o.name == "*"
 
 
-NUMBER = {module: int(o.name[:2]) for o in PAGES if (module := exported_module(read(o)))}
+NAMES = {module_name(o): o for o in MODULES}
+def part_of(name): return name.partition(".")[0]
 
 
 def test_imports_are_found():
-    found = imports("import qlora_nb.a, os\ndef f():\n    from qlora_nb.b import x\n%matplotlib inline\n"
-                    "from .c import *\nfrom qlora_nb import d\nfrom . import e\nfrom qlora_nbx.f import g")
-    assert sorted(found) == [("a", False), ("b", False), ("c", True), ("d", False), ("e", False)]
+    found = imports("import qlora_nb.p.a, os\ndef f():\n    from qlora_nb.p.b import x\n%matplotlib inline\n"
+                    "from .c import *\nfrom qlora_nb.p import d\nfrom ..q.e import y\nfrom qlora_nbx.f import g\n"
+                    "from qlora_nb import finetune", "p")
+    assert sorted(found) == [("p.a", False), ("p.b", False), ("p.c", True), ("p.d", False), ("q.e", False), ("training.finetune", False)]
 
 
 @each_page
-def test_imports_go_downwards(path):
-    nb, number = read(path), int(path.name[:2])
-    if not exported_module(nb): number = 100   # nothing imports a page without a module, so it may use all of them
-    for c in code_cells(nb):
+def test_imports_of_a_page_exist(path):
+    for c in code_cells(read(path)):
         for module, star in imports(c.source):
             assert not star, f"a star import of {module}"
-            assert module in NUMBER, f"no page exports {module}"
-            assert NUMBER[module] < number, f"{path.name} imports {module}, which comes later"
+            assert module in NAMES, f"no page exports {module}"
+
+
+def graph():
+    "{module: modules that it imports}, functions included."
+    return {name: {m for m, _ in imports(o.read_text(encoding="utf-8"), part_of(name))} for name, o in NAMES.items()}
+
+
+def cycle(graph):
+    "The nodes of `graph` that stand on a cycle, or lead from one to another."
+    left = {a: set(b) & set(graph) - {a} for a, b in graph.items()}
+    for ends in (lambda a: left[a], lambda a: {b for b in left if a in left[b]}):
+        while free := {a for a in left if not ends(a)}: left = {a: b - free for a, b in left.items() if a not in free}
+    return sorted(left)
+
+
+def test_a_cycle_is_found(): assert cycle(dict(a="b", b="c", c="b", d="a", e="d")) == ["b", "c"] and not cycle(dict(a="b", b="c", c=""))
+
+
+def test_no_cycle_between_modules_nor_between_parts():
+    modules, parts = graph(), {}
+    for a, needs in modules.items(): parts.setdefault(part_of(a), set()).update(part_of(b) for b in needs)
+    assert not cycle(modules)
+    assert not cycle(parts)
+    assert parts["base"] <= {"base"}, "the base imports a lesson"
+    assert {a for a, b in parts.items() if "apps" in b} <= {"apps"}, "a lesson imports an application"
+
+
+@each_module
+def test_no_import_hidden_in_a_string(path):
+    assert not re.search(r"import_module\(|__import__\(|exec\(", path.read_text(encoding="utf-8"))
 
 
 def test_each_module_has_one_page():
     exported = [m for o in PAGES if (m := exported_module(read(o)))]
-    assert sorted(exported) == sorted(o.stem for o in MODULES)
+    assert sorted(exported) == sorted(NAMES)
+
+
+@each_page
+def test_page_and_module_have_one_name(path):
+    if not (module := exported_module(read(path))): return
+    part, page = (re.sub(r"^\d+_", "", o) for o in (path.parent.name, path.stem))
+    assert module == f"{part}.{page}"
+
+
+def test_numbers_of_lessons_are_places_in_the_course():
+    numbers = [int(o.name[:2]) for o in LESSONS]
+    assert numbers == sorted(set(numbers)), "a number twice, or out of the order of the parts"
+    assert len({o.stem for o in NOTEBOOKS}) == len(NOTEBOOKS), "two pages of one name"
+
+
+# ---- the front door ----
+
+def test_the_front_door_opens():
+    for name, module in FRONT.items(): assert getattr(qlora_nb, name) is getattr(sys.modules[f"qlora_nb.{module}"], name)
+    with pytest.raises(AttributeError, match="no attribute 'fine_tune'; it has finetune"): qlora_nb.fine_tune
+    assert {"finetune", "__version__"} <= set(dir(qlora_nb))
+
+
+def test_importing_the_package_loads_and_changes_nothing():
+    code = ("import os, sys, time, warnings, logging; before = set(sys.modules), dict(os.environ), [*warnings.filters]\n"
+            "start = time.process_time(); import qlora_nb; took = time.process_time() - start\n"
+            "print(sorted(set(sys.modules) - before[0]), dict(os.environ) == before[1], warnings.filters == before[2], took < .2)")
+    r = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert r.stdout.split() == ["['qlora_nb']", "True", "True", "True"]
 
 
 @each_module

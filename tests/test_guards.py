@@ -10,8 +10,11 @@ from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.base.core import set_seed
 from qlora_nb.speed.fast_training import decoder_layers, fast_loss, make_fast, make_plain
 from qlora_nb.speed.fused import adapted_layers
-from qlora_nb.foundations.lora import LoRA, set_adapter
-from qlora_nb.foundations.models import load_model, quiet, tiny_model
+from qlora_nb.foundations.lora import LoRA
+from qlora_nb.foundations.lora_model import set_adapter
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.foundations.loading import load_model
 from qlora_nb.foundations.qlora import quantize_model
 
 IDS = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(0))

@@ -10,13 +10,17 @@ from transformers import (AutoConfig, AutoModelForCausalLM, MinPLogitsWarper, Re
                           TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
 from qlora_nb.foundations.adapters import add_adapters, save_adapter
-from qlora_nb.base.core import QLoRAError, model_tensors, set_seed
-from qlora_nb.using.inference import batches, generate, load_adapter, pads_safely, padding_error, sampling, stream
-from qlora_nb.foundations.lora import add_lora
-from qlora_nb.foundations.models import load_model, load_tokenizer, quiet, tiny_model
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import model_tensors, set_seed
+from qlora_nb.training.saved_adapters import load_adapter
+from qlora_nb.using.inference import batches, generate, pads_safely, padding_error, sampling, stream
+from qlora_nb.foundations.lora_model import add_lora
+from qlora_nb.base.model_files import load_tokenizer, tiny_model
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.foundations.loading import load_model
 from qlora_nb.using.sampling import bend, check_sampling, decode, keep_min_p, keep_top_k, keep_top_p, penalize, seeded, with_temperature
-from qlora_nb.using.several_adapters import (active_adapter, adapter_names, add_adapter_from, answering_as, check_fits, combine_adapters,
-                                drop_adapter, save_one, unload, use_adapter)
+from qlora_nb.training.saved_adapters import check_fits
+from qlora_nb.using.several_adapters import active_adapter, adapter_names, add_adapter_from, answering_as, combine_adapters, drop_adapter, save_one, unload, use_adapter
 
 SMALL = dict(vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
              pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=.3)
@@ -252,7 +256,7 @@ def base_folder(tmp_path_factory, tok):
 
 
 def random_adapter(base_folder, where, seed, rank=4, base=None, **how):
-    m = add_adapters(load_model(base or base_folder, device="cpu", dtype=torch.float32), rank=rank, **how)
+    m = add_adapters(load_model(base or base_folder, device="cpu", dtype=torch.float32), r=rank, **how)
     set_seed(seed)
     for n, p in m.named_parameters():
         if "lora_" in n: nn.init.normal_(p, std=.2)
@@ -301,7 +305,7 @@ def test_switch_and_unload(base_folder, two):
 
 
 def test_what_trains_goes_on_training(base_folder):
-    model = add_adapters(load_model(base_folder, device="cpu", dtype=torch.float32), rank=2).train()
+    model = add_adapters(load_model(base_folder, device="cpu", dtype=torch.float32), r=2).train()
     was = [p.requires_grad for p in model.parameters()]
     with answering_as(model, None): pass
     with answering_as(model, "default"): pass
@@ -313,7 +317,7 @@ def test_our_own_adapters_are_switched_too():
     assert adapter_names(m) == [] and active_adapter(m) is None
     with answering_as(m, None): plain = scores(m)
     add_lora(m, "all-linear", 4), add_lora(m, "all-linear", 2, adapter="other")
-    from qlora_nb.foundations.lora import disable_adapter
+    from qlora_nb.foundations.lora_model import disable_adapter
     from functools import partial
     m.disable_adapter = partial(disable_adapter, m)   # as add_adapters does
     for n, p in m.named_parameters():
@@ -399,7 +403,7 @@ def test_adapters_for_another_base(base_folder, two, tmp_path, tok):
     shapes = dict(deep=("llama", dict(num_hidden_layers=3)), wide=("llama", dict(hidden_size=128)), other=("falcon", {}))
     for name, (kind, shape) in shapes.items():
         m = tiny_model(kind, **dict(vocab_size=len(tok), hidden_size=64) | shape)
-        f = save_adapter(add_adapters(m, rank=2), tmp_path/name, "elsewhere")
+        f = save_adapter(add_adapters(m, r=2), tmp_path/name, "elsewhere")
         match = "matrices have another size.*the adapter" if name == "wide" else "layers of the adapter are not in the model"
         with pytest.raises(QLoRAError, match=match): check_fits(model, f)
         with pytest.raises(QLoRAError, match=match): add_adapter_from(model, f, name)
@@ -444,7 +448,7 @@ def taught(tmp_path_factory):
     tok.eos_token = "<|endoftext|>"
     with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(d/"base"), tok.save_pretrained(d/"base")
     rows = [dict(prompt=f"{i}?", response="yes") for i in range(8)]
-    return finetune(d/"base", rows, d/"run", steps=40, lr=3e-2, device="cpu", progress=False)
+    return finetune(d/"base", rows, d/"run", max_steps=40, learning_rate=3e-2, device="cpu", progress=False)
 
 
 def test_answers_stop_at_the_token_that_was_taught(taught):
@@ -508,7 +512,7 @@ def test_another_base_of_the_same_shape_is_noticed(taught, tmp_path):
     with pytest.warns(UserWarning, match="trained on another base"): load_adapter(taught.folder, base=str(other), device="cpu")
     from qlora_nb.training.finetune import finetune
     rows = [dict(prompt=f"{i}?", response="yes") for i in range(8)]
-    with pytest.raises(QLoRAError, match="model_sha256 was"): finetune(other, rows, tmp_path/"run", steps=40, lr=3e-2, device="cpu", progress=False, resume=True)
+    with pytest.raises(QLoRAError, match="model_sha256 was"): finetune(other, rows, tmp_path/"run", max_steps=40, learning_rate=3e-2, device="cpu", progress=False, resume=True)
     file = tmp_path/"run"/"adapter"/"adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     for named, said in ((None, "does not name its base"), ("/content/elsewhere/base", "is not on this machine: /content/elsewhere/base")):

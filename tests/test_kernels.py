@@ -6,7 +6,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 
 from qlora_nb.speed import kernels
-from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.errors import QLoRAError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -10,7 +10,8 @@ from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.base.core import set_seed
 from qlora_nb.speed.fast_training import make_fast
 from qlora_nb.speed.logits import evaluating, own_logits, own_loss, picked_logits, plain_head
-from qlora_nb.foundations.models import load_tokenizer, quiet
+from qlora_nb.base.model_files import load_tokenizer
+from qlora_nb.base.nf4_config import quiet
 from qlora_nb.evaluation.perplexity import token_losses
 from qlora_nb.foundations.qlora import quantize_model
 from qlora_nb.training.training_loop import mean_loss, row_losses, trainer_settings, AdapterTrainer
@@ -114,7 +115,7 @@ def test_the_loss_that_is_trained_is_the_one_that_is_evaluated(kind, fast, tmp_p
     if kind == "granitemoe":
         try: model(**b)
         except AttributeError: pytest.skip("GraniteMoE of this transformers records no router logits, and fails with labels")
-    args = trainer_settings(tmp_path, model.device, torch.float32, steps=1, batch_size=3, lr=1e-9)
+    args = trainer_settings(tmp_path, model.device, torch.float32, max_steps=1, per_device_train_batch_size=3, learning_rate=1e-9)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = AdapterTrainer(model, args, train_dataset=Dataset.from_dict(dict(number=[0, 1, 2])), data_collator=lambda o: dict(b),

@@ -10,9 +10,12 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
 from qlora_nb.foundations import lora
-from qlora_nb.base.core import QLoRAError, count_params, set_seed
-from qlora_nb.foundations.lora import LoRA, add_lora, disable_adapter, load_adapter, lora_layers, merge, save_adapter, set_adapter, unmerge
-from qlora_nb.foundations.models import audit_4bit, load_model, tiny_model
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import count_params, set_seed
+from qlora_nb.foundations.lora import LoRA
+from qlora_nb.foundations.lora_model import add_lora, disable_adapter, load_adapter, lora_layers, merge, save_adapter, set_adapter, unmerge
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.foundations.loading import audit_4bit, load_model
 
 PREFIX = "base_model.model."
 IDS = torch.arange(3, 27).reshape(2, 12)
@@ -56,7 +59,7 @@ def peft_model(model, seed=3, **cfg):
 
 def our_model(model, seed=3, **cfg):
     set_seed(seed)
-    add_lora(model, **{**dict(r=4, alpha=8), **cfg})
+    add_lora(model, **{**dict(r=4, lora_alpha=8), **cfg})
     return model
 
 
@@ -89,7 +92,7 @@ def test_equal_to_peft(make, rslora):
 
 
 def test_dropout_is_the_same_mask():
-    theirs, ours = peft_model(MAKERS["llama"](), lora_dropout=0.3), our_model(MAKERS["llama"](), dropout=0.3)
+    theirs, ours = peft_model(MAKERS["llama"](), lora_dropout=0.3), our_model(MAKERS["llama"](), lora_dropout=0.3)
     fill(theirs).train(), fill(ours).train()
     set_seed(5); y1 = theirs(input_ids=IDS).logits
     set_seed(5); y2 = ours(input_ids=IDS).logits
@@ -98,8 +101,8 @@ def test_dropout_is_the_same_mask():
 
 
 def test_follows_the_mode_of_the_base():
-    assert not any(m.training for m in our_model(MAKERS["llama"](), dropout=0.5).modules())
-    assert all(m.training for m in our_model(MAKERS["llama"]().train(), dropout=0.5).modules())
+    assert not any(m.training for m in our_model(MAKERS["llama"](), lora_dropout=0.5).modules())
+    assert all(m.training for m in our_model(MAKERS["llama"]().train(), lora_dropout=0.5).modules())
 
 
 def test_bf16_is_equal_to_peft():
@@ -187,7 +190,7 @@ def test_merge_and_unmerge(make):
 
 
 def test_tied_head_is_not_merged():
-    model = our_model(gpt2(), targets=["lm_head"])
+    model = our_model(gpt2(), target_modules=["lm_head"])
     w = model.transformer.wte.weight.clone()
     with pytest.raises(QLoRAError, match="shares"): merge(fill(model))
     assert torch.equal(model.transformer.wte.weight, w)
@@ -200,7 +203,7 @@ def test_wrong_target_changes_nothing():
     for targets, match in [(["q_proj", "v_prj"], "Near names: v_proj"), ("q_proj", "goes into a list"), ([], "matches nothing"),
                            (["model"], "not linear"), (r".*self_attn", "not linear"), (["c_attn"], "linear layers are: down_proj")]:
         with pytest.raises(QLoRAError, match=match): add_lora(model, targets)
-    for bad in (dict(r=0), dict(dropout=1.), dict(dropout=-0.1), dict(adapter="a.b"), dict(adapter="keys"), dict(adapter="")):
+    for bad in (dict(r=0), dict(lora_dropout=1.), dict(lora_dropout=-0.1), dict(adapter="a.b"), dict(adapter="keys"), dict(adapter="")):
         with pytest.raises(QLoRAError): add_lora(model, **bad)
     with pytest.raises(QLoRAError): add_lora(model, rank_pattern={"down_proj": 0})
     assert not any(isinstance(m, LoRA) for m in model.modules())
@@ -223,7 +226,7 @@ def test_partial_match_is_reported():
 def test_several_adapters():
     model = MAKERS["llama"]()
     plain = logits(model)
-    our_model(model, targets=["q_proj"], adapter="a"), our_model(model, targets=["q_proj", "v_proj"], adapter="b")
+    our_model(model, target_modules=["q_proj"], adapter="a"), our_model(model, target_modules=["q_proj", "v_proj"], adapter="b")
     fill(model)
     set_adapter(model, "a"); a = logits(model)
     set_adapter(model, "b"); b = logits(model)
@@ -299,14 +302,14 @@ def config(path): return json.loads((path/"adapter_config.json").read_text(encod
 
 
 def test_config_says_what_is_there(tmp_path):
-    model = our_model(MAKERS["llama"](), targets=["q_proj", "v_proj"], dropout=0.1)
+    model = our_model(MAKERS["llama"](), target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
     for base in (None, "smollm2", "org/name"):
         save_adapter(model, tmp_path, base_model=base)
         assert config(tmp_path)["base_model_name_or_path"] == base
     assert str(tmp_path) not in (tmp_path/"adapter_config.json").read_text(encoding="utf-8")
     cfg = config(tmp_path)
     assert cfg["target_modules"] == ["q_proj", "v_proj"] and (cfg["r"], cfg["lora_alpha"], cfg["lora_dropout"]) == (4, 8, 0.1)
-    with pytest.warns(UserWarning, match="1 of 2"): some = our_model(MAKERS["llama"](), targets=["layers.0.mlp.up_proj"])
+    with pytest.warns(UserWarning, match="1 of 2"): some = our_model(MAKERS["llama"](), target_modules=["layers.0.mlp.up_proj"])
     save_adapter(some, tmp_path/"some")
     assert config(tmp_path/"some")["target_modules"] == ["model.layers.0.mlp.up_proj"]
 
@@ -326,7 +329,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved")
-    save_adapter(fill(our_model(MAKERS["llama"](), targets=["q_proj", "v_proj"])), path, base_model="smollm2")
+    save_adapter(fill(our_model(MAKERS["llama"](), target_modules=["q_proj", "v_proj"])), path, base_model="smollm2")
     return path
 
 

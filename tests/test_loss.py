@@ -3,7 +3,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
-from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.errors import QLoRAError
 from qlora_nb.speed.chunked_loss import tiled_loss
 
 

@@ -4,7 +4,8 @@ from transformers import (AutoModelForCausalLM, BloomConfig, DeepseekV3Config, G
                           Llama4TextConfig, LlamaConfig, MambaConfig, MixtralConfig, PhimoeConfig)
 
 from qlora_nb.foundations.adapters import add_adapters
-from qlora_nb.base.core import QLoRAError, count_params
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import count_params
 from qlora_nb.memory.ledger import blocks_of, layer_groups, some_layers, whole
 from qlora_nb.memory.planner import plan, rehearse, skeleton
 
@@ -35,9 +36,9 @@ def test_every_weight_is_counted(kind):
 @pytest.mark.parametrize("kind", ["glm", "gemma2"])
 def test_few_layers_of_each_kind_stand_for_all(kind):
     "What is grown from few layers is what a rehearsal of all layers takes."
-    how = dict(batch=2, seq=96, method="qlora", rank=4, targets="all-linear", checkpointing=False, optim="adamw", loss="chunked", dtype=torch.bfloat16)
+    how = dict(per_device_train_batch_size=2, max_length=96, method="qlora", r=4, target_modules="all-linear", gradient_checkpointing=False, optim="adamw", loss="chunked", dtype=torch.bfloat16)
     parts, moments = rehearse(CONFIGS[kind], **how)
-    p = plan(CONFIGS[kind], 2, 96, rank=4)
+    p = plan(CONFIGS[kind], 2, 96, r=4)
     assert {k: p.parts[k] for k in parts} == parts
     for k, (top, end) in moments.items():
         assert p.moments[k][0] == pytest.approx(top, rel=.02) and p.moments[k][1] == pytest.approx(end, rel=.02), k
@@ -56,9 +57,9 @@ def test_a_large_mixture_of_experts_is_counted_whole():
     glm = Glm4MoeConfig(hidden_size=5120, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=92, num_attention_heads=96,
                         num_key_value_heads=8, head_dim=128, n_routed_experts=160, num_experts_per_tok=8, first_k_dense_replace=3)
     with torch.device("meta"): total = sum(p.numel() for p in AutoModelForCausalLM.from_config(glm).parameters())
-    p = plan(glm, 1, 128, checkpointing=True)
+    p = plan(glm, 1, 128, gradient_checkpointing=True)
     assert p.parts["4-bit weights"] + p.parts["16-bit weights"]/4 == pytest.approx(total/2, rel=.01) and total > 3e11
-    full = plan(glm, 1, 128, method="lora", checkpointing=True)
+    full = plan(glm, 1, 128, method="lora", gradient_checkpointing=True)
     assert full.parts["16-bit weights"] == pytest.approx(2*total, rel=.01)
 
 
@@ -80,7 +81,7 @@ def test_experts_are_wide_in_one_layer_at_a_time():
 def test_adapters_on_experts_are_counted_by_pefts_rule(kind, stacks):
     model = AutoModelForCausalLM.from_config(CONFIGS[kind])
     real = count_params(add_adapters(model, 4, 8, target_parameters=stacks)).trainable
-    p, q = (plan(CONFIGS[kind], 1, 16, rank=4, target_parameters=o) for o in (stacks, None))
+    p, q = (plan(CONFIGS[kind], 1, 16, r=4, target_parameters=o) for o in (stacks, None))
     planned = skeleton(CONFIGS[kind], "qlora", 4, "all-linear", torch.bfloat16, target_parameters=stacks)
     assert sum(o.numel() for o in planned.parameters() if o.requires_grad) == real
     assert real*4 <= p.parts["adapters"] < real*4 + 512*200 and p.parts["adapters"] > q.parts["adapters"] and p.peak > q.peak

@@ -9,8 +9,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_nb.foundations import models
-from qlora_nb.base.core import QLoRAError, set_seed
-from qlora_nb.foundations.models import audit_4bit, disarm, load_model, load_tokenizer, nf4_config, quiet, tiny_model
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import set_seed
+from qlora_nb.base.model_files import load_tokenizer, tiny_model
+from qlora_nb.base.nf4_config import nf4_config, quiet
+from qlora_nb.foundations.loading import audit_4bit, disarm, load_model
 
 from forks import Fork
 

@@ -9,9 +9,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import (AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, GPTNeoXConfig, Mamba2Config, MistralConfig, OPTConfig,
                           Phi3Config, PhiConfig, Qwen3Config, Qwen3MoeConfig)
 
-from qlora_nb.base.core import QLoRAError, set_seed
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import set_seed
 from qlora_nb.training.data import load_rows
-from qlora_nb.foundations.models import load_model, tiny_model
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.foundations.loading import load_model
 from qlora_nb.training.packing import (check_packing, collate_packed, document_ids, pack, pack_lengths, pack_stats,
                               separate_documents)
 from qlora_nb.training.finetune import finetune
@@ -320,7 +322,7 @@ def test_training_on_packs_is_the_same_with_flash_attention(flash, tmp_path):
         set_seed(0)
         model, tok = change(tiny_model("llama", vocab_size=len(small_tokenizer()))), small_tokenizer()
         model.qlora_nb_name = "someone/tiny"
-        run = finetune(model, load_rows("tickets")[:12], tmp_path/name, tok, steps=2, batch_size=2, packing=True, max_length=400,
+        run = finetune(model, load_rows("tickets")[:12], tmp_path/name, tok, max_steps=2, per_device_train_batch_size=2, packing=True, max_length=400,
                        device="cpu", progress=False, fast=False)
         losses[name] = run.info["losses"]
     assert losses["flash"] == pytest.approx(losses["plain"], rel=1e-5) and max(flash) > 3, (losses, flash)

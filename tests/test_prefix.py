@@ -12,7 +12,7 @@ from qlora_nb.foundations.adapters import tiny_qlora
 from qlora_nb.base.core import set_seed
 from qlora_nb.speed.dequantized import dequantized, drop_dequantized, four_bit_layers, keep_dequantized
 from qlora_nb.speed.fast_training import make_fast, make_plain
-from qlora_nb.foundations.models import tiny_model
+from qlora_nb.base.model_files import tiny_model
 from qlora_nb.speed.shared_prefix import fold, fold_prefixes, hidden_states, shared_prefix, unfold_prefixes, worth_folding
 from qlora_nb.training.training_loop import row_losses
 

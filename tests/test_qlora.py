@@ -7,11 +7,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from qlora_nb.base.core import QLoRAError, count_params, model_bytes, set_seed
-from qlora_nb.foundations.lora import add_lora
-from qlora_nb.foundations.models import load_model, quiet, tiny_model
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import count_params, model_bytes, set_seed
+from qlora_nb.foundations.lora_model import add_lora
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.foundations.loading import load_model
 from qlora_nb.foundations.qlora import NF4Function, NF4Linear, load_scratch, quantize_model, write_out
-from qlora_nb.foundations.quantization import QuantizedTensor, quantize
+from qlora_nb.foundations.double_quantization import QuantizedTensor, quantize
 
 import forks
 
@@ -48,7 +51,7 @@ def test_no_weight_is_kept_for_backward(kind, dtype):
     dense |= {s[::-1] for s in dense}
     head = tuple(model.get_output_embeddings().weight.shape)
     quantize_model(model)
-    add_lora(model, r=4, alpha=8)
+    add_lora(model, r=4, lora_alpha=8)
     kept, loss = saved_for_backward(model.train())
     big = [tuple(t.shape) for t in kept if tuple(t.shape) in dense - {head, head[::-1]}]
     assert not big, f"unpacked weights of these shapes are kept: {big}"
@@ -70,7 +73,7 @@ def test_the_check_above_can_fail(monkeypatch):
 
 def adapted(ours, lib, r=4, alpha=12):
     "The same random adapters on both; {our name: parameter} for each."
-    add_lora(ours, r=r, alpha=alpha)
+    add_lora(ours, r=r, lora_alpha=alpha)
     lib = get_peft_model(lib, LoraConfig(r=r, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
     for p in lib.parameters():
         if p.requires_grad: p.data = p.data.float()
@@ -168,7 +171,7 @@ def test_the_command_trains_with_our_layers(tmp_path):
     rows = [dict(prompt=f"Say {i}.", response=f"{i}!") for i in range(20)]
     (tmp_path/"rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     code = "import sys; from qlora_nb.apps.cli import finetune_main; finetune_main(sys.argv[1:])"
-    how = ["--data", str(tmp_path/"rows.jsonl"), "--output", str(tmp_path/"run"), "--steps", "2", "--eval-rows", "2"]
+    how = ["--data", str(tmp_path/"rows.jsonl"), "--output-dir", str(tmp_path/"run"), "--max-steps", "2", "--eval-rows", "2"]
     def run(*o): return forks.run(code, *how, *o)
     p = run("--backend", "scratch")
     assert p.returncode == 0, p.stderr

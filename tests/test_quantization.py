@@ -6,8 +6,10 @@ from bitsandbytes import functional as BF
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from torch.nn import functional as F
 
-from qlora_nb.base.core import QLoRAError, cpu_kind
-from qlora_nb.foundations.quantization import CODEBOOKS, DoubleQuantized, QuantizedTensor, double_quantize, levels, quantize
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import cpu_kind
+from qlora_nb.foundations.double_quantization import DoubleQuantized, QuantizedTensor, double_quantize, quantize
+from qlora_nb.foundations.nf4 import CODEBOOKS, levels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCKS = [32, 64, 128, 256, 512, 1024, 2048, 4096]

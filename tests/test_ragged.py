@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from qlora_nb.base.core import set_seed
 from qlora_nb.foundations.adapters import BACKENDS
 from qlora_nb.base.nf4_config import ragged_error
-from qlora_nb.foundations.models import quiet
+from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.expert_weights import stacks_of
 
 SIZES = dict(vocab_size=160, hidden_size=96, intermediate_size=80, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=3)
@@ -71,7 +71,7 @@ def test_both_backends_compute_what_their_codes_mean(folder):
 
 def test_a_model_that_transformers_loaded(folder):
     from qlora_nb.base.nf4_config import nf4_config
-    from qlora_nb.foundations.models import disarm
+    from qlora_nb.foundations.loading import disarm
     if "MixtralForCausalLM" in (folder/"config.json").read_text(encoding="utf-8"): return   # its experts would stay wide
     with quiet(): theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4_config(torch.float32), dtype=torch.float32, device_map="cpu")
     wide = in_numbers(theirs, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))

@@ -8,15 +8,17 @@ from transformers import TrainerCallback
 
 from qlora_nb.foundations.adapters import BACKENDS, add_adapters, save_adapter
 from qlora_nb.apps.cli import finetune_main
-from qlora_nb.base.core import QLoRAError
+from qlora_nb.base.errors import QLoRAError
 from qlora_nb.training.data import load_rows
-from qlora_nb.using.inference import load_adapter
-from qlora_nb.foundations.models import load_model, quiet, tiny_model
+from qlora_nb.training.saved_adapters import load_adapter
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.foundations.loading import load_model
 from qlora_nb.training.finetune import finetune
 
 from common import small_tokenizer
 
-QUIET = dict(device="cpu", progress=False, batch_size=2, lr=1e-2, steps=4, save_steps=2)
+QUIET = dict(device="cpu", progress=False, per_device_train_batch_size=2, learning_rate=1e-2, max_steps=4, save_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def first(base, rows, tmp_path_factory):
     "A run of a first stage for each backend, and the run that went on from it in memory."
     folder, runs = tmp_path_factory.mktemp("first"), {}
     for b in BACKENDS:
-        how = dict(rank=4, alpha=8, dropout=.1, targets=["q_proj", "down_proj"], template="article", backend=b)
+        how = dict(r=4, lora_alpha=8, lora_dropout=.1, target_modules=["q_proj", "down_proj"], template="article", backend=b)
         run = finetune(base, rows[:8], folder/b, **how, **QUIET)
         runs[b] = folder/b, finetune(run, rows[8:], folder/f"{b}-on", template="article", **QUIET).info["losses"]
     return runs
@@ -62,7 +64,7 @@ def test_a_second_stage_from_a_folder(first, rows, tmp_path, backend):
     "The run that goes on in memory, to the same bits, interrupted and resumed or not; all is the adapter's, and noted."
     folder, losses = first[backend]
     file = (folder/"adapter"/"adapter_model.safetensors").read_bytes()
-    how = dict(adapter=folder, data=rows[8:], output=tmp_path/"run", backend=backend, **QUIET)
+    how = dict(adapter=folder, data=rows[8:], output_dir=tmp_path/"run", backend=backend, **QUIET)
     with pytest.raises(KeyboardInterrupt): finetune(callbacks=[CtrlC()], **how)
     run = finetune(resume=True, **how)
     assert run.info["resumed_from"] == "checkpoint-2" and run.info["losses"] == losses
@@ -79,16 +81,16 @@ def test_a_second_stage_from_a_folder(first, rows, tmp_path, backend):
 
 def test_one_backend_goes_on_from_the_other(first, rows, tmp_path):
     folder, losses = first["bnb"]
-    run = finetune(adapter=folder/"adapter", data=rows[8:], output=tmp_path/"run", backend="scratch", **QUIET)
+    run = finetune(adapter=folder/"adapter", data=rows[8:], output_dir=tmp_path/"run", backend="scratch", **QUIET)
     assert run.info["losses"] == pytest.approx(losses, rel=5e-3) and run.info["losses"] != [0]*4
 
 
-@pytest.mark.parametrize("more, said", [(dict(rank=8), "rank 8 instead of 4"), (dict(alpha=16), "alpha 16 instead of 8"),
-    (dict(dropout=0.), "dropout 0.0 instead of 0.1"), (dict(targets=["q_proj"]), "targets \\['q_proj'\\] instead of"),
+@pytest.mark.parametrize("more, said", [(dict(r=8), "rank 8 instead of 4"), (dict(lora_alpha=16), "alpha 16 instead of 8"),
+    (dict(lora_dropout=0.), "dropout 0.0 instead of 0.1"), (dict(target_modules=["q_proj"]), "targets \\['q_proj'\\] instead of"),
     (dict(target_parameters=["experts.down_proj"]), "target_parameters"), (dict(model=tiny_model()), "are both given"),
     (dict(adapter="nowhere"), "there is no adapter here"), (dict(model="./nowhere"), "no such model folder")])
 def test_options_that_contradict_the_adapter(first, rows, tmp_path, more, said):
-    with pytest.raises(QLoRAError, match=said): finetune(**dict(adapter=first["bnb"][0], data=rows, output=tmp_path/"run") | more, **QUIET)
+    with pytest.raises(QLoRAError, match=said): finetune(**dict(adapter=first["bnb"][0], data=rows, output_dir=tmp_path/"run") | more, **QUIET)
     assert not (tmp_path/"run").exists()
 
 
@@ -97,7 +99,7 @@ def test_what_is_no_plain_lora_is_refused(first, base, rows, tmp_path):
     config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
     for change, said in ((dict(peft_type="IA3"), "peft_type=IA3"), (dict(modules_to_save=["lm_head"]), "modules_to_save")):
         (folder/"adapter_config.json").write_text(json.dumps(config | change), encoding="utf-8")
-        with pytest.raises(QLoRAError, match=f"more than LoRA \\({said}"): finetune(adapter=folder, data=rows, output=tmp_path/"run", **QUIET)
+        with pytest.raises(QLoRAError, match=f"more than LoRA \\({said}"): finetune(adapter=folder, data=rows, output_dir=tmp_path/"run", **QUIET)
 
 
 def test_an_adapter_on_the_head_is_not_trained_further(base, rows, tmp_path):
@@ -110,14 +112,14 @@ def test_an_adapter_on_the_head_is_not_trained_further(base, rows, tmp_path):
 
 def test_another_adapter_is_another_run(first, base, rows, tmp_path):
     "Also where the run began without one, with the same settings; the same one at another place is the same."
-    how = dict(data=rows[8:], output=tmp_path/"run", rank=4, alpha=8, dropout=.1, targets=["q_proj", "down_proj"], template="article")
+    how = dict(data=rows[8:], output_dir=tmp_path/"run", r=4, lora_alpha=8, lora_dropout=.1, target_modules=["q_proj", "down_proj"], template="article")
     (mine, _), (other, _) = first.values()
     begun = dict.fromkeys(("whole", "stage"))
     for o, adapter in (("whole", None), ("stage", mine)):   # as `finetune` begins, without training
         how["output"] = begun[o] = tmp_path/o
         with pytest.raises(KeyboardInterrupt): finetune(None if adapter else base, adapter=adapter, callbacks=[CtrlC(1)], **how, **QUIET | dict(save_steps=1))
     for o, kw in (("whole", dict(adapter=mine)), ("stage", dict(adapter=other)), ("stage", dict(model=base))):
-        with pytest.raises(QLoRAError, match="adapter_sha256 was"): finetune(resume=True, **how | dict(output=begun[o]) | kw, **QUIET)
+        with pytest.raises(QLoRAError, match="adapter_sha256 was"): finetune(resume=True, **how | dict(output_dir=begun[o]) | kw, **QUIET)
     moved = shutil.copytree(mine, tmp_path/"moved")
     assert finetune(adapter=moved, resume=True, **how, **QUIET).info["resumed_from"] == "checkpoint-1"
 
@@ -125,10 +127,10 @@ def test_another_adapter_is_another_run(first, base, rows, tmp_path):
 def test_a_second_stage_through_the_command(first, rows, tmp_path, capsys):
     folder, losses = first["bnb"]
     (tmp_path/"mine.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows[8:]), encoding="utf-8")
-    args = f"--adapter {folder} --data {tmp_path/'mine.jsonl'} --output {tmp_path/'run'} --device cpu --eval-rows 0 --steps 4 --batch-size 2 --lr 0.01 --save-steps 2"
+    args = f"--adapter {folder} --data {tmp_path/'mine.jsonl'} --output-dir {tmp_path/'run'} --device cpu --eval-rows 0 --max-steps 4 --per-device-train-batch-size 2 --learning-rate 0.01 --save-steps 2"
     finetune_main(args.split())
     assert json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))["losses"] == losses
-    with pytest.raises(SystemExit): finetune_main([*args.split(), "--rank", "16", "--resume"])
+    with pytest.raises(SystemExit): finetune_main([*args.split(), "--r", "16", "--resume"])
     assert "asked for was rank 16 instead of 4" in capsys.readouterr().err
 
 
@@ -175,7 +177,7 @@ def test_a_revision_through_a_run_and_what_follows(hub, rows, tmp_path, monkeypa
         assert got.notes["revision"] == "v1" and torch.equal(weight(got.model), weight(tag))
         assert torch.equal(weight(load_chat(run.folder, None, "cpu")[0]), weight(tag))
         merge_and_save(run.folder, tmp_path/"merged", dtype="float32")
-        second = finetune(adapter=run.folder, data=rows, output=tmp_path/"second", **QUIET)
+        second = finetune(adapter=run.folder, data=rows, output_dir=tmp_path/"second", **QUIET)
         assert second.info["settings"]["model_revision"] == "v1" and torch.equal(weight(second.model), weight(tag))
     assert torch.equal(weight(load_model(tmp_path/"merged", bits=None, device="cpu", dtype=torch.float32)), weight(tag))
     with pytest.warns(UserWarning, match="someone/tiny at main has other weights than someone/tiny at v1 had"):
@@ -193,7 +195,7 @@ def test_a_tag_that_moved_is_said(hub, rows, tmp_path):
 
 def test_the_revision_in_the_file_of_another(hub, tmp_path):
     "As PEFT writes it, without our notes."
-    model = add_adapters(load_model(HUB, device="cpu", dtype=torch.float32), rank=2)
+    model = add_adapters(load_model(HUB, device="cpu", dtype=torch.float32), r=2)
     folder = save_adapter(model, tmp_path/"a", HUB, revision="v1")
     (folder/"qlora_nb.json").unlink()
     got = load_adapter(folder, device="cpu", dtype=torch.float32).model

@@ -44,7 +44,7 @@ def test_every_page_that_imports_a_module_is_found():
     found = touched(["qlora_nb/base/core.py"], texts)
     for o in loaded.stdout.split():
         if o.count(".") == 2: assert o.replace(".", "/") + ".py" in found
-    assert "nbs/5_evaluation/55_perplexity.ipynb" in touched(["qlora_nb/foundations/models.py"], texts)
+    assert "nbs/5_evaluation/55_perplexity.ipynb" in touched(["qlora_nb/foundations/loading.py"], texts)
     assert "tests/test_cli.py" in touched(["qlora_nb/training/finetune.py"], texts)
 
 
@@ -78,9 +78,9 @@ def test_the_table_is_written_and_read(tmp_path):
     durations.save(whole, True, path)
     rows = durations.load(path)[durations.kind()]
     assert rows == {"pages": {"core": [8, 9]}, "files": {"tests/test_a.py": [5, 5.5]}, "tests": {"tests/test_a.py::long[1-2]": [4, 5]}}
-    durations.save({PAGE.format("08_models"): (3, 3), "tests/test_a.py::long[1-2]": (6, 6)}, False, path)
+    durations.save({PAGE.format("08_loading"): (3, 3), "tests/test_a.py::long[1-2]": (6, 6)}, False, path)
     rows = durations.load(path)[durations.kind()]
-    assert rows["pages"] == {"core": [8, 9], "08_models": [3, 3]} and rows["files"] == {"tests/test_a.py": [5, 5.5]}
+    assert rows["pages"] == {"core": [8, 9], "08_loading": [3, 3]} and rows["files"] == {"tests/test_a.py": [5, 5.5]}
     assert rows["tests"] == {"tests/test_a.py::long[1-2]": [6, 6]}
     assert durations.rows_for({"another": 1}, "this") == 1 and durations.rows_for({}) == {}
 

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 import torch, transformers
 
-from qlora_nb.base.core import QLoRAError, cpu_kind
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import cpu_kind
 from qlora_nb.training.data import load_rows
 from qlora_nb.evaluation.evaluation import finetune_and_evaluate, hold_out_numbers
-from qlora_nb.foundations.models import load_model, load_tokenizer, quiet, tiny_model
+from qlora_nb.base.model_files import load_tokenizer, tiny_model
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.foundations.loading import load_model
 from qlora_nb.base.runs import is_sealed, last_checkpoint
 from qlora_nb.training.schedule import overlap, repetitions
 from qlora_nb.training.finetune import finetune, make_trainer, number_rows
@@ -18,7 +21,7 @@ from common import small_tokenizer
 unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 ROWS = 24
 # Dropout, accumulation, evaluations that come between the checkpoints, the end of the data in the middle, early stopping at work.
-HOW = dict(steps=9, batch_size=2, accumulation=2, lr=1e-2, save_steps=4, eval_steps=3, patience=9, dropout=0.1, device="cpu", progress=False)
+HOW = dict(max_steps=9, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, save_steps=4, eval_steps=3, early_stopping_patience=9, lora_dropout=0.1, device="cpu", progress=False)
 KILLS = 4  # of each run that is killed, for each backend
 
 
@@ -171,10 +174,10 @@ def python_oom(*_): raise MemoryError
 def test_out_of_memory(do, base, rows, tmp_path):
     e = disturbed(base, rows, tmp_path/"run", 6, do)
     assert isinstance(e, QLoRAError) and str(e).count("\n") == 0
-    for o in ("memory ran out", "--batch-size 1 --accumulation 4", "--checkpointing", "--max-length", "checkpoint-4 is complete", "--resume"):
+    for o in ("memory ran out", "--per-device-train-batch-size 1 --gradient-accumulation-steps 4", "--gradient-checkpointing", "--max-length", "checkpoint-4 is complete", "--resume"):
         assert o in str(e), (o, str(e))
     assert last_checkpoint(tmp_path/"run"/"checkpoints").name == "checkpoint-4"
-    info = finetune(base, rows, tmp_path/"run", resume=True, **HOW | dict(batch_size=1, accumulation=4, checkpointing=True)).info
+    info = finetune(base, rows, tmp_path/"run", resume=True, **HOW | dict(per_device_train_batch_size=1, gradient_accumulation_steps=4, gradient_checkpointing=True)).info
     assert len(info["losses"]) == 9 and all(map(math.isfinite, info["losses"]))
 
 
@@ -262,7 +265,7 @@ def test_accumulation_over_unequal_lengths(kind, backend, rows, tmp_path):
     def run(size, accumulation):
         set_seed(0)
         model = add_adapters(BACKENDS[backend](tmp_path/"base", device="cpu", dtype=torch.float32))
-        t = make_trainer(model, tok, examples, tmp_path/"out", False, steps=3, batch_size=size, accumulation=accumulation, lr=1e-2)
+        t = make_trainer(model, tok, examples, tmp_path/"out", False, max_steps=3, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, learning_rate=1e-2)
         with quiet(): t.train()
         return [(h["loss"], h["grad_norm"]) for h in t.state.log_history if "loss" in h]
     one, four = run(8, 1), run(2, 4)
@@ -277,19 +280,19 @@ def refuse(*a, **k): raise AssertionError("a model was loaded")
 @pytest.mark.parametrize("more, said", [
     (dict(optim="paged_adamw_8bit"), "does not work on cpu. Choose from: auto, adamw_torch, adamw_8bit"),
     (dict(optim="adam"), "there is no optimizer 'adam'"), (dict(report_to="wandb"), "pip install wandb"), (dict(report_to="all"), "no report to 'all'"),
-    (dict(patience=0), "patience is 0"), (dict(eval_steps=-1), "eval-steps is -1"), (dict(data=[dict(prompt="a", response="b")]*5), "too few"),
+    (dict(early_stopping_patience=0), "early_stopping_patience is 0"), (dict(eval_steps=-1), "eval_steps is -1"), (dict(data=[dict(prompt="a", response="b")]*5), "too few"),
     (dict(eval_data="nowhere.jsonl"), "no such file")], ids=lambda o: next(iter(o)) if isinstance(o, dict) else "")
 def test_wrong_settings_fail_before_a_model_is_loaded(more, said, base, rows, tmp_path, monkeypatch):
     import qlora_nb.training.finetune as training
     monkeypatch.setitem(training.BACKENDS, "bnb", refuse)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
-    with pytest.raises(QLoRAError, match="") as e: finetune(**dict(HOW, model=base, data=rows, output=tmp_path/"run") | more)
+    with pytest.raises(QLoRAError, match="") as e: finetune(**dict(HOW, model=base, data=rows, output_dir=tmp_path/"run") | more)
     assert said in str(e.value) and not (tmp_path/"run").exists()
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed")
 def test_tensorboard(base, rows, tmp_path):
-    finetune(base, rows, tmp_path/"run", report_to="tensorboard", **HOW | dict(steps=2))
+    finetune(base, rows, tmp_path/"run", report_to="tensorboard", **HOW | dict(max_steps=2))
     assert list((tmp_path/"run").rglob("events.out.tfevents*"))
 
 
@@ -305,7 +308,7 @@ def test_eight_bit_optimizer_resumes_to_the_same_bits(base, rows, tmp_path):
 def test_evaluation_does_not_touch_training_in_the_types_of_this_machine(base, rows, tmp_path):
     "The trap of bitsandbytes on a CPU with bfloat16: an evaluation that repacks the weights would ruin all later gradients."
     import bitsandbytes as bnb
-    plain = {k: v for k, v in HOW.items() if k not in ("eval_steps", "patience")} | dict(fast=False)   # the fast step is not caught
+    plain = {k: v for k, v in HOW.items() if k not in ("eval_steps", "early_stopping_patience")} | dict(fast=False)   # the fast step is not caught
     watched = dict(eval_data=rows[:4], eval_steps=1)
     alone = finetune(base, rows, tmp_path/"a", **plain).info["losses"]
     assert finetune(base, rows, tmp_path/"b", **watched, **plain).info["losses"] == alone
@@ -353,7 +356,7 @@ def test_no_callback_hides_an_error(base, rows, tmp_path):
 
 
 def test_resume_of_nothing_says_so(base, rows, tmp_path):
-    with pytest.warns(UserWarning, match="no complete checkpoint to go on from"): finetune(base, rows, tmp_path/"typo", resume=True, **HOW | dict(steps=1))
+    with pytest.warns(UserWarning, match="no complete checkpoint to go on from"): finetune(base, rows, tmp_path/"typo", resume=True, **HOW | dict(max_steps=1))
 
 
 @pytest.mark.parametrize("where", ["file", "below"])
@@ -369,13 +372,13 @@ def test_an_output_that_cannot_be_a_folder(where, base, rows, tmp_path, monkeypa
 def test_hidden_folders_are_not_in_the_way(tmp_path):
     from qlora_nb.base.runs import open_run
     (tmp_path/"run"/".ipynb_checkpoints").mkdir(parents=True)
-    open_run(tmp_path/"run", dict(lr=1), False)
+    open_run(tmp_path/"run", dict(learning_rate=1), False)
     assert (tmp_path/"run"/"settings.json").exists()
 
 
 # ---- what is trained, and for how long ----
 
-QUIET = dict(batch_size=4, lr=1e-2, device="cpu", progress=False)
+QUIET = dict(per_device_train_batch_size=4, learning_rate=1e-2, device="cpu", progress=False)
 
 
 @pytest.mark.parametrize("n, batch, accumulation, epochs", [(10, 4, 1, 1), (5, 4, 1, 10), (9, 2, 2, 3)])
@@ -388,14 +391,14 @@ def test_epochs_are_passes_to_the_row(n, batch, accumulation, epochs, base, rows
         drawn.update(inputs["rows"])
         return real(self, model, inputs, k)
     monkeypatch.setattr(AdapterTrainer, "training_step", step)
-    finetune(base, rows[:n], tmp_path/"run", epochs=epochs, **QUIET | dict(batch_size=batch, accumulation=accumulation))
+    finetune(base, rows[:n], tmp_path/"run", num_train_epochs=epochs, **QUIET | dict(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation))
     assert drawn == {i: epochs for i in range(n)}
 
 
 def test_a_length_is_given_once_and_defaults_suit_a_large_model(base, rows, tmp_path):
-    with pytest.raises(QLoRAError, match="steps and epochs are both given"): finetune(base, rows, tmp_path/"a", steps=1, epochs=1, **QUIET)
+    with pytest.raises(QLoRAError, match="max_steps and num_train_epochs are both given"): finetune(base, rows, tmp_path/"a", max_steps=1, num_train_epochs=1, **QUIET)
     info = finetune(base, rows[:4] + rows[:2], tmp_path/"b", device="cpu", progress=False).info
-    assert info["settings"]["lr"] == 2e-4 and info["settings"]["epochs"] == 3 and info["steps"] == 6
+    assert info["settings"]["learning_rate"] == 2e-4 and info["settings"]["num_train_epochs"] == 3 and info["steps"] == 6
     assert "3 passes over 6 rows; 2 of them repeat an earlier one" in info["said"][0]
 
 
@@ -408,13 +411,13 @@ def test_numbers_are_those_of_the_file(base, rows, tmp_path):
     file.write_text("".join(json.dumps(o) + "\n" for o in [*rows[:12], long, *rows[13:]]), encoding="utf-8")
     size = len(encode(long, tok)["input_ids"])
     with pytest.raises(QLoRAError, match=f"mine.jsonl, row 13: the example has {size} tokens"):
-        finetune(base, file, tmp_path/"run", steps=1, long="error", eval_steps=1, leave_out=(2, 3), **QUIET)
+        finetune(base, file, tmp_path/"run", max_steps=1, long="error", eval_steps=1, leave_out=(2, 3), **QUIET)
 
 
 def test_no_row_of_the_data_is_in_the_adapter(base, tmp_path):
     secret = [dict(prompt=f"Patient {i} has a secret", response="yes") for i in range(4)]
     for asked in (None, "Patient X has what?"):
-        run = finetune(base, secret, tmp_path/str(asked), steps=1, example=asked, **QUIET)
+        run = finetune(base, secret, tmp_path/str(asked), max_steps=1, example=asked, **QUIET)
         text = (run.folder/"adapter"/"qlora_nb.json").read_text(encoding="utf-8")
         assert "secret" not in text and json.loads(text).get("example") == asked
 
@@ -424,23 +427,23 @@ def test_no_row_of_the_data_is_in_the_adapter(base, tmp_path):
 def test_a_second_run_on_one_model(base, rows, tmp_path):
     "The first run's model is not changed behind its back; going on from it is said."
     m = load_model(base, device="cpu")
-    first = finetune(m, rows[:4], tmp_path/"a", steps=1, **QUIET)
+    first = finetune(m, rows[:4], tmp_path/"a", max_steps=1, **QUIET)
     was = {n: p.detach().clone() for n, p in first.model.named_parameters() if "lora_" in n}
-    with pytest.raises(QLoRAError, match="carries the adapter of an earlier run. .*run.model.unload"): finetune(m, rows[4:8], tmp_path/"b", steps=1, **QUIET)
+    with pytest.raises(QLoRAError, match="carries the adapter of an earlier run. .*run.model.unload"): finetune(m, rows[4:8], tmp_path/"b", max_steps=1, **QUIET)
     assert all(torch.equal(p, was[n]) for n, p in first.model.named_parameters() if n in was) and not (tmp_path/"b").exists()
-    second = finetune(first, rows[4:8], tmp_path/"c", steps=1, rank=4, **QUIET)
-    assert second.info["settings"]["rank"] == 16 and any("which is trained further" in o for o in second.info["said"])
+    second = finetune(first, rows[4:8], tmp_path/"c", max_steps=1, r=4, **QUIET)
+    assert second.info["settings"]["r"] == 16 and any("which is trained further" in o for o in second.info["said"])
     assert json.loads((tmp_path/"c"/"adapter"/"adapter_config.json").read_text(encoding="utf-8"))["r"] == 16
     m = second.model.unload()
-    assert not any("lora_" in n for n, _ in m.named_parameters()) and finetune(m, rows[:4], tmp_path/"d", steps=1, rank=4, **QUIET).info["settings"]["rank"] == 4
+    assert not any("lora_" in n for n, _ in m.named_parameters()) and finetune(m, rows[:4], tmp_path/"d", max_steps=1, r=4, **QUIET).info["settings"]["r"] == 4
 
 
 def test_a_second_stage_from_a_file_trains_what_it_loads(base, rows, tmp_path):
-    from qlora_nb.using.inference import load_adapter
-    finetune(base, rows[:4], tmp_path/"a", steps=1, **QUIET)
+    from qlora_nb.training.saved_adapters import load_adapter
+    finetune(base, rows[:4], tmp_path/"a", max_steps=1, **QUIET)
     got = load_adapter(tmp_path/"a", device="cpu")
     was = {n: p.detach().clone() for n, p in got.model.named_parameters() if "lora_" in n}
-    run = finetune(got, rows[4:8], tmp_path/"b", steps=2, **QUIET)
+    run = finetune(got, rows[4:8], tmp_path/"b", max_steps=2, **QUIET)
     now = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
     assert now.keys() == was.keys() and any(not torch.equal(now[n], was[n]) for n in now)
 
@@ -449,14 +452,14 @@ def test_models_from_elsewhere(base, rows, tmp_path):
     "Loaded by transformers, without our tokenizer; and one that was made from a config."
     from transformers import AutoModelForCausalLM
     with quiet(): theirs = AutoModelForCausalLM.from_pretrained(base)
-    run = finetune(theirs, rows[:4], tmp_path/"a", steps=1, **QUIET)
+    run = finetune(theirs, rows[:4], tmp_path/"a", max_steps=1, **QUIET)
     assert run.info["settings"]["model"] == str(base) and run.info["said"][-1].startswith("0.0% of the weights")
-    with pytest.raises(QLoRAError, match="set model.qlora_nb_name"): finetune(tiny_model(), rows[:4], tmp_path/"b", steps=1, **QUIET)
+    with pytest.raises(QLoRAError, match="set model.qlora_nb_name"): finetune(tiny_model(), rows[:4], tmp_path/"b", max_steps=1, **QUIET)
 
 
 def test_under_torchrun(base, rows, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(QLoRAError, match="2 processes"): finetune(base, rows, tmp_path/"run", steps=1, **QUIET)
+    with pytest.raises(QLoRAError, match="2 processes"): finetune(base, rows, tmp_path/"run", max_steps=1, **QUIET)
 
 
 # ---- the rehearsal ----
@@ -464,7 +467,7 @@ def test_under_torchrun(base, rows, tmp_path, monkeypatch):
 def test_the_rehearsal_changes_no_bit(base, rows, tmp_path, monkeypatch):
     "With dropout, on either backend: the run with it is the run without it."
     import qlora_nb.training.finetune as training
-    how = dict(HOW, steps=3, eval_steps=None, patience=None)
+    how = dict(HOW, max_steps=3, eval_steps=None, early_stopping_patience=None)
     for backend in ("bnb", "scratch"):
         with_it = finetune(base, rows, tmp_path/f"{backend}-a", backend=backend, **how).info["losses"]
         with monkeypatch.context() as m:
@@ -477,7 +480,7 @@ def test_the_rehearsal_stops_before_the_first_step(base, rows, tmp_path, monkeyp
     steps, real = [], AdapterTrainer.compute_loss
     monkeypatch.setattr(AdapterTrainer, "training_step", lambda *a: steps.append(1))
     monkeypatch.setattr(AdapterTrainer, "compute_loss", lambda self, *a, **k: real(self, *a, **k) + 1)
-    with pytest.raises(QLoRAError, match="the trainer's loss is .* the cross-entropy on the model's own logits"): finetune(base, rows, tmp_path/"run", steps=1, **QUIET)
+    with pytest.raises(QLoRAError, match="the trainer's loss is .* the cross-entropy on the model's own logits"): finetune(base, rows, tmp_path/"run", max_steps=1, **QUIET)
     assert not steps
 
 
@@ -485,7 +488,7 @@ def test_tokens_that_the_model_does_not_have(base, rows, tmp_path):
     tok = load_tokenizer(base)
     tok.add_tokens(["ticketword"])
     new = [dict(prompt="a", response="a ticketword")]*2
-    with pytest.raises(QLoRAError, match="row 1: the token 'ticketword' has the number"): finetune(load_model(base, device="cpu"), new, tmp_path/"run", tokenizer=tok, steps=1, **QUIET)
+    with pytest.raises(QLoRAError, match="row 1: the token 'ticketword' has the number"): finetune(load_model(base, device="cpu"), new, tmp_path/"run", tokenizer=tok, max_steps=1, **QUIET)
 
 
 # ---- the scores in the end ----
@@ -493,31 +496,31 @@ def test_tokens_that_the_model_does_not_have(base, rows, tmp_path):
 def test_the_evaluation_never_undoes_a_run(base, rows, tmp_path, monkeypatch):
     "Rows that are cut, rows of which none fits, a long answer that training would leave out, and an error."
     from qlora_nb.evaluation import evaluation
-    how = dict(model=base, steps=1, max_length=256, **QUIET)
+    how = dict(model=base, max_steps=1, max_length=256, **QUIET)
     long = [dict(r, prompt=r["prompt"]*12) for r in rows[:12]]
-    assert evaluation.finetune_and_evaluate(long, long="cut", output=tmp_path/"cut", **how).after.n == 1
-    report = evaluation.finetune_and_evaluate(rows, test_data=long, output=tmp_path/"none", **how)
+    assert evaluation.finetune_and_evaluate(long, long="cut", output_dir=tmp_path/"cut", **how).after.n == 1
+    report = evaluation.finetune_and_evaluate(rows, test_data=long, output_dir=tmp_path/"none", **how)
     assert report.after is None and "12 held-out rows are longer than 256 tokens" in str(report)
     lengths, real = [], evaluation.generate
     monkeypatch.setattr(evaluation, "generate", lambda m, t, p, n, **k: lengths.append(n) or real(m, t, p, 2, **k))
     endless = [*rows[20:], dict(prompt="Go on", response="word "*1500)]
-    report = evaluation.finetune_and_evaluate(rows[:20], test_data=endless, output=tmp_path/"one", **how)
+    report = evaluation.finetune_and_evaluate(rows[:20], test_data=endless, output_dir=tmp_path/"one", **how)
     assert report.after.n == report.info["eval_rows"] == 4 and max(lengths) <= 256 and len(report.rows) == 4
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: 1/0)
     with pytest.warns(UserWarning, match="The evaluation failed .*ZeroDivisionError"):
-        report = evaluation.finetune_and_evaluate(rows[:20], test_data=rows[20:], output=tmp_path/"error", **how)
+        report = evaluation.finetune_and_evaluate(rows[:20], test_data=rows[20:], output_dir=tmp_path/"error", **how)
     assert "The evaluation failed" in str(report) and json.loads((tmp_path/"error"/"run.json").read_text(encoding="utf-8"))["steps"] == 1
 
 
 def test_validation_and_test_are_two_things(base, rows, tmp_path):
     "eval_data means the same in both calls; what is trained on and judged by is reported; repeated rows stay."
     from qlora_nb.evaluation.evaluation import finetune_and_evaluate
-    how = dict(model=base, steps=1, **QUIET)
+    how = dict(model=base, max_steps=1, **QUIET)
     with pytest.warns(UserWarning, match="2 of 4 evaluation rows are training rows too"):
-        report = finetune_and_evaluate(rows[:12] + rows[:3], rows[10:14], output=tmp_path/"a", eval_steps=1, test_data=rows[14:17], **how)
+        report = finetune_and_evaluate(rows[:12] + rows[:3], rows[10:14], output_dir=tmp_path/"a", eval_steps=1, test_data=rows[14:17], **how)
     assert report.rows == rows[14:17] and report.info["settings"]["rows"] == 15 and len(report.info["eval_losses"]) == 1
-    with pytest.raises(QLoRAError, match="eval-rows is -1"): finetune_and_evaluate(rows, eval_rows=-1, output=tmp_path/"b", **how)
-    report = finetune_and_evaluate(rows[:12] + rows[:12], output=tmp_path/"c", **how)
+    with pytest.raises(QLoRAError, match="eval_rows is -1"): finetune_and_evaluate(rows, eval_rows=-1, output_dir=tmp_path/"b", **how)
+    report = finetune_and_evaluate(rows[:12] + rows[:12], output_dir=tmp_path/"c", **how)
     assert report.info["settings"]["rows"] == 22 and len(report.rows) == 1   # its twin is not trained on
     assert "exact match" in report._repr_markdown_() and repr(report) == str(report)
 
@@ -536,7 +539,7 @@ def test_ctrl_c_while_the_model_is_loaded(base, rows, tmp_path, monkeypatch):
     import qlora_nb.training.finetune as training
     def stop(*a, **k): raise KeyboardInterrupt
     monkeypatch.setattr(training, "load_base", stop)
-    with pytest.raises(KeyboardInterrupt, match="No checkpoint was complete"): finetune(base, rows, tmp_path/"run", steps=1, **QUIET)
+    with pytest.raises(KeyboardInterrupt, match="No checkpoint was complete"): finetune(base, rows, tmp_path/"run", max_steps=1, **QUIET)
 
 
 # ---- rows that stay on the disk ----
@@ -563,7 +566,7 @@ def test_mapped_rows_give_the_same_run(base, whole, on_disk, tmp_path):
 
 
 def test_mapped_rows_are_packed_as_listed_ones(base, rows, on_disk, tmp_path):
-    how = HOW | dict(steps=2, packing=True, max_length=300, leave_out=[2, 24], fast=False)
+    how = HOW | dict(max_steps=2, packing=True, max_length=300, leave_out=[2, 24], fast=False)
     for name, data, large in (("a", rows, None), ("b", on_disk, True)): finetune(base, data, tmp_path/name, large=large, **how)
     assert outcome(tmp_path/"a") == outcome(tmp_path/"b")
 
@@ -588,6 +591,6 @@ def test_a_broken_row_at_the_far_end_is_named_before_training(base, rows, on_dis
 
 
 def test_mapped_rows_are_scored_too(base, on_disk, tmp_path):
-    report = finetune_and_evaluate(on_disk, eval_rows=2, test_data=on_disk, model=base, output=tmp_path/"run", large=True,
-                                   **HOW | dict(steps=1, eval_steps=None, patience=None))
+    report = finetune_and_evaluate(on_disk, eval_rows=2, test_data=on_disk, model=base, output_dir=tmp_path/"run", large=True,
+                                   **HOW | dict(max_steps=1, eval_steps=None, early_stopping_patience=None))
     assert report.after.n == 2 and report.info["data"] == str(on_disk)

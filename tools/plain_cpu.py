@@ -1,7 +1,7 @@
 """Run a command as on a processor with AVX2 and without AVX-512, bfloat16 and AMX, which is what most laptops have.
 
     python tools/plain_cpu.py pytest tests/test_quantization.py
-    python tools/plain_cpu.py python tests/run_notebook.py nbs/1_foundations/03_quantization.ipynb
+    python tools/plain_cpu.py python tests/run_notebook.py nbs/1_foundations/04_double_quantization.ipynb
 
 The C library beside this file answers the CPUID instruction, so that PyTorch, oneDNN, MKL and bitsandbytes choose the
 kernels of such a processor; these run at their native speed. Where that is not possible one line says why, and the exit

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from qlora_nb.foundations.adapters import BACKENDS, adapted_layers, adapter_coverage, add_adapters, attach_adapter, save_adapter
-from qlora_nb.base.core import QLoRAError, Table, set_seed, versions
-from qlora_nb.foundations.models import audit_4bit, quiet
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.core import Table, set_seed, versions
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.foundations.loading import audit_4bit
 from qlora_nb.foundations.expert_weights import unpack_stacks
 
 BASE = dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, bos_token_id=1,
@@ -134,9 +136,9 @@ def check(name, backend="bnb", folder=None):
         share = {r[0]: r[4] for r in audit.table.rows}
         facts |= dict(four_bit=len(audit.four_bit), wide=share.get("wide", 0.), skipped=len(audit.skipped))
         twin = written_out(model, folder)
-        model = add_adapters(model, rank=4, alpha=8, dropout=0.)
+        model = add_adapters(model, r=4, lora_alpha=8, lora_dropout=0.)
         names = adapted_layers(model)
-        twin = add_adapters(twin, rank=4, alpha=8, targets=names)
+        twin = add_adapters(twin, r=4, lora_alpha=8, target_modules=names)
         facts |= dict(adapted=len(names), covered=adapter_coverage(model).rows[-1][3])
         (y, g), (y_twin, g_twin) = gradients(model), gradients(twin)
         facts |= dict(logits=((y - y_twin).norm()/y_twin.norm()).item(), adapters_without_gradient=sum(not o.any() for o in g.values()),

@@ -40,7 +40,8 @@ def tasks(groups="methods targets formats ranks"):
 def load(task):
     import torch
     from qlora_nb.evaluation.data_types import round_weights
-    from qlora_nb.foundations.models import load_model, load_tokenizer
+    from qlora_nb.base.model_files import load_tokenizer
+    from qlora_nb.foundations.loading import load_model
     dtype = torch.bfloat16 if torch.cuda.is_available() else None   # None: the faster one here
     model = load_model(bits=4 if task["method"] == "qlora" else None, dtype=dtype)
     if task["method"] == "rounded": round_weights(model, task["format"], task["block"], task["double"])
@@ -55,8 +56,8 @@ def trainer_for(model, tokenizer, rows, task, steps, folder):
     set_seed(task["seed"])
     if task["method"] == "full": model.requires_grad_(True)
     else: model = add_adapters(model, task["rank"], 2*task["rank"], 0., task["targets"])
-    return model, make_trainer(model, tokenizer, encode_rows(rows, tokenizer), folder, progress=False, steps=steps,
-                               lr=task["lr"], seed=task["seed"], save_steps=10**6, optim="adamw_torch")
+    return model, make_trainer(model, tokenizer, encode_rows(rows, tokenizer), folder, progress=False, max_steps=steps,
+                               learning_rate=task["lr"], seed=task["seed"], save_steps=10**6, optim="adamw_torch")
 
 
 def learn(task, steps, n_eval, workers):
@@ -116,7 +117,8 @@ def formats(n_tokens=8192, blocks=(32, 64, 128, 256, 1024)):
     "Perplexity on prose for each format and block size, without training."
     import torch
     from qlora_nb.evaluation.data_types import bits_per_weight, round_weights
-    from qlora_nb.foundations.models import load_model, load_tokenizer
+    from qlora_nb.base.model_files import load_tokenizer
+    from qlora_nb.foundations.loading import load_model
     from qlora_nb.evaluation.perplexity import perplexity, prose
     tok, out = load_tokenizer(), []
     def measure(dtype="float32", **how):

@@ -35,7 +35,7 @@ def run(seed, options):
     took["imports"] = round(time.perf_counter() - start, 1)
     for module, name in PHASES: timed(sys.modules[module], name, took)
     with tempfile.TemporaryDirectory() as folder:
-        report = evaluation.finetune_and_evaluate(output=f"{folder}/run", device="cpu", seed=seed, progress=False, **options)
+        report = evaluation.finetune_and_evaluate(output_dir=f"{folder}/run", device="cpu", seed=seed, progress=False, **options)
         info = json.loads((report.run.folder/"run.json").read_text(encoding="utf-8"))
     took["answer_losses"] = took.pop("mark_rows")
     info |= dict(adapter="runs/.../adapter", loss_curve="runs/.../loss.png")   # of a folder that is gone

@@ -4,8 +4,8 @@
     python tools/plain_cpu.py python nbs/experiments/processors.py  # and as on a processor without AVX-512
 
 bitsandbytes and PyTorch choose their CPU kernels by the processor, and with them: weights that come back with the scale
-of another block (`03_quantization`, A surprise), the sign of an FP4 zero (the same page, The proof), gradients after
-an evaluation (`08_models`), and copies of the output head (`42_inference`). These pages measure it again where they
+of another block (`04_double_quantization`, A surprise), the sign of an FP4 zero (the same page, The proof), gradients after
+an evaluation (`08_loading`), and copies of the output head (`42_inference`). These pages measure it again where they
 run, and show the stored row of the other kind beside it. Rows of other kinds in the file are kept. Nothing is timed.
 """
 import argparse, json, os, platform, re, tempfile, warnings
@@ -19,8 +19,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qlora_nb.base.core import cpu_kind, set_seed, versions
-from qlora_nb.foundations.models import disarm, nf4_config, quiet, tiny_model
-from qlora_nb.foundations.quantization import QuantizedTensor
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.base.nf4_config import nf4_config, quiet
+from qlora_nb.foundations.loading import disarm
+from qlora_nb.foundations.double_quantization import QuantizedTensor
 
 RESULTS = Path(__file__).parent.parent/"results"/"processors.json"
 SHAPES = [(576, 1536, 64), (576, 1536, 1024), (64, 96, 64), (64, 80, 32)]   # rows, columns, block

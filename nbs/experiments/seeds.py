@@ -13,7 +13,8 @@ import torch
 from qlora_nb.training import tickets
 from qlora_nb.base.core import versions
 from qlora_nb.training.data import collate, encode_rows
-from qlora_nb.foundations.models import load_model, load_tokenizer
+from qlora_nb.base.model_files import load_tokenizer
+from qlora_nb.foundations.loading import load_model
 from qlora_nb.training.finetune import finetune
 
 ASIDE = dict(products=12, order=1, shapes=2, issues=2, cues=2)   # words of each list that only the tickets of the test hold
@@ -54,7 +55,7 @@ def main():
         for seed in range(a.seeds):
             model = load_model(device=a.device, dtype=getattr(torch, dtype))
             with tempfile.TemporaryDirectory() as folder:
-                run = finetune(model, train, f"{folder}/run", tokenizer=tokenizer, steps=150, lr=2e-3, seed=seed, progress=False)
+                run = finetune(model, train, f"{folder}/run", tokenizer=tokenizer, max_steps=150, learning_rate=2e-3, seed=seed, progress=False)
             share, loss = score(run.model, tokenizer, test)
             rows.append(dict(dtype=dtype, seed=seed, exact_match=share, answer_loss=loss))
             print(json.dumps(rows[-1]), flush=True)

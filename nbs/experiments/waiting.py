@@ -18,7 +18,8 @@ def train(n):
     import tempfile
     from qlora_nb.foundations.adapters import add_adapters
     from qlora_nb.training.data import encode_rows, load_rows
-    from qlora_nb.foundations.models import load_model, load_tokenizer
+    from qlora_nb.base.model_files import load_tokenizer
+    from qlora_nb.foundations.loading import load_model
     from qlora_nb.training.finetune import make_trainer
     from transformers import TrainerCallback
     class OnCall(TrainerCallback):
@@ -29,7 +30,7 @@ def train(n):
     tokenizer = load_tokenizer()
     model = add_adapters(load_model(device="cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(model, tokenizer, encode_rows(load_rows("tickets"), tokenizer), folder, progress=False, steps=n, save_steps=10**6)
+        trainer = make_trainer(model, tokenizer, encode_rows(load_rows("tickets"), tokenizer), folder, progress=False, max_steps=n, save_steps=10**6)
         trainer.speed_up(100)
         trainer.add_callback(OnCall())
         trainer.train()

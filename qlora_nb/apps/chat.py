@@ -12,9 +12,10 @@ from html import escape
 from pathlib import Path
 import ipywidgets as W
 from fastcore.basics import patch
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 from ..training.data import encode_prompt
-from ..using.inference import load_adapter, stream
+from ..training.saved_adapters import load_adapter
+from ..using.inference import stream
 from ..base.runs import finished_run
 from ..using.sampling import check_sampling
 from ..using.several_adapters import active_adapter, adapter_names, answering_as

@@ -8,9 +8,10 @@ __all__ = ['harness_model', 'benchmark', 'rows_task']
 # %% ../../nbs/apps/harness.ipynb #f4ca61fa
 import json, logging
 from pathlib import Path
-from ..base.core import QLoRAError, Table
+from ..base.errors import QLoRAError
+from ..base.core import Table
 from ..training.data import answer_of, encode_prompt
-from ..foundations.models import quiet
+from ..base.nf4_config import quiet
 from ..training.end_tokens import base_of, stop_ids
 from ..training.chat_templates import encode
 

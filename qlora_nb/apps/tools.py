@@ -8,6 +8,7 @@ __all__ = ['plan_parser', 'plan_main', 'export_parser', 'export_main']
 # %% ../../nbs/apps/tools.ipynb #0e3712b5
 import argparse
 from .cli import one_line_errors
+from ..training.settings import split_names
 
 # %% ../../nbs/apps/tools.ipynb #cdf53a8a
 def plan_parser() -> argparse.ArgumentParser:
@@ -17,13 +18,13 @@ def plan_parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("model", help="'smollm2', a local folder or a Hub id; only its config is read")
     add("--gpu", default="T4", help="a card by name, such as T4, RTX4090 or A100-80, or its memory in GB")
-    add("--batch", type=int, default=1, help="rows of a forward pass")
-    add("--seq", type=int, default=2048, help="tokens of a row")
+    add("--per-device-train-batch-size", type=int, default=1, help="rows of a forward pass")
+    add("--max-length", type=int, default=2048, help="tokens of a row")
     add("--method", default="qlora", choices=["qlora", "lora", "full"], help="what is trained, on what")
-    add("--rank", type=int, default=16, help="r, the inner size of the adapters")
-    add("--targets", default="all-linear", help="names of layers, separated by commas, or all-linear")
+    add("--r", type=int, default=16, help="r, the inner size of the adapters")
+    add("--target-modules", default="all-linear", help="names of layers, separated by commas, or all-linear")
     add("--target-parameters", default=None, help="stacks of experts that get adapters too, such as experts.down_proj (none: no experts)")
-    add("--checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
     add("--optim", default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"], help="optimizer")
     add("--loss", default="chunked", choices=["chunked", "full"], help="in tiles, as TRL 1.x does, or all at once")
     return p
@@ -32,8 +33,7 @@ def plan_parser() -> argparse.ArgumentParser:
 def plan_main(argv:list|None=None):  # None: the options that the command was called with
     "Plan a training step: the console command `qlora_plan`."
     o = vars(plan_parser().parse_args(argv))
-    if o["targets"] != "all-linear": o["targets"] = o["targets"].split(",")
-    if o["target_parameters"]: o["target_parameters"] = o["target_parameters"].split(",")
+    o = split_names(o)
     with one_line_errors():
         from qlora_nb.memory.gpus import advise
         print(advise(o.pop("model"), o.pop("gpu"), **o))

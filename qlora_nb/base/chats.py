@@ -11,7 +11,7 @@ __all__ = ['HARMLESS', 'MEANING', 'CHOICE', 'SKIP', 'SPEAKERS', 'ROLES', 'THOUGH
 # %% ../../nbs/base/chats.ipynb #46fd4dc0
 import ast, json, re
 from os.path import commonprefix
-from .core import QLoRAError
+from .errors import QLoRAError
 
 # %% ../../nbs/base/chats.ipynb #391ee67c
 HARMLESS = re.compile(  # names of fields that describe a row and are no part of what it says

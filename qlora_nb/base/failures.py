@@ -11,7 +11,8 @@ import contextlib, errno, shutil, traceback
 
 # %% ../../nbs/base/failures.ipynb #74a0019e
 import torch
-from .core import QLoRAError, fmt_bytes, free_memory, model_tensors
+from .errors import QLoRAError
+from .core import fmt_bytes, free_memory, model_tensors
 
 # %% ../../nbs/base/failures.ipynb #0916b5a6
 def broken_gradients(model:torch.nn.Module) -> list:  # Names of parameters whose gradient is not finite
@@ -29,7 +30,7 @@ def broken_weights(model:torch.nn.Module) -> list:  # Names of layers
     return [n for n, m in model.named_modules() if any(broken(t) for t in tensors(m))]
 
 # %% ../../nbs/base/failures.ipynb #e7417afd
-def likely_causes(model, seen:list, lr:float, scale:float|None) -> list:  # Sentences
+def likely_causes(model, seen:list, learning_rate:float, scale:float|None) -> list:  # Sentences
     "Why a loss or a gradient is not finite. `seen`: (loss, rows, number of trained tokens) of each batch of the step."
     if layers := broken_weights(model):
         mine = any(p.requires_grad for p in model.get_submodule(layers[0]).parameters())
@@ -38,14 +39,14 @@ def likely_causes(model, seen:list, lr:float, scale:float|None) -> list:  # Sent
     causes = []
     if any(n == 0 for _, _, n in seen): causes.append("a batch has no trained token, since all of its labels are -100")
     if scale is not None: causes.append("float16 overflows: use bfloat16 where the card has it, or float32")
-    return causes + [f"the learning rate is too high: lower --lr {lr:g}", "a row is broken: look at the rows named"]
+    return causes + [f"the learning rate is too high: lower --learning-rate {learning_rate:g}", "a row is broken: look at the rows named"]
 
 # %% ../../nbs/base/failures.ipynb #8164ae1f
 class Guard:
     "Stops a run whose loss or gradients are NaN or infinite, before the optimizer writes them into the adapters."
     def __init__(self, describe=lambda rows: f"rows {', '.join(map(str, rows))}",  # Rows of a batch → words
-                 lr:float=0.):                                                     # The highest learning rate
-        self.describe, self.lr, self.seen = describe, lr, []
+                 learning_rate:float=0.):                                          # The highest one
+        self.describe, self.lr, self.seen = describe, learning_rate, []
     def saw(self, loss, rows, trained:int):
         "Remember a batch of this step."
         self.seen.append((loss.detach(), list(rows), trained))
@@ -86,13 +87,15 @@ def go_on(kept) -> str:  # A checkpoint's folder, or None
     if kept is None: return "No checkpoint was complete yet, so the run has to start again."
     return f"{kept.name} is complete: go on from it with --resume (resume=True)."
 
-def memory_cure(batch_size:int, accumulation:int, checkpointing:bool, max_length:int) -> str:
+def memory_cure(per_device_train_batch_size:int, gradient_accumulation_steps:int, gradient_checkpointing:bool,
+                max_length:int) -> str:
     "What to change when memory ran out: first what keeps the run the same, then what makes it another."
-    same = [] if batch_size % 2 else [f"--batch-size {batch_size//2} --accumulation {2*accumulation}"]
-    same += [] if checkpointing else ["--checkpointing"]
+    n, a = per_device_train_batch_size, gradient_accumulation_steps
+    same = [] if n % 2 else [f"--per-device-train-batch-size {n//2} --gradient-accumulation-steps {2*a}"]
+    same += [] if gradient_checkpointing else ["--gradient-checkpointing"]
     why = "which keeps the run the same up to rounding and may be changed with --resume"
     first = f"Use {' or '.join(same)}, {why}. " if same else ""
-    return f"{first}In a new run, a --max-length below {max_length} and a smaller --rank save memory too."
+    return f"{first}In a new run, a --max-length below {max_length} and a smaller --r save memory too."
 
 # %% ../../nbs/base/failures.ipynb #cb0f637d
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ __all__ = ['FILE_KINDS', 'PARTS', 'LARGE', 'as_path', 'near', 'is_file', 'parts_
 import codecs, difflib, gzip, hashlib, io, json, zlib
 from itertools import chain, islice
 from pathlib import Path
-from .core import QLoRAError, versions
+from .errors import QLoRAError
+from .core import versions
 from .readers import csv_rows, is_list, json_rows, kind_of_file, parquet_rows
 
 # %% ../../nbs/base/files.ipynb #0d7d4f82

@@ -10,7 +10,7 @@ __all__ = ['FATES', 'TEXT', 'BROKEN', 'Row', 'place_of', 'number_of', 'say_colum
 import warnings
 from collections import Counter
 from .chats import brief
-from .core import QLoRAError
+from .errors import QLoRAError
 
 # %% ../../nbs/base/notes.ipynb #67179302
 class Row(dict):

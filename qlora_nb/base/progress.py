@@ -14,7 +14,8 @@ from collections import deque
 import psutil, torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from .core import COLORS, QLoRAError, figure_data, fmt_bytes
+from .errors import QLoRAError
+from .core import COLORS, figure_data, fmt_bytes
 from transformers import TrainerCallback
 
 # %% ../../nbs/base/progress.ipynb #ba3e07aa
@@ -33,7 +34,7 @@ def long_run(left:float,  # Seconds
     "What to say of a run that has more than `limit` seconds to go."
     if left < limit: return None
     where = "A GPU would be faster; here, fewer" if device == "cpu" else "Fewer"
-    return (f"About {left/60:.0f} minutes to go. {where} steps (--steps) or shorter rows (--max-length) end it sooner. "
+    return (f"About {left/60:.0f} minutes to go. {where} steps (--max-steps) or shorter rows (--max-length) end it sooner. "
             "Ctrl-C is safe: --resume goes on from the last checkpoint.")
 
 # %% ../../nbs/base/progress.ipynb #4ef201cf

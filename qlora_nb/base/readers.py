@@ -11,7 +11,7 @@ import codecs, csv, gzip, io, json, re, zlib
 from itertools import chain
 from pathlib import Path
 from .chats import MEANING, SKIP
-from .core import QLoRAError
+from .errors import QLoRAError
 
 # %% ../../nbs/base/readers.ipynb #67be8f3f
 class _Twice(ValueError): pass

@@ -9,7 +9,7 @@ __all__ = ['FIELDS', 'CHATS', 'PARTNERS', 'EXPECTED', 'NOTHING', 'shape_of', 'ma
 # %% ../../nbs/base/rows.ipynb #793bbafe
 from .chats import SKIP, THOUGHTS, brief, carries_meaning, check_text, fail, is_empty, kind_of, parse_text
 from .chats import read_messages, read_tools
-from .core import QLoRAError
+from .errors import QLoRAError
 from .notes import Notes, Row, say_columns, say_unused
 from .readers import undress
 

@@ -11,7 +11,8 @@ import contextlib, hashlib, json, os, shutil, warnings
 from collections import namedtuple
 from pathlib import Path
 from filelock import FileLock, Timeout
-from .core import QLoRAError, Table
+from .errors import QLoRAError
+from .core import Table
 
 # %% ../../nbs/base/runs.ipynb #449a5b5d
 def sync(path:Path):  # A file, or a folder for the names in it
@@ -75,8 +76,9 @@ def last_checkpoint(folder:str|Path  # The `checkpoints` folder of a run
 def comparable(settings:dict) -> dict:
     "The settings that make a run what it is: how a step is divided into batches does not."
     s = json.loads(json.dumps(settings, default=str))
-    if "batch_size" in s and "accumulation" in s: s["rows_a_step"] = s.pop("batch_size")*s.pop("accumulation")
-    if s.get("steps"): s.pop("epochs", None)
+    split = "per_device_train_batch_size", "gradient_accumulation_steps"
+    if all(o in s for o in split): s["rows_a_step"] = s.pop(split[0])*s.pop(split[1])
+    if s.get("max_steps"): s.pop("num_train_epochs", None)
     for k in ("model", "adapter"):
         if s.get(f"{k}_sha256"): s.pop(k, None)   # known by its content
     return s
@@ -94,15 +96,15 @@ def hold_run(folder:Path):  # Made where there is none
     try:
         if not (folder/"settings.json").exists() and folder.is_dir() and any(
                 o.suffix != ".tmp" and not o.name.startswith(".") for o in folder.iterdir()):
-            raise QLoRAError("this folder is not empty and holds no run.", str(folder), "Choose another --output.")
+            raise QLoRAError("this folder is not empty and holds no run.", str(folder), "Choose another --output-dir.")
         lock = run_lock(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as e:
-        cure = "Wait for it, or choose another --output."
+        cure = "Wait for it, or choose another --output-dir."
         raise QLoRAError("another process is at work on this run.", str(folder), cure) from e
     except (OSError, ValueError) as e:
-        cure, why = "Choose another --output.", getattr(e, "strerror", None) or e
+        cure, why = "Choose another --output-dir.", getattr(e, "strerror", None) or e
         raise QLoRAError(f"the folder cannot be written ({why}).", str(folder), cure) from e
     try: yield
     except KeyboardInterrupt as e:
@@ -118,7 +120,7 @@ def open_run(folder:Path, settings:dict, resume:bool):
     with hold_run(folder):
         if has_work and not resume:
             raise QLoRAError("this folder already holds a run.", where=str(folder),
-                             cure="Add --resume to go on with it, or choose another --output.")
+                             cure="Add --resume to go on with it, or choose another --output-dir.")
         if resume and not last_checkpoint(folder/"checkpoints"):
             warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run starts at step 0.")
         if not has_work: return write_json(file, settings)

@@ -8,7 +8,7 @@ __all__ = ['OPTIONS', 'NAMES', 'rows_given', 'Source', 'shared_options', 'is_mix
 # %% ../../nbs/base/sources.ipynb #dc0223be
 import difflib, inspect, random
 from pathlib import Path
-from .core import QLoRAError
+from .errors import QLoRAError
 from .mapped import join, take
 from .readers import from_table
 

@@ -10,7 +10,7 @@ import difflib, re
 from collections import defaultdict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from .core import QLoRAError
+from .errors import QLoRAError
 from .weights import routers
 
 # %% ../../nbs/base/targets.ipynb #1265f1df

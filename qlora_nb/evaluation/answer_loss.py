@@ -9,7 +9,7 @@ __all__ = ['mark_rows', 'answer_losses', 'answer_loss', 'fit_rows', 'read_off']
 import warnings
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #5fcd4509
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 from ..training.data import collate, encode, encode_rows, shorten
 from ..training.training_loop import row_marks
 

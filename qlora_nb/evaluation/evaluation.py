@@ -13,15 +13,18 @@ from pathlib import Path
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #1a4c1561
 from .answer_loss import fit_rows, mark_rows, read_off
-from ..base.core import QLoRAError, Table, fmt_bytes, free_memory, model_bytes, peak_memory
-from ..training.data import answer_of, as_messages, encode_prompt, exact_match, field_scores, load_rows
+from ..base.errors import QLoRAError
+from ..base.core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
+from .scores import exact_match, field_scores
+from ..training.data import answer_of, as_messages, encode_prompt, load_rows
 from ..speed.dequantized import dequantized
 from ..using.inference import generate
 from .intervals import interval, paired_interval
 from ..base.mapped import Mapped
 from ..base.runs import write_json
 from ..base.sources import OPTIONS, shared_options
-from ..training.schedule import NamedRows, check_positive, pick_rows, repetitions, run_length, say_overlap, source_of
+from ..training.settings import check_settings
+from ..training.schedule import NamedRows, pick_rows, repetitions, say_overlap, source_of
 from ..training.end_tokens import stop_ids
 from ..training.finetune import finetune
 
@@ -174,22 +177,21 @@ def finetune_and_evaluate(data="tickets",          # See `load_rows`
                           eval_data=None,          # Rows to evaluate on while training, as in `finetune`
                           eval_rows:int=64,        # Score at most so many rows; 0 scores nothing
                           test_data=None,          # For the scores; None: `eval_data`, or the tickets' own, or a tenth
-                          steps:int|None=None, epochs:float|None=None, lr:float|None=None,  # See `finetune`
                           seed:int=0,              # Of everything
                           progress:bool=True,      # Show bars?
-                          **settings               # Of `finetune`: model, output, rank, columns, ...
+                          **settings               # Of `finetune`: model, output_dir, r, columns, ...
                          ) -> Report:
     "Fine-tune, and score the model without and with its adapter on rows that it was not trained on."
-    check_positive(eval_rows=eval_rows)
+    check_settings(eval_rows=eval_rows)
     start, source = time.perf_counter(), source_of(data)
     reading = {k: settings.pop(k) for k in OPTIONS if k in settings}
     how = shared_options(reading)
-    length, rows = run_length(data, steps, epochs, lr), load_rows(data, **reading)
+    rows = load_rows(data, **reading)
     if not isinstance(rows, Mapped): rows = NamedRows(rows, source)
     eval_data, test_data = (o if o is None else load_rows(o, **how) for o in (eval_data, test_data))
     out, held, said = rows_to_score(data, rows, eval_data, test_data, eval_rows, seed)
     for o in said: warnings.warn(o)
-    run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress, **length, **settings)
+    run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress, **settings)
     held, before, after, why = score_run(run, held, progress)
     info = run.info | dict(data=source if isinstance(data, (str, Path)) else "rows", eval_rows=len(held),
                            not_evaluated=why, before=before and before._asdict(), after=after and after._asdict(),

@@ -8,7 +8,7 @@ __all__ = ['bootstrap', 'wilson', 'interval', 'paired_interval', 'spread']
 # %% ../../nbs/5_evaluation/52_intervals.ipynb #538c46a6
 import math, torch
 from statistics import NormalDist
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/5_evaluation/52_intervals.ipynb #005a1738
 def bootstrap(sums,               # One number a row: right or wrong, or the sum of its losses

@@ -9,7 +9,7 @@ __all__ = ['prose', 'windows', 'token_losses', 'perplexity']
 import math, torch
 from torch.nn import functional as F
 from tqdm import tqdm
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 from ..speed.logits import own_logits, plain_head
 
 # %% ../../nbs/5_evaluation/55_perplexity.ipynb #4c9c39f6

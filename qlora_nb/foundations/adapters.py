@@ -11,9 +11,12 @@ __all__ = ['BACKENDS', 'BROKEN', 'as_named', 'refused', 'adapted_layers', 'adapt
 import contextlib, difflib, json, re, shutil, tempfile, torch, warnings
 from functools import partial
 from pathlib import Path
-from ..base.core import QLoRAError, Table
-from .lora import adapter_tensors, add_lora, disable_adapter, load_adapter as load_lora, save_adapter as save_lora
-from .models import load_model, quiet, tiny_model
+from ..base.errors import QLoRAError
+from ..base.core import Table
+from .lora_model import adapter_tensors, add_lora, disable_adapter, load_adapter as load_lora, save_adapter as save_lora
+from ..base.model_files import tiny_model
+from ..base.nf4_config import quiet
+from .loading import load_model
 from .qlora import is_scratch, load_scratch, quantize_model
 from .expert_weights import is_stack, stacks_as_parameters, stacks_of
 from ..base.targets import find_targets, match_targets, outer_modules
@@ -58,15 +61,15 @@ def adapted_parameters(model) -> list:   # A PEFT model
     return sorted(f"{clean_name(n)}.{m.parameter_name}" for n,m in model.named_modules() if hasattr(m, "parameter_name"))
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #ef5267b3
-def chosen_layers(model, targets:str|list) -> list:
+def chosen_layers(model, target_modules:str|list) -> list:
     "The layers that `targets` means and that can have an adapter. Raises `QLoRAError` where one that was named cannot."
-    names = match_targets(model, targets)   # raises, with near names
+    names = match_targets(model, target_modules)   # raises, with near names
     read = [n for n in names if n in getattr(model, "qlora_nb_read", ())]
     out = sorted({n.rpartition(".")[2] for n in refused(model, names) + read})
     left = [n for n in names if n.rpartition(".")[2] not in out]
-    if out and (targets != "all-linear" or not left):
+    if out and (target_modules != "all-linear" or not left):
         raise QLoRAError(f"{', '.join(out)} cannot have an adapter: other code of this model reads its weight.",
-                         type(model).__name__, "Leave it out of the targets, or use targets='all-linear'.")
+                         type(model).__name__, "Leave it out, or use target_modules='all-linear'.")
     if out: warnings.warn(f"{', '.join(out)} of {type(model).__name__} cannot have an adapter and is left out.", stacklevel=3)
     return left
 
@@ -76,7 +79,7 @@ def short_names(model, names:list) -> list:
     return short if {n for o in find_targets(model, short).values() for n in o} == set(names) else names
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #fc7d73f4
-def chosen_parameters(model, wanted:list, dropout:float) -> list:   # As PEFT's `target_parameters`
+def chosen_parameters(model, wanted:list, lora_dropout:float) -> list:   # As PEFT's `target_parameters`
     "Full names of the stacks of matrices that are wanted. Raises `QLoRAError` for what cannot have an adapter."
     who, stacks = type(model).__name__, []
     for n,m in model.named_modules():
@@ -84,31 +87,31 @@ def chosen_parameters(model, wanted:list, dropout:float) -> list:   # As PEFT's 
         stacks += [f"{clean_name(n)}.{k}" for k in have]
     if isinstance(wanted, str): raise QLoRAError("target_parameters has to be a list.", wanted, f'Give target_parameters=["{wanted}"].')
     if is_scratch(model): raise QLoRAError("experts can have adapters with backend='bnb' only.", who, "Leave target_parameters out.")
-    if dropout: raise QLoRAError(f"adapters on parameters have no dropout (it is {dropout:g}).", who, "Set dropout=0.")
+    if lora_dropout: raise QLoRAError(f"adapters on parameters have no lora_dropout (it is {lora_dropout:g}).", who, "Set lora_dropout=0.")
     for t in wanted:
         if any(f".{n}".endswith(f".{t}") for n in stacks): continue
         kinds = sorted({re.sub(r"\b\d+\b", "*", n).rpartition("*.")[2] for n in stacks})
-        near = ", ".join(difflib.get_close_matches(t, kinds, cutoff=.3) or kinds) or "none; name its layers in targets"
+        near = ", ".join(difflib.get_close_matches(t, kinds, cutoff=.3) or kinds) or "none; name its layers in target_modules"
         raise QLoRAError(f"the target parameter '{t}' matches no stack of experts.", who, f"Its stacks are: {near}.")
     return [n for n in stacks if any(f".{n}".endswith(f".{t}") for t in wanted)]
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #fc268044
 def add_adapters(model,                       # A 4-bit model of either backend
-                 rank:int=16,                 # r: the inner size of each adapter
-                 alpha:float=32,              # The update is scaled by alpha / r
-                 dropout:float=0.,            # On the adapters' input
-                 targets:str|list="all-linear",  # Or names of layers, such as ["q_proj", "v_proj"]
+                 r:int=16,                    # Rank: the inner size of each adapter
+                 lora_alpha:float=32,         # The update is scaled by lora_alpha / r
+                 lora_dropout:float=0.,       # On the adapters' input
+                 target_modules:str|list="all-linear",  # Or names of layers, such as ["q_proj", "v_proj"]
                  target_parameters:list|None=None):  # Stacks of experts too, such as ["experts.down_proj"]
     "Put LoRA adapters on `model`: PEFT's, or ours on our own layers. Raises `QLoRAError` for a target that matches nothing."
-    if isinstance(targets, str) and targets != "all-linear": targets = [targets]
-    stacks = chosen_parameters(model, target_parameters, dropout) if target_parameters else []
-    names = chosen_layers(model, targets) if targets or not stacks else []
+    if isinstance(target_modules, str) and target_modules != "all-linear": target_modules = [target_modules]
+    stacks = chosen_parameters(model, target_parameters, lora_dropout) if target_parameters else []
+    names = chosen_layers(model, target_modules) if target_modules or not stacks else []
     how = short_names(model, names) if names else []
     if is_scratch(model):           # our own layers take our own adapters
-        add_lora(model, how, rank, alpha, dropout)
+        add_lora(model, how, r, lora_alpha, lora_dropout)
         model.disable_adapter = partial(disable_adapter, model)   # as PEFT's models have it
     else:
-        cfg = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=how,
+        cfg = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=how,
                          target_parameters=target_parameters or None, task_type="CAUSAL_LM")
         with as_named(), stacks_as_parameters(model): model = get_peft_model(model, cfg)
     if odd := {*adapted_layers(model), *adapted_parameters(model)} ^ {*names, *stacks}:
@@ -211,11 +214,11 @@ def read_adapter(model,             # With our own adapters on it
     for k, p in adapter_tensors(model, "default").items(): p.data.copy_(have[k])
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #d1c9d2fe
-def tiny_qlora(kind:str="llama", n_layers:int=2, rank:int=8, alpha:float=16, **config) -> torch.nn.Module:  # See `tiny_model`
+def tiny_qlora(kind:str="llama", n_layers:int=2, r:int=8, lora_alpha:float=16, **config) -> torch.nn.Module:  # See `tiny_model`
     "A tiny model with our own 4-bit layers, and adapters whose update is not zero, ready to train."
     model = tiny_model(kind, num_hidden_layers=n_layers, **config)
     quantize_model(model)
-    model = add_adapters(model, rank, alpha).train()
+    model = add_adapters(model, r, lora_alpha).train()
     for name, p in model.named_parameters():
         if "lora_B" in name: torch.nn.init.normal_(p.data, std=.02)
     return model

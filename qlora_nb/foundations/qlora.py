@@ -7,7 +7,7 @@ __all__ = ['write_out', 'NF4Function', 'Packed', 'NF4Linear', 'NF4Stack', 'our_s
            'is_scratch']
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #7c1d8cdd
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #99f93d88
 import math, torch, bitsandbytes
@@ -15,8 +15,8 @@ from functools import partial
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
-from .models import audit_4bit, load_model
-from .quantization import DoubleQuantized, QuantizedTensor, dynamic_code, quantize
+from .loading import audit_4bit, load_model
+from .double_quantization import DoubleQuantized, QuantizedTensor, dynamic_code, quantize
 from .expert_weights import Stack, pack_stacks, packing_stacks
 from ..base.targets import match_targets
 from ..base.weights import acts_linear, misplaced

@@ -11,7 +11,8 @@ import difflib, re
 from html import escape
 from matplotlib.figure import Figure
 from numpy import polyfit
-from ..base.core import COLORS, QLoRAError, Table, figure_data
+from ..base.errors import QLoRAError
+from ..base.core import COLORS, Table, figure_data
 from .planner import METHODS, OPTIMIZERS, Plan, config_of, plan
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #9b518cf5
@@ -31,15 +32,15 @@ def plot_plans(plans:dict) -> Figure:  # Name → `Plan`
     return fig
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #d165249a
-LEVERS = {"checkpointing": lambda s: dict(checkpointing=True),
-          "half the batch, twice the accumulation": lambda s: dict(batch=s["batch"]//2),
-          "half the length": lambda s: dict(seq=s["seq"]//2), "a loss in tiles": lambda s: dict(loss="chunked"),
+LEVERS = {"checkpointing": lambda s: dict(gradient_checkpointing=True),
+          "half the batch, twice the accumulation": lambda s: dict(per_device_train_batch_size=s["per_device_train_batch_size"]//2),
+          "half the length": lambda s: dict(max_length=s["max_length"]//2), "a loss in tiles": lambda s: dict(loss="chunked"),
           "a paged 8-bit optimizer": lambda s: dict(optim="paged_adamw_8bit"), "QLoRA": lambda s: dict(method="qlora")}
 
 def levers(p:Plan) -> dict:  # Name → `Plan` with that one change; the most helpful first
     "Plans that differ from `p` by one lever, as far as they need less."
     changed = {k: p.settings | f(p.settings) for k, f in LEVERS.items()}
-    plans = {k: plan(p.cfg, **s) for k, s in changed.items() if s != p.settings and s["batch"] and s["seq"] > 32}
+    plans = {k: plan(p.cfg, **s) for k, s in changed.items() if s != p.settings and s["per_device_train_batch_size"] and s["max_length"] > 32}
     return dict(sorted(((k, q) for k, q in plans.items() if q.peak < p.peak), key=lambda o: o[1].peak))
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #90b124e6
@@ -74,10 +75,10 @@ def largest_batch(model, card, **settings) -> int:  # 0 where one row is too muc
     while need(n + 1) <= room: n += 1
     return n
 
-def longest(model, card, batch=1, limit=131072, **settings) -> int:
+def longest(model, card, per_device_train_batch_size=1, limit=131072, **settings) -> int:
     "The longest rows that fit on `card`: a multiple of 128, or 0 where 128 tokens are too many."
     cfg, room, x = config_of(model), card_bytes(card), [4096, 8192, 16384]
-    def need(t): return plan(cfg, batch, t, **settings).needs()
+    def need(t): return plan(cfg, per_device_train_batch_size, t, **settings).needs()
     a, b, c = polyfit(x, [need(t) for t in x], 2)   # a·t² + b·t + c
     t = (room - c)/b if a*x[0] < 1e-3*b else ((b*b + 4*a*(room - c))**.5 - b)/(2*a) if room > c else 0
     t = int(min(max(t, 0), limit)//128*128)
@@ -86,30 +87,30 @@ def longest(model, card, batch=1, limit=131072, **settings) -> int:
     return t
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #0ff90989
-def advise(model, card="T4", seq:int=2048, batch:int=1, **settings) -> str:  # See `plan`
+def advise(model, card="T4", max_length:int=2048, per_device_train_batch_size:int=1, **settings) -> str:  # See `plan`
     "A plan for a card, in words and tables."
-    p = plan(model, batch, seq, **settings)
+    p = plan(model, per_device_train_batch_size, max_length, **settings)
     room, out = card_bytes(card), [str(p), ""]
     verdict = f"needs {p.needs()/1e9:.1f} GB of {room/1e9:.1f} GB, with CUDA's own part and room for gaps"
     known = getattr(p.cfg, "max_position_embeddings", None) or float("inf")
     def beyond(n): return f", and the model knows {known:,} positions" if n > known else ""
-    if seq > known: out.append(f"These rows have {seq} tokens{beyond(seq)}: it was never trained on more.")
+    if max_length > known: out.append(f"These rows have {max_length} tokens{beyond(max_length)}: it was never trained on more.")
     if fits(p, card):
-        how = {k: v for k, v in p.settings.items() if k not in ("batch", "seq")}
-        out += [f"It fits: {verdict}.", f"Largest batch at {seq} tokens: {largest_batch(p.cfg, card, seq=seq, **how)}. "
-                f"Longest rows at batch {batch}: {(n := longest(p.cfg, card, batch, **how))} tokens{beyond(n)}."]
+        how = {k: v for k, v in p.settings.items() if k not in ("per_device_train_batch_size", "max_length")}
+        out += [f"It fits: {verdict}.", f"Largest batch at {max_length} tokens: {largest_batch(p.cfg, card, max_length=max_length, **how)}. "
+                f"Longest rows at batch {per_device_train_batch_size}: {(n := longest(p.cfg, card, per_device_train_batch_size, **how))} tokens{beyond(n)}."]
         return "\n".join(out)
     helps = levers(p)
     rows = [[k, q.peak/1e9, "yes" if fits(q, card) else "no"] for k, q in helps.items()]
     return "\n".join([*out, f"It does not fit: {verdict}.", "", str(Table(rows, ["one change", "peak (GB)", "fits?"]))])
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #b5396419
-def kv_cache_bytes(model, batch:int=1, seq:int=2048, element:int=2) -> int:  # Bytes of a number in the cache
+def kv_cache_bytes(model, batch:int=1, length:int=2048, element:int=2) -> int:  # Bytes of a number in the cache
     "Bytes of keys and values: 2 × layers × key heads × head size, for each token of each row."
     c = config_of(model)
     heads = getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None) or c.num_attention_heads
     size = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
-    return 2*c.num_hidden_layers*heads*size*element*batch*seq
+    return 2*c.num_hidden_layers*heads*size*element*batch*length
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #318d2b3e
 def against_card(p:Plan, card) -> tuple:  # (figure, what it shows)
@@ -125,9 +126,9 @@ def controls() -> dict:  # Name of an argument of `plan` → widget
     "One widget for each setting that is worth playing with."
     import ipywidgets as w
     def steps(*o, value): return w.SelectionSlider(options=o, value=value, continuous_update=False)
-    out = dict(method=w.Dropdown(options=METHODS), batch=steps(1, 2, 4, 8, 16, 32, value=4),
-               seq=steps(256, 512, 1024, 2048, 4096, 8192, 16384, value=1024),
-               rank=steps(4, 8, 16, 32, 64, 128, value=16), checkpointing=w.Checkbox(True),
+    out = dict(method=w.Dropdown(options=METHODS), per_device_train_batch_size=steps(1, 2, 4, 8, 16, 32, value=4),
+               max_length=steps(256, 512, 1024, 2048, 4096, 8192, 16384, value=1024),
+               r=steps(4, 8, 16, 32, 64, 128, value=16), gradient_checkpointing=w.Checkbox(True),
                optim=w.Dropdown(options=OPTIMIZERS), loss=w.Dropdown(options=("chunked", "full")))
     for k, v in out.items(): v.description = k
     return out

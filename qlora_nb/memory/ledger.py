@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from ..base.core import QLoRAError
-from ..foundations.models import hub_errors, locate, plain_linears, quiet
+from ..base.errors import QLoRAError
+from ..base.model_files import hub_errors, locate
+from ..base.nf4_config import plain_linears, quiet
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #182f9246
 def on_card(n:int) -> int: return -(-n//512)*512   # bytes asked for → bytes taken

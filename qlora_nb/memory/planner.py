@@ -13,7 +13,8 @@ import contextlib, copy, gc
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from ..base.core import QLoRAError, Table
+from ..base.errors import QLoRAError
+from ..base.core import Table
 from .ledger import Autocast, Ledger, Unpacked, check_stacks, config_of, layer_groups, on_card, pack_experts, some_layers, whole
 
 # %% ../../nbs/3_memory/37_planner.ipynb #08622b57
@@ -51,7 +52,7 @@ class Planned(nn.Module):
 # %% ../../nbs/3_memory/37_planner.ipynb #1f4e25a5
 METHODS = ("qlora", "lora", "full")
 
-def skeleton(cfg, method:str, rank:int, targets, dtype:torch.dtype, keep:list|None=None, target_parameters=()) -> nn.Module:
+def skeleton(cfg, method:str, r:int, target_modules, dtype:torch.dtype, keep:list|None=None, target_parameters=()) -> nn.Module:
     "A model without memory: frozen layers replaced by stand-ins, except the head. With `keep`, these layers only."
     model = whole(cfg, torch.float32 if method == "full" else dtype)
     with torch.device("meta"):
@@ -59,11 +60,11 @@ def skeleton(cfg, method:str, rank:int, targets, dtype:torch.dtype, keep:list|No
         if method == "full": return model
         model.requires_grad_(False)
         for name, m in list(model.named_modules()):
-            if method == "qlora": pack_experts(m, dtype, lambda k: rank*any(f".{name}.{k}".endswith(f".{t}") for t in target_parameters))
+            if method == "qlora": pack_experts(m, dtype, lambda k: r*any(f".{name}.{k}".endswith(f".{t}") for t in target_parameters))
             if type(m) not in (nn.Linear, Conv1D) or m is model.get_output_embeddings(): continue
             parent, _, child = name.rpartition(".")
-            hit = targets == "all-linear" or any(name == t or name.endswith(f".{t}") for t in targets)
-            setattr(model.get_submodule(parent), child, Planned(m, method == "qlora", rank if hit else 0, dtype))
+            hit = target_modules == "all-linear" or any(name == t or name.endswith(f".{t}") for t in target_modules)
+            setattr(model.get_submodule(parent), child, Planned(m, method == "qlora", r if hit else 0, dtype))
     return model
 
 # %% ../../nbs/3_memory/37_planner.ipynb #5b50956b
@@ -117,22 +118,22 @@ def forward_loss(model, ids, loss, mark):
     return TiledLoss.apply(h[:, :-1].reshape(-1, h.shape[-1]).clone(), model.get_output_embeddings().weight.shape[0])
 
 # %% ../../nbs/3_memory/37_planner.ipynb #b10e1abe
-def rehearse(cfg, batch, seq, method, rank, targets, checkpointing, optim, loss, dtype, keep=None, ledger=None, target_parameters=()) -> tuple:
+def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_modules, gradient_checkpointing, optim, loss, dtype, keep=None, ledger=None, target_parameters=()) -> tuple:
     "One training step without memory: (parts that stay, moments of a `Ledger`)."
     whole(cfg, torch.float32 if method == "full" else dtype)   # before anything is entered
     with ledger or Ledger() as ledger, torch.device("meta"):
-        model = skeleton(cfg, method, rank, targets, dtype, keep, target_parameters)
+        model = skeleton(cfg, method, r, target_modules, dtype, keep, target_parameters)
         trained = [p for p in model.parameters() if p.requires_grad]
         states = [torch.empty(state_bytes(p, optim), dtype=torch.uint8) for p in trained]
         gc.collect()
         parts = parts_of(model) | dict(optimizer=sum(map(torch.Tensor.numel, states)))
-        if checkpointing:
+        if gradient_checkpointing:
             how = dict(use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), Autocast(dtype)))
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
             model.enable_input_require_grads()
         ledger.mark("start"), ledger.moments.clear()
         with Autocast(dtype):
-            forward_loss(model.train(), torch.empty(batch, seq, dtype=torch.long), loss, ledger.mark).backward()
+            forward_loss(model.train(), torch.empty(per_device_train_batch_size, max_length, dtype=torch.long), loss, ledger.mark).backward()
         ledger.mark("backward")
         roots = [torch.empty_like(p) for p in trained] if optim == "adamw" else []
         ledger.mark("optimizer")
@@ -141,16 +142,16 @@ def rehearse(cfg, batch, seq, method, rank, targets, checkpointing, optim, loss,
 # %% ../../nbs/3_memory/37_planner.ipynb #69b0b565
 COUNTED = {}   # planning asks about one config again and again
 
-def count(cfg, method, rank, targets, optim, dtype, target_parameters=(), **rest) -> tuple:  # As for `rehearse`
+def count(cfg, method, r, target_modules, optim, dtype, target_parameters=(), **rest) -> tuple:  # As for `rehearse`
     "(groups of layers, some of each, the parts that stay), on all layers. Raises `QLoRAError` for a model that goes from token to token."
-    how = dict(method=method, rank=rank, targets=targets, optim=optim, dtype=dtype, target_parameters=target_parameters)
+    how = dict(method=method, r=r, target_modules=target_modules, optim=optim, dtype=dtype, target_parameters=target_parameters)
     key = type(cfg).__name__, str(cfg.to_dict()), str(how)
     if key in COUNTED: return COUNTED[key]
     groups, short = layer_groups(whole(cfg, torch.float32 if method == "full" else dtype)), [Ledger(), Ledger()]
-    for k, o in enumerate(short, 1): rehearse(cfg, 1, 16*k, checkpointing=False, loss="chunked", **how, keep=[g[0] for g in groups], ledger=o)
+    for k, o in enumerate(short, 1): rehearse(cfg, 1, 16*k, gradient_checkpointing=False, loss="chunked", **how, keep=[g[0] for g in groups], ledger=o)
     if short[1].operations > 1.2*short[0].operations:
         raise QLoRAError("it goes from token to token, on a card by kernels whose memory is not known.", cfg.model_type, "Measure a step on a card.")
-    model = skeleton(cfg, method, rank, targets, dtype, target_parameters=target_parameters)
+    model = skeleton(cfg, method, r, target_modules, dtype, target_parameters=target_parameters)
     parts = parts_of(model) | dict(optimizer=sum(state_bytes(p, optim) for p in model.parameters() if p.requires_grad))
     return COUNTED.setdefault(key, (groups, sorted(i for g in groups for i in g[:2]), parts))
 
@@ -186,7 +187,7 @@ class Plan:
         return Table([*rows, ["peak", self.peak/1e9, 1.]], [self.title(), "GB", "share"])
     def title(self):
         s = self.settings
-        return f"{s['method']}, {s['batch']} x {s['seq']} tokens" + (", checkpointing" if s["checkpointing"] else "")
+        return f"{s['method']}, {s['per_device_train_batch_size']} x {s['max_length']} tokens" + (", checkpointing" if s["gradient_checkpointing"] else "")
     def __str__(self): return str(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
     def _repr_markdown_(self): return self.table()._repr_markdown_()
@@ -198,21 +199,21 @@ def _check(name, value, allowed):
 
 # %% ../../nbs/3_memory/37_planner.ipynb #d2b70aec
 def plan(model,                # A Hub id, a folder, "smollm2", a config, or a model
-         batch:int=1, seq:int=2048,   # Rows of a forward pass, tokens of a row
+         per_device_train_batch_size:int=1, max_length:int=2048,   # Rows of a forward pass, tokens of a row
          method:str="qlora",   # "qlora", "lora" (16-bit base) or "full" (float32 weights, mixed precision)
-         rank:int=16, targets="all-linear",  # As in `add_adapters`
-         checkpointing:bool=False,     # Recompute activations in the backward pass?
+         r:int=16, target_modules="all-linear",  # As in `add_adapters`
+         gradient_checkpointing:bool=False,     # Recompute activations in the backward pass?
          optim:str="adamw",    # "adamw", "adamw_8bit" or "paged_adamw_8bit"
          loss:str="chunked",   # "chunked", as TRL 1.x computes it, or "full": all logits at once
          dtype:torch.dtype=torch.bfloat16, target_parameters=None) -> Plan:  # Computed in; stacks of experts with adapters
     "Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError` for unknown settings."
     _check("method", method, METHODS), _check("optimizer", optim, OPTIMIZERS), _check("loss", loss, ("chunked", "full"))
-    for k, v in dict(batch=batch, seq=seq, rank=rank).items():
+    for k, v in dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, r=r).items():
         if v < 1: raise QLoRAError(f"{k} is {v}.", cure="It has to be 1 or more.")
     cfg = config_of(model)
     check_stacks(cfg, method, target_parameters, dtype)
-    how = dict(batch=batch, seq=seq, method=method, rank=rank, checkpointing=checkpointing, optim=optim, loss=loss, dtype=dtype,
-               targets=targets if isinstance(targets, str) else tuple(targets), target_parameters=tuple(target_parameters or ()))
+    how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, method=method, r=r, gradient_checkpointing=gradient_checkpointing, optim=optim, loss=loss, dtype=dtype,
+               target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules), target_parameters=tuple(target_parameters or ()))
     try: return Plan(cfg, how, *grow(cfg, **how))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError) as e:
         why = " ".join(str(e).split())[:120]

@@ -9,7 +9,7 @@ __all__ = ['score_gradient', 'TiledLoss', 'tiled_loss', 'plain_gradient', 'compi
 import torch
 from functools import cache
 from torch.nn import functional as F
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/7_speed/75_chunked_loss.ipynb #5a524d1e
 def score_gradient(s, y):  # (tile, V) scores, (tile,) labels → sum of the losses, (tile, V) its gradient

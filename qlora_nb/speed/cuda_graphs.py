@@ -10,7 +10,7 @@ import gc, torch, warnings
 from collections import Counter
 from fastcore.basics import patch
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #454233b3
 def clean_up(stream):  # The current one before the recording

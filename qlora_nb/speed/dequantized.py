@@ -12,7 +12,7 @@ from functools import partial
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
-from ..foundations.models import quiet
+from ..base.nf4_config import quiet
 from ..foundations.qlora import NF4Linear
 
 # %% ../../nbs/7_speed/72_dequantized.ipynb #04142405

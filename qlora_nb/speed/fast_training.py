@@ -10,7 +10,8 @@ __all__ = ['decoder_layers', 'is_matrix', 'why_no_tiles', 'to_16_bits', 'fast_lo
 import contextlib, torch, types, warnings
 from functools import partial
 from torch import nn
-from ..base.core import QLoRAError, Table, fmt_bytes
+from ..base.errors import QLoRAError
+from ..base.core import Table, fmt_bytes
 from .dequantized import drop_dequantized, keep_dequantized
 from .cpu import cpu_pieces, cpu_pieces_undo
 from .fused import adapted_layers, changed, fuse, layer_state, unfuse, why_not

@@ -14,7 +14,8 @@ from peft.tuners.lora.layer import LoraLayer
 from ..base.core import load_triton
 from ..foundations.lora import LoRA
 from ..foundations.qlora import NF4Linear
-from ..foundations.quantization import dynamic_code, levels
+from ..foundations.double_quantization import dynamic_code
+from ..foundations.nf4 import levels
 
 # %% ../../nbs/7_speed/73_fused.ipynb #0eec59cb
 triton, tl = load_triton(needed=False)   # a CPU does without

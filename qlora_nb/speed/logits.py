@@ -9,7 +9,7 @@ __all__ = ['evaluating', 'through_head', 'measure_head', 'plain_head', 'own_logi
 # %% ../../nbs/7_speed/74_logits.ipynb #ab377c4d
 import contextlib, torch
 from torch.nn import functional as F
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/7_speed/74_logits.ipynb #94e5cbc0
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ __all__ = ['whole', 'on_host', 'HostMemory']
 # %% ../../nbs/7_speed/77_offload.ipynb #e23264c2
 import contextlib, torch
 from fastcore.basics import patch
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/7_speed/77_offload.ipynb #4d2bc018
 def whole(t) -> torch.Tensor|None:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
 from ..base.chats import call_is_written
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 from .tokenizer_checks import TOOLS, check_nothing_lost
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #c9b7bfcb

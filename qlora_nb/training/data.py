@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONG', 'load_rows', 'encode_rows', 'collate', 'numbered', 'map_rows', 'make_tickets', 'TEMPLATES', 'answer_of',
-           'as_messages', 'encode', 'encode_prompt', 'render', 'shorten', 'Source', 'exact_match', 'field_scores',
-           'digest', 'is_large']
+           'as_messages', 'encode', 'encode_prompt', 'render', 'shorten', 'Source', 'digest', 'is_large']
 
 # %% ../../nbs/2_training/19_data.ipynb #c889d438
 import itertools, json
@@ -14,14 +13,14 @@ from pathlib import Path
 
 # %% ../../nbs/2_training/19_data.ipynb #33842b59
 import numpy as np, pyarrow.compute as pc, torch
-from ..base.core import QLoRAError, versions
+from ..base.errors import QLoRAError
+from ..base.core import versions
 from ..base.files import PARTS, as_path, choose, digest, each_row, from_hub, identity, is_file, is_large
 from ..base.mapped import Mapped
 from ..base.notes import BROKEN, FATES, TEXT, Examples, Notes, Row, length_report, number_of, place_of
 from ..base.notes import say_column, say_text, table_report
 from ..base.readers import read_rows
 from ..base.rows import EXPECTED, check_row, check_rows, first_shape
-from ..evaluation.scores import exact_match, field_scores
 from ..base.sources import Source, check_options, is_mixture, mix, rows_given
 from .chat_templates import TEMPLATES, answer_of, as_messages, encode, encode_prompt, render, shorten
 from .tickets import make_tickets
@@ -29,7 +28,7 @@ from .tokenizer_checks import control_tokens, text_notes
 
 # %% ../../nbs/2_training/19_data.ipynb #625b341b
 _all_ = ["make_tickets", "TEMPLATES", "answer_of", "as_messages", "encode", "encode_prompt", "render",
-         "shorten", "Source", "exact_match", "field_scores", "digest", "is_large"]
+         "shorten", "Source", "digest", "is_large"]
 
 # %% ../../nbs/2_training/19_data.ipynb #9899b3d4
 def load_rows(data,                      # "tickets", a file, a Hub id, a Dataset, a DataFrame, rows; or a list of such

@@ -9,7 +9,7 @@ __all__ = ['end_ids', 'template_end', 'base_of', 'notes_of', 'note_ends', 'taugh
 # %% ../../nbs/2_training/23_end_tokens.ipynb #792a6aaa
 import warnings
 from torch.nn import Embedding
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 from .chat_templates import as_messages, encode
 
 # %% ../../nbs/2_training/23_end_tokens.ipynb #d5ecdb0d

@@ -8,15 +8,16 @@ __all__ = ['USUAL', 'check_alone', 'name_of', 'load_base', 'shape_of', 'own_adap
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #ede14d3b
 import json, os
-from importlib import import_module
 from pathlib import Path
 from peft import PeftModel
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 from ..foundations.adapters import BACKENDS, add_adapters
-from ..foundations.lora import set_adapter
-from ..foundations.models import disarm, load_tokenizer, locate
+from ..foundations.lora_model import set_adapter
+from ..base.model_files import load_tokenizer, locate
+from ..foundations.loading import disarm
 from ..foundations.qlora import is_scratch
 from ..base.targets import match_targets
+from .saved_adapters import adapter_folder, base_for, load_adapter, revision_for
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #00503bc8
 def check_alone():
@@ -36,7 +37,7 @@ def load_base(model, tokenizer, device, backend, revision=None, adapter=None) ->
     "A model by its name, with an adapter from a file or without, or the one that is there, made safe for training."
     how = dict(device=device, revision=revision)
     if adapter:
-        model, tokenizer, _ = import_module("qlora_nb.using.inference").load_adapter(adapter, model, backend=backend, **how)
+        model, tokenizer, _ = load_adapter(adapter, model, backend=backend, **how)
         return own_adapter(model) and model, tokenizer
     if isinstance(model, (str, Path)): return BACKENDS[backend](model, **how), load_tokenizer(model, revision)
     return model if hasattr(model, "qlora_nb_name") else disarm(model), tokenizer
@@ -45,11 +46,11 @@ def load_base(model, tokenizer, device, backend, revision=None, adapter=None) ->
 def shape_of(config:dict) -> dict:   # Of an adapter, as PEFT describes it
     "What `finetune` calls the settings of an adapter."
     targets = config.get("target_modules")
-    return dict(rank=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.),
-                targets=sorted(targets) if isinstance(targets, (list, set)) else targets or "all-linear",
+    return dict(r=config["r"], lora_alpha=config["lora_alpha"], lora_dropout=config.get("lora_dropout", 0.),
+                target_modules=sorted(targets) if isinstance(targets, (list, set)) else targets or "all-linear",
                 target_parameters=sorted(config.get("target_parameters") or ()) or None)
 
-def own_adapter(model) -> dict|None:  # rank, alpha, dropout, targets; None where there is none
+def own_adapter(model) -> dict|None:  # Of `Settings`; None where there is none
     "Take the adapter that a model carries for training. Raises `QLoRAError` where it is not clear which."
     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
     if not layers: return None
@@ -67,19 +68,19 @@ def own_adapter(model) -> dict|None:  # rank, alpha, dropout, targets; None wher
 def put_adapters(model, s:dict) -> tuple:  # (model with adapters, what to say)
     "New adapters, or the one that is there. Raises `QLoRAError` for one on the output head."
     head, there = model.get_output_embeddings(), any(hasattr(m, "lora_A") for m in model.modules())
-    if head is not None and (hasattr(head, "lora_A") if there else s["targets"] and any(
-            model.get_submodule(n) is head for n in match_targets(model, s["targets"]))):
-        raise QLoRAError("an adapter on the output head cannot be trained here.", f"targets={s.get('targets')}",
+    if head is not None and (hasattr(head, "lora_A") if there else s["target_modules"] and any(
+            model.get_submodule(n) is head for n in match_targets(model, s["target_modules"]))):
+        raise QLoRAError("an adapter on the output head cannot be trained here.", f"target_modules={s.get('target_modules')}",
                          "Leave it out.")
     if not there:
-        return add_adapters(model, s["rank"], s["alpha"], s["dropout"], s["targets"], s.get("target_parameters")), None
-    further = f"(rank {s['rank']}, alpha {s['alpha']:g})"
+        return add_adapters(model, s["r"], s["lora_alpha"], s["lora_dropout"], s["target_modules"], s.get("target_parameters")), None
+    further = f"(r={s['r']}, lora_alpha={s['lora_alpha']:g})"
     if s.get("adapter"): return model, f"The adapter in {s['adapter']} {further} is trained further; its file stays as it is."
     return model, (f"The model carries an adapter {further}, which is trained further: an earlier run that returned "
                    "this model changes with it.")
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #f8269d61
-USUAL = dict(rank=16, alpha=32, dropout=0.)   # `None`: not asked for
+USUAL = dict(r=16, lora_alpha=32, lora_dropout=0.)   # `None`: not asked for
 
 def fill_in(s:dict, own:dict|None=None) -> dict:  # Settings, `None` where nothing was asked for; those of an adapter
     "Settings with rank, alpha and dropout filled in."
@@ -92,19 +93,18 @@ def go_on_from(adapter:str|Path,  # Folder of a run, or of an adapter
     "Take the base, the shape and the template from an adapter. Raises `QLoRAError` for options that say otherwise."
     if not (model is None or isinstance(model, (str, Path))):
         raise QLoRAError("a loaded model and the folder of an adapter are both given.", str(adapter), "Give one of them.")
-    later = import_module("qlora_nb.using.inference")   # a later page, since it is about answers
-    folder, notes, named = later.adapter_folder(adapter)
+    folder, notes, named = adapter_folder(adapter)
     config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
     if (kind := config.get("peft_type")) != "LORA" or config.get("modules_to_save"):
         what = f"modules_to_save={config['modules_to_save']}" if kind == "LORA" else f"peft_type={kind}"
         raise QLoRAError(f"this adapter is more than LoRA ({what}) and cannot be trained further.", str(folder))
-    base, own = later.base_for(folder, named, model and str(model)), shape_of(config)
+    base, own = base_for(folder, named, model and str(model)), shape_of(config)
     def same(a, b): return a == b or isinstance(a, list) and isinstance(b, (list, tuple)) and set(a) == set(b)
     asked = {k: v for k, v in s.items() if k in own and v not in (None, "all-linear")}
     if odd := [f"{k} {v} instead of {own[k]}" for k, v in asked.items() if not same(own[k], v)]:
         raise QLoRAError(f"an adapter is trained further as it is; asked for was {', '.join(odd)}.", str(folder),
                          "Leave these options out, or start a new adapter.")
-    own["model_revision"] = later.revision_for(base, named, notes, s.get("model_revision"))
+    own["model_revision"] = revision_for(base, named, notes, s.get("model_revision"))
     if s["template"] == "auto": own["template"] = notes["template"]
     return base, fill_in(s, own) | dict(adapter=str(folder))
 

@@ -8,7 +8,7 @@ __all__ = ['Token', 'STYLES', 'spell', 'fates', 'token_html', 'MaskView', 'view_
 # %% ../../nbs/2_training/20_mask_viewer.ipynb #650fb195
 from collections import Counter, namedtuple
 from html import escape
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/2_training/20_mask_viewer.ipynb #9868a802
 Token = namedtuple("Token", "id text fate label first", defaults=[False])   # first: of a packed document

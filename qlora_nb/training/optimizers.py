@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'float32_adapters', 'mixed_precision', 'pick_optimizer'
 
 # %% ../../nbs/2_training/21_optimizers.ipynb #41e76c1e
 import torch
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/2_training/21_optimizers.ipynb #fd04eb32
 def float32_adapters(model:torch.nn.Module):  # With adapters; changed in place

@@ -15,7 +15,7 @@ import contextlib, torch
 from itertools import accumulate, pairwise
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 from ..speed.dequantized import dequantized
 from ..speed.logits import evaluating, own_logits
 from ..base.mapped import Grouped, Mapped, count

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #1ee0bce1
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 from ..foundations.adapters import read_adapter, save_adapter
-from ..foundations.lora import adapter_tensors
+from ..foundations.lora_model import adapter_tensors
 from ..base.mapped import Grouped, count
-from ..foundations.models import quiet
+from ..base.nf4_config import quiet
 from ..foundations.qlora import is_scratch
 from ..foundations.expert_weights import adapted_tensor
 

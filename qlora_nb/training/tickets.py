@@ -9,7 +9,7 @@ __all__ = ['CATEGORIES', 'PRIORITIES', 'INSTRUCTION', 'WORDS', 'SYLLABLES', 'SLI
 import json, tomllib
 from importlib.resources import files
 from random import Random
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/2_training/16_tickets.ipynb #78822ee1
 CATEGORIES = ["damaged", "late", "refund", "how-to", "billing"]

@@ -8,7 +8,7 @@ __all__ = ['CANNOT', 'CONTROL', 'TOOLS', 'answers_of', 'unwritten', 'control_tok
 # %% ../../nbs/2_training/18_tokenizer_checks.ipynb #26527cbf
 import re
 from itertools import groupby
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/2_training/18_tokenizer_checks.ipynb #ad8f04e0
 CANNOT, CONTROL = "text that the tokenizer cannot write", "control tokens within the text"

@@ -10,12 +10,13 @@ __all__ = ['row_marks', 'row_losses', 'mean_loss', 'best_eval', 'out_of_patience
 # %% ../../nbs/2_training/22_training_loop.ipynb #2ffa94c0
 import math, os, shutil, warnings
 from fastcore.basics import patch
-from importlib import import_module, metadata, util
+from importlib import metadata, util
 from pathlib import Path
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #f543dfaf
 import torch
-from ..base.core import QLoRAError, count_params
+from ..base.errors import QLoRAError
+from ..base.core import count_params
 from ..foundations.adapters import read_adapter, save_lora
 from ..speed.logits import evaluating, own_loss, picked_logits, plain_head
 from .optimizers import mixed_precision, pick_optimizer
@@ -154,7 +155,8 @@ class FastTrainer(SureTrainer):
         args = self.args
         tokens = args.max_steps*args.train_batch_size*args.gradient_accumulation_steps*length
         big = self.model.device.type == "cuda" and 6*count_params(self.model).total*tokens > 3e16   # multiplications, additions
-        make_fast, memory = import_module("qlora_nb.speed.fast_training").make_fast, 0. if args.gradient_checkpointing else 1.
+        from qlora_nb.speed.fast_training import make_fast   # only here: its kernels are not needed by who never trains fast
+        memory = 0. if args.gradient_checkpointing else 1.
         for part, number, now, first in make_fast(self.model, memory, compile=big, dynamic=True).rows:
             if "as before" in now: warnings.warn(f"not made faster: {number} x {part}, {now} ({first})")
         args.gradient_checkpointing &= not big   # compiled layers do it themselves
@@ -171,7 +173,7 @@ def fast_by_default(device:torch.device) -> bool:
 def check_checkpointing(model):
     "Raise `QLoRAError` for a model that cannot compute its activations twice: it is asked, and left as it was."
     try: model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    except ValueError as e: raise QLoRAError(f"checkpointing is not possible ({e}).", cure="Leave --checkpointing out.") from e
+    except ValueError as e: raise QLoRAError(f"checkpointing is not possible ({e}).", cure="Leave --gradient-checkpointing out.") from e
     model.gradient_checkpointing_disable()
 
 class AdapterTrainer(FastTrainer):
@@ -202,18 +204,20 @@ class AdapterTrainer(FastTrainer):
         return metrics
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #8de6df76
-def trainer_settings(folder, device, dtype, steps=150, batch_size=4, accumulation=1, lr=2e-4, save_steps=20,
-                     checkpointing=False, seed=0, optim="auto", eval_steps=None, report_to=()) -> SFTConfig:
+def trainer_settings(folder, device, dtype, max_steps=150, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+                     learning_rate=2e-4, save_steps=20, gradient_checkpointing=False, seed=0, optim="auto", eval_steps=None,
+                     report_to=()) -> SFTConfig:  # Of `Settings`, with a number for each
     "transformers' and TRL's settings, each spelled out."
     evaluation = dict(eval_strategy="steps", eval_steps=eval_steps, metric_for_best_model="eval_loss",
                       greater_is_better=False) if eval_steps else {}
-    if checkpointing: evaluation["gradient_checkpointing_kwargs"] = dict(use_reentrant=False)
+    if gradient_checkpointing: evaluation["gradient_checkpointing_kwargs"] = dict(use_reentrant=False)
     return SFTConfig(
-        str(folder), max_steps=steps, seed=seed, data_seed=seed, use_cpu=device.type == "cpu",
-        per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, learning_rate=lr,
-        lr_scheduler_type="cosine", warmup_steps=max(1, steps//20), optim=pick_optimizer(optim, device),
+        str(folder), max_steps=max_steps, seed=seed, data_seed=seed, use_cpu=device.type == "cpu",
+        per_device_train_batch_size=per_device_train_batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=max(1, max_steps//20), optim=pick_optimizer(optim, device),
         max_grad_norm=0.3,   # QLoRA paper, appendix B.2
-        **mixed_precision(device, dtype), gradient_checkpointing=checkpointing, **evaluation,
+        **mixed_precision(device, dtype), gradient_checkpointing=gradient_checkpointing, **evaluation,
         dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False, save_strategy="steps",
         save_steps=save_steps, save_total_limit=3 if eval_steps else 2,   # with the best one, which is never deleted
         logging_steps=1, logging_nan_inf_filter=False,   # or the log shows a number in place of NaN

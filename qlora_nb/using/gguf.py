@@ -11,9 +11,10 @@ __all__ = ['SUPPORTED', 'CONVERTER', 'F32', 'F16', 'Q8', 'FORMATS', 'FORMS', 'ad
 import json, warnings
 from pathlib import Path
 from .model_card import check_room, export_adapter, license_of, model_card, new_folder, public_name, read_source
-from ..base.core import QLoRAError, count_params, free_memory
+from ..base.errors import QLoRAError
+from ..base.core import count_params, free_memory
 from .merge import merge_and_save, merge_words, merged
-from ..foundations.models import quiet
+from ..base.nf4_config import quiet
 from ..training.end_tokens import stop_ids, template_end
 from ..training.chat_templates import begins_with_bos
 

@@ -13,13 +13,16 @@ from collections import Counter, namedtuple
 from pathlib import Path
 from ..foundations.adapters import attach_adapter
 from .model_card import check_room, model_card, new_folder, read_source
-from ..base.core import QLoRAError, free_memory, pick_dtype
+from ..base.errors import QLoRAError
+from ..base.core import free_memory, pick_dtype
 from ..speed.dequantized import write_out_4bit
-from .inference import check_base, revision_of
+from ..training.saved_adapters import check_base, revision_of
 from ..speed.logits import probe, same_logits
-from ..foundations.lora import PLAIN
-from ..foundations.models import load_model, load_tokenizer, locate, quiet
-from ..foundations.quantization import quantize
+from ..foundations.lora_model import PLAIN
+from ..base.model_files import load_tokenizer, locate
+from ..base.nf4_config import quiet
+from ..foundations.loading import load_model
+from ..foundations.double_quantization import quantize
 from ..foundations.expert_weights import adapted_tensor, unpack_stacks
 from ..training.end_tokens import note_ends, stop_ids
 from ..training.chat_templates import begins_with_bos

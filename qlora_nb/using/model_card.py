@@ -13,8 +13,9 @@ from collections import namedtuple
 from pathlib import Path
 from safetensors import SafetensorError
 from ..foundations.adapters import read_json
-from ..base.core import QLoRAError, fmt_bytes, versions
-from .several_adapters import find_folder, read_notes
+from ..base.errors import QLoRAError
+from ..base.core import fmt_bytes, versions
+from ..training.saved_adapters import find_folder, read_notes
 
 # %% ../../nbs/4_using/44_model_card.ipynb #ca980177
 Source = namedtuple("Source", "folder config notes run base")
@@ -60,7 +61,8 @@ model = AutoModelForCausalLM.from_pretrained("."{how}, dtype="auto")
 out = model.generate(**ids, max_new_tokens=64, do_sample=False)
 print(tok.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))"""
 ADAPTER = """from qlora_nb.training.data import encode_prompt
-from qlora_nb.using.inference import generate, load_adapter
+from qlora_nb.training.saved_adapters import load_adapter
+from qlora_nb.using.inference import generate
 model, tok, notes = load_adapter(".")   # run it in this folder; or give the path of this folder
 print(generate(model, tok, encode_prompt(dict(prompt={prompt!r}), tok, notes["template"])))"""
 

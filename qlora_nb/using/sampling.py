@@ -9,7 +9,7 @@ __all__ = ['with_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'penali
 import contextlib, math
 import torch
 from torch.nn import functional as F
-from ..base.core import QLoRAError
+from ..base.errors import QLoRAError
 
 # %% ../../nbs/4_using/41_sampling.ipynb #73501d24
 def with_temperature(scores:torch.Tensor,  # (batch, vocabulary)
