@@ -51,7 +51,7 @@ def main():
             As, Bs = [random(RANK, WIDTH, dtype=torch.float32) for _ in sizes], [random(n, RANK, dtype=torch.float32) for n in sizes]
             W, dy = torch.cat(Ws), torch.cat(dys, 1)
             pairs = {"forward": (lambda: [F.linear(x, w) for w in Ws], lambda: F.linear(x, W)),
-                     "sums into x": (lambda: functools.reduce(torch.add, (d @ w for d, w in zip(dys, Ws))), lambda: dy @ W),
+                     "dX accumulation": (lambda: functools.reduce(torch.add, (d @ w for d, w in zip(dys, Ws))), lambda: dy @ W),
                      "adapters": (lambda: [thin(x, *o) for o in zip(As, Bs, dys)], lambda: thin_joined(x, As, Bs, dy))}
             for part, (apart, joined) in pairs.items():
                 doc["rows"].append(dict(group=group, part=part, round=round, apart_ms=ms(apart), joined_ms=ms(joined)))

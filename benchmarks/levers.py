@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from step import SHAPES, gpu_ms, load, lora, near_gpu, peaks, reset_peaks
 
-WAYS = [("PEFT + bitsandbytes", {}), ("loss in tiles", dict(loss=True)), ("one function", dict(loss=True, fuse=False)),
-        ("adapter folded in", dict(loss=True, fuse=True)), ("layers compiled", dict(memory=1., record=False)),
-        ("passes recorded", dict(memory=1.)), ("memory 0.85", dict(memory=.85)),
+WAYS = [("PEFT + bitsandbytes", {}), ("chunked loss", dict(loss=True)), ("fused function", dict(loss=True, fuse=False)),
+        ("adapter folded in", dict(loss=True, fuse=True)), ("layers compiled", dict(memory=1., cuda_graphs=False)),
+        ("CUDA graphs", dict(memory=1.)), ("memory 0.85", dict(memory=.85)),
         ("memory 0.5", dict(memory=.5)), ("memory 0.2", dict(memory=.2)), ("memory 0", dict(memory=0.)),
-        ("inputs on the host", dict(memory=0., offload=True))]
+        ("inputs offloaded", dict(memory=0., offload=True))]
 OFFLOAD = [(f"memory {m:g}", dict(memory=m, offload=True)) for m in (0., .1, .2, .25, .3, .4, .5)]
 
 

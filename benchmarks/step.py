@@ -184,7 +184,7 @@ def ours(job):
         def forward(self, **batch): return argparse.Namespace(loss=model.step_loss(batch))
     run = loop(Loss(), job, autocast=False)
     def anew(ids, clock):   # without what was recorded for another batch
-        make_fast(model, memory=job["memory"], offload="host" in job["way"], record=False if "not" in job["way"] else None)
+        make_fast(model, memory=job["memory"], offload="host" in job["way"], cuda_graphs=False if "not" in job["way"] else None)
         gc.collect(), reset_peaks(job["device"] == "cuda")
         return run(ids, clock)
     return anew

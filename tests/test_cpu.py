@@ -135,7 +135,7 @@ def test_attention_is_left_to_transformers(how):
 def test_gradients_in_float32(kind, attention):
     model, batch = build(kind), padded()
     loss, want = gradients(model, batch)
-    assert cpu_pieces(model) == [("norm", NORMS[kind], "one function")]   # float32 attention is what it is
+    assert cpu_pieces(model) == [("norm", NORMS[kind], "fused function")]   # float32 attention is what it is
     model.config._attn_implementation = attention
     new_loss, got = gradients(model, batch)
     assert abs(loss - new_loss) < 1e-5 and set(got) == set(want)   # trained norms included
@@ -147,7 +147,7 @@ def test_in_and_out_again(kind):
     model, batch = build(kind, torch.bfloat16), padded()
     before, usual = gradients(model, batch), [n for n, _ in model.named_parameters()]
     kept = [dict(vars(m)) for m in model.modules()]
-    rows = [("norm", NORMS[kind], "one function"), ("attention", 2, "in float32")]
+    rows = [("norm", NORMS[kind], "fused function"), ("attention", 2, "in float32")]
     assert cpu_pieces(model) == rows == cpu_pieces(model)   # twice is once
     assert model.config._attn_implementation == "sdpa_float32" and [n for n, _ in model.named_parameters()] == usual
     exact = gradients(build(kind).float(), batch)[1]
@@ -205,7 +205,7 @@ def test_another_formula_is_noticed():
     norm = model.model.layers[1].input_layernorm
     mine = norm.forward = lambda x: LlamaRMSNorm.forward(norm, x)*1.01   # a plain function of somebody else
     rows = cpu_pieces(model)
-    assert sorted(rows) == [("norm", 1, "as before: it computes something else"), ("norm", 4, "one function")]
+    assert sorted(rows) == [("norm", 1, "as before: it computes something else"), ("norm", 4, "fused function")]
     cpu_pieces_undo(model)
     assert norm.forward is mine
 
@@ -214,7 +214,7 @@ def test_forwards_of_somebody_else_come_back():
     model = build("llama")
     norm = model.model.norm
     mine = norm.forward = lambda x: LlamaRMSNorm.forward(norm, x)
-    assert cpu_pieces(model) == [("norm", 5, "one function")] and norm.forward is not mine
+    assert cpu_pieces(model) == [("norm", 5, "fused function")] and norm.forward is not mine
     cpu_pieces_undo(model)
     assert norm.forward is mine
 
@@ -239,6 +239,6 @@ def test_adapters_keep_their_gradients(backend):
         if "lora_B" in n: torch.nn.init.normal_(p.data, std=.02)
     batch = padded()
     loss, want = gradients(model, batch)
-    assert cpu_pieces(model) == [("norm", 5, "one function")]
+    assert cpu_pieces(model) == [("norm", 5, "fused function")]
     new_loss, got = gradients(model, batch)
     assert len(got) == 28 and abs(loss - new_loss) < 1e-5 and min(cosine(got[n], want[n]) for n in want) > .9999

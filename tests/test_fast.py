@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import Table
-from qlora_nb.speed.fast_training import adapted_layers, decoder_layers, fast_loss, make_fast, make_plain
-from qlora_nb.speed.fused import fuse, unfuse, why_not
-from qlora_nb.speed.cuda_graphs import record
+from qlora_nb.speed.fast_training import fast_loss, make_fast, make_plain
+from qlora_nb.speed.fused import adapted_layers, fuse, unfuse, why_not
+from qlora_nb.speed.cuda_graphs import capture, decoder_layers
 from qlora_nb.base.model_files import load_tokenizer, tiny_model
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.loading import load_model
@@ -91,11 +91,11 @@ def test_the_whole_step(folders, kind, memory):
     assert not hasattr(model, "step_loss") and gradients(model, lambda: model(**b).loss)[0] == want[0]
 
 
-def test_accumulation_and_an_output_head_in_tiles(folders):
+def test_accumulation_and_an_output_head_in_chunks(folders):
     model, b = adapted(folders["llama"]), batch(rows=4)
     whole, n = gradients(model, lambda: fast_loss(model, b)), (b["labels"][:, 1:] != -100).sum()
     parts = [{k: v[i:i+2] for k, v in b.items()} for i in (0, 2)]
-    same(whole, gradients(model, lambda: sum(fast_loss(model, p, n, tile=5) for p in parts)))
+    same(whole, gradients(model, lambda: sum(fast_loss(model, p, n, chunk_size=5) for p in parts)))
 
 
 def test_evaluation_and_generation_do_not_change(folders):
@@ -126,12 +126,12 @@ def test_packed_documents_stay_apart(folders):
 
 @pytest.mark.parametrize("kind", ["llama", "falcon"])
 @pytest.mark.parametrize("compile", [False, EAGER])
-def test_recorded_passes(folders, kind, compile):
+def test_cuda_graphs(folders, kind, compile):
     model, b = separate_documents(adapted(folders[kind])), batch()
     docs = [dict(input_ids=list(range(5 + k, 17 + 2*k)), labels=list(range(5 + k, 17 + 2*k))) for k in range(3)]
     packed, kept = collate_packed([docs], 2), []
     want = [gradients(model, lambda: model(**o).loss) for o in (b, packed)]
-    assert "recorded" in str(make_fast(model, memory=.3, compile=compile, record=True))
+    assert "CUDA graphs" in str(make_fast(model, memory=.3, compile=compile, cuda_graphs=True))
     def step(o):
         kept.append(loss := model.step_loss(o))   # as in a list of losses that nobody detaches
         return loss
@@ -144,9 +144,9 @@ def test_recorded_passes(folders, kind, compile):
     assert not hasattr(model, "stack") and gradients(model, lambda: model(**b).loss)[0] == want[0][0]
 
 
-def test_a_recording_is_of_one_state(folders):
+def test_a_graph_is_of_one_state(folders):
     model, b = adapted(folders["llama"]), batch()
-    make_fast(model, record=True)
+    make_fast(model, cuda_graphs=True)
     for _ in range(3): value = gradients(model, lambda: model.step_loss(b))[0]
     with model.disable_adapter(): off = model.step_loss(b).item()   # in training, without the adapters
     assert abs(off - value) > 1e-3 and len(model.stack.passes) == 1
@@ -154,30 +154,30 @@ def test_a_recording_is_of_one_state(folders):
     with torch.no_grad(): assert model.step_loss(b).item() == pytest.approx(value, rel=1e-5)
 
 
-def test_a_recording_that_fails_is_said(folders, monkeypatch):
+def test_a_capture_that_fails_is_said(folders, monkeypatch):
     from qlora_nb.speed import cuda_graphs as graphs
-    model, b, once = adapted(folders["llama"]), batch(), graphs.Passes
+    model, b, once = adapted(folders["llama"]), batch(), graphs.GraphedPasses
     want = gradients(model, lambda: model(**b).loss)
-    make_fast(model, record=True)
+    make_fast(model, cuda_graphs=True)
     def passes(*args):
         if model.stack.seen.most_common(1)[0][1] == 3: raise RuntimeError("not permitted when stream is capturing")
         return once(*args)
-    monkeypatch.setattr(graphs, "Passes", passes)
+    monkeypatch.setattr(graphs, "GraphedPasses", passes)
     same(want, gradients(model, lambda: model.step_loss(b)))
     same(want, gradients(model, lambda: model.step_loss(b)))
-    with pytest.warns(UserWarning, match="layers are not recorded: recording failed .RuntimeError: not permitted"):
+    with pytest.warns(UserWarning, match="layers run eagerly: capture failed .RuntimeError: not permitted"):
         same(want, gradients(model, lambda: model.step_loss(b)))
     same(want, gradients(model, lambda: model.step_loss(b)))   # and not a word more
     assert not model.stack.passes
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_layers_are_not_recorded(folders, reentrant):
+def test_checkpointed_layers_are_not_captured(folders, reentrant):
     model, b = adapted(folders["llama"]), batch()
     want = gradients(model, lambda: model(**b).loss)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
-    make_fast(model, record=True)
+    make_fast(model, cuda_graphs=True)
     for _ in range(4): same(want, gradients(model, lambda: model.step_loss(b)))
     assert not model.stack.passes
 
@@ -198,7 +198,7 @@ def test_make_plain_gives_back_widths_and_checkpointing(folders):
 
 def test_an_adapter_that_is_off_in_some_layers(folders):
     model, b = adapted(folders["llama"]), batch()
-    make_fast(model, record=True)
+    make_fast(model, cuda_graphs=True)
     list(adapted_layers(model).values())[3].enable_adapters(False)
     want = gradients(model, lambda: model.step_loss(b))
     for _ in range(3): same(want, gradients(model, lambda: model.step_loss(b)))
@@ -336,15 +336,15 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 @needs_gpu
-@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("kind, memory, offload", [("llama", 0., True), ("llama", .4, True), ("llama", 1., True), ("falcon", .4, True)])
-def test_kept_on_the_host(folders, kind, memory, offload, record):
+def test_activations_are_offloaded(folders, kind, memory, offload, cuda_graphs):
     model = adapted(folders[kind]).cuda()
     b = {k: v.cuda() for k, v in batch().items()}
     want = gradients(model, lambda: model(**b).loss)
-    make_fast(model, memory=memory, offload=offload, record=record)
+    make_fast(model, memory=memory, offload=offload, cuda_graphs=cuda_graphs)
     for _ in range(4): same(want, gradients(model, lambda: model.step_loss(b)), rtol=2e-2)
-    assert model.host_memory.buffers and (not record or model.stack.passes and model.stack.why is None)
+    assert model.host_memory.buffers and (not cuda_graphs or model.stack.passes and model.stack.why is None)
     first = model.step_loss(b)
     with torch.no_grad(): model.step_loss(b)   # an evaluation between the two passes
     first.backward()
@@ -354,7 +354,7 @@ def test_kept_on_the_host(folders, kind, memory, offload, record):
 
 
 @needs_gpu
-def test_recordings_share_their_gradients(folders):
+def test_graphs_share_their_gradients(folders):
     model, shapes = adapted(folders["llama"]).cuda(), [{k: v.cuda() for k, v in batch(tokens=t).items()} for t in (24, 30)]
     want = [gradients(model, lambda: model(**b).loss) for b in shapes]
     make_fast(model, compile=False)
@@ -368,7 +368,7 @@ def test_recordings_share_their_gradients(folders):
         if p.requires_grad: torch.testing.assert_close(p.grad, want[0][1][n] + want[1][1][n], rtol=2e-2, atol=1e-4)
     model.stack.forget()
     for _ in range(4): same(want[0], gradients(model, lambda: model.step_loss(shapes[0])), rtol=2e-2)
-    assert len(model.stack.passes) == 1 and model.stack.why is None   # recorded anew
+    assert len(model.stack.passes) == 1 and model.stack.why is None   # captured anew
 
 
 @needs_gpu
@@ -384,16 +384,16 @@ def test_a_loss_that_is_held_is_named(folders):
 
 @needs_gpu
 @pytest.mark.parametrize("failure", [lambda x: x.sum().item(), lambda x: 1/0], ids=["CUDA's", "Python's"])
-def test_a_recording_that_fails_leaves_nothing_behind(failure):
+def test_a_capture_that_fails_leaves_nothing_behind(failure):
     x, side, pool = torch.ones(1000, device="cuda"), torch.cuda.Stream(), torch.cuda.graph_pool_handle
-    found, replay = record(lambda: [torch.nn.functional.dropout(x)], pool())
+    found, replay = capture(lambda: [torch.nn.functional.dropout(x)], pool())
     stream, state = torch.cuda.current_stream(), torch.cuda.get_rng_state()
-    with pytest.raises((RuntimeError, ZeroDivisionError)): record(lambda: [x*2, failure(x)], pool())
+    with pytest.raises((RuntimeError, ZeroDivisionError)): capture(lambda: [x*2, failure(x)], pool())
     assert torch.cuda.current_stream() == stream and torch.equal(torch.cuda.get_rng_state(), state)
     assert torch.randn(3, device="cuda").isfinite().all()
     drawn = [(replay(), found[0].clone())[1] for _ in range(2)]   # an earlier one goes on drawing
     assert not torch.equal(*drawn) and set(drawn[0].tolist()) == {0., 2.}
-    again, replay = record(lambda: [x*3], pool())
+    again, replay = capture(lambda: [x*3], pool())
     replay()
     assert (again[0] == 3).all()
     before = torch.cuda.memory_allocated()
@@ -401,7 +401,7 @@ def test_a_recording_that_fails_leaves_nothing_behind(failure):
     big.record_stream(side)
     del big
     torch.cuda.synchronize(), torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() == before   # memory shared by streams is freed only where nothing is recorded
+    assert torch.cuda.memory_allocated() == before   # memory shared by streams is freed only where nothing is captured
 
 
 @needs_gpu

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, FalconConfig
 
 from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.base.core import set_seed
-from qlora_nb.speed.fast_training import decoder_layers, fast_loss, make_fast, make_plain
+from qlora_nb.speed.cuda_graphs import decoder_layers
+from qlora_nb.speed.fast_training import fast_loss, make_fast, make_plain
 from qlora_nb.speed.fused import adapted_layers
 from qlora_nb.foundations.lora import LoRA
 from qlora_nb.foundations.lora_model import set_adapter
@@ -96,8 +97,8 @@ CASES += [("bnb", True, c) for c in (scale, new_adapter_weights, frozen)] + [("s
 @pytest.mark.parametrize("backend, record, change", CASES, ids=lambda o: getattr(o, "__name__", str(o)))
 def test_what_is_changed_afterwards_counts(folder, backend, record, change):
     model = adapted(folder, backend)
-    make_fast(model, record=record)
-    for _ in range(4 if record else 1): before = gradients(model, lambda: model.step_loss(BATCH))   # recorded by then
+    make_fast(model, cuda_graphs=record)
+    for _ in range(4 if record else 1): before = gradients(model, lambda: model.step_loss(BATCH))   # captured by then
     assert not record or model.stack.passes
     with torch.no_grad(): change(model, backend)
     with warnings.catch_warnings(record=True) as said:
@@ -108,10 +109,10 @@ def test_what_is_changed_afterwards_counts(folder, backend, record, change):
     assert change is frozen or any((g - before[n]).norm() > 1e-2*g.norm() for n, g in got.items() if n in before) or change in (second, drop)
 
 
-def test_hidden_states_of_recorded_layers(folder):
+def test_hidden_states_of_captured_layers(folder):
     model = adapted(folder)
     want = [o.detach() for o in model(**BATCH, output_hidden_states=True).hidden_states]
-    make_fast(model, record=True)
+    make_fast(model, cuda_graphs=True)
     for _ in range(4): gradients(model, lambda: model.step_loss(BATCH))
     assert model.stack.passes
     for _ in range(4): got = model(**BATCH, output_hidden_states=True).hidden_states

@@ -135,8 +135,8 @@ def test_a_fast_loss_that_is_another_is_said_and_not_used(monkeypatch):
     wanted = torch.autograd.grad(want, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     make_fast(model)
     assert model.step_loss(b).item() == pytest.approx(want.item(), rel=1e-4) and model.step_loss.func is fast.fast_loss   # compared once
-    once = fast.tiled_loss
-    monkeypatch.setattr(fast, "tiled_loss", lambda *a: once(*a)*1.002)
+    once = fast.chunked_loss
+    monkeypatch.setattr(fast, "chunked_loss", lambda *a: once(*a)*1.002)
     make_fast(model)
     with pytest.warns(UserWarning, match="not made faster: the loss is .* on the model's own logits"): loss = model.step_loss(b)
     got = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)

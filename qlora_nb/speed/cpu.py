@@ -77,7 +77,7 @@ def cpu_pieces(model) -> list:  # Changed in place. Result: (part, number, what 
     for m, reason in why.items():
         if reason is None: m.usual, m.forward = (m.forward, "forward" in vars(m)), types.MethodType(norm_forward, m)
     for reason in dict.fromkeys(why.values()):
-        rows.append(("norm", [*why.values()].count(reason), f"as before: {reason}" if reason else "one function"))
+        rows.append(("norm", [*why.values()].count(reason), f"as before: {reason}" if reason else "fused function"))
     config, own = decoder.config, not getattr(decoder, "_supports_attention_backend", False)
     if dtype == torch.float32 or own: return rows   # nothing to gain, or not by name
     usual = config._attn_implementation == "sdpa"

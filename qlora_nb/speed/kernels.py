@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['triton', 'tl', 'ptx', 'LOOK_UP', 'REGISTERS', 'bytes_moved', 'nf4_kernel', 'second_scales', 'dequantize_nf4', 'pick',
-           'byte_table', 'plus', 'row_kernel', 'multiply_nf4']
+           'byte_table', 'plus', 'gemv_kernel', 'multiply_nf4']
 
 # %% ../../nbs/7_speed/71_kernels.ipynb #6b952499
 import torch
@@ -89,7 +89,7 @@ def byte_table(code:torch.Tensor) -> torch.Tensor:  # 16 values → (10,), int32
 def plus(a, b): return a + b
 
 @triton.jit
-def row_kernel(X, Q, SCALES, SCALES2, CODE2, OFFSET, CODE, TABLE, OUT, N, K, BLOCK: tl.constexpr, BLOCK2: tl.constexpr,
+def gemv_kernel(X, Q, SCALES, SCALES2, CODE2, OFFSET, CODE, TABLE, OUT, N, K, BLOCK: tl.constexpr, BLOCK2: tl.constexpr,
                ROWS: tl.constexpr, COLS: tl.constexpr, PTX: tl.constexpr):
     n, total = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS), tl.full((ROWS, COLS//BLOCK), 0, tl.float32)
     for k in range(0, K, COLS):
@@ -133,6 +133,6 @@ def multiply_nf4(x:torch.Tensor,       # One row: `K` numbers in any shape
     rows, cols = rows or (16 if N >= 8192 else 8 if N >= 4096 else 2), cols or (1024 if N >= 8192 else 2048)   # as measured on an H100
     cols, q = max(block, min(cols, triton.next_power_of_2(K))), packed.view(-1).view(torch.uint8).view(torch.int32)
     with torch.cuda.device_of(packed):
-        row_kernel[(triton.cdiv(N, rows),)](x.detach().reshape(-1), q, state.absmax, *scales2, state.code, table, out, N, K, block, block2,
+        gemv_kernel[(triton.cdiv(N, rows),)](x.detach().reshape(-1), q, state.absmax, *scales2, state.code, table, out, N, K, block, block2,
                                             rows, cols, asm, num_warps=warps)
     return out.to(x.dtype).view(*x.shape[:-1], N)
