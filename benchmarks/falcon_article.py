@@ -89,7 +89,8 @@ def ours(folder, device, repeat, epochs, width, rows=None, memory=1., targets=No
     from qlora_nb.speed.fast_training import make_fast
     from qlora_nb.base.model_files import load_tokenizer
     from qlora_nb.foundations.loading import load_model
-    from qlora_nb.training.packing import collate_packed, pack, separate_documents
+    from qlora_nb.training.document_mask import collate_packed, separate_documents
+    from qlora_nb.training.packing import pack
     tok = load_tokenizer(folder)
     examples = encode_rows([dict(prompt=p, response=r) for p, r in ROWS]*repeat, tok, "article")
     groups = [examples[i:i + rows] for i in range(0, len(examples), rows)] if rows else [examples]

@@ -14,7 +14,7 @@ from qlora_nb.speed.cuda_graphs import capture, decoder_layers
 from qlora_nb.base.model_files import load_tokenizer, tiny_model
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.loading import load_model
-from qlora_nb.training.packing import collate_packed, separate_documents
+from qlora_nb.training.document_mask import collate_packed, separate_documents
 from qlora_nb.foundations.qlora import quantize_model
 from qlora_nb.training.finetune import finetune
 

@@ -676,7 +676,7 @@ def test_options_of_the_data_reach_every_reader(tmp_path, monkeypatch):
 
 def test_numbers_are_those_of_the_file_where_broken_rows_were_left_out():
     from qlora_nb.training.schedule import name_rows, overlap, repetitions
-    from qlora_nb.training.finetune import number_rows
+    from qlora_nb.training.schedule import number_rows
     rows = [dict(prompt=f"Question {k}", response=f"Answer {k}") if k % 2 else dict(prompt="", response="x") for k in range(8)]
     with pytest.warns(UserWarning, match="broken"): kept = load_rows(rows, skip_bad_rows=True)
     examples = number_rows(kept, [1, 3], load_tokenizer(), "chat", 512)

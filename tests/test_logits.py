@@ -14,7 +14,8 @@ from qlora_nb.base.model_files import load_tokenizer
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.evaluation.perplexity import token_losses
 from qlora_nb.foundations.qlora import quantize_model
-from qlora_nb.training.training_loop import mean_loss, row_losses, trainer_settings, AdapterTrainer
+from qlora_nb.training.settings import trainer_settings
+from qlora_nb.training.training_loop import mean_loss, row_losses, AdapterTrainer
 
 SIZE = dict(vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
             head_dim=32, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)

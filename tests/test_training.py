@@ -13,8 +13,8 @@ from qlora_nb.base.model_files import load_tokenizer, tiny_model
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.loading import load_model
 from qlora_nb.base.runs import is_sealed, last_checkpoint
-from qlora_nb.training.schedule import overlap, repetitions
-from qlora_nb.training.finetune import finetune, make_trainer, number_rows
+from qlora_nb.training.schedule import number_rows, overlap, repetitions
+from qlora_nb.training.finetune import finetune, make_trainer
 
 from common import small_tokenizer
 
@@ -238,7 +238,7 @@ def test_nan_stops_before_the_optimizer(do, said, backend, base, rows, tmp_path)
     now = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     changed = [n for n in before if not torch.equal(before[n], now[n])]
     assert changed == [] or do is nan_adapter and len(changed) == 1
-    from qlora_nb.training.finetune import set_aside
+    from qlora_nb.training.schedule import set_aside
     numbers = set_aside(rows, wanted=True)[0]
     named = [str(numbers[i]) for _, drawn, _ in seen for i in drawn]
     assert all(f" {n} (" in str(e) for n in named[:2]), (named, str(e))

@@ -120,7 +120,7 @@ def check_gradients(model, mine:dict, called:set) -> list:  # Names of adapters 
         raise QLoRAError(f"the gradient is not finite before any training, in {len(bad)} adapters.", bad[0])
     if lost := [n for n in dead if n.split(".lora_")[0] in called or len(dead) == len(mine)]:
         raise QLoRAError(f"{len(lost)} of {len(mine)} adapter matrices get no gradient.", lost[0],
-                         "Leave these layers out with targets=[...].")
+                         "Leave these layers out with target_modules=[...].")
     return dead
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #9951d9fa
@@ -157,7 +157,7 @@ def check_reload(model, mine:dict, base:str):
         lost = [n for n, p in mine.items() if not torch.equal(p.data, want[n])]
         have, fresh = set(load_file(folder/"adapter_model.safetensors")), wanted_by_peft(model, folder)
         lost = lost or not_in_file(model, folder)
-    cure = "Choose other targets=[...]."
+    cure = "Choose other target_modules=[...]."
     if lost:
         raise QLoRAError(f"{len(lost)} of {len(mine)} matrices are not in the file that is saved.", lost[0], cure)
     if fresh is not None and (odd := sorted(have ^ fresh)):

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'RANGES', 'WHOLE', 'CHOICES', 'UNSAID', 'OTHER_NAMES', 'LISTS', 'FREE', 'FIXED', 'option', 'Settings',
-           'check_value', 'refuse_unknown', 'check_settings', 'split_names', 'plain', 'changed', 'writable',
-           'write_config']
+           'check_value', 'refuse_unknown', 'check_settings', 'split_names', 'trainer_settings', 'plain', 'changed',
+           'writable', 'write_config']
 
 # %% ../../nbs/2_training/25_settings.ipynb #73f20bde
 import difflib, math
 from numbers import Integral, Real
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 import yaml
 from ..base.errors import QLoRAError
@@ -94,6 +94,28 @@ def split_names(settings:dict) -> dict:
 # %% ../../nbs/2_training/25_settings.ipynb #8b4b8b98
 FREE = ("save_steps", "gradient_checkpointing", "report_to")
 FIXED = tuple(f.name for f in fields(Settings) if f.name not in FREE)   # what makes a run what it is
+
+# %% ../../nbs/2_training/25_settings.ipynb #8de6df76
+def trainer_settings(folder, device, dtype, max_steps=150, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+                     learning_rate=2e-4, save_steps=20, gradient_checkpointing=False, seed=0, optim="auto", eval_steps=None,
+                     report_to=()):  # Of `Settings`, with a number for each
+    "TRL's `SFTConfig`, each setting spelled out."
+    from trl import SFTConfig   # only here: a command that asks for help should not wait for it
+    from qlora_nb.training.optimizers import mixed_precision, pick_optimizer
+    evaluation = dict(eval_strategy="steps", eval_steps=eval_steps, metric_for_best_model="eval_loss",
+                      greater_is_better=False) if eval_steps else {}
+    if gradient_checkpointing: evaluation["gradient_checkpointing_kwargs"] = dict(use_reentrant=False)
+    return SFTConfig(
+        str(folder), max_steps=max_steps, seed=seed, data_seed=seed, use_cpu=device.type == "cpu",
+        per_device_train_batch_size=per_device_train_batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=max(1, max_steps//20), optim=pick_optimizer(optim, device),
+        max_grad_norm=0.3,   # QLoRA paper, appendix B.2
+        **mixed_precision(device, dtype), gradient_checkpointing=gradient_checkpointing, **evaluation,
+        dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False, save_strategy="steps",
+        save_steps=save_steps, save_total_limit=3 if eval_steps else 2,   # with the best one, which is never deleted
+        logging_steps=1, logging_nan_inf_filter=False,   # or the log shows a number in place of NaN
+        report_to=list(report_to) or "none", disable_tqdm=True, dataset_kwargs=dict(skip_prepare_dataset=True))
 
 # %% ../../nbs/2_training/25_settings.ipynb #ba92b0f4
 def plain(value):

@@ -4,26 +4,24 @@
 
 # %% auto #0
 __all__ = ['row_marks', 'row_losses', 'mean_loss', 'best_eval', 'out_of_patience', 'KeepBest', 'AdapterCheckpoints',
-           'triton_everywhere', 'SureTrainer', 'FastTrainer', 'fast_by_default', 'check_checkpointing',
-           'AdapterTrainer', 'trainer_settings']
+           'triton_everywhere', 'SureTrainer', 'FastTrainer', 'check_checkpointing', 'AdapterTrainer']
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #2ffa94c0
-import math, os, shutil, warnings
+import math, warnings
 from fastcore.basics import patch
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
+import torch
+from transformers import Trainer, TrainerCallback
+from trl import SFTTrainer
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #f543dfaf
-import torch
 from ..base.errors import QLoRAError
 from ..base.core import count_params
 from ..foundations.adapters import read_adapter, save_lora
 from ..speed.logits import evaluating, own_loss, picked_logits, plain_head
-from .optimizers import mixed_precision, pick_optimizer
 from ..speed.shared_prefix import hidden_states
 from ..foundations.qlora import is_scratch
-from transformers import Trainer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #ae51cb5d
 @torch.no_grad()
@@ -161,14 +159,6 @@ class FastTrainer(SureTrainer):
             if "as before" in now: warnings.warn(f"not made faster: {number} x {part}, {now} ({first})")
         args.gradient_checkpointing &= not big   # compiled layers do it themselves
 
-# %% ../../nbs/2_training/22_training_loop.ipynb #a832be38
-def fast_by_default(device:torch.device) -> bool:
-    "Is the fast step known to be right here? In one process, on a CPU or on the current CUDA device with Triton and its C compiler."
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): return False
-    if device.type != "cuda": return device.type == "cpu"
-    here = device.index in (None, torch.cuda.current_device())
-    return here and bool(util.find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")))
-
 # %% ../../nbs/2_training/22_training_loop.ipynb #c90185a4
 def check_checkpointing(model):
     "Raise `QLoRAError` for a model that cannot compute its activations twice: it is asked, and left as it was."
@@ -202,23 +192,3 @@ class AdapterTrainer(FastTrainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-# %% ../../nbs/2_training/22_training_loop.ipynb #8de6df76
-def trainer_settings(folder, device, dtype, max_steps=150, per_device_train_batch_size=4, gradient_accumulation_steps=1,
-                     learning_rate=2e-4, save_steps=20, gradient_checkpointing=False, seed=0, optim="auto", eval_steps=None,
-                     report_to=()) -> SFTConfig:  # Of `Settings`, with a number for each
-    "transformers' and TRL's settings, each spelled out."
-    evaluation = dict(eval_strategy="steps", eval_steps=eval_steps, metric_for_best_model="eval_loss",
-                      greater_is_better=False) if eval_steps else {}
-    if gradient_checkpointing: evaluation["gradient_checkpointing_kwargs"] = dict(use_reentrant=False)
-    return SFTConfig(
-        str(folder), max_steps=max_steps, seed=seed, data_seed=seed, use_cpu=device.type == "cpu",
-        per_device_train_batch_size=per_device_train_batch_size, gradient_accumulation_steps=gradient_accumulation_steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=max(1, max_steps//20), optim=pick_optimizer(optim, device),
-        max_grad_norm=0.3,   # QLoRA paper, appendix B.2
-        **mixed_precision(device, dtype), gradient_checkpointing=gradient_checkpointing, **evaluation,
-        dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False, save_strategy="steps",
-        save_steps=save_steps, save_total_limit=3 if eval_steps else 2,   # with the best one, which is never deleted
-        logging_steps=1, logging_nan_inf_filter=False,   # or the log shows a number in place of NaN
-        report_to=list(report_to) or "none", disable_tqdm=True, dataset_kwargs=dict(skip_prepare_dataset=True))
