@@ -221,7 +221,7 @@ def raw(text): return text.encode().decode("ascii", "surrogateescape")   # as Py
 
 def test_what_was_typed_in_another_locale(tmp_path):
     "Names of columns and prompts are text again; names of files stay bytes, and are written as such."
-    from qlora_nb.foundations.adapters import describe_adapter
+    from qlora_nb.base.adapter_files import describe_adapter
     from qlora_nb.apps.cli import chat_parser, finetune_options
     from qlora_nb.base.runs import write_json
     o = finetune_options(["--data", "a.jsonl", "--columns", raw("prompt=问,response=答"), "--system", raw("Grüße"), "--example", raw("Wofür?")])

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['ParamCount', 'COLORS', 'pick_device', 'has_native_bf16', 'pick_dtype', 'cpu_kind', 'set_seed', 'count_params',
            'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'glibc', 'free_memory', 'keep_memory', 'Table',
-           'figure_data', 'show_figure', 'versions', 'stored_results', 'load_triton']
+           'figure_data', 'show_figure', 'versions', 'stored_results']
 
 # %% ../../nbs/base/core.ipynb #76f2112b
 import base64, ctypes, gc, importlib.metadata, io, json, logging, math, os, platform, random, sys, warnings
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 # %% ../../nbs/base/core.ipynb #6cef6569
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")    # pages of 2 MB on a CPU
@@ -189,14 +188,3 @@ def stored_results(name:str  # Of a file in `nbs/results/`, without .json
     if (folder/f"{name}.json").exists(): return json.loads((folder/f"{name}.json").read_text(encoding="utf-8"))
     names = sorted(o.stem for o in folder.glob("*.json"))
     raise QLoRAError(f"there are no results '{name}'.", cure=f"Choose from: {', '.join(names)}.")
-
-# %% ../../nbs/base/core.ipynb #f6ec7bb9
-def load_triton(needed:bool=True  # False: kernels can be defined without it, but not run
-               ) -> tuple:        # (triton, triton.language)
-    "Triton, in its interpreter where there is no GPU. Raises `QLoRAError` where it is needed and not installed."
-    if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
-    try: import triton, triton.language
-    except ImportError as e:
-        if needed: raise QLoRAError("Triton is not installed.", cure="On Linux: pip install triton.") from e
-        return SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
-    return triton, triton.language

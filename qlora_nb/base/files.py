@@ -12,7 +12,8 @@ from itertools import chain, islice
 from pathlib import Path
 from .errors import QLoRAError
 from .core import versions
-from .readers import csv_rows, is_list, json_rows, kind_of_file, parquet_rows
+from .json_rows import is_list, json_rows
+from .readers import csv_rows, kind_of_file, parquet_rows
 
 # %% ../../nbs/base/files.ipynb #0d7d4f82
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")  # such names mean files, not the Hub

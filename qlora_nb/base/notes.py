@@ -9,7 +9,7 @@ __all__ = ['FATES', 'TEXT', 'BROKEN', 'Row', 'place_of', 'number_of', 'say_colum
 # %% ../../nbs/base/notes.ipynb #7913dbd4
 import warnings
 from collections import Counter
-from .chats import brief
+from .fields import brief
 from .errors import QLoRAError
 
 # %% ../../nbs/base/notes.ipynb #67179302

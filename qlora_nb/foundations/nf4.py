@@ -6,14 +6,9 @@
 __all__ = ['CODEBOOKS', 'to_blocks', 'scale_blocks', 'nf4_codebook', 'fp4_codebook', 'levels', 'nearest_code']
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #fc9a998e
-import math
-from dataclasses import dataclass, replace
 from functools import lru_cache
 import torch
 from torch.nn import functional as F
-from fastcore.basics import patch
-from ..base.errors import QLoRAError
-from ..base.core import Table
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #290d5fa6
 def to_blocks(x:torch.Tensor,   # (n,)

@@ -11,7 +11,7 @@ import torch, types, warnings
 from collections import namedtuple
 from torch.nn import functional as F
 from peft.tuners.lora.layer import LoraLayer
-from ..base.core import load_triton
+from ..base.triton_setup import load_triton
 from ..foundations.lora import LoRA
 from ..foundations.qlora import NF4Linear
 from ..foundations.double_quantization import dynamic_code

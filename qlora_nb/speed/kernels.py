@@ -9,7 +9,7 @@ __all__ = ['triton', 'tl', 'ptx', 'LOOK_UP', 'REGISTERS', 'bytes_moved', 'nf4_ke
 # %% ../../nbs/7_speed/71_kernels.ipynb #6b952499
 import torch
 from ..base.errors import QLoRAError
-from ..base.core import load_triton
+from ..base.triton_setup import load_triton
 
 # %% ../../nbs/7_speed/71_kernels.ipynb #da8c65e9
 triton, tl = load_triton()   # without a GPU, kernels run in Python

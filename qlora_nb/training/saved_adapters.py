@@ -17,7 +17,8 @@ from ..base.model_files import load_tokenizer, locate
 from ..base.runs import content_id
 from ..base.targets import layer_size
 from ..base.weights import clean_name, full_shape
-from ..foundations.adapters import BACKENDS, attach_adapter, open_tensors, read_json
+from ..base.adapter_files import open_tensors, read_json
+from ..foundations.adapters import BACKENDS, attach_adapter
 from .end_tokens import note_loaded
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #d23db30a

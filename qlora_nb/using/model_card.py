@@ -12,7 +12,7 @@ import contextlib, json, re, shutil, tempfile, yaml
 from collections import namedtuple
 from pathlib import Path
 from safetensors import SafetensorError
-from ..foundations.adapters import read_json
+from ..base.adapter_files import read_json
 from ..base.errors import QLoRAError
 from ..base.core import fmt_bytes, versions
 from ..training.saved_adapters import find_folder, read_notes

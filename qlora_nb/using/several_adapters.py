@@ -9,7 +9,8 @@ __all__ = ['adapter_names', 'free_name', 'add_adapter_from', 'same_trainable', '
 # %% ../../nbs/4_using/43_several_adapters.ipynb #818970d6
 import contextlib, shutil, tempfile, warnings
 from pathlib import Path
-from ..foundations.adapters import attach_adapter, describe_adapter
+from ..base.adapter_files import describe_adapter
+from ..foundations.adapters import attach_adapter
 from ..base.errors import QLoRAError
 from ..foundations.lora_model import lora_layers, set_adapter
 from ..base.model_files import locate
