@@ -129,7 +129,8 @@ def end(self:Chat, _=None):
 @patch
 def forget(self:Chat, _=None):
     "Clear: stop, and start a new conversation."
-    self.end(), self.wait()
+    self.end()
+    self.wait()
     self.turns, self.log.children, self.status.value = [], (), ""
 
 @patch

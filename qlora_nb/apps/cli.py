@@ -56,19 +56,23 @@ def read_options(p:TrlParser, argv:list) -> dict:
 @contextlib.contextmanager
 def one_line_errors(interrupted:str=""):  # What to say after Ctrl-C
     "Exit with status 2 and one message for a `QLoRAError`; with 130 for Ctrl-C."
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1"), os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for k, v in dict(HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false").items(): os.environ.setdefault(k, v)
     from qlora_nb.base.errors import QLoRAError
     for o in (sys.stdout, sys.stderr):   # a terminal that cannot show a letter shows something else for it
         if hasattr(o, "reconfigure"): o.reconfigure(errors="replace" if o is sys.stdout else "backslashreplace")
-    warnings.showwarning = lambda message, *a, **k: print(f"note: {message}", file=sys.stderr)
+    usual, warnings.showwarning = warnings.showwarning, lambda message, *a, **k: print(f"note: {message}", file=sys.stderr)
     try: yield
-    except QLoRAError as e: print(f"error: {e}", file=sys.stderr), sys.exit(2)
+    except QLoRAError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt as e:
-        print(f"\nstopped. {' '.join(filter(None, [str(e), interrupted]))}", file=sys.stderr), sys.exit(130)
+        print(f"\nstopped. {' '.join(filter(None, [str(e), interrupted]))}", file=sys.stderr)
+        sys.exit(130)
+    finally: warnings.showwarning = usual
 
 # %% ../../nbs/apps/cli.ipynb #c1ef7acb
 def finetune_options(argv) -> dict:  # For `finetune_and_evaluate`
-    "The options of a call as arguments, and all that differs from the defaults as `config`."
+    "The options of a call as arguments, and all that differs from the defaults as `config_yaml`."
     p = finetune_parser()
     o, default = read_options(p, argv), read_options(finetune_parser(), [])
     config = {k: v for k, v in o.items() if v != default[k] and k not in ("output_dir", "resume")}
@@ -77,7 +81,7 @@ def finetune_options(argv) -> dict:  # For `finetune_and_evaluate`
     if o["resume"] and not o["output_dir"]:
         from qlora_nb.base.runs import latest_run
         o["output_dir"] = latest_run()
-    return o | dict(output_dir=Path(o["output_dir"] or time.strftime("runs/%Y%m%d-%H%M%S")), config=config)
+    return o | dict(output_dir=Path(o["output_dir"] or time.strftime("runs/%Y%m%d-%H%M%S")), config_yaml=config)
 
 # %% ../../nbs/apps/cli.ipynb #da65d5e7
 def finetune_main(argv:list|None=None):  # None: the options that the command was called with

@@ -39,6 +39,7 @@ def read_template(path) -> str:
     "The text of a chat template, so that a run knows it without the file."
     return Path(path).expanduser().read_text(encoding="utf-8")
 
+# %% ../../nbs/apps/data_options.ipynb #90ff2c83
 def name_sources(o:dict, refuse=stop) -> dict:  # `refuse`: what is called with a complaint
     "The options of `DataOptions` put into the names of the data, and a chat template from its file."
     from qlora_nb.base.sources import Source

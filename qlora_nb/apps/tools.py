@@ -23,17 +23,16 @@ def plan_parser() -> argparse.ArgumentParser:
     add("--method", default="qlora", choices=["qlora", "lora", "full"], help="what is trained, on what")
     add("--r", type=int, default=16, help="r, the inner size of the adapters")
     add("--target-modules", default="all-linear", help="names of layers, separated by commas, or all-linear")
-    add("--target-parameters", default=None, help="stacks of experts that get adapters too, such as experts.down_proj (none: no experts)")
-    add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    add("--target-parameters", default=None, help="stacks of experts that get adapters too, such as experts.down_proj (None: no experts)")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations instead of keeping them")
     add("--optim", default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"], help="optimizer")
-    add("--loss", default="chunked", choices=["chunked", "full"], help="in tiles, as TRL 1.x does, or all at once")
+    add("--loss", default="chunked", choices=["chunked", "full"], help="chunked cross-entropy, as in TRL 1.x, or all logits at once")
     return p
 
 # %% ../../nbs/apps/tools.ipynb #8f9c24f8
 def plan_main(argv:list|None=None):  # None: the options that the command was called with
     "Plan a training step: the console command `qlora_plan`."
-    o = vars(plan_parser().parse_args(argv))
-    o = split_names(o)
+    o = split_names(vars(plan_parser().parse_args(argv)))
     with one_line_errors():
         from qlora_nb.memory.gpus import advise
         print(advise(o.pop("model"), o.pop("gpu"), **o))
