@@ -10,7 +10,8 @@ from tokenizers import pre_tokenizers as pre
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qlora_nb.foundations.adapters import BACKENDS, add_adapters, save_adapter
-from qlora_nb.using.model_card import export_adapter, new_folder, read_source
+from qlora_nb.base.new_folder import new_folder
+from qlora_nb.using.model_card import export_adapter, read_source
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import set_seed
 from qlora_nb.using.merge import ONTO, merge_and_save, merged

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scores', 'answer_rows', 'evaluate', 'before_after', 'side_by_side', 'as_text', 'hold_out_numbers', 'hold_out',
-           'rows_to_score', 'run_facts', 'Report', 'score_run', 'finetune_and_evaluate', 'adapter_bytes']
+           'rows_to_score', 'run_facts', 'adapter_bytes', 'Report', 'score_run', 'finetune_and_evaluate']
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #a97b341a
 import time, warnings
@@ -16,7 +16,7 @@ from .answer_loss import fit_rows, mark_rows, read_off
 from ..base.errors import QLoRAError
 from ..base.core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
 from .scores import exact_match, field_scores
-from ..training.data import answer_of, as_messages, encode_prompt, load_rows
+from ..training.data import answer_of, encode_prompt, load_rows
 from ..speed.dequantized import dequantized
 from ..using.inference import generate
 from .intervals import interval, paired_interval
@@ -96,7 +96,6 @@ def side_by_side(rows:list, before:Scores, after:Scores, n:int=3, width:int=90) 
     out = [[k, cut(v)] for r in list(zip(rows, before.answers, after.answers))[:n] for k,v in block(*r).items()]
     return Table(out[:-1], ["", "held-out rows"])
 
-# %% ../../nbs/5_evaluation/54_evaluation.ipynb #b2a4ba9c
 def as_text(row):
     "The last question of a row."
     text = row["prompt"] if "prompt" in row else row["messages"][-2]["content"]
@@ -141,6 +140,8 @@ def run_facts(info, folder) -> Table:
                   ["training", f"{info['train_seconds']:.0f} s"], ["in all", f"{info['total_seconds']:.0f} s"],
                   ["adapter", info["adapter"]], ["loss curve", info["loss_curve"]],
                   ["all numbers", str(folder/"run.json")]], ["this run", ""])
+
+def adapter_bytes(model): return sum(p.nbytes for n,p in model.named_parameters() if "lora_" in n)
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #19573593
 class Report(namedtuple("Report", "run before after rows info")):
@@ -200,6 +201,3 @@ def finetune_and_evaluate(data="tickets",          # See `load_rows`
                            peak_memory_gb=round(peak_memory(run.model.device)/1e9, 3))
     write_json(run.folder/"run.json", info)
     return Report(run, before, after, held, info)
-
-# %% ../../nbs/5_evaluation/54_evaluation.ipynb #bf4792ab
-def adapter_bytes(model): return sum(p.nbytes for n,p in model.named_parameters() if "lora_" in n)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOW', 'HIGH', 'BUILT', 'on_card', 'Ledger', 'Flash', 'Autocast', 'config_of', 'whole', 'blocks_of', 'layer_groups',
-           'some_layers', 'Unpacked', 'unpacked_in', 'pack_experts', 'check_stacks']
+           'some_layers', 'Lookup', 'Planned']
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #36234e6e
 import contextlib, copy, weakref
@@ -12,13 +12,11 @@ import contextlib, copy, weakref
 # %% ../../nbs/3_memory/36_ledger.ipynb #d87a764b
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from ..base.errors import QLoRAError
+from transformers.pytorch_utils import Conv1D
 from ..base.model_files import hub_errors, locate
 from ..base.nf4_config import plain_linears, quiet
 
@@ -135,58 +133,34 @@ def some_layers(model, keep:list) -> nn.Module:
     config.num_hidden_layers = len(keep)
     return model
 
-# %% ../../nbs/3_memory/36_ledger.ipynb #1a9eef6e
-class Unpacked(nn.Module):
-    "Stands in for a stack of experts in 4 bits: wide while its module computes, and made again in the backward pass."
-    wide = None
-    def __init__(self, shape, dtype:torch.dtype, r:int=0):
+# %% ../../nbs/3_memory/36_ledger.ipynb #08622b57
+class Lookup(torch.autograd.Function):
+    "A product with a 4-bit weight: the weight in 16 bits is there during the product, and not kept."
+    @staticmethod
+    def forward(ctx, x, shape):
+        ctx.shape = shape
+        return x @ x.new_empty(shape).t()
+    @staticmethod
+    def backward(ctx, g): return g @ g.new_empty(ctx.shape), None
+
+# %% ../../nbs/3_memory/36_ledger.ipynb #62ced6c2
+class Planned(nn.Module):
+    "Stands in for a frozen linear layer with an adapter: it allocates what bitsandbytes and PEFT allocate."
+    def __init__(self, linear, four_bit:bool, r:int, dtype:torch.dtype):
         super().__init__()
-        n, self.sizes = len(shape) > 2 and shape[0], (r, *shape[-2:])
-        self.adapter = nn.ParameterList([torch.empty(n*r, shape[-1]), torch.empty(shape[-2], n*r)] if r else [])
-        self.shape, self.dtype, blocks = shape, dtype, -(-shape.numel()//64)
-        self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)), torch.empty(256), torch.empty(16), torch.empty(())]
-    def read(self, add):
-        wide = self.scales[0].new_empty(self.shape, dtype=self.dtype)
-        if not self.adapter: return wide
-        (A, B), (r, rows, cols) = self.adapter, self.sizes   # as PEFT keeps them: (experts*r, columns), (rows, r*experts)
-        return add(wide, B.reshape(rows, r, -1).permute(2, 0, 1).to(self.dtype), A.reshape(-1, r, cols).to(self.dtype))
-    def forward(self, packed):
-        if self.wide is None: self.wide = self.read(torch.baddbmm)
-        return self.wide
-
-def unpacked_in(m): return [s for o in getattr(m, "parametrizations", {}).values() for s in o if isinstance(s, Unpacked)]
-
-def _keeps_none(m):
-    "What autograd keeps of a view into a wide stack: its place."
-    def pack(t):
-        mine = [s for s in unpacked_in(m) if s.wide is not None and s.wide.untyped_storage()._cdata == t.untyped_storage()._cdata]
-        return (mine[0], t.size(), t.stride(), t.storage_offset()) if mine else t
-    @torch.no_grad()
-    def unpack(o): return o[0].read(torch.Tensor.baddbmm_).as_strided(*o[1:]) if isinstance(o, tuple) else o
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-def _before(m, args):
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)   # of checkpointing, which keeps nothing anyway
-    m.__dict__.setdefault("open", []).append(_keeps_none(m) if outer is None else contextlib.nullcontext())
-    m.open[-1].__enter__()
-
-def _after(m, args, out):
-    m.open.pop().__exit__(None, None, None)
-    for s in unpacked_in(m): s.wide = None
-
-# %% ../../nbs/3_memory/36_ledger.ipynb #f4716204
-def pack_experts(m:nn.Module, dtype, rank=lambda k: 0):   # `rank`: of the adapter on a parameter, by its name
-    for name, p in [o for o in m.named_parameters(recurse=False) if o[1].ndim > 2 and not isinstance(m, _ConvNd)]:
-        delattr(m, name)
-        setattr(m, name, nn.Parameter(torch.empty(-(-p.numel()//2), dtype=torch.uint8), requires_grad=False))
-        parametrize.register_parametrization(m, name, Unpacked(p.shape, dtype, rank(name)), unsafe=True)
-    if unpacked_in(m): m.register_forward_pre_hook(_before), m.register_forward_hook(_after, always_call=True)
-
-def check_stacks(cfg, method:str, wanted, dtype):
-    "Raise `QLoRAError` for a target parameter that matches no stack of experts, or that no plan knows."
-    have = [n for n, p in whole(cfg, dtype).named_parameters() if p.ndim > 2] if wanted else []
-    if wanted and method != "qlora":
-        raise QLoRAError("adapters on experts are planned with method='qlora' only.", cfg.model_type, "Leave target_parameters out.")
-    for t in wanted or ():
-        if not any(f".{n}".endswith(f".{t}") for n in have):
-            raise QLoRAError(f"the target parameter '{t}' matches no stack of experts.", cfg.model_type)
+        w = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+        self.shape, n, blocks, self.dtype = w.shape, w.numel(), -(-w.numel()//64), dtype
+        self.wide, self.bias, self.packed = None if four_bit else w, linear.bias, []
+        if four_bit: self.packed = [torch.empty(-(-n//2), dtype=torch.uint8)]
+        self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)),
+                       torch.empty(256), torch.empty(16), torch.empty(())] if four_bit else []
+        self.adapter = nn.ParameterList([torch.empty(r, w.shape[1]), torch.empty(w.shape[0], r)] if r else [])
+    weight = property(lambda self: torch.empty(self.shape, dtype=self.dtype) if self.wide is None else self.wide)   # some take it themselves
+    def forward(self, x):
+        if self.packed:
+            y = Lookup.apply(x.to(self.dtype), self.shape).to(x.dtype).clone()   # PEFT clones a 4-bit layer's output
+        else: y = nn.functional.linear(x, self.wide, self.bias)
+        if not self.adapter: return y
+        if not self.packed: x = x.float()   # PEFT casts here, and autocast casts back
+        A, B = self.adapter
+        return y + nn.functional.linear(nn.functional.linear(x, A), B)*2.

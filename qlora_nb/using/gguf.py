@@ -4,21 +4,20 @@
 
 # %% auto #0
 __all__ = ['SUPPORTED', 'CONVERTER', 'F32', 'F16', 'Q8', 'FORMATS', 'FORMS', 'add_settings', 'check_supported', 'pair_neighbours',
-           'stored_as', 'add_tensors', 'pre_name', 'token_kinds', 'add_tokenizer', 'check_format', 'write_gguf',
+           'stored_as', 'check_format', 'add_tensors', 'pre_name', 'token_kinds', 'add_tokenizer', 'write_gguf',
            'gguf_source', 'gguf_card', 'export_gguf', 'export_run']
 
 # %% ../../nbs/4_using/46_gguf.ipynb #8cfebffc
 import json, warnings
 from pathlib import Path
-from .model_card import check_room, export_adapter, license_of, model_card, new_folder, public_name, read_source
+from ..base.new_folder import check_room, new_folder
+from .model_card import export_adapter, license_of, model_card, public_name, read_source
 from ..base.errors import QLoRAError
 from ..base.core import count_params, free_memory
 from .merge import merge_and_save, merge_words, merged
 from ..base.nf4_config import quiet
 from ..training.end_tokens import stop_ids, template_end
 from ..training.chat_templates import begins_with_bos
-
-# %% ../../nbs/4_using/46_gguf.ipynb #1c367b64
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, MODEL_ARCH, TokenType, get_tensor_name_map, quants
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,12 +26,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def add_settings(w:GGUFWriter, config):   # Of a Llama in transformers
     "The numbers that describe a Llama."
     head = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
-    w.add_vocab_size(config.vocab_size), w.add_context_length(config.max_position_embeddings)
-    w.add_embedding_length(config.hidden_size), w.add_block_count(config.num_hidden_layers)
-    w.add_feed_forward_length(config.intermediate_size), w.add_layer_norm_rms_eps(config.rms_norm_eps)
-    w.add_head_count(config.num_attention_heads), w.add_head_count_kv(config.num_key_value_heads)
-    w.add_rope_dimension_count(head), w.add_key_length(head), w.add_value_length(head)
-    w.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    sizes = dict(vocab_size=config.vocab_size, context_length=config.max_position_embeddings,
+                 embedding_length=config.hidden_size, feed_forward_length=config.intermediate_size,
+                 block_count=config.num_hidden_layers, layer_norm_rms_eps=config.rms_norm_eps,
+                 rope_freq_base=config.rope_parameters["rope_theta"],
+                 rope_dimension_count=head, key_length=head, value_length=head,
+                 head_count=config.num_attention_heads, head_count_kv=config.num_key_value_heads)
+    for name, value in sizes.items(): getattr(w, f"add_{name}")(value)
 
 # %% ../../nbs/4_using/46_gguf.ipynb #011440c7
 SUPPORTED = {"LlamaForCausalLM": MODEL_ARCH.LLAMA}
@@ -65,6 +65,11 @@ def stored_as(W:torch.Tensor, dtype:str, name:str):   # A weight; "f32", "f16" o
     if kind == Q8 and W.shape[-1] % 32: kind = F16   # no whole blocks
     if kind != F16 or W.abs().max() <= torch.finfo(torch.float16).max: return kind
     raise QLoRAError(f"the weight {name} is too large for float16.", cure="Choose dtype='f32'.")
+
+def check_format(dtype:str):
+    "Raise `QLoRAError` for a format that is not on offer."
+    if dtype in FORMATS: return
+    raise QLoRAError(f"there is no format '{dtype}'.", cure=f"Choose from: {', '.join(FORMATS)}.")
 
 # %% ../../nbs/4_using/46_gguf.ipynb #8f08e16e
 def add_tensors(w:GGUFWriter, model, dtype:str):   # "f32", "f16" or "q8_0"
@@ -107,8 +112,10 @@ def add_tokenizer(w:GGUFWriter, tokenizer, size:int,  # Rows of the embedding
                   stops=()):   # Of `stop_ids`; beside EOS, a file can name two
     "Vocabulary, merges, special ids, the tokens that end an answer, and the chat template."
     tokens, kinds = zip(*token_kinds(tokenizer, size))
-    w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre(pre_name(tokenizer))
-    w.add_token_list(tokens), w.add_token_types(kinds)
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre(pre_name(tokenizer))
+    w.add_token_list(tokens)
+    w.add_token_types(kinds)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
     for name in ("bos", "eos", "unk", "pad"):
@@ -116,16 +123,12 @@ def add_tokenizer(w:GGUFWriter, tokenizer, size:int,  # Rows of the embedding
         if i is not None: getattr(w, f"add_{name}_token_id")(i)
     others = [i for i in stops if i != tokenizer.eos_token_id]
     others.sort(key=lambda i: i != template_end(tokenizer))   # that of the template first
-    if len(others) > 2: warnings.warn(f"a GGUF file names two ends beside EOS; {tokenizer.convert_ids_to_tokens(others[2:])} are left out.")
+    if left := tokenizer.convert_ids_to_tokens(others[2:]):
+        warnings.warn(f"a GGUF file names two ends beside EOS; {left} are left out.")
     for add, i in zip((w.add_eot_token_id, w.add_eom_token_id), others): add(i)
-    w.add_add_bos_token(begins_with_bos(tokenizer)), w.add_add_space_prefix(False)
+    w.add_add_bos_token(begins_with_bos(tokenizer))
+    w.add_add_space_prefix(False)
     if tokenizer.chat_template: w.add_chat_template(tokenizer.chat_template)
-
-# %% ../../nbs/4_using/46_gguf.ipynb #66619883
-def check_format(dtype:str):
-    "Raise `QLoRAError` for a format that is not on offer."
-    if dtype in FORMATS: return
-    raise QLoRAError(f"there is no format '{dtype}'.", cure=f"Choose from: {', '.join(FORMATS)}.")
 
 # %% ../../nbs/4_using/46_gguf.ipynb #7c958c83
 def write_gguf(model, tokenizer,
@@ -156,7 +159,6 @@ def gguf_source(folder, how:dict) -> tuple:   # (model, tokenizer, source of the
     m = merged(folder, dtype="float32", **how)
     return m.model, m.tokenizer, read_source(folder, how.get("base")), merge_words(m.facts)
 
-# %% ../../nbs/4_using/46_gguf.ipynb #f680125c
 def gguf_card(folder, name, file, tokenizer, source, made) -> str:
     "The card of a GGUF; for a folder that was merged already its own card, with the code changed."
     if source: return model_card(source, name, "gguf", made, bool(tokenizer.chat_template), file)
