@@ -136,12 +136,12 @@ def load(job):
     import torch
     from transformers import AutoModelForCausalLM
     from qlora_nb.base.nf4_config import plain_linears
-    from qlora_nb.foundations.loading import audit_4bit, disarm
+    from qlora_nb.foundations.loading import audit_4bit, disable_cpu_repacking
     torch.manual_seed(0)   # the adapters that follow
     with plain_linears():
         model = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.bfloat16, attn_implementation="sdpa",
                                                      device_map={"": 0 if job["device"] == "cuda" else "cpu"})
-    if job["device"] == "cpu": disarm(model)
+    if job["device"] == "cpu": disable_cpu_repacking(model)
     audit_4bit(model)
     model.config.use_cache = False
     return model

@@ -13,7 +13,7 @@ from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import set_seed
 from qlora_nb.base.model_files import load_tokenizer, tiny_model
 from qlora_nb.base.nf4_config import nf4_config, quiet
-from qlora_nb.foundations.loading import audit_4bit, disarm, load_model
+from qlora_nb.foundations.loading import audit_4bit, disable_cpu_repacking, load_model
 
 from forks import Fork
 
@@ -132,7 +132,7 @@ def test_an_armed_model_does_not_pass_the_audit(tmp_path):
     layer = next(m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit))
     layer.support_avx512bf16_for_cpu = True   # as on a CPU with AVX512-BF16
     with pytest.raises(QLoRAError, match="would repack"): audit_4bit(model)
-    audit_4bit(disarm(model))
+    audit_4bit(disable_cpu_repacking(model))
 
 
 def test_only_safetensors_are_read(tmp_path):

@@ -13,7 +13,7 @@ from qlora_nb.foundations.lora_model import add_lora
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.loading import load_model
-from qlora_nb.foundations.qlora import NF4Function, NF4Linear, load_scratch, quantize_model, write_out
+from qlora_nb.foundations.qlora import NF4Function, NF4Linear, load_scratch, quantize_model, dequantize_weight
 from qlora_nb.foundations.double_quantization import QuantizedTensor, quantize
 
 import forks
@@ -121,7 +121,7 @@ def test_gradient_by_hand(codebook, block_size, double):
     layer(x).backward(g := torch.randn(3, 5, 48))
     W = q.dequantize()
     assert torch.allclose(x.grad, g @ W, atol=1e-5) and torch.allclose(layer(x), x @ W.T + layer.bias, atol=1e-5)
-    for d in (torch.float32, torch.bfloat16, torch.float16): assert torch.equal(write_out(q, d), q.dequantize(d))
+    for d in (torch.float32, torch.bfloat16, torch.float16): assert torch.equal(dequantize_weight(q, d), q.dequantize(d))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (33, 50), (96, 64), (64, 96), (1, 128), (7, 640)])
@@ -130,7 +130,7 @@ def test_write_out_is_dequantize(shape):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for block in (64, 128):
             q = quantize(torch.randn(shape), "nf4", block)
-            assert torch.equal(write_out(q, dtype), q.dequantize(dtype))
+            assert torch.equal(dequantize_weight(q, dtype), q.dequantize(dtype))
 
 
 def test_a_layer_travels(tmp_path):

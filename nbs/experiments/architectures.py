@@ -21,7 +21,7 @@ from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import Table, set_seed, versions
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.loading import audit_4bit
-from qlora_nb.foundations.expert_weights import unpack_stacks
+from qlora_nb.foundations.expert_weights import dequantize_stacks
 
 BASE = dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, bos_token_id=1,
             eos_token_id=2)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from qlora_nb.base.core import cpu_kind, set_seed, versions
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import nf4_config, quiet
-from qlora_nb.foundations.loading import disarm
+from qlora_nb.foundations.loading import disable_cpu_repacking
 from qlora_nb.foundations.double_quantization import QuantizedTensor
 
 RESULTS = Path(__file__).parent.parent/"results"/"processors.json"
@@ -66,7 +66,7 @@ def gradient_cosine(disarmed):
             if not isinstance(m, bnb.nn.Linear4bit): continue
             twin.get_submodule(n).weight.data = BF.dequantize_4bit(m.weight.data, m.weight.quant_state).float()
         want = adapter_grads(twin, False)
-        return torch.cosine_similarity(adapter_grads(disarm(model) if disarmed else model, True), want, dim=0).item()
+        return torch.cosine_similarity(adapter_grads(disable_cpu_repacking(model) if disarmed else model, True), want, dim=0).item()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ..base.errors import QLoRAError
 from ..foundations.adapters import BACKENDS, add_adapters
 from ..foundations.lora_model import set_adapter
 from ..base.model_files import load_tokenizer, locate
-from ..foundations.loading import disarm
+from ..foundations.loading import disable_cpu_repacking
 from ..foundations.qlora import is_scratch
 from ..base.targets import match_targets
 from .saved_adapters import adapter_folder, base_for, load_adapter, revision_for
@@ -40,7 +40,7 @@ def load_base(model, tokenizer, device, backend, revision=None, adapter=None) ->
         model, tokenizer, _ = load_adapter(adapter, model, backend=backend, **how)
         return own_adapter(model) and model, tokenizer
     if isinstance(model, (str, Path)): return BACKENDS[backend](model, **how), load_tokenizer(model, revision)
-    return model if hasattr(model, "qlora_nb_name") else disarm(model), tokenizer
+    return model if hasattr(model, "qlora_nb_name") else disable_cpu_repacking(model), tokenizer
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #8c77582d
 def shape_of(config:dict) -> dict:   # Of an adapter, as PEFT describes it

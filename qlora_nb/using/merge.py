@@ -23,7 +23,7 @@ from ..base.model_files import load_tokenizer, locate
 from ..base.nf4_config import quiet
 from ..foundations.loading import load_model
 from ..foundations.double_quantization import quantize
-from ..foundations.expert_weights import adapted_tensor, unpack_stacks
+from ..foundations.expert_weights import adapted_tensor, dequantize_stacks
 from ..training.end_tokens import note_ends, stop_ids
 from ..training.chat_templates import begins_with_bos
 
@@ -95,7 +95,7 @@ def written_out(model, source):   # In 4 bits, and of `read_source` → (adapter
     "The adapter on its base in float32, after a proof that its logits are those on the base in 4 bits."
     own = with_adapter(model, source)
     want, dtype = probe(own), own.get_input_embeddings().weight.dtype
-    own = with_adapter(write_out_4bit(unpack_stacks(own.unload())), source)
+    own = with_adapter(write_out_4bit(dequantize_stacks(own.unload())), source)
     same_logits(probe(own), want, dtype, "the base written out of 4 bits is another model", source.base)
     return own, want
 
