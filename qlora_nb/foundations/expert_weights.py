@@ -72,6 +72,7 @@ def pack_stack(m:nn.Module, name:str, how=bnb_stack):   # `how`: as `bnb_stack`
     parametrize.register_parametrization(m, name, stack, unsafe=True)
     if first: m.register_forward_pre_hook(_open), m.register_forward_hook(_close, always_call=True)
 
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #7c370eff
 def pack_stacks(model:nn.Module, how=bnb_stack) -> list:   # Names of what was packed
     "Put each stack that is still wide into 4 bits, one at a time."
     names = []
