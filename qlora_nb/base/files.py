@@ -130,6 +130,7 @@ def _lines(path, ends):
 
 def _first_two(lines): return list(islice(filter(str.strip, lines), 2)) or [""]
 
+# %% ../../nbs/base/files.ipynb #5825637c
 def _begin(path, kind, skip, named):
     "An iterator over the rows of a file, by its kind."
     if kind == ".parquet": return parquet_rows(path)

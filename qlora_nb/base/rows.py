@@ -8,8 +8,8 @@ __all__ = ['NOTHING', 'map_columns', 'refuse_kind', 'read_history', 'read_row', 
 # %% ../../nbs/base/rows.ipynb #793bbafe
 from .chats import parse_text, read_messages, read_tools
 from .errors import QLoRAError
-from .fields import CHATS, EXPECTED, FIELDS, SKIP, brief, carries_meaning, check_text, fail, is_empty, kind_of
-from .fields import shape_of
+from .fields import CHATS, EXPECTED, FIELDS, SKIP, brief, carries_meaning, check_text, fail
+from .fields import is_empty, kind_of, shape_of
 from .notes import Notes, Row, say_columns, say_unused
 from .json_rows import undress
 

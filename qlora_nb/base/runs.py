@@ -114,6 +114,7 @@ def hold_run(folder:Path):  # Made where there is none
                                 "No checkpoint was complete yet, so the run has to start again.") from None
     finally: lock.release()
 
+# %% ../../nbs/base/runs.ipynb #60dd030f
 def open_run(folder:Path, settings:dict, resume:bool):
     "Make the folder of a run, or check that it is the same run. Raises `QLoRAError` when it holds another's work."
     file, has_work = folder/"settings.json", any(folder.glob("checkpoints/checkpoint-*")) or (folder/"adapter").exists()

@@ -44,6 +44,7 @@ def shared_options(options:dict) -> dict:
     "Those of `OPTIONS` that hold for other rows too, such as those to evaluate on: how to read them, not which."
     return {k: v for k, v in options.items() if k in OPTIONS[:3]}
 
+# %% ../../nbs/base/sources.ipynb #56f4a9d2
 def is_mixture(data):
     "Is this a list of data sets, rather than of rows?"
     def is_weight(o): return isinstance(o, (int, float))

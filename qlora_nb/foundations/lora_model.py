@@ -34,7 +34,8 @@ def lora_layers(model:nn.Module,         # A model with adapters
 def set_adapter(model:nn.Module,  # Has adapters, none of them merged
                 adapter:str):     # The one to use, and to train; layers without it act as the base
     "Switch to one adapter; the others are kept, frozen. Raises `QLoRAError` for an unknown name."
-    layers = lora_layers(model, adapter) and lora_layers(model).values()
+    lora_layers(model, adapter)   # raises where nobody has it
+    layers = lora_layers(model).values()
     if any(m.merged for m in layers): raise QLoRAError(*MERGED)
     for m in layers:
         m.active = adapter

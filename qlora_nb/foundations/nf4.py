@@ -57,6 +57,6 @@ def levels(name:str,                     # "nf4", "fp4" or "int4": a key of `COD
 def nearest_code(x:torch.Tensor,      # Any shape, float32
                  levels:torch.Tensor, # (k,) with k at most 256; any order
                 ) -> torch.Tensor:    # The shape of `x`, uint8
-    "The index of the nearest of `levels` (the lower one in a tie), by binary search among the middles."
+    "The index of the nearest of `levels` (the lower one in a tie), by binary search among the midpoints."
     s, order = levels.sort(stable=True)
     return order[torch.bucketize(x, (s[1:] + s[:-1])/2, out_int32=True)].to(torch.uint8)
