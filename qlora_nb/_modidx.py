@@ -698,13 +698,7 @@ d = { 'settings': { 'branch': 'main',
                                             'qlora_nb.foundations.qlora.our_stack': ( '1_foundations/qlora.html#our_stack',
                                                                                       'qlora_nb/foundations/qlora.py'),
                                             'qlora_nb.foundations.qlora.quantize_model': ( '1_foundations/qlora.html#quantize_model',
-<<<<<<< HEAD
-<<<<<<< HEAD
                                                                                            'qlora_nb/foundations/qlora.py')},
-=======
-                                                                                           'qlora_nb/foundations/qlora.py'),
-                                            'qlora_nb.foundations.qlora.write_out': ( '1_foundations/qlora.html#write_out',
-                                                                                      'qlora_nb/foundations/qlora.py')},
             'qlora_nb.memory.expert_memory': { 'qlora_nb.memory.expert_memory.Unpacked': ( '3_memory/expert_memory.html#unpacked',
                                                                                            'qlora_nb/memory/expert_memory.py'),
                                                'qlora_nb.memory.expert_memory.Unpacked.__init__': ( '3_memory/expert_memory.html#unpacked.__init__',
@@ -725,10 +719,6 @@ d = { 'settings': { 'branch': 'main',
                                                                                                'qlora_nb/memory/expert_memory.py'),
                                                'qlora_nb.memory.expert_memory.unpacked_in': ( '3_memory/expert_memory.html#unpacked_in',
                                                                                               'qlora_nb/memory/expert_memory.py')},
->>>>>>> p3
-=======
-                                                                                           'qlora_nb/foundations/qlora.py')},
->>>>>>> p1
             'qlora_nb.memory.gpus': { 'qlora_nb.memory.gpus.advise': ('3_memory/gpus.html#advise', 'qlora_nb/memory/gpus.py'),
                                       'qlora_nb.memory.gpus.against_card': ('3_memory/gpus.html#against_card', 'qlora_nb/memory/gpus.py'),
                                       'qlora_nb.memory.gpus.as_img': ('3_memory/gpus.html#as_img', 'qlora_nb/memory/gpus.py'),

@@ -37,15 +37,9 @@ def audit_4bit(model:nn.Module  # A loaded model, with or without adapters
     if sum(w.numel for w in wide) > WIDE_SHARE*sum(w.numel for w in four + wide):
         raise QLoRAError(too_wide(model, found, wide), where=type(model).__name__,
                          cure="Load it with qlora_nb.foundations.loading.load_model, or quantize it with qlora_nb.foundations.qlora.")
-<<<<<<< HEAD
-    if armed := [n for n,m in mods.items() if getattr(m, "support_avx512bf16_for_cpu", False)]:
-        raise QLoRAError(f"{len(armed)} 4-bit layers would repack themselves in an evaluation, and then train wrongly.",
-                         where=armed[0], cure="Call qlora_nb.foundations.loading.disable_cpu_repacking(model) after loading.")
-=======
     if repacking := [n for n,m in mods.items() if getattr(m, "support_avx512bf16_for_cpu", False)]:
         raise QLoRAError(f"{len(repacking)} 4-bit layers would repack themselves in an evaluation, and then train wrongly.",
                          where=repacking[0], cure="Call qlora_nb.foundations.loading.disable_cpu_repacking(model) after loading.")
->>>>>>> p1
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     kept = [w.name for w in found if w.kind in ("router", "small matrix", "read elsewhere", "wide")]
     names, skipped = ([n.removesuffix(".weight") for n in o] for o in ([w.name for w in four], kept))

@@ -37,11 +37,7 @@ class NF4Function(torch.autograd.Function):
     "`x @ W.T + bias` for a frozen `W` in 4 bits; the backward pass dequantizes once more (QLoRA paper, equation 5)."
     @staticmethod
     def forward(ctx, x, bias, q):
-<<<<<<< HEAD
-        ctx.q = q   # the packed bytes, shared with the layer: nothing new is kept
-=======
         ctx.q = q   # the packed bytes, shared with the layer: nothing new is saved
->>>>>>> p1
         return F.linear(x, dequantize_weight(q, x.dtype), bias)
     @staticmethod
     @torch.autograd.function.once_differentiable

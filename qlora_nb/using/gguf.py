@@ -34,7 +34,6 @@ def add_settings(w:GGUFWriter, config):   # Of a Llama in transformers
                  head_count=config.num_attention_heads, head_count_kv=config.num_key_value_heads)
     for name, value in sizes.items(): getattr(w, f"add_{name}")(value)
 
-# %% ../../nbs/4_using/46_gguf.ipynb #011440c7
 SUPPORTED = {"LlamaForCausalLM": MODEL_ARCH.LLAMA}
 CONVERTER = "llama.cpp's convert_hf_to_gguf.py knows more: give it the folder that merge_and_save wrote."
 
@@ -71,7 +70,6 @@ def check_format(dtype:str):
     if dtype in FORMATS: return
     raise QLoRAError(f"there is no format '{dtype}'.", cure=f"Choose from: {', '.join(FORMATS)}.")
 
-# %% ../../nbs/4_using/46_gguf.ipynb #8f08e16e
 def add_tensors(w:GGUFWriter, model, dtype:str):   # "f32", "f16" or "q8_0"
     "All weights under llama.cpp's names, rows of queries and keys in its order."
     c = model.config

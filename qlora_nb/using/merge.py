@@ -18,19 +18,11 @@ from ..base.new_folder import check_room, new_folder
 from ..base.nf4_config import quiet
 from ..foundations.adapters import attach_adapter
 from ..foundations.double_quantization import quantize
-<<<<<<< HEAD
-<<<<<<< HEAD
 from ..foundations.expert_weights import adapted_tensor, dequantize_stacks
-=======
-from ..foundations.expert_weights import adapted_tensor, unpack_stacks
 from ..foundations.loading import load_model
 from ..foundations.lora_model import PLAIN
 from ..speed.dequantized import write_out_4bit
 from ..speed.logits import probe, same_logits
->>>>>>> p3
-=======
-from ..foundations.expert_weights import adapted_tensor, dequantize_stacks
->>>>>>> p1
 from ..training.end_tokens import note_ends, stop_ids
 from ..training.saved_adapters import check_base, revision_of
 from .model_card import export_tokenizer, generation_ids, model_card, read_source

@@ -11,17 +11,12 @@ __all__ = ['Source', 'KNOWN', 'LOAD', 'ADAPTER', 'CHAT', 'BARE', 'LIMITS', 'PACK
 import json, re, shutil, yaml
 from collections import namedtuple
 from pathlib import Path
-<<<<<<< HEAD
-from safetensors import SafetensorError
-from ..base.adapter_files import read_json
-=======
 from transformers import AutoTokenizer, GenerationConfig
+from ..base.adapter_files import read_json
 from ..base.core import versions
->>>>>>> p3
 from ..base.errors import QLoRAError
 from ..base.model_files import load_tokenizer
 from ..base.new_folder import new_folder
-from ..foundations.adapters import read_json
 from ..training.chat_templates import begins_with_bos
 from ..training.saved_adapters import find_folder, read_notes, revision_of
 
@@ -50,7 +45,6 @@ def public_name(name:str  # Of a model or data set: a path, a Hub id, or one of 
     local = path.is_absolute() or path.exists() or path.suffix in (".jsonl", ".json", ".csv", ".parquet")
     return (path.name, None) if local or name.startswith((".", "~")) or name.count("/") != 1 else (name, name)
 
-# %% ../../nbs/4_using/44_model_card.ipynb #a8c644c6
 def license_of(base:str   # As the adapter names it
               ) -> str|None:  # Such as "apache-2.0"; None where it is not known here
     "The license of a base model."
@@ -74,7 +68,6 @@ from qlora_nb.using.inference import generate
 model, tok, notes = load_adapter(".")   # run it in this folder; or give the path of this folder
 print(generate(model, tok, encode_prompt(dict(prompt={prompt!r}), tok, notes["template"])))"""
 
-# %% ../../nbs/4_using/44_model_card.ipynb #a43da5f9
 CHAT = """chat = [dict(role="user", content={prompt!r})]
 ids = tok.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
 BARE = "ids = tok({prompt!r}, return_tensors=\"pt\")"
