@@ -34,22 +34,22 @@ ROWS = [dict(prompt=f"{i}?", response="yes") for i in range(12)]
 # ---- settings ----
 
 SETTINGS = {
-    "a part of a layer": (dict(r=2.5), "rank is 2.5, and has to be a whole number. Set it with --r."),
-    "a part of a step": (dict(max_steps=2.5), "steps is 2.5, and has to be a whole number"),
-    "a text": (dict(per_device_train_batch_size="4"), "batch-size is '4', and has to be a whole number"),
-    "a text for a rate": (dict(learning_rate="1e-4"), "lr is '1e-4', and has to be a number"),
-    "a truth": (dict(max_length=True), "max-length is True, and has to be a whole number"),
-    "alpha below zero, which unlearns": (dict(lora_alpha=-1), "alpha is -1, and has to be above zero"),
-    "alpha of zero, which learns nothing": (dict(lora_alpha=0), "alpha is 0, and has to be above zero"),
+    "a part of a layer": (dict(r=2.5), "r is 2.5, and has to be a whole number. Set it with --r."),
+    "a part of a step": (dict(max_steps=2.5), "max_steps is 2.5, and has to be a whole number"),
+    "a text": (dict(per_device_train_batch_size="4"), "per_device_train_batch_size is '4', and has to be a whole number"),
+    "a text for a rate": (dict(learning_rate="1e-4"), "learning_rate is '1e-4', and has to be a number"),
+    "a truth": (dict(max_length=True), "max_length is True, and has to be a whole number"),
+    "alpha below zero, which unlearns": (dict(lora_alpha=-1), "lora_alpha is -1, and has to be above zero"),
+    "alpha of zero, which learns nothing": (dict(lora_alpha=0), "lora_alpha is 0, and has to be above zero"),
     "a seed below zero": (dict(seed=-1), "seed is -1, and has to be from 0 to below 4294967296"),
     "no seed": (dict(seed=None), "seed is None, and has to be a whole number"),
-    "no end": (dict(learning_rate=float("inf")), "lr is inf"),
-    "mistyped": (dict(setps=3), "finetune has no argument 'setps'. Did you mean steps=...?"),
-    "the name of TRL": (dict(learning_rate=1e-4), "finetune has no argument 'learning_rate'. Did you mean lr=...?"),
-    "the name of PEFT": (dict(lora_alpha=8), "finetune has no argument 'lora_alpha'. Did you mean alpha=...?"),
-    "another of TRL's": (dict(per_device_train_batch_size=2), "Did you mean batch_size=...?"),
+    "no end": (dict(learning_rate=float("inf")), "learning_rate is inf"),
+    "mistyped": (dict(max_stesp=3), "finetune has no argument 'max_stesp'. Did you mean max_steps=...?"),
+    "a usual short name": (dict(**{"lr": 1e-4}), "finetune has no argument 'lr'. Did you mean learning_rate=...?"),
+    "another short name": (dict(**{"rank": 8}), "finetune has no argument 'rank'. Did you mean r=...?"),
+    "an older name": (dict(**{"max_seq_length": 256}), "Did you mean max_length=...?"),
     "a mistyped option of the data": (dict(colums=dict(prompt="q")), "finetune has no argument 'colums'. Did you mean columns=...?"),
-    "nothing near": (dict(zzz=1), "finetune has no argument 'zzz'. It has model, data, output"),
+    "nothing near": (dict(zzz=1), "finetune has no argument 'zzz'. It has model, data, output_dir"),
 }
 
 @pytest.mark.parametrize("case", SETTINGS)
@@ -92,7 +92,7 @@ def test_the_home_folder_is_found_everywhere(base, tmp_path, monkeypatch):
     from qlora_nb.apps import cli
     from qlora_nb.using import merge as export
     from qlora_nb.using import gguf as gguf_file
-    from qlora_nb.using import inference
+    from qlora_nb.training import saved_adapters as inference
     from qlora_nb.base import runs
     from qlora_nb.using import several_adapters as switching
     (home := tmp_path/"home").mkdir(), (here := tmp_path/"here").mkdir(), monkeypatch.chdir(here)
@@ -113,13 +113,13 @@ def test_the_home_folder_is_found_everywhere(base, tmp_path, monkeypatch):
 
 
 def test_exports_that_cannot_be_written_are_refused_before_any_work(tmp_path, monkeypatch):
-    from qlora_nb.using import model_card as card
+    from qlora_nb.base.new_folder import check_room
     from qlora_nb.using import merge as export
     from qlora_nb.using import gguf as gguf_file
     def refuse(*a, **k): raise AssertionError("work was done")
     for module, name in ((export, "merged"), (gguf_file, "gguf_source")): monkeypatch.setattr(module, name, refuse)
     (tmp_path/"file").write_text("mine", encoding="utf-8")
-    for write in (export.merge_and_save, gguf_file.export_gguf, lambda _, out: card.check_room(out)):
+    for write in (export.merge_and_save, gguf_file.export_gguf, lambda _, out: check_room(out)):
         for out, said in ((tmp_path/"file"/"below"/"it", "cannot be written (Not a directory)"), (tmp_path/("x"*300), "cannot be written (File name too long)"),
                           (tmp_path/"a\0b", "cannot be written (embedded null byte)"), (tmp_path/"file", "something here already")):
             with pytest.raises(QLoRAError, match=re.escape(said)): write(tmp_path/"run", out)

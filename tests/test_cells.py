@@ -154,9 +154,9 @@ def test_pictures_keep_their_alternative_text(tmp_path):
 
 
 def test_a_real_page_ends_without_a_gpu():
-    cells = run_all(ROOT/"nbs"/"21_optimizers.ipynb")
+    cells = run_all(ROOT/"nbs"/"2_training"/"21_optimizers.ipynb")
     lines = [said(c) for c in cells if "cuda" in directives(c.source)]
-    assert len(cells) == len(code_cells(read(ROOT/"nbs"/"21_optimizers.ipynb")))
+    assert len(cells) == len(code_cells(read(ROOT/"nbs"/"2_training"/"21_optimizers.ipynb")))
     assert lines and all(o.startswith(f"{NOT_RUN} a CUDA GPU") for o in lines)
 
 

@@ -531,12 +531,12 @@ def test_an_adapter_that_fits_in_part_is_refused(taught, tmp_path):
 
 
 def test_the_dtype_of_the_training_is_kept_or_said(taught, monkeypatch):
-    from qlora_nb.using import inference
+    from qlora_nb.training import saved_adapters
     notes = dict(dtype="bfloat16")
     for native in (True, False):
-        monkeypatch.setattr(inference, "has_native_bf16", lambda device: native)
-        monkeypatch.setattr(inference, "pick_dtype", lambda device: torch.float32)
-        if native: assert inference.trained_dtype(notes, "cpu") == torch.bfloat16
+        monkeypatch.setattr(saved_adapters, "has_native_bf16", lambda device: native)
+        monkeypatch.setattr(saved_adapters, "pick_dtype", lambda device: torch.float32)
+        if native: assert saved_adapters.trained_dtype(notes, "cpu") == torch.bfloat16
         else:
-            with pytest.warns(UserWarning, match="trained in bfloat16; this device computes in float32"): assert inference.trained_dtype(notes, "cpu") == torch.float32
-    assert inference.trained_dtype(dict(dtype="float32"), "cpu") == inference.trained_dtype({}, "cpu") == torch.float32
+            with pytest.warns(UserWarning, match="trained in bfloat16; this device computes in float32"): assert saved_adapters.trained_dtype(notes, "cpu") == torch.float32
+    assert saved_adapters.trained_dtype(dict(dtype="float32"), "cpu") == saved_adapters.trained_dtype({}, "cpu") == torch.float32

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 from transformers.pytorch_utils import Conv1D
 
-from qlora_nb.foundations import lora
+from qlora_nb.foundations import lora_model
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import count_params, set_seed
 from qlora_nb.foundations.lora import LoRA
@@ -167,7 +167,7 @@ def test_gradient_by_hand(d_in, d_out, r, alpha, rslora, transposed, rows, seed)
     torch.testing.assert_close(B.grad, s * G.T @ (x @ A.T))
     torch.testing.assert_close(A.grad, s * (G @ B).T @ x)
     torch.testing.assert_close(x.grad, G @ W + s * (G @ B) @ A)
-    D = lora.delta(m, "default")
+    D = lora_model.delta(m, "default")
     torch.testing.assert_close(D.T if transposed else D, s * B @ A)
 
 
@@ -320,7 +320,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     save_adapter(model, tmp_path)
     before = {o.name: o.read_bytes() for o in tmp_path.iterdir()}
     def full(*args, **kwargs): raise OSError("no space left on device")
-    monkeypatch.setattr(lora, "save_file", full)
+    monkeypatch.setattr(lora_model, "save_file", full)
     with pytest.raises(OSError): save_adapter(fill(model, seed=8), tmp_path)
     assert {o.name: o.read_bytes() for o in tmp_path.iterdir()} == before
     with pytest.raises(QLoRAError, match="There are: default"): save_adapter(model, tmp_path, "other")

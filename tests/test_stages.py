@@ -69,7 +69,7 @@ def test_a_second_stage_from_a_folder(first, rows, tmp_path, backend):
     run = finetune(resume=True, **how)
     assert run.info["resumed_from"] == "checkpoint-2" and run.info["losses"] == losses
     s = run.info["settings"]
-    assert [s[k] for k in ("rank", "alpha", "dropout", "targets", "template")] == [4, 8, .1, ["down_proj", "q_proj"], "article"]
+    assert [s[k] for k in ("r", "lora_alpha", "lora_dropout", "target_modules", "template")] == [4, 8, .1, ["down_proj", "q_proj"], "article"]
     assert Path(s["adapter"]) == folder/"adapter" and any("is trained further; its file stays" in o for o in run.info["said"])
     assert json.loads((run.folder/"adapter"/"qlora_nb.json").read_text(encoding="utf-8"))["adapter"] == s["adapter"]
     assert (folder/"adapter"/"adapter_model.safetensors").read_bytes() == file
@@ -85,8 +85,8 @@ def test_one_backend_goes_on_from_the_other(first, rows, tmp_path):
     assert run.info["losses"] == pytest.approx(losses, rel=5e-3) and run.info["losses"] != [0]*4
 
 
-@pytest.mark.parametrize("more, said", [(dict(r=8), "rank 8 instead of 4"), (dict(lora_alpha=16), "alpha 16 instead of 8"),
-    (dict(lora_dropout=0.), "dropout 0.0 instead of 0.1"), (dict(target_modules=["q_proj"]), "targets \\['q_proj'\\] instead of"),
+@pytest.mark.parametrize("more, said", [(dict(r=8), "r 8 instead of 4"), (dict(lora_alpha=16), "lora_alpha 16 instead of 8"),
+    (dict(lora_dropout=0.), "lora_dropout 0.0 instead of 0.1"), (dict(target_modules=["q_proj"]), "target_modules \\['q_proj'\\] instead of"),
     (dict(target_parameters=["experts.down_proj"]), "target_parameters"), (dict(model=tiny_model()), "are both given"),
     (dict(adapter="nowhere"), "there is no adapter here"), (dict(model="./nowhere"), "no such model folder")])
 def test_options_that_contradict_the_adapter(first, rows, tmp_path, more, said):
@@ -116,7 +116,7 @@ def test_another_adapter_is_another_run(first, base, rows, tmp_path):
     (mine, _), (other, _) = first.values()
     begun = dict.fromkeys(("whole", "stage"))
     for o, adapter in (("whole", None), ("stage", mine)):   # as `finetune` begins, without training
-        how["output"] = begun[o] = tmp_path/o
+        how["output_dir"] = begun[o] = tmp_path/o
         with pytest.raises(KeyboardInterrupt): finetune(None if adapter else base, adapter=adapter, callbacks=[CtrlC(1)], **how, **QUIET | dict(save_steps=1))
     for o, kw in (("whole", dict(adapter=mine)), ("stage", dict(adapter=other)), ("stage", dict(model=base))):
         with pytest.raises(QLoRAError, match="adapter_sha256 was"): finetune(resume=True, **how | dict(output_dir=begun[o]) | kw, **QUIET)
@@ -131,7 +131,7 @@ def test_a_second_stage_through_the_command(first, rows, tmp_path, capsys):
     finetune_main(args.split())
     assert json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))["losses"] == losses
     with pytest.raises(SystemExit): finetune_main([*args.split(), "--r", "16", "--resume"])
-    assert "asked for was rank 16 instead of 4" in capsys.readouterr().err
+    assert "asked for was r 16 instead of 4" in capsys.readouterr().err
 
 
 # ---- a base at one of several revisions ----
@@ -145,7 +145,7 @@ def hub(tok, tmp_path, monkeypatch):
     repo = tmp_path/"hub"/"models--someone--tiny"
     for i, name in enumerate(("main", "v1")):
         make_base(repo/"snapshots"/(str(i)*40), tok, seed=i)
-        (repo/"refs").mkdir(exist_ok=True), (repo/"refs"/name).write_text(str(i)*40)
+        (repo/"refs").mkdir(exist_ok=True), (repo/"refs"/name).write_text(str(i)*40, encoding="utf-8")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
     return repo
 
@@ -189,7 +189,7 @@ def test_a_revision_through_a_run_and_what_follows(hub, rows, tmp_path, monkeypa
 
 def test_a_tag_that_moved_is_said(hub, rows, tmp_path):
     run = finetune(HUB, rows, tmp_path/"run", model_revision="v1", **QUIET)
-    (hub/"refs"/"v1").write_text("0"*40)
+    (hub/"refs"/"v1").write_text("0"*40, encoding="utf-8")
     with pytest.warns(UserWarning, match="trained on another base"): load_adapter(run.folder, device="cpu")
 
 

@@ -41,7 +41,7 @@ def test_every_page_that_imports_a_module_is_found():
     texts = changed.sources()
     code = "import sys\nfor m in sys.argv[1:]: __import__(f'qlora_nb.{m}')\nprint(*(o for o in sys.modules if o.startswith('qlora_nb.')))"
     loaded = subprocess.run([sys.executable, "-c", code, "evaluation.perplexity", "evaluation.intervals"], capture_output=True, text=True, check=True)
-    found = touched(["qlora_nb/base/core.py"], texts)
+    found = touched(["qlora_nb/base/errors.py"], texts)
     for o in loaded.stdout.split():
         if o.count(".") == 2: assert o.replace(".", "/") + ".py" in found
     assert "nbs/5_evaluation/55_perplexity.ipynb" in touched(["qlora_nb/foundations/loading.py"], texts)

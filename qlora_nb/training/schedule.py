@@ -61,7 +61,7 @@ def run_length(data, max_steps:int|None=None, num_train_epochs:float|None=None, 
 def settle(data, asked:dict, more=()) -> tuple:  # (what a resume is compared with, what may change, `OPTIONS` of `load_rows`)
     "What was asked for, checked and made whole. Raises `QLoRAError` for an unknown name; `more`: others that there are."
     reading, settings = ({k: v for k, v in asked.items() if (k in OPTIONS) == o} for o in (True, False))
-    refuse_unknown(settings, [*asdict(Settings()), *OPTIONS, *more])
+    refuse_unknown(settings, list(dict.fromkeys([*more, *asdict(Settings()), *OPTIONS])))
     check_settings(**settings)
     s = split_names(asdict(Settings(**settings)))
     s |= run_length(data, s["max_steps"], s["num_train_epochs"], s["learning_rate"])
