@@ -93,12 +93,9 @@ def parts_table(parts):
 
 
 def put(nb, key, text, place):
-    "The notebook's cell `key` says `text`; an empty text takes it away, and a new one goes to `place`."
-    cells, lines = nb["cells"], text.splitlines(True)
-    old = next((c for c in cells if c.get("id") == key), None)
-    if old and text: old["source"] = lines
-    elif old: cells.remove(old)
-    elif text: cells.insert(place, dict(cell_type="markdown", id=key, metadata={}, source=lines))
+    "The notebook's cell `key` says `text` and stands at `place`; an empty text takes it away."
+    cells = nb["cells"] = [c for c in nb["cells"] if c.get("id") != key]
+    if text: cells.insert(place, dict(cell_type="markdown", id=key, metadata={}, source=text.splitlines(True)))
 
 
 PLUMBING = re.compile(r"^#\|\s*(hide|code-fold|default_exp|echo: false|eval: false)\b", re.M)

@@ -78,7 +78,9 @@ def make_plain(model,
     unfold_prefixes(model)
     drop_dequantized(model)
     cpu_pieces_undo(model)
-    if stack := vars(model).pop("stack", None): stack.undo(), vars(model).pop("asked").remove()
+    if stack := vars(model).pop("stack", None):
+        stack.undo()
+        vars(model).pop("asked").remove()
     for m in model.modules():
         if hasattr(m, "compiled"): del m.forward, m.compiled
     for name in ("step_loss", "host_memory"): vars(model).pop(name, None)
@@ -116,7 +118,8 @@ def speed_up_layers(model, device, memory, compile, offload, cuda_graphs, dynami
     if cuda_graphs:
         layers, host, asked = list(adapted_layers(model).values()), getattr(model, "host_memory", None), set()
         def look(m, args, kw):   # a replayed layer has no states of its own to show
-            asked.clear(), asked.update(o for o in ("output_hidden_states", "output_attentions") if kw.get(o, False) or getattr(m.config, o, False))
+            asked.clear()
+            asked.update(o for o in ("output_hidden_states", "output_attentions") if kw.get(o, False) or getattr(m.config, o, False))
         model.asked = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
         def state():   # what a graph has fixed; of what it cannot give there is none
             if asked: return object()
