@@ -10,8 +10,6 @@ __all__ = ['Scores', 'answer_rows', 'evaluate', 'before_after', 'side_by_side', 
 import time, warnings
 from collections import namedtuple
 from pathlib import Path
-
-# %% ../../nbs/5_evaluation/54_evaluation.ipynb #1a4c1561
 from .answer_loss import fit_rows, mark_rows, read_off
 from ..base.errors import QLoRAError
 from ..base.core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
@@ -30,9 +28,7 @@ from ..training.finetune import finetune
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #521fe2ea
 def answer_rows(model, tokenizer, rows, template="auto", batch_size=64, progress=False, ended=None, marks=None) -> list:
-    """Greedy answers to `rows`, hardly longer than the longest right one. Long prompts come in smaller batches.
-
-    What `marks` of `mark_rows` show to be right is not generated again."""
+    "Greedy answers, hardly longer than the longest right one; what `marks` of `mark_rows` show to be right is not generated."
     def longest(texts): return max(len(tokenizer(o, add_special_tokens=False).input_ids) for o in texts)
     prompts, n = [encode_prompt(r, tokenizer, template) for r in rows], longest(map(answer_of, rows)) + 8
     batch_size = min(batch_size, max(1, 8192//(n + longest(prompts))))

@@ -9,8 +9,6 @@ __all__ = ['PAD_NOISE', 'padding_error', 'pads_safely', 'batches', 'close_gaps',
 # %% ../../nbs/4_using/42_inference.ipynb #0ef859ff
 import threading, warnings
 from itertools import groupby
-from ..base.nf4_config import quiet
-from ..base.errors import QLoRAError
 from .sampling import check_sampling, penalize, seeded
 from ..training.end_tokens import stop_ids
 

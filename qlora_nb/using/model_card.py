@@ -45,7 +45,6 @@ def public_name(name:str  # Of a model or data set: a path, a Hub id, or one of 
     local = path.is_absolute() or path.exists() or path.suffix in (".jsonl", ".json", ".csv", ".parquet")
     return (path.name, None) if local or name.startswith((".", "~")) or name.count("/") != 1 else (name, name)
 
-# %% ../../nbs/4_using/44_model_card.ipynb #a8c644c6
 def license_of(base:str   # As the adapter names it
               ) -> str|None:  # Such as "apache-2.0"; None where it is not known here
     "The license of a base model."
@@ -69,7 +68,6 @@ from qlora_nb.using.inference import generate
 model, tok, notes = load_adapter(".")   # run it in this folder; or give the path of this folder
 print(generate(model, tok, encode_prompt(dict(prompt={prompt!r}), tok, notes["template"])))"""
 
-# %% ../../nbs/4_using/44_model_card.ipynb #a43da5f9
 CHAT = """chat = [dict(role="user", content={prompt!r})]
 ids = tok.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
 BARE = "ids = tok({prompt!r}, return_tensors=\"pt\")"
@@ -107,7 +105,6 @@ def data_lines(run:dict) -> str:   # `run.json`
     what = ours.get(name, f"`{name}`")
     return f"{what}: {s['rows']:,} rows, SHA-256 of their JSON `{s['rows_sha256']}`. Only the answers were trained."
 
-# %% ../../nbs/4_using/44_model_card.ipynb #9c16d30d
 def setting_lines(source:Source) -> str:
     "Every setting of the run or, failing that, of the adapter."
     shown = source.run.get("settings") or {k: v for k, v in source.config.items() if v not in (None, {}, [], False)}
@@ -124,8 +121,7 @@ def version_lines(run:dict) -> str:
 LIMITS = """- It was trained for one narrow task; what it says about anything else is the base model's word, or worse.
 - The scores above come from few rows of the same origin as the training rows. Other rows may score lower.
 - It may be wrong in fluent sentences and in valid JSON. Check what you act on."""
-PACKAGED = """
-- The base's weights were read from a 4-bit GGUF file (Q4_1) of that model, not from its original files."""
+PACKAGED = "\n- The base's weights were read from a 4-bit GGUF file (Q4_1) of that model, not from its original files."
 
 def card_header(source:Source, form:str) -> str:
     "The YAML that the Hugging Face Hub reads."

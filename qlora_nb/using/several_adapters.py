@@ -16,7 +16,7 @@ from ..base.model_files import locate
 from ..base.nf4_config import quiet
 from ..base.runs import content_id
 from ..training.end_tokens import note_loaded, note_sum, notes_of
-from ..training.saved_adapters import adapter_folder, check_fits, find_folder
+from ..training.saved_adapters import adapter_folder, check_fits
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #e0512bd5
 import torch
