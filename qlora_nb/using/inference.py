@@ -74,7 +74,7 @@ def generate(model,                  # From `load_model`, `finetune` or `load_ad
              batch_size:int=16,      # Prompts at a time
              progress:bool=False,    # Show a bar?
              top_k:int=0,            # Sample from so many of the likeliest tokens; 0: from all
-             min_p:float=0.,         # Sample from tokens at least so likely as this part of the likeliest
+             min_p:float=0.,         # Sample from tokens with at least this times the top probability
              repetition_penalty:float=1.,  # Above 1: what was said already is less likely
              seed:int|None=None,     # Of the draws; None: as the random state has it
              ended:list|None=None    # Filled with a bool for each prompt: did the model end its answer itself?

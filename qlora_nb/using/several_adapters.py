@@ -152,7 +152,7 @@ def combine_adapters(model,              # With PEFT's adapters, on linear layer
     if how == "linear" and len(set(ranks.values())) > 1:
         raise QLoRAError(f"the ranks differ: {ranks}.", cure="Use how='cat', which keeps all, or how='svd'.")
     if rank is not None and (how != "svd" or not 1 <= rank <= sum(ranks.values())):
-        raise QLoRAError(f"rank={rank} is not on offer.", cure=f"With how='svd', choose 1 to {sum(ranks.values())}.")
+        raise QLoRAError(f"rank={rank} is out of range.", cure=f"With how='svd', choose 1 to {sum(ranks.values())}.")
     values = [float(o) for o in weights.values()]
     with same_trainable(model):
         model.add_weighted_adapter([*weights], values, name, combination_type="cat" if how == "svd" else how)
