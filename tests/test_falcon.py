@@ -1,8 +1,11 @@
 "The Falcon trap and its cure, on each architecture that the family has: `58_falcon` shows falcon-rw-1b's alone."
+import re
+
 import bitsandbytes as bnb, pytest, torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from common import NBS, code_cells, read
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import quiet
@@ -38,3 +41,14 @@ def test_load_model_is_4bit_and_computes_the_same(folder):
     ids = torch.arange(3, 43).view(2, 20)
     with torch.no_grad(): a, b = (m(input_ids=ids).logits for m in (model, twin))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_every_claim_of_the_article_is_settled():
+    "The table at the end of `58_falcon`: each claim with a number or a word on it, and with pages that exist."
+    page = NBS/"5_evaluation"/"58_falcon.ipynb"
+    cell = next(c for c in code_cells(read(page)) if "Markdown(Table(claims" in c.source)
+    rows = cell.outputs[-1]["data"]["text/markdown"].splitlines()[2:]
+    assert len(rows) >= 22
+    for row in rows:
+        links = re.findall(r"\]\(([^)]+)\)", row)
+        assert links and all((page.parent/o).exists() for o in links), row

@@ -7,7 +7,7 @@ __all__ = ['LOW', 'HIGH', 'BUILT', 'on_card', 'Ledger', 'Flash', 'Autocast', 'co
            'some_layers', 'Lookup', 'Planned']
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #36234e6e
-import contextlib, copy, weakref
+import copy, weakref
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #d87a764b
 import torch
@@ -62,7 +62,7 @@ class Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         q, k, v, *_ = ctx.saved_tensors
-        acc = q.new_empty(q.shape, dtype=torch.float32)
+        _ = q.new_empty(q.shape, dtype=torch.float32)   # the kernel's accumulator, until it returns
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #cd385faf

@@ -105,8 +105,9 @@ def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_mod
         with Autocast(dtype):
             forward_loss(model.train(), torch.empty(per_device_train_batch_size, max_length, dtype=torch.long), loss, ledger.mark).backward()
         ledger.mark("backward")
-        roots = [torch.empty_like(p) for p in trained] if optim == "adamw" else []
+        workspace = [torch.empty_like(p) for p in trained] if optim == "adamw" else []   # √v of all parameters
         ledger.mark("optimizer")
+        del workspace
     return parts, ledger.moments
 
 # %% ../../nbs/3_memory/37_planner.ipynb #69b0b565

@@ -67,8 +67,7 @@ def stored_as(W:torch.Tensor, dtype:str, name:str):   # A weight; "f32", "f16" o
 
 def check_format(dtype:str):
     "Raise `QLoRAError` for a format that is not on offer."
-    if dtype in FORMATS: return
-    raise QLoRAError(f"there is no format '{dtype}'.", cure=f"Choose from: {', '.join(FORMATS)}.")
+    if dtype not in FORMATS: raise QLoRAError(f"there is no format '{dtype}'.", cure=f"Choose from: {', '.join(FORMATS)}.")
 
 def add_tensors(w:GGUFWriter, model, dtype:str):   # "f32", "f16" or "q8_0"
     "All weights under llama.cpp's names, rows of queries and keys in its order."
@@ -105,7 +104,6 @@ def token_kinds(tokenizer, size:int) -> list:   # Rows of the embedding
         return TokenType.NORMAL if i not in added else TokenType.CONTROL if added[i].special else TokenType.USER_DEFINED
     return [(vocab.get(i, f"[PAD{i}]"), kind(i)) for i in range(size)]
 
-# %% ../../nbs/4_using/46_gguf.ipynb #8deab098
 def add_tokenizer(w:GGUFWriter, tokenizer, size:int,  # Rows of the embedding
                   stops=()):   # Of `stop_ids`; beside EOS, a file can name two
     "Vocabulary, merges, special ids, the tokens that end an answer, and the chat template."

@@ -9,8 +9,6 @@ __all__ = ['PAD_NOISE', 'padding_error', 'pads_safely', 'batches', 'close_gaps',
 # %% ../../nbs/4_using/42_inference.ipynb #0ef859ff
 import threading, warnings
 from itertools import groupby
-from ..base.nf4_config import quiet
-from ..base.errors import QLoRAError
 from .sampling import check_sampling, penalize, seeded
 from ..training.end_tokens import stop_ids
 
@@ -76,7 +74,7 @@ def generate(model,                  # From `load_model`, `finetune` or `load_ad
              batch_size:int=16,      # Prompts at a time
              progress:bool=False,    # Show a bar?
              top_k:int=0,            # Sample from so many of the likeliest tokens; 0: from all
-             min_p:float=0.,         # Sample from tokens at least so likely as this part of the likeliest
+             min_p:float=0.,         # Sample from tokens with at least this times the top probability
              repetition_penalty:float=1.,  # Above 1: what was said already is less likely
              seed:int|None=None,     # Of the draws; None: as the random state has it
              ended:list|None=None    # Filled with a bool for each prompt: did the model end its answer itself?

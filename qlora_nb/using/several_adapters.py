@@ -17,7 +17,7 @@ from ..base.model_files import locate
 from ..base.nf4_config import quiet
 from ..base.runs import content_id
 from ..training.end_tokens import note_loaded, note_sum, notes_of
-from ..training.saved_adapters import adapter_folder, check_fits, find_folder
+from ..training.saved_adapters import adapter_folder, check_fits
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #e0512bd5
 import torch
@@ -153,7 +153,7 @@ def combine_adapters(model,              # With PEFT's adapters, on linear layer
     if how == "linear" and len(set(ranks.values())) > 1:
         raise QLoRAError(f"the ranks differ: {ranks}.", cure="Use how='cat', which keeps all, or how='svd'.")
     if rank is not None and (how != "svd" or not 1 <= rank <= sum(ranks.values())):
-        raise QLoRAError(f"rank={rank} is not on offer.", cure=f"With how='svd', choose 1 to {sum(ranks.values())}.")
+        raise QLoRAError(f"rank={rank} is out of range.", cure=f"With how='svd', choose 1 to {sum(ranks.values())}.")
     values = [float(o) for o in weights.values()]
     with same_trainable(model):
         model.add_weighted_adapter([*weights], values, name, combination_type="cat" if how == "svd" else how)
