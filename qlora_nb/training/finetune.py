@@ -165,13 +165,13 @@ def finetune(model=None,                    # A name for `load_model`, a loaded 
              example:str|None=None,         # A prompt to show to its users; none is taken from your rows
              leave_out=(),                  # Numbers of rows, from 1, that are not trained on
              resume:bool=False, progress:bool=True,  # Go on from the last checkpoint; show a bar
-             config:dict|None=None,         # What `config.yaml` is to say; None: the arguments that can be written down
+             written:dict|None=None,        # What `config.yaml` is to say; None: the arguments that can be written down
              **kwargs) -> Run:              # Of `Settings`, and `OPTIONS` of `load_rows`
     "Fine-tune LoRA adapters on a 4-bit model. Raises `QLoRAError` for bad data, bad settings and a folder in use."
     check_alone()
     settings, how, reading = settle(data, kwargs, ARGUMENTS)
     how["report_to"] = check_reports(how["report_to"])
-    if config is None: config = dict(model=model, data=data, eval_data=eval_data, backend=backend, **kwargs)
+    if written is None: written = dict(model=model, data=data, eval_data=eval_data, backend=backend, **kwargs)
     rows, folder = load_rows(data, **reading), Path(output_dir).expanduser()
     mine = np.setdiff1d(np.arange(1, len(rows) + 1), leave_out)
     kept, wanted = take(rows, mine - 1), bool(settings["eval_steps"] or settings["early_stopping_patience"])
@@ -182,7 +182,7 @@ def finetune(model=None,                    # A name for `load_model`, a loaded 
     model, tokenizer, settings = run_settings(model, tokenizer, kept, device, backend, settings)
     with hold_run(folder):
         open_run(folder, settings, resume)
-        if not (folder/"config.yaml").exists(): write_config(folder/"config.yaml", config)
+        if not (folder/"config.yaml").exists(): write_config(folder/"config.yaml", written)
         model, tokenizer = load_base(model, tokenizer, device, *map(settings.get, ("backend", "model_revision", "adapter")))
         model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers)-1], held, folder, settings,
                                         progress, source_of(data), **how)
