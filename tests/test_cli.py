@@ -100,9 +100,9 @@ def test_a_run_is_repeated_from_its_config(tiny, tmp_path):
     assert json.loads((tmp_path/"again"/"settings.json").read_text(encoding="utf-8")) == json.loads((tmp_path/"first"/"settings.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("text, said", [("lerning_rate: 0.001", "options that there are not: lerning_rate"), ("- r", "holds no options"),
+@pytest.mark.parametrize("text, said", [("lerning_rate: 0.001", "options that there are not: --lerning_rate"), ("- r", "holds no options"),
                                         ("r: [4", "cannot be read"), ("learning_rate: 0", "learning_rate is 0"), ("long: shrink", "shrink"),
-                                        ("seed: 3\nlr: 1", "options that there are not: lr"), ("r: 2.5", "2.5"), ("max_steps: many", "many")])
+                                        ("seed: 3\nlr: 1", "options that there are not: --lr"), ("r: 2.5", "2.5"), ("max_steps: many", "many")])
 def test_a_config_that_cannot_be_right(text, said, tmp_path, complaint):
     "Exit status 2 and the reason, before a model is loaded or a folder made."
     (tmp_path/"config.yaml").write_text(text + "\n", encoding="utf-8")
