@@ -83,6 +83,41 @@ def test_kill_and_resume(tiny, tmp_path):
     assert "exact match" in out and "loss on the answers" in out
 
 
+def test_a_run_is_repeated_from_its_config(tiny, tmp_path):
+    "config.yaml of a run, a folder, and nothing else: the same losses and the same adapter in every bit."
+    data = tmp_path/"mine.jsonl"
+    data.write_text("".join(json.dumps(dict(ask=f"What is {i} + {i}?", say=str(2*i))) + "\n" for i in range(24)), encoding="utf-8")
+    asked = ["--data", data, "--columns", "prompt=ask,response=say", "--seed", 3, "--r", 4, "--lora-dropout", 0.1, "--target-modules", "q_proj,v_proj"]
+    status, _, err = call("finetune_main", *[6 if o == 30 else o for o in options(tiny, tmp_path/"first", *asked)])
+    assert status == 0, err
+    config = tmp_path/"first"/"config.yaml"
+    status, _, err = call("finetune_main", "--config", config, "--output-dir", tmp_path/"again")
+    assert status == 0, err
+    assert losses(tmp_path/"again") == losses(tmp_path/"first") and len(losses(tmp_path/"again")) == 6
+    a, b = adapter(tmp_path/"first"), adapter(tmp_path/"again")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path/"again"/"config.yaml").read_text(encoding="utf-8") == config.read_text(encoding="utf-8")
+    assert json.loads((tmp_path/"again"/"settings.json").read_text(encoding="utf-8")) == json.loads((tmp_path/"first"/"settings.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("text, said", [("lerning_rate: 0.001", "options that there are not: --lerning_rate"), ("- r", "holds no options"),
+                                        ("r: [4", "cannot be read"), ("learning_rate: 0", "learning_rate is 0"), ("long: shrink", "shrink"),
+                                        ("seed: 3\nlr: 1", "options that there are not: --lr"), ("r: 2.5", "2.5"), ("max_steps: many", "many")])
+def test_a_config_that_cannot_be_right(text, said, tmp_path, complaint):
+    "Exit status 2 and the reason, before a model is loaded or a folder made."
+    (tmp_path/"config.yaml").write_text(text + "\n", encoding="utf-8")
+    status, err = complaint("--config", tmp_path/"config.yaml", "--device", "cpu", "--output-dir", tmp_path/"run")
+    assert status == 2 and said in err and "Traceback" not in err, err
+    assert not (tmp_path/"run").exists()
+
+
+def test_an_option_wins_over_the_config(tmp_path):
+    (tmp_path/"config.yaml").write_text("r: 4\nmax_steps: 3\npacking: true\n", encoding="utf-8")
+    from qlora_nb.apps.cli import finetune_options
+    o = finetune_options(["--config", str(tmp_path/"config.yaml"), "--r", "8", "--output-dir", "x"])
+    assert (o["r"], o["max_steps"], o["packing"]) == (8, 3, True) and o["written"] == dict(r=8, max_steps=3, packing=True)
+
+
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
     p = command("finetune_main", *options(tiny, tmp_path/"run"))
     await_checkpoint(p, tmp_path/"run", "*")

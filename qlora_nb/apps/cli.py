@@ -75,13 +75,13 @@ def finetune_options(argv) -> dict:  # For `finetune_and_evaluate`
     "The options of a call as arguments, and all that differs from the defaults as `config_yaml`."
     p = finetune_parser()
     o, default = read_options(p, argv), read_options(finetune_parser(), [])
-    config = {k: v for k, v in o.items() if v != default[k] and k not in ("output_dir", "resume")}
+    written = {k: v for k, v in o.items() if v != default[k] and k not in ("output_dir", "resume")}
     o = name_sources(o, p.error)
     if o["example"]: o["example"] = typed(o["example"])
     if o["resume"] and not o["output_dir"]:
         from qlora_nb.base.runs import latest_run
         o["output_dir"] = latest_run()
-    return o | dict(output_dir=Path(o["output_dir"] or time.strftime("runs/%Y%m%d-%H%M%S")), config_yaml=config)
+    return o | dict(output_dir=Path(o["output_dir"] or time.strftime("runs/%Y%m%d-%H%M%S")), config_yaml=written)
 
 # %% ../../nbs/apps/cli.ipynb #da65d5e7
 def finetune_main(argv:list|None=None):  # None: the options that the command was called with

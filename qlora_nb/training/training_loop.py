@@ -146,7 +146,7 @@ class FastTrainer(SureTrainer):
         return loss*self.accelerator.num_processes if spread else loss   # which the mean over devices divides by
     def train(self, *args, **kw):
         try: return super().train(*args, **kw)
-        finally:   # what comes next may need the memory of recorded passes
+        finally:   # what comes next may need the memory of CUDA graphs
             if stack := getattr(self.model, "stack", None): stack.forget()
     def speed_up(self, length:float):  # Mean tokens of a row
         "Go through `make_fast` of `80_fast_training`; layers are compiled where the run is long enough to be paid back."
