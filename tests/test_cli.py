@@ -115,7 +115,7 @@ def test_an_option_wins_over_the_config(tmp_path):
     (tmp_path/"config.yaml").write_text("r: 4\nmax_steps: 3\npacking: true\n", encoding="utf-8")
     from qlora_nb.apps.cli import finetune_options
     o = finetune_options(["--config", str(tmp_path/"config.yaml"), "--r", "8", "--output-dir", "x"])
-    assert (o["r"], o["max_steps"], o["packing"]) == (8, 3, True) and o["written"] == dict(r=8, max_steps=3, packing=True)
+    assert (o["r"], o["max_steps"], o["packing"]) == (8, 3, True) and o["config_yaml"] == dict(r=8, max_steps=3, packing=True)
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
