@@ -105,19 +105,6 @@ def data_lines(run:dict) -> str:   # `run.json`
     what = ours.get(name, f"`{name}`")
     return f"{what}: {s['rows']:,} rows, SHA-256 of their JSON `{s['rows_sha256']}`. Only the answers were trained."
 
-def setting_lines(source:Source) -> str:
-    "Every setting of the run or, failing that, of the adapter."
-    shown = source.run.get("settings") or {k: v for k, v in source.config.items() if v not in (None, {}, [], False)}
-    shown = {k: public_name(str(v))[0] if k in ("model", "adapter") else v for k, v in shown.items() if k != "rows_sha256"}
-    def say(v): return ", ".join(map(str, v)) if isinstance(v, list) else v
-    return _table([[f"`{k}`", say(v)] for k, v in shown.items()], "setting", "value")
-
-def version_lines(run:dict) -> str:
-    "Versions at training, and at export where they differ."
-    then, now = run.get("versions", {}), versions()
-    return _table([[k, then.get(k, "?"), v] for k, v in now.items() if v or then.get(k)], "", "training", "export")
-
-# %% ../../nbs/4_using/44_model_card.ipynb #9c16d30d
 PLACES = ("model", "adapter", "base_model_name_or_path")   # where something lies: only its name is said
 
 def setting_lines(source:Source) -> str:
