@@ -128,7 +128,9 @@ def open_run(folder:Path, settings:dict, resume:bool):
         old, new = read_settings(file), dict(adapter_sha256=None) | comparable(settings)
         if not settings.get("model_sha256") == old.get("model_sha256"): new["model"] = settings["model"]
         old = dict(adapter_sha256=None) | comparable(old) | {k: old[k] for k in ("model",) if k in old}
-        if diff := [f"{k} was {old[k]}, now {v}" for k, v in new.items() if k in old and old[k] != v]:
+        diff = [f"{k} was {old[k]}, now {v}" for k, v in new.items() if k in old and old[k] != v]
+        gone = [k for k in old if k not in new and k != "model" and not k.endswith("_sha256")]   # of an older version
+        if diff := diff + [f"{k} was {old[k]}, and is no setting now" for k in gone]:
             raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.", where=str(folder),
                              cure="Use the same options, or start a new run.")
 

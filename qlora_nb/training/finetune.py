@@ -171,6 +171,7 @@ def finetune(model=None,                    # A name for `load_model`, a loaded 
     check_alone()
     settings, how, reading = settle(data, kwargs, ARGUMENTS)
     how["report_to"] = check_reports(how["report_to"])
+    left = ["leave_out"] if config_yaml is None and len(leave_out) else []
     if config_yaml is None: config_yaml = dict(model=model, data=data, eval_data=eval_data, backend=backend, **kwargs)
     rows, folder = load_rows(data, **reading), Path(output_dir).expanduser()
     mine = np.setdiff1d(np.arange(1, len(rows) + 1), leave_out)
@@ -182,7 +183,7 @@ def finetune(model=None,                    # A name for `load_model`, a loaded 
     model, tokenizer, settings = run_settings(model, tokenizer, kept, device, backend, settings)
     with hold_run(folder):
         open_run(folder, settings, resume)
-        if not (folder/"config.yaml").exists(): write_config(folder/"config.yaml", config_yaml)
+        if not (folder/"config.yaml").exists(): write_config(folder/"config.yaml", config_yaml, left)
         model, tokenizer = load_base(model, tokenizer, device, *map(settings.get, ("backend", "model_revision", "adapter")))
         model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers)-1], held, folder, settings,
                                         progress, source_of(data), **how)

@@ -11,6 +11,7 @@ __all__ = ['steps_a_pass', 'count_steps', 'rows_seen', 'source_of', 'NamedRows',
 from dataclasses import asdict
 import contextlib, math, random, sys, warnings
 import numpy as np
+from numbers import Real
 from pathlib import Path
 from ..base.errors import QLoRAError
 from ..base.files import digest
@@ -18,7 +19,7 @@ from ..base.mapped import count
 from .data import encode_rows, load_rows, numbered
 from .end_tokens import check_labels
 from ..base.sources import OPTIONS
-from .settings import FIXED, FREE, Settings, check_settings, refuse_unknown, split_names
+from .settings import FIXED, FREE, Settings, check_settings, plain, refuse_unknown, split_names
 from ..base.notes import number_of
 from .chat_templates import as_messages
 
@@ -63,7 +64,7 @@ def settle(data, asked:dict, more=()) -> tuple:  # (what a resume is compared wi
     reading, settings = ({k: v for k, v in asked.items() if (k in OPTIONS) == o} for o in (True, False))
     refuse_unknown(settings, list(dict.fromkeys([*more, *asdict(Settings()), *OPTIONS])))
     check_settings(**settings)
-    s = split_names(asdict(Settings(**settings)))
+    s = split_names({k: plain(v) if isinstance(v, Real) else v for k, v in asdict(Settings(**settings)).items()})
     s |= run_length(data, s["max_steps"], s["num_train_epochs"], s["learning_rate"])
     return {k: s[k] for k in FIXED}, {k: s[k] for k in FREE}, reading
 
