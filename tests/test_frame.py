@@ -261,8 +261,8 @@ def test_importing_the_package_loads_and_changes_nothing():
 @each_module
 def test_module_is_small_and_safe(path):
     source = path.read_text(encoding="utf-8")
-    lines = len(source.splitlines())
-    assert lines <= 220, f"{path.name} has {lines} lines, so it holds two ideas: make two notebooks"
+    lines = sum(bool(o.strip()) and not o.startswith("# %% ") for o in source.splitlines())   # nbdev's marks apart
+    assert lines <= 215, f"{path.name} has {lines} lines, so it holds two ideas: make two notebooks"
     assert not [m for m, star in imports(source, path.parent.name) if star]
     for bad in (r"trust_remote_code\s*=\s*True", r"\btorch\.load\(", r"\bpickle\b", r"\b(import|from) nbdev\b"):
         found = re.search(bad, source)

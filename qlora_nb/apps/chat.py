@@ -21,7 +21,8 @@ from ..using.sampling import check_sampling
 from ..using.several_adapters import active_adapter, adapter_names, answering_as
 
 # %% ../../nbs/apps/chat.ipynb #018595de
-BUBBLE = ("white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0;padding:6px 10px;border-radius:8px;line-height:1.4;"
+BUBBLE = ("white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0;padding:6px "
+          "10px;border-radius:8px;line-height:1.4;"
           "color:#111;border:1px solid #bbb;flex:1 1 0;min-width:12em;")
 SHADES = dict(you="background:#e3eefb", error="background:#fff;border:2px solid #a00;color:#a00")
 
@@ -31,7 +32,8 @@ def bubble(who:str,          # "you", "error", or the name of who answers
           ) -> str:
     "One piece of a conversation as HTML."
     shade = SHADES.get(who, "background:#f4f4f0")
-    return f'<div style="{BUBBLE}{shade}"><b>{escape(who)}</b><br>{escape(text)}{" ▌" if waiting else ""}</div>'
+    return (
+        f'<div style="{BUBBLE}{shade}"><b>{escape(who)}</b><br>{escape(text)}{" ▌" if waiting else ""}</div>')
 
 # %% ../../nbs/apps/chat.ipynb #548c1df3
 def turn_html(turn:dict,           # `user`, `answers` (who → text), `error`, `stopped`
@@ -39,13 +41,16 @@ def turn_html(turn:dict,           # `user`, `answers` (who → text), `error`, 
              ) -> str:
     "A question with its answers as HTML."
     answers = "".join(bubble(who, text, who == waiting) for who, text in turn["answers"].items())
-    after = bubble("error", turn["error"]) if turn["error"] else "<i>stopped</i>" if turn["stopped"] else ""
-    return f'{bubble("you", turn["user"])}<div style="display:flex;flex-wrap:wrap;gap:8px">{answers}</div>{after}'
+    after = (bubble("error", turn["error"]) if turn["error"] else "<i>stopped</i>"
+             if turn["stopped"] else "")
+    return (f'{bubble("you", turn["user"])}<div '
+            f'style="display:flex;flex-wrap:wrap;gap:8px">{answers}</div>{after}')
 
 def turn_text(turn:dict) -> str:
     "The same as plain text, for a terminal."
     lines = [f"you: {turn['user']}", *(f"{who}: {text}" for who, text in turn["answers"].items())]
-    return "\n".join(lines + [f"error: {turn['error']}"]*bool(turn["error"]) + ["(stopped)"]*turn["stopped"])
+    return "\n".join(lines + [f"error: {turn['error']}"]*bool(turn["error"])
+                     + ["(stopped)"]*turn["stopped"])
 
 # %% ../../nbs/apps/chat.ipynb #b415c893
 def conversation(turns:list,    # Earlier ones
@@ -56,7 +61,8 @@ def conversation(turns:list,    # Earlier ones
     told = []
     for t in turns if remember else []:
         answer = t["answers"].get(who) or next(filter(None, t["answers"].values()), "")
-        if answer.strip(): told += [dict(role="user", content=t["user"]), dict(role="assistant", content=answer)]
+        if answer.strip():
+            told += [dict(role="user", content=t["user"]), dict(role="assistant", content=answer)]
     return [*told, dict(role="user", content=question)]
 
 # %% ../../nbs/apps/chat.ipynb #d3889582
@@ -64,38 +70,47 @@ class Chat:
     "A conversation with a model: widgets in a notebook, HTML without a kernel, text in a terminal."
     def __init__(self, model, tokenizer,
                  notes:dict|None=None,  # Of `load_adapter`: `template`, `turns`, `example`
-                 max_new_tokens:int=256, temperature:float=0., top_p:float=1.,  # Where the sliders start
+                 # Where the sliders start
+                 max_new_tokens:int=256, temperature:float=0., top_p:float=1.,
                  **how):                # More of `stream`: top_k, min_p, repetition_penalty, seed
         check_sampling(temperature, top_p=top_p, **how)
         self.model, self.tokenizer, self.notes, self.how = model, tokenizer, notes or {}, how
         self.turns, self.busy, self.halt, self.thread = [], False, threading.Event(), None
         self.lock, names = threading.Lock(), adapter_names(model)
-        who = [(n, (n,)) for n in names] + [("base", (None,))] + [(f"base and {n}", (None, n)) for n in names]
+        who = [(n, (n,)) for n in names] + [("base", (None,))] + [(f"base and {n}", (None, n))
+            for n in names]
         slide = dict(continuous_update=False, style=dict(description_width="7em"))
         self.who = W.Dropdown(options=who, value=(active_adapter(model),), description="ask",
                               style=slide["style"])
-        self.temperature = W.FloatSlider(value=temperature, min=0, max=max(2, temperature), step=.05,
-                                         description="temperature", **slide)
-        self.top_p = W.FloatSlider(value=top_p, min=0, max=1, step=.01, description="top-p", **slide)
-        self.longest = W.IntSlider(value=max_new_tokens, min=1, max=max(1024, max_new_tokens), description="max tokens",
+        self.temperature = W.FloatSlider(value=temperature, min=0, max=max(2, temperature),
+                                         step=.05, description="temperature", **slide)
+        self.top_p = W.FloatSlider(value=top_p, min=0, max=1, step=.01, description="top-p",
                                    **slide)
-        self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3, layout=W.Layout(width="auto"))
-        self.send, self.stop, self.clear = (W.Button(description=o) for o in ("Send", "Stop", "Clear"))
-        for button, handler in ((self.send, self.ask), (self.stop, self.end), (self.clear, self.forget)):
+        self.longest = W.IntSlider(value=max_new_tokens, min=1, max=max(1024, max_new_tokens),
+                                   description="max tokens", **slide)
+        self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3,
+                               layout=W.Layout(width="auto"))
+        self.send, self.stop, self.clear = (W.Button(description=o)
+                                            for o in ("Send", "Stop", "Clear"))
+        for button, handler in ((self.send, self.ask), (self.stop, self.end),
+                                (self.clear, self.forget)):
             button.on_click(handler)
         self.stop.disabled, self.status, self.log = True, W.HTML(), W.VBox()
-        rows = [self.send, self.stop, self.clear, self.status], [self.who, self.longest], [self.temperature, self.top_p]
+        rows = [self.send, self.stop, self.clear, self.status], [self.who,
+            self.longest], [self.temperature, self.top_p]
         rows = [W.HBox(o, layout=W.Layout(flex_flow="row wrap")) for o in rows]
         self.box = W.VBox([W.HTML(self.hello()), self.log, self.text, *rows])
 
 # %% ../../nbs/apps/chat.ipynb #552e68e5
 @patch(as_prop=True)
-def remember(self:Chat): return self.notes.get("turns", 2) > 1   # a model as it is was trained on conversations
+# a model as it is was trained on conversations
+def remember(self:Chat): return self.notes.get("turns", 2) > 1
 
 @patch
 def hello(self:Chat) -> str:
     "What this model is used to."
-    kind = "It remembers what was said; Clear forgets." if self.remember else "Each message is answered on its own."
+    kind = ("It remembers what was said; Clear forgets." if self.remember
+            else "Each message is answered on its own.")
     example = self.notes.get("example")
     shown = f"<br>Trained on prompts such as:<pre>{escape(example)}</pre>" if example else ""
     return f"<div>{kind}{shown}</div>"
@@ -107,17 +122,21 @@ def ask(self:Chat, _=None):
     question = self.text.value.strip()
     with self.lock:
         if self.busy or not question:
-            self.status.value = "Still answering; press Stop first." if self.busy else "There is nothing to send."
+            self.status.value = ("Still answering; press Stop first." if self.busy
+                                 else "There is nothing to send.")
             return
         self.busy = True
     self.halt.clear()
-    self.text.value, self.status.value, self.send.disabled, self.stop.disabled = "", "answering ...", True, False
+    self.text.value, self.status.value, self.send.disabled, self.stop.disabled = ("",
+        "answering ...", True, False)
     turn, view = dict(user=question, answers={}, error=None, stopped=False), W.HTML()
-    how = dict(self.how, max_new_tokens=self.longest.value, temperature=self.temperature.value, top_p=self.top_p.value)
+    how = dict(self.how, max_new_tokens=self.longest.value, temperature=self.temperature.value,
+               top_p=self.top_p.value)
     earlier, view.value = list(self.turns), turn_html(turn)
     self.turns.append(turn)
     self.log.children += (view,)
-    self.thread = threading.Thread(target=self.work, args=(turn, view, earlier, self.who.value, how), daemon=True)
+    self.thread = threading.Thread(target=self.work, args=(turn, view, earlier, self.who.value,
+                                                           how), daemon=True)
     self.thread.start()
 
 # %% ../../nbs/apps/chat.ipynb #7e00f90d
@@ -148,7 +167,8 @@ def write(self:Chat, turn, view, earlier, whom, how):
         said = conversation(earlier, turn["user"], who, self.remember)
         turn["answers"][who] = ""
         with answering_as(self.model, name):
-            prompt = encode_prompt(dict(messages=said), self.tokenizer, self.notes.get("template", "auto"))
+            prompt = encode_prompt(dict(messages=said), self.tokenizer,
+                                   self.notes.get("template", "auto"))
             with closing(stream(self.model, self.tokenizer, prompt, **how)) as pieces:
                 for piece in pieces:
                     turn["answers"][who] += piece
@@ -161,7 +181,8 @@ def write(self:Chat, turn, view, earlier, whom, how):
 def work(self:Chat, turn, view, *args):
     "The thread: write, catch, tidy up."
     try: self.write(turn, view, *args)
-    except BaseException as e: turn["error"] = str(e) if isinstance(e, QLoRAError) else f"{type(e).__name__}: {e}"
+    except BaseException as e:
+        turn["error"] = str(e) if isinstance(e, QLoRAError) else f"{type(e).__name__}: {e}"
     finally:
         view.value = turn_html(turn)
         self.status.value, self.send.disabled, self.stop.disabled, self.busy = "", False, True, False
@@ -173,13 +194,15 @@ def _repr_html_(self:Chat) -> str:
     return f'{self.hello()}{"".join(turn_html(t) for t in self.turns)}'
 
 @patch
-def __repr__(self:Chat): return "\n\n".join(map(turn_text, self.turns)) or "A chat, nothing said yet."
+def __repr__(self:Chat):
+    return "\n\n".join(map(turn_text, self.turns)) or "A chat, nothing said yet."
 
 @patch
 def _repr_mimebundle_(self:Chat, include=None, exclude=None) -> dict:
     "Widgets, HTML and text in one; a front end takes the first that it can show."
     view = dict(version_major=2, version_minor=0, model_id=self.box.model_id)
-    return {"application/vnd.jupyter.widget-view+json": view, "text/html": self._repr_html_(), "text/plain": repr(self)}
+    return {"application/vnd.jupyter.widget-view+json": view, "text/html": self._repr_html_(),
+            "text/plain": repr(self)}
 
 # %% ../../nbs/apps/chat.ipynb #5701ce53
 def chat(folder:str|Path|None=None,  # Of a run or an adapter; None: the latest finished run under runs/

@@ -19,48 +19,67 @@ from ..training.settings import Settings, option
 @dataclass
 class RunOptions:
     "What to train, on what, and where."
-    model: str|None = option(None, "'smollm2', a local folder or a Hub id (None: smollm2, or the base of adapter)")
+    model: str|None = option(None, "'smollm2', a local folder or a Hub id (None: smollm2, or the "
+                                   "base of adapter)")
     data: list[str] = field(default_factory=lambda: ["tickets"], metadata=dict(
-        help="'tickets', a .jsonl, .json, .csv, .tsv or .parquet file, or a Hub data set id; several, each perhaps with a weight: "
+        help="'tickets', a .jsonl, .json, .csv, .tsv or .parquet file, or a Hub data set id; "
+             "several, each perhaps with a weight: "
              "a.jsonl b.jsonl:0.5"))
-    eval_data: str|None = option(None, "rows to evaluate on while it trains, which choose the best step (None: with eval_steps or "
-                                 "early_stopping_patience, a tenth of the training rows is set aside, 64 at the most)")
-    test_data: str|None = option(None, "rows for the scores before and after (None: eval_data, or the tickets' held-out split, or a "
+    eval_data: str|None = option(None, "rows to evaluate on while it trains, which choose the best "
+                                       "step (None: with eval_steps or "
+                                 "early_stopping_patience, a tenth of the training rows is set "
+                                 "aside, 64 at the most)")
+    test_data: str|None = option(None, "rows for the scores before and after (None: eval_data, or "
+                                       "the tickets' held-out split, or a "
                                  "tenth of the data)")
     eval_rows: int = option(64, "score at most so many rows; 0: no scores")
-    output_dir: str|None = option(None, "folder of the run (None: runs/DATE-TIME; with resume, the latest run)")
+    output_dir: str|None = option(None, "folder of the run (None: "
+                                        "runs/DATE-TIME; with resume, the latest run)")
     device: str|None = option(None, "cuda, mps or cpu (None: the best one here)")
     resume: bool = option(False, "go on from the last complete checkpoint of the run")
-    backend: str = option("bnb", "bitsandbytes and PEFT, or this course's own layers", choices=["bnb", "scratch"])
-    example: str|None = option(None, "a prompt to show to those who use the adapter; none is taken from your rows")
+    backend: str = option("bnb", "bitsandbytes and PEFT, or this course's own layers",
+                          choices=["bnb", "scratch"])
+    example: str|None = option(None, "a prompt to show to those who use the "
+                                     "adapter; none is taken from your rows")
 
 # %% ../../nbs/apps/cli.ipynb #927c0f30
 def finetune_parser() -> TrlParser:
     "The options of `qlora_finetune`."
     p = TrlParser([RunOptions, DataOptions, Settings], prog="qlora_finetune",
-        description="Fine-tune a language model with QLoRA: a frozen base in 4 bits (NF4, double quantization), "
-                    "LoRA adapters on top. Scores it on held-out rows without and with the adapter.")
-    p.add_argument("--config", default=None, help="a YAML file with options, such as config.yaml of a run")
+        description="Fine-tune a language model with QLoRA: a frozen base in 4 bits (NF4, double "
+                    "quantization), "
+                    "LoRA adapters on top. Scores it on held-out rows "
+                    "without and with the adapter.")
+    p.add_argument("--config", default=None,
+                   help="a YAML file with options, such as config.yaml of a run")
     return p
 
 def read_options(p:TrlParser, argv:list) -> dict:
     "The options of a call over those of its `--config FILE`."
     if file := p.parse_known_args(argv)[0].config:
         try: found = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: p.error(f"{file} cannot be read: {' '.join(str(e).split())}")
-        if not isinstance(found, dict): p.error(f"{file} holds no options: write one `name: value` a line")
-        if unknown := p.set_defaults_with_config(**found)[::2]: p.error(f"{file} names options that there are not: {', '.join(unknown)}")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            p.error(f"{file} cannot be read: {' '.join(str(e).split())}")
+        if not isinstance(found, dict):
+            p.error(f"{file} holds no options: write one `name: value` a line")
+        if unknown := p.set_defaults_with_config(**found)[::2]:
+            p.error(f"{file} names options that there are not: {', '.join(unknown)}")
     return {k: v for k, v in vars(p.parse_args(argv)).items() if k != "config"}
 
 # %% ../../nbs/apps/cli.ipynb #4d3b634a
 @contextlib.contextmanager
 def one_line_errors(interrupted:str=""):  # What to say after Ctrl-C
     "Exit with status 2 and one message for a `QLoRAError`; with 130 for Ctrl-C."
-    for k, v in dict(HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false").items(): os.environ.setdefault(k, v)
+    for k, v in dict(HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false").items():
+        os.environ.setdefault(k, v)
     from qlora_nb.base.errors import QLoRAError
-    for o in (sys.stdout, sys.stderr):   # a terminal that cannot show a letter shows something else for it
-        if hasattr(o, "reconfigure"): o.reconfigure(errors="replace" if o is sys.stdout else "backslashreplace")
-    usual, warnings.showwarning = warnings.showwarning, lambda message, *a, **k: print(f"note: {message}", file=sys.stderr)
+    # a terminal that cannot show a letter shows something else for it
+    for o in (sys.stdout, sys.stderr):
+        if hasattr(o, "reconfigure"):
+            o.reconfigure(errors="replace" if o is sys.stdout else "backslashreplace")
+    usual, warnings.showwarning = (warnings.showwarning,
+                                   lambda message, *a, **k: print(f"note: {message}",
+                                   file=sys.stderr))
     try: yield
     except QLoRAError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -81,13 +100,15 @@ def finetune_options(argv) -> dict:  # For `finetune_and_evaluate`
     if o["resume"] and not o["output_dir"]:
         from qlora_nb.base.runs import latest_run
         o["output_dir"] = latest_run()
-    return o | dict(output_dir=Path(o["output_dir"] or time.strftime("runs/%Y%m%d-%H%M%S")), config_yaml=written)
+    return o | dict(output_dir=Path(o["output_dir"] or time.strftime("runs/%Y%m%d-%H%M%S")),
+                    config_yaml=written)
 
 # %% ../../nbs/apps/cli.ipynb #da65d5e7
 def finetune_main(argv:list|None=None):  # None: the options that the command was called with
     "Fine-tune, evaluate, report: the console command `qlora_finetune`."
     o = finetune_options(sys.argv[1:] if argv is None else argv)
-    with one_line_errors(f"Give the same options again, with --resume --output-dir {o['output_dir']}"):
+    with one_line_errors(f"Give the same options again, with --resume --output-dir "
+                         f"{o['output_dir']}"):
         from qlora_nb.evaluation.evaluation import finetune_and_evaluate
         print(finetune_and_evaluate(**o))
 
@@ -130,31 +151,45 @@ def chat_loop(model, tokenizer, notes:dict,  # Of `load_adapter`, or {} for a mo
 # %% ../../nbs/apps/cli.ipynb #b8bba070
 def chat_parser() -> argparse.ArgumentParser:
     "The options of `qlora_chat`."
-    p = argparse.ArgumentParser("qlora_chat", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                description="Talk to a fine-tuned model; by default to the adapter of the latest run.")
-    p.add_argument("--adapter", default=None, help="folder of a run or of a PEFT adapter (none: the latest finished run)")
-    p.add_argument("--model", default=None, help="a base model: on its own, or with --adapter instead of the one it names")
-    p.add_argument("--revision", default=None, help="branch, tag or commit of a Hub model (none: the one trained on)")
-    p.add_argument("--system", type=typed, default=None, help="a system prompt, such as that of its training")
+    p = argparse.ArgumentParser("qlora_chat",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                description="Talk to a fine-tuned model; by default to the adapter "
+                                            "of the latest run.")
+    p.add_argument("--adapter", default=None,
+                   help="folder of a run or of a PEFT adapter (none: the latest finished run)")
+    p.add_argument("--model", default=None,
+                   help="a base model: on its own, or with --adapter instead of the one it names")
+    p.add_argument("--revision", default=None,
+                   help="branch, tag or commit of a Hub model (none: the one trained on)")
+    p.add_argument("--system", type=typed, default=None,
+                   help="a system prompt, such as that of its training")
     p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
     p.add_argument("--temperature", type=float, default=0., help="0: always the likeliest token")
-    p.add_argument("--top-p", type=float, default=1., help="sample from the tokens that make up this probability")
-    p.add_argument("--top-k", type=int, default=0, help="sample from so many likeliest tokens (0: from all)")
-    p.add_argument("--min-p", type=float, default=0., help="leave out tokens below this share of the likeliest one")
-    p.add_argument("--repetition-penalty", type=float, default=1., help="above 1: repeat less of what was said")
+    p.add_argument("--top-p", type=float, default=1.,
+                   help="sample from the tokens that make up this probability")
+    p.add_argument("--top-k", type=int, default=0,
+                   help="sample from so many likeliest tokens (0: from all)")
+    p.add_argument("--min-p", type=float, default=0.,
+                   help="leave out tokens below this share of the likeliest one")
+    p.add_argument("--repetition-penalty", type=float, default=1.,
+                   help="above 1: repeat less of what was said")
     p.add_argument("--seed", type=int, default=None, help="draw the same answers again")
     p.add_argument("--device", default=None, help="cuda, mps or cpu (none: the best one here)")
     return p
 
 # %% ../../nbs/apps/cli.ipynb #ad7fbac4
 def load_chat(adapter, base, device, revision=None) -> tuple:  # (model, tokenizer, notes, name)
-    "What to talk to: an adapter, a base as it is, or the latest finished run. Raises `QLoRAError` when there is none."
+    """What to talk to: an adapter, a base as it is, or the latest finished run. Raises
+    `QLoRAError` when there is none."""
     from qlora_nb.training.saved_adapters import load_adapter
     from qlora_nb.base.model_files import load_tokenizer
     from qlora_nb.foundations.loading import load_model
     from qlora_nb.base.runs import finished_run
-    if base and not adapter: return load_model(base, device=device, revision=revision), load_tokenizer(base, revision), {}, base
-    folder = adapter or finished_run("Run qlora_finetune first, give --adapter FOLDER, or chat with a model as it is: "
+    if base and not adapter:
+        return load_model(base, device=device, revision=revision), load_tokenizer(base,
+            revision), {}, base
+    folder = adapter or finished_run("Run qlora_finetune first, give --adapter FOLDER, or chat "
+                                     "with a model as it is: "
                                      "--model smollm2.")
     return *load_adapter(folder, base=base, device=device, revision=revision), folder
 
@@ -163,7 +198,8 @@ def chat_main(argv:list|None=None):  # None: the options that the command was ca
     "Chat with an adapter on its base: the console command `qlora_chat`."
     o = vars(chat_parser().parse_args(argv))
     with one_line_errors():
-        model, tokenizer, notes, name = load_chat(*map(o.pop, ("adapter", "model", "device", "revision")))
+        model, tokenizer, notes, name = (load_chat(*map(o.pop, ("adapter", "model", "device",
+            "revision"))))
         print(f"{name} on {model.device}")
         chat_loop(model, tokenizer, notes, **o)
 

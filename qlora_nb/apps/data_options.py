@@ -13,7 +13,8 @@ from ..training.settings import option
 
 # %% ../../nbs/apps/data_options.ipynb #26e8af1e
 def typed(text:str) -> str:
-    "What was typed, where Python took it for bytes: a terminal whose locale is not UTF-8 hands it on so."
+    """What was typed, where Python took it for bytes: a terminal whose locale is not UTF-8 hands
+    it on so."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 @dataclass
@@ -21,12 +22,16 @@ class DataOptions:
     "How to read the rows."
     columns: str|None = option(None, "our names of columns from yours, such as prompt=q,response=a")
     system: str|None = option(None, "a system prompt for rows without one")
-    skip_bad_rows: bool = option(False, "leave broken rows out and say how many, instead of stopping")
-    large: bool|None = option(None, "true: map the rows from disk instead of holding them in memory (None: from 100 MB on)")
+    skip_bad_rows: bool = option(False,
+                                 "leave broken rows out and say how many, instead of stopping")
+    large: bool|None = option(None, "true: map the rows from disk instead of holding them in "
+                                    "memory (None: from 100 MB on)")
     data_config: str|None = option(None, "configuration of a Hub data set")
     data_split: str = option("train", "split of a Hub data set")
-    data_revision: str|None = option(None, "commit, tag or branch of a Hub data set (None: its newest state)")
-    chat_template: str|None = option(None, "a file with a chat template (Jinja), instead of template")
+    data_revision: str|None = option(None, "commit, tag or branch of a Hub "
+                                           "data set (None: its newest state)")
+    chat_template: str|None = option(None,
+                                     "a file with a chat template (Jinja), instead of template")
 
 # %% ../../nbs/apps/data_options.ipynb #8503aab0
 def stop(what): raise SystemExit(what)
@@ -41,7 +46,8 @@ def read_template(path) -> str:
 
 # %% ../../nbs/apps/data_options.ipynb #90ff2c83
 def name_sources(o:dict, refuse=stop) -> dict:  # `refuse`: what is called with a complaint
-    "The options of `DataOptions` put into the names of the data, and a chat template from its file."
+    """The options of `DataOptions` put into the names of the data, and a chat template from its
+    file."""
     from qlora_nb.base.sources import Source
     how = {k: v for k in ("columns", "system", "skip_bad_rows") if (v := o.pop(k))}
     split, template, large = (o.pop(k) for k in ("data_split", "chat_template", "large"))
@@ -49,14 +55,17 @@ def name_sources(o:dict, refuse=stop) -> dict:  # `refuse`: what is called with 
     if "system" in how: how["system"] = typed(how["system"])
     try:
         if "columns" in how: how["columns"] = read_columns(how["columns"])
-    except ValueError: refuse(f"--columns {how['columns']}: write ours=yours, with commas between them")
+    except ValueError:
+        refuse(f"--columns {how['columns']}: write ours=yours, with commas between them")
     try: o |= dict(template=read_template(template)) if template else {}
     except OSError as e: refuse(f"{template} cannot be read ({e.strerror})")
-    more = (dict(split=split) if split != "train" else {}) | ({} if large is None else dict(large=large))
+    more = (dict(split=split) if split != "train" else {}) | ({} if large is None
+        else dict(large=large))
     def one(name):
         "`a.jsonl` or `a.jsonl:0.5`."
         path, colon, weight = name.rpartition(":")
-        named = colon and re.fullmatch(r"\d*\.?\d+", weight) and not Path(name).expanduser().exists()
+        named = (colon and re.fullmatch(r"\d*\.?\d+", weight)
+                 and not Path(name).expanduser().exists())
         source = Source(path if named else name, **how, **more)
         return (source, float(weight)) if named else source
     given = [o["data"]] if isinstance(o["data"], str) else o["data"]

@@ -17,27 +17,34 @@ from ..training.chat_templates import encode
 
 # %% ../../nbs/apps/harness.ipynb #c2796e23
 def harness_model(model, tokenizer, batch_size:int=8):  # Requests at a time
-    "A loaded model as lm-evaluation-harness wants it. Raises `QLoRAError` where that is not installed."
+    """A loaded model as lm-evaluation-harness wants it. Raises `QLoRAError` where that is not
+    installed."""
     try: from lm_eval.models.huggingface import HFLM
-    except ImportError as e: raise QLoRAError("lm-eval is not installed.", cure="pip install lm-eval") from e
+    except ImportError as e:
+        raise QLoRAError("lm-eval is not installed.", cure="pip install lm-eval") from e
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     settings = getattr(base_of(model), "generation_config", None)
-    if settings is not None: settings.eos_token_id = stop_ids(model, tokenizer)   # for tasks that let it write
+    # for tasks that let it write
+    if settings is not None: settings.eos_token_id = stop_ids(model, tokenizer)
     with quiet(): return HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size)
 
 def benchmark(model, tokenizer,
-              tasks:list,           # Names of lm-evaluation-harness such as "arc_easy", or tasks of `rows_task`
+              # Names of lm-evaluation-harness such as "arc_easy", or tasks of `rows_task`
+              tasks:list,
               limit:int|None=None,  # Only so many rows of each, for a try
               batch_size:int=8      # Requests at a time
              ) -> Table:            # Task, metric, value and its standard error
-    "Scores of lm-evaluation-harness. Raises `QLoRAError` where it is not installed, and for an unknown task."
+    """Scores of lm-evaluation-harness. Raises `QLoRAError` where it is not installed, and for an
+    unknown task."""
     wrapped = harness_model(model, tokenizer, batch_size)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     manager = TaskManager()
     if unknown := [t for t in tasks if isinstance(t, str) and t not in manager.all_tasks]:
-        raise QLoRAError(f"lm-evaluation-harness knows no task '{unknown[0]}'.", cure="`lm_eval ls tasks` lists them.")
-    found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, task_manager=manager, log_samples=False)["results"]
+        raise QLoRAError(f"lm-evaluation-harness knows no task '{unknown[0]}'.",
+                         cure="`lm_eval ls tasks` lists them.")
+    found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, task_manager=manager,
+                            log_samples=False)["results"]
     rows = [[name, key.split(",")[0], value, scores.get(key.replace(",", "_stderr,"), "")]
             for name, scores in found.items() for key, value in scores.items()
             if isinstance(value, float) and "," in key and "_stderr" not in key]
@@ -49,12 +56,16 @@ def rows_task(rows:list,              # Of `load_rows`
               name:str="rows",        # What the results call it
               template:str="auto"     # As in training
              ) -> dict:               # For `benchmark`
-    "Held-out rows as a task: `acc` is the share of right answers that the model would write itself, token for token."
+    """Held-out rows as a task: `acc` is the share of right answers that the model would write
+    itself, token for token."""
     path = Path(folder).expanduser()/f"{name}.jsonl"
-    def end(row): return tokenizer.convert_ids_to_tokens(encode(row, tokenizer, template)["labels"][-1])
-    docs = [dict(context=encode_prompt(r, tokenizer, template), answer=answer_of(r) + end(r)) for r in rows]
+    def end(row):
+        return tokenizer.convert_ids_to_tokens(encode(row, tokenizer, template)["labels"][-1])
+    docs = [dict(context=encode_prompt(r, tokenizer, template), answer=answer_of(r) + end(r))
+            for r in rows]
     path.write_text("".join(json.dumps(d) + "\n" for d in docs), encoding="utf-8")
     acc = dict(metric="acc", aggregation="mean", higher_is_better=True)
-    return dict(task=name, dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(path))), test_split="test",
-                output_type="loglikelihood", doc_to_text="{{context}}", doc_to_target="{{answer}}", target_delimiter="",
-                metric_list=[acc])
+    return dict(task=name, dataset_path="json",
+                dataset_kwargs=dict(data_files=dict(test=str(path))), test_split="test",
+                output_type="loglikelihood", doc_to_text="{{context}}", doc_to_target="{{answer}}",
+                target_delimiter="", metric_list=[acc])

@@ -17,8 +17,11 @@ def describe_adapter(folder:Path,  # That PEFT, or `save_lora`, has written
     "Put the name of the base and our notes beside an adapter, in place of PEFT's unfilled card."
     (folder/"README.md").unlink(missing_ok=True)
     cfg = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
-    if notes.get("example"): notes["example_asked"] = True   # older files hold a row of the data there, unasked
-    files = dict(adapter_config=cfg | dict(base_model_name_or_path=base, revision=notes.get("revision")), qlora_nb=dict(base=base) | notes)
+    # older files hold a row of the data there, unasked
+    if notes.get("example"): notes["example_asked"] = True
+    files = dict(adapter_config=cfg | dict(base_model_name_or_path=base,
+                                           revision=notes.get("revision")), qlora_nb=dict(base=base)
+                 | notes)
     for name, obj in files.items():
         text = json.dumps(obj, indent=1, ensure_ascii=False)
         (folder/f"{name}.json").write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -29,10 +32,12 @@ BROKEN = "Copy the adapter again, or take it from a checkpoint of its run."
 def read_json(file:Path) -> dict:  # Of an adapter's folder
     "What is noted of an adapter. Raises `QLoRAError` for a file that is damaged."
     try: return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e: raise QLoRAError(f"this file is damaged ({e}).", str(file), BROKEN) from e
+    except ValueError as e:
+        raise QLoRAError(f"this file is damaged ({e}).", str(file), BROKEN) from e
 
 def open_tensors(folder:Path):  # Of an adapter
     "The file of its matrices, opened. Raises `QLoRAError` for one that is damaged."
     file = folder/"adapter_model.safetensors"
     try: return safe_open(file, "pt")
-    except SafetensorError as e: raise QLoRAError(f"this file is damaged ({e}).", str(file), BROKEN) from e
+    except SafetensorError as e:
+        raise QLoRAError(f"this file is damaged ({e}).", str(file), BROKEN) from e

@@ -17,7 +17,8 @@ from threading import Thread
 def directives(source:str  # Of a code cell
               ) -> dict:   # Name → value, "" where there is none
     "The `#|` lines of a cell."
-    return {m[1]: m[2].strip() for m in re.finditer(r"^#\|[ \t]*([\w-]+)[ \t]*:?(.*)$", source, re.M)}
+    return {m[1]: m[2].strip() for m in re.finditer(r"^#\|[ \t]*([\w-]+)[ \t]*:?(.*)$", source,
+                                                    re.M)}
 
 # %% ../../nbs/base/cells.ipynb #e31344de
 def no_gpu(_):
@@ -32,7 +33,8 @@ def no_package(names):
 @cache
 def hub_answers(seconds=3):
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session  # the Hub's own: the same proxy and certificates as for a download
+    # the Hub's own: the same proxy and certificates as for a download
+    from huggingface_hub.utils import get_session
     said = []
     def ask():
         try: said.append(get_session().head(constants.ENDPOINT, timeout=seconds).status_code < 400)
@@ -48,7 +50,8 @@ def no_hub(_):
     if not hub_answers(): return "the Hugging Face Hub (it does not answer)"
 
 # %% ../../nbs/base/cells.ipynb #7084571e
-def no_time(how_long): return f"{how_long or 'minutes'} (%env QLORA_NB_RUN=slow at the top of the page runs it)"
+def no_time(how_long):
+    return f"{how_long or 'minutes'} (%env QLORA_NB_RUN=slow at the top of the page runs it)"
 
 NEEDS = dict(cuda=no_gpu, hub=no_hub, extra=no_package, slow=no_time)
 
@@ -69,7 +72,8 @@ def cell_key(source:str) -> str:
 # %% ../../nbs/base/cells.ipynb #7a7efd1c
 def stored_outputs(source):
     "The stored outputs of a cell, as nbformat has them; [] for a cell that has none."
-    return json.loads((files("qlora_nb")/"outputs.json").read_text(encoding="utf-8")).get(cell_key(source), [])
+    return (json.loads((files("qlora_nb")/"outputs.json").read_text(encoding="utf-8")).get(
+        cell_key(source), []))
 
 def show_output(output):
     from IPython.display import display
@@ -87,12 +91,14 @@ def show_stored(line, cell):
 
 # %% ../../nbs/base/cells.ipynb #a6b34545
 def guard(lines):
-    "An input transformer of IPython: a cell that misses something becomes the argument of `show_stored`."
+    """An input transformer of IPython: a cell that misses something becomes the argument of
+    `show_stored`."""
     return ["%%show_stored\n", *lines] if missing("".join(lines)) else lines
 
 # %% ../../nbs/base/cells.ipynb #42561ab7
 def guard_cells():
-    "From here on, a cell whose flags ask for something that is not here shows its stored output instead of running."
+    """From here on, a cell whose flags ask for something that is not here shows its stored
+    output instead of running."""
     from IPython import get_ipython
     if (shell := get_ipython()) is None: return  # no notebook, nothing to guard
     shell.register_magic_function(show_stored, "cell")

@@ -9,11 +9,13 @@ __all__ = ['SPEAKERS', 'ROLES', 'TURN', 'LEARNED', 'JUDGES', 'parse_text', 'read
 # %% ../../nbs/base/chats.ipynb #46fd4dc0
 import ast, json, re
 from os.path import commonprefix
-from .fields import THOUGHTS, brief, carries_meaning, check_text, fail, is_empty, kind_of
+from .fields import (THOUGHTS, brief, carries_meaning, check_text, fail, is_empty,
+                                  kind_of)
 
 # %% ../../nbs/base/chats.ipynb #f5c9c5da
 def parse_text(value):
-    "What a text holds that was written as JSON, or by Python's `repr`, as in a CSV file; None when it is neither."
+    """What a text holds that was written as JSON, or by Python's `repr`, as in a CSV file; None
+    when it is neither."""
     for parse in (json.loads, ast.literal_eval):
         try: return parse(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError): pass
@@ -27,7 +29,8 @@ def read_content(content, name):
         kind = o.get("type") if isinstance(o, dict) else kind_of(o)
         if kind not in ("text", "input_text", "output_text"):
             fail(f"`{name}` holds a part of the kind {kind!r}; {only}.")
-        if more := [k for k, v in o.items() if k not in ("type", "text", "annotations") and not is_empty(v)]:
+        if more := [k for k, v in o.items() if k not in ("type", "text", "annotations")
+                    and not is_empty(v)]:
             fail(f"`{name}` holds a part with {more[0]!r}; {only}.")
     return check_text("".join(check_text(o.get("text"), name) for o in parts), name)
 
@@ -65,15 +68,18 @@ def read_tools(value):
     return tools
 
 # %% ../../nbs/base/chats.ipynb #887ff704
-SPEAKERS = dict(human="user", prompter="user", gpt="assistant", chatgpt="assistant", bot="assistant", model="assistant",
-                ai="assistant", developer="system", observation="tool", function="tool")
+SPEAKERS = dict(human="user", prompter="user", gpt="assistant", chatgpt="assistant",
+                bot="assistant", model="assistant", ai="assistant", developer="system",
+                observation="tool", function="tool")
 ROLES = ("system", "user", "assistant", "tool")
 TURN = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", *THOUGHTS))
-LEARNED = ("weight", "train", "training", "loss")   # the same in several programs: 1 or true, 0 or false
+# the same in several programs: 1 or true, 0 or false
+LEARNED = ("weight", "train", "training", "loss")
 JUDGES = re.compile(r".*(mask|train|loss|learn|ignore|weight).*", re.I)
 
 def is_learned(turn, role, name) -> bool:
-    "Is this message to be learned? Weights are 0 or 1, and say nothing for others than the assistant."
+    """Is this message to be learned? Weights are 0 or 1, and say nothing for others than the
+    assistant."""
     weights = {k: turn[k] for k in LEARNED if turn.get(k) is not None}
     for k, v in weights.items():
         if v not in (0, 1): fail(f"the {k} of {name} is {v!r}, and only 0 and 1 are known.")
@@ -83,28 +89,39 @@ def is_learned(turn, role, name) -> bool:
 def read_message(i:int,     # Its number, from 1
                  turn,      # As it stands in the row
                  note=None  # Called with the name and the value of each field that is not used
-                ) -> dict:  # {role, content}, perhaps `tool_calls`, `reasoning_content`, `name`, `weight` (0)
+                # {role, content}, perhaps `tool_calls`, `reasoning_content`, `name`, `weight` (0)
+                ) -> dict:
     "One turn in our form. Raises `QLoRAError`."
-    if not isinstance(turn, dict): fail(f"message {i} needs `role` and `content`, and is a {kind_of(turn)}.")
+    if not isinstance(turn, dict):
+        fail(f"message {i} needs `role` and `content`, and is a {kind_of(turn)}.")
     role, name = turn.get("role", turn.get("from")), f"message {i}"
     content, calls = turn.get("content", turn.get("value")), []
-    if role == "function_call": role, calls, content = "assistant", read_calls(dict(function_call=content), name), None
+    if role == "function_call":
+        role, calls, content = "assistant", read_calls(dict(function_call=content), name), None
     role = SPEAKERS.get(role.lower(), role.lower()) if isinstance(role, str) else role
-    if role not in ROLES: fail(f"{name} has the unknown role {role!r}, not {', '.join(ROLES[:-1])} or {ROLES[-1]}.")
+    if role not in ROLES:
+        fail(f"{name} has the unknown role {role!r}, not {', '.join(ROLES[:-1])} or {ROLES[-1]}.")
     calls = calls or read_calls(turn, name)
-    if calls and role != "assistant": fail(f"{name} is the {role}'s and calls a tool, which only the assistant can.")
-    text = "" if (calls or role == "tool") and is_empty(content) else read_content(content, f"content of {name}")
+    if calls and role != "assistant":
+        fail(f"{name} is the {role}'s and calls a tool, which only the assistant can.")
+    text = ("" if (calls or role == "tool") and is_empty(content) else read_content(content,
+        f"content of {name}"))
     for k, v in turn.items():
-        if k in TURN or k in LEARNED or is_empty(v) or role == "tool" and k in ("name", "tool_call_id"): continue
+        if k in TURN or k in LEARNED or is_empty(v) or role == "tool" and k in ("name",
+            "tool_call_id"): continue
         if carries_meaning(k, v, [text]) or JUDGES.fullmatch(k):
             fail(f"the field {k!r} of {name} ({brief(v)}) would be lost.")
         if note: note(f"{k} of a message", v)
     thought = next((turn[k] for k in THOUGHTS if not is_empty(turn.get(k))), None)
-    if thought and role != "assistant": fail(f"{name} is the {role}'s and has reasoning, which only answers have.")
-    more = dict(tool_calls=calls, reasoning_content=thought and check_text(thought, f"reasoning of {name}"),
-                **{k: turn[k] for k in ("name", "tool_call_id") if role == "tool" and isinstance(turn.get(k), str)})
+    if thought and role != "assistant":
+        fail(f"{name} is the {role}'s and has reasoning, which only answers have.")
+    more = dict(tool_calls=calls, reasoning_content=thought
+                and check_text(thought, f"reasoning of {name}"),
+                **{k: turn[k] for k in ("name", "tool_call_id") if role == "tool"
+                   and isinstance(turn.get(k), str)})
     learned = is_learned(turn, role, name)
-    return dict(role=role, content=text) | {k: v for k, v in more.items() if v} | ({} if learned else dict(weight=0))
+    return dict(role=role, content=text) | {k: v for k, v in more.items() if v} | ({} if learned
+        else dict(weight=0))
 
 # %% ../../nbs/base/chats.ipynb #56f60a4d
 def _objects(text):
@@ -123,9 +140,11 @@ def check_order(messages:list):
     roles = [m["role"] for m in messages]
     if late := [i for i, o in enumerate(roles, 1) if o == "system" and i > 1]:
         fail(f"message {late[0]} is a system message; only the first one can be.")
-    if "assistant" not in roles: fail("`messages` has no assistant turn, so there is nothing to learn.")
+    if "assistant" not in roles:
+        fail("`messages` has no assistant turn, so there is nothing to learn.")
     if roles[-1] != "assistant":
-        fail(f"the last message is the {roles[-1]}'s, not the assistant's (message {len(roles)} of {len(roles)}).")
+        fail(f"the last message is the {roles[-1]}'s, not the assistant's "
+             f"(message {len(roles)} of {len(roles)}).")
     if "user" not in roles: fail("`messages` has no user turn, so there is nothing to answer.")
     for i, (role, before) in enumerate(zip(roles, [None, *roles]), 1):
         if role == "assistant" and before not in ("user", "tool"):
@@ -138,10 +157,12 @@ def check_order(messages:list):
 # %% ../../nbs/base/chats.ipynb #67d660fc
 def read_messages(turns,     # Of a row: a list, or a text that holds one
                   note=None  # As in `read_message`
-                 ) -> list:  # Of `read_message`'s dicts; what follows the last answer to be learned is left out
+                 # Of `read_message`'s dicts; what follows the last answer to be learned is left out
+                 ) -> list:
     "A chat in our form. Raises `QLoRAError` naming the message."
     if isinstance(turns, str): turns = parse_text(turns)
-    if not isinstance(turns, list) or not turns: fail("`messages` must be a list that is not empty.")
+    if not isinstance(turns, list) or not turns:
+        fail("`messages` must be a list that is not empty.")
     messages = [read_message(i, o, note) for i, o in enumerate(turns, 1)]
     check_order(messages)
     last = max(i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" not in m)
@@ -152,14 +173,17 @@ def call_is_written(call:dict,  # Of `read_call`
                     text:str,   # The rendered chat
                     without:str # The same without the call
                    ) -> bool:
-    "Does the text hold this call, where it differs: its name, and its arguments as JSON or piece by piece?"
+    """Does the text hold this call, where it differs: its name, and its arguments as JSON or
+    piece by piece?"""
     if text == without: return False
     start, end = len(commonprefix([text, without])), len(commonprefix([text[::-1], without[::-1]]))
-    text = text[max(0, start - 8):len(text) - max(0, end - 8)]   # a quote or a brace may be common to both
+    # a quote or a brace may be common to both
+    text = text[max(0, start - 8):len(text) - max(0, end - 8)]
     f = call["function"]
     if f["name"] not in text: return False
     arguments = f["arguments"]
     if not arguments or any(o == arguments for o in _objects(text)): return True
     if repr(arguments) in text: return False
-    pieces = [*arguments, *(o if isinstance(o, str) else json.dumps(o, ensure_ascii=False) for o in arguments.values())]
+    pieces = [*arguments, *(o if isinstance(o, str) else json.dumps(o, ensure_ascii=False)
+                            for o in arguments.values())]
     return all(o in text for o in pieces)

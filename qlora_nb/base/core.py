@@ -15,8 +15,10 @@ from pathlib import Path
 
 # %% ../../nbs/base/core.ipynb #6cef6569
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")    # pages of 2 MB on a CPU
-if "OMP_WAIT_POLICY" not in os.environ:               # a thread that waits looks a few times, then sleeps
-    os.environ |= dict(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT", "10000"))
+# a thread that waits looks a few times, then sleeps
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ |= dict(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT",
+        "10000"))
 
 # %% ../../nbs/base/core.ipynb #3e7e9c4b
 import numpy as np, torch
@@ -24,9 +26,12 @@ from tabulate import tabulate
 from .errors import QLoRAError
 
 # %% ../../nbs/base/core.ipynb #2d1afe6a
-# Noise of the libraries beneath: an optional CPU inference kernel that training does not want, and a rename under way.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward" not in r.getMessage())
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+# Noise of the libraries beneath: an optional CPU inference kernel that training does not want, and
+# a rename under way.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward"
+    not in r.getMessage())
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated",
+                        category=FutureWarning)
 
 # %% ../../nbs/base/core.ipynb #5f1c95a2
 def pick_device(name:str|None=None  # "cuda", "cuda:1", "mps", "cpu"; None picks the best one here
@@ -47,11 +52,13 @@ def has_native_bf16(device:torch.device|str  # Where the arithmetic will run
     device = torch.device(device)
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps": return torch.backends.mps.is_macos_or_newer(14, 0)
-    return any(getattr(torch.cpu, o, lambda: False)() for o in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(getattr(torch.cpu, o, lambda: False)() for o in ("_is_avx512_bf16_supported",
+        "_is_amx_tile_supported"))
 
 # %% ../../nbs/base/core.ipynb #50e1613a
 def pick_dtype(device:torch.device|str|None=None  # None asks `pick_device`
-              ) -> torch.dtype:                   # bfloat16 where it is native; else float16 (CUDA) or float32
+              # bfloat16 where it is native; else float16 (CUDA) or float32
+              ) -> torch.dtype:
     "The dtype to compute in: the fastest one on `device` that trains without overflow."
     device = pick_device(device)
     if has_native_bf16(device): return torch.bfloat16
@@ -59,9 +66,12 @@ def pick_dtype(device:torch.device|str|None=None  # None asks `pick_device`
 
 # %% ../../nbs/base/core.ipynb #aaf1471b
 def cpu_kind() -> str:  # "AVX512-BF16", "AVX512", "AVX2", or the architecture: "arm64"
-    "The kind of this processor: the widest of the vector instructions by which libraries choose their kernels."
-    asks = {"AVX512-BF16": "_is_avx512_bf16_supported", "AVX512": "_is_avx512_supported", "AVX2": "_is_avx2_supported"}
-    return next((k for k,o in asks.items() if getattr(torch.cpu, o, lambda: False)()), platform.machine())
+    """The kind of this processor: the widest of the vector instructions by which libraries
+    choose their kernels."""
+    asks = {"AVX512-BF16": "_is_avx512_bf16_supported", "AVX512": "_is_avx512_supported",
+            "AVX2": "_is_avx2_supported"}
+    return next((k for k,o in asks.items() if getattr(torch.cpu, o, lambda: False)()),
+                platform.machine())
 
 # %% ../../nbs/base/core.ipynb #01ba2e1b
 def set_seed(seed:int):  # Any non-negative integer below 2**32
@@ -88,12 +98,14 @@ def model_tensors(model:torch.nn.Module):  # Yields each tensor that the model k
         yield t
         state = getattr(t, "quant_state", None)
         while state is not None:
-            yield from (o for o in (state.absmax, state.code, getattr(state, "offset", None)) if torch.is_tensor(o))
+            yield from (o for o in (state.absmax, state.code, getattr(state, "offset", None))
+                        if torch.is_tensor(o))
             state = getattr(state, "state2", None)
 
 # %% ../../nbs/base/core.ipynb #9ce5cde3
 def model_bytes(model:torch.nn.Module  # Any module, quantized or not
-               ) -> int:               # Bytes of all that it keeps: weights, scales, codebooks, buffers
+               # Bytes of all that it keeps: weights, scales, codebooks, buffers
+               ) -> int:
     "Bytes that `model` occupies, each storage counted once."
     seen = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in model_tensors(model)}
     return sum(seen.values())
@@ -103,46 +115,55 @@ def fmt_bytes(n:float  # A number of bytes
              ) -> str: # Three significant digits with a decimal unit: 1 MB is 10**6 bytes
     "Bytes for people."
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(n) < 999.5 or unit == "TB": return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
+        if abs(n) < 999.5 or unit == "TB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
 
 # %% ../../nbs/base/core.ipynb #6bb0657b
 def peak_memory(device:torch.device|str="cpu"  # Where the work ran
-               ) -> int:                       # Bytes: CUDA's peak allocation, or the process's peak resident size
-    "The most memory in use so far (since the last reset on CUDA; since the start of the process on a CPU)."
+               # Bytes: CUDA's peak allocation, or the process's peak resident size
+               ) -> int:
+    """The most memory in use so far (since the last reset on CUDA; since the start of the
+    process on a CPU)."""
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         import psutil
         return psutil.Process().memory_info().peak_wset
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin"
+        else 1024)
 
 # %% ../../nbs/base/core.ipynb #8277dc5a
 def glibc():
     "The C library of this process where it is glibc, else None."
-    return ctypes.CDLL("libc.so.6") if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
+    return (ctypes.CDLL("libc.so.6") if sys.platform == "linux" and platform.libc_ver()[0]
+            == "glibc" else None)
 
 def free_memory():
-    "Give memory that is no longer used back to the system: Python's garbage, CUDA's cache, the C library's heap."
+    """Give memory that is no longer used back to the system: Python's garbage, CUDA's cache, the
+    C library's heap."""
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     if libc := glibc(): libc.malloc_trim(0)
 
 # %% ../../nbs/base/core.ipynb #370e54bf
 def keep_memory():
-    "Let the C library (glibc on Linux; elsewhere nothing happens) reuse large freed blocks, in the whole process."
+    """Let the C library (glibc on Linux; elsewhere nothing happens) reuse large freed blocks, in
+    the whole process."""
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     if libc := glibc(): libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, 512*2**20)
 
 # %% ../../nbs/base/core.ipynb #788d6911
 class Table:
-    "Rows with a header that show as HTML in a notebook, as Markdown on GitHub and as plain text in a terminal."
+    """Rows with a header that show as HTML in a notebook, as Markdown on GitHub and as plain
+    text in a terminal."""
     def __init__(self,
                  rows:list,            # One list of cells a row
                  headers:list|tuple,   # One name a column
                  floatfmt:str=".3g"):  # How to show floats
         self.rows, self.headers, self.floatfmt = [list(r) for r in rows], list(headers), floatfmt
-    def _as(self, fmt): return tabulate(self.rows, self.headers, tablefmt=fmt, floatfmt=self.floatfmt)
+    def _as(self, fmt):
+        return tabulate(self.rows, self.headers, tablefmt=fmt, floatfmt=self.floatfmt)
     def __str__(self): return self._as("simple")
     def _repr_html_(self):
         left = 'style="text-align: left;"'
@@ -151,14 +172,16 @@ class Table:
     __repr__ = __str__
 
 # %% ../../nbs/base/core.ipynb #b3730509
-COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]  # Okabe & Ito (2008)
+# Okabe & Ito (2008)
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
 
 def figure_data(fig,       # A matplotlib figure
                 alt:str    # What the figure shows, for a reader who cannot see it
                ) -> tuple: # What `display(raw=True)` takes: (data, metadata)
     "A figure as PNG with its alternative text."
     fig.savefig(png := io.BytesIO(), format="png", dpi=100)
-    return {"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}, {"image/png": {"alt": alt}}
+    return {"image/png": base64.b64encode(png.getvalue()).decode(),
+            "text/plain": alt}, {"image/png": {"alt": alt}}
 
 def show_figure(fig, alt:str):  # As in `figure_data`
     "Display `fig` once, with alternative text."
@@ -176,8 +199,8 @@ def versions() -> dict:  # Library name → version, with Python and the device 
         try: return importlib.metadata.version(o)
         except importlib.metadata.PackageNotFoundError: return None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(python=platform.python_version(), **{o: ver(o) for o in libs}, machine=platform.machine(),
-                cpu=cpu_kind(), cores=os.cpu_count(), gpu=gpu)
+    return dict(python=platform.python_version(), **{o: ver(o) for o in libs},
+                machine=platform.machine(), cpu=cpu_kind(), cores=os.cpu_count(), gpu=gpu)
 
 # %% ../../nbs/base/core.ipynb #6b1bff76
 def stored_results(name:str  # Of a file in `nbs/results/`, without .json
@@ -185,6 +208,7 @@ def stored_results(name:str  # Of a file in `nbs/results/`, without .json
     "What an experiment has measured. Raises `QLoRAError` where there is no such file."
     home = Path(find_spec("qlora_nb").origin).parent
     folder = next(o for o in (home.parent/"nbs"/"results", home/"results") if o.is_dir())
-    if (folder/f"{name}.json").exists(): return json.loads((folder/f"{name}.json").read_text(encoding="utf-8"))
+    if (folder/f"{name}.json").exists():
+        return json.loads((folder/f"{name}.json").read_text(encoding="utf-8"))
     names = sorted(o.stem for o in folder.glob("*.json"))
     raise QLoRAError(f"there are no results '{name}'.", cure=f"Choose from: {', '.join(names)}.")

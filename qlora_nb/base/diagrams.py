@@ -12,7 +12,8 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from .core import COLORS
 
 # %% ../../nbs/base/diagrams.ipynb #0bd3103b
-KINDS = dict(plain=("#F2F2F2", "#555555", "-", 1), frozen=("#D6E8F4", COLORS[0], "-", 1.2),   # fill, edge, line, width
+# fill, edge, line, width
+KINDS = dict(plain=("#F2F2F2", "#555555", "-", 1), frozen=("#D6E8F4", COLORS[0], "-", 1.2),
              trained=("#FDEBC8", "#B87900", "-", 2.4), passing=("#DDF1EA", COLORS[2], "--", 1.2))
 
 def canvas(width:float, height:float) -> tuple:  # In inches → (figure, axes)
@@ -29,8 +30,8 @@ def box(ax, x:float, y:float,        # The middle
         size:float=9):               # Of the letters, in points
     "A rounded box with text."
     fill, edge, line, width = KINDS[kind]
-    ax.add_patch(FancyBboxPatch((x - w/2 + .04, y - h/2 + .04), w - .08, h - .08, boxstyle="round,pad=0.04",
-                                fc=fill, ec=edge, ls=line, lw=width))
+    ax.add_patch(FancyBboxPatch((x - w/2 + .04, y - h/2 + .04), w - .08, h - .08,
+                                boxstyle="round,pad=0.04", fc=fill, ec=edge, ls=line, lw=width))
     t = ax.text(x, y, text, ha="center", va="center", size=size, color="black", linespacing=1.15)
     t.room = w, h   # for `crowded`
 
@@ -40,18 +41,20 @@ def arrow(ax, *points,         # (x, y) of the start, of corners, and of the end
     "An arrow along points."
     color, line = (COLORS[3], "--") if backward else ("#333333", "-")
     ax.plot(*zip(*points[:-1]), color=color, ls=line, lw=1.2)
-    ax.add_patch(FancyArrowPatch(*points[-2:], arrowstyle="-|>", mutation_scale=9, lw=1.2, color=color, ls=line,
-                                 shrinkA=0, shrinkB=0))
+    ax.add_patch(FancyArrowPatch(*points[-2:], arrowstyle="-|>", mutation_scale=9, lw=1.2,
+                                 color=color, ls=line, shrinkA=0, shrinkB=0))
 
 def note(ax, x, y, text, size=8.5, backward=False, **how):
     "Words beside a drawing."
-    ax.text(x, y, text, size=size, color=COLORS[3] if backward else "black", **dict(ha="center", va="center") | how)
+    ax.text(x, y, text, size=size, color=COLORS[3] if backward else "black",
+            **dict(ha="center", va="center") | how)
 
 def key(ax, x, y, kinds:dict):  # Kind of a box → what it means
     "A legend whose lower left corner is at (x, y)."
     styles = {v: dict(zip(("fc", "ec", "ls", "lw"), KINDS[k])) for k, v in kinds.items()}
-    ax.legend(handles=[Patch(label=k, **v) for k, v in styles.items()], loc="lower left", bbox_to_anchor=(x, y),
-              bbox_transform=ax.transData, frameon=False, fontsize=8.5, borderaxespad=0)
+    ax.legend(handles=[Patch(label=k, **v) for k, v in styles.items()], loc="lower left",
+              bbox_to_anchor=(x, y), bbox_transform=ax.transData, frameon=False, fontsize=8.5,
+              borderaxespad=0)
 
 # %% ../../nbs/base/diagrams.ipynb #4099d935
 def texts_of(fig) -> list:
@@ -73,7 +76,8 @@ def crowded(fig) -> list:  # [] for a figure that is in order
     def outside(b): return b.x0 < 0 or b.y0 < 0 or b.x1 > fig.bbox.width or b.y1 > fig.bbox.height
     def wide(t, b): return any(o > r*fig.dpi - 3 for o, r in zip(b.size, getattr(t, "room", ())))
     bad = [t.get_text() for t, b in at if outside(b) or wide(t, b)]
-    return bad + [(s.get_text(), t.get_text()) for i, (t, b) in enumerate(at) for s, a in at[:i] if a.overlaps(b)]
+    return bad + [(s.get_text(), t.get_text()) for i, (t, b) in enumerate(at) for s, a in at[:i]
+                  if a.overlaps(b)]
 
 # %% ../../nbs/base/diagrams.ipynb #62d5136a
 def transformer_block() -> Figure:
@@ -82,15 +86,18 @@ def transformer_block() -> Figure:
     mid, side = 2.75, 1.05   # the main way, and the one around
     for y, name in ((5.25, "norm"), (2.42, "norm")): box(ax, mid, y, 1.5, .34, name)
     for y in (3.02, .32): box(ax, mid, y, .3, .3, "+")
-    box(ax, mid, 4.08, 3.15, .34, "softmax(q · k) v"), box(ax, mid, 1.29, 2.45, .34, "silu(gate) × up")
-    box(ax, mid, 3.54, .95, .34, "o_proj", "frozen"), box(ax, mid, .77, 1.15, .34, "down_proj", "frozen")
+    box(ax, mid, 4.08, 3.15, .34, "softmax(q · k) v"), box(ax, mid, 1.29, 2.45, .34,
+                                                           "silu(gate) × up")
+    box(ax, mid, 3.54, .95, .34, "o_proj", "frozen"), box(ax, mid, .77, 1.15, .34, "down_proj",
+                                                          "frozen")
     for x, name in ((1.65, "q_proj"), (mid, "k_proj"), (3.85, "v_proj")):
         box(ax, x, 4.62, .95, .34, name, "frozen")
         arrow(ax, (mid, 5.08), (x, 4.8)), arrow(ax, (x, 4.44), (x, 4.26))
     for x, name in ((2.05, "gate_proj"), (3.45, "up_proj")):
         box(ax, x, 1.83, 1.05, .34, name, "frozen")
         arrow(ax, (mid, 2.25), (x, 2.01)), arrow(ax, (x, 1.65), (x, 1.47))
-    for a, b in ((5.72, 5.44), (3.9, 3.72), (3.36, 3.17), (2.86, 2.6), (1.11, .95), (.59, .47), (.17, 0)):
+    for a, b in ((5.72, 5.44), (3.9, 3.72), (3.36, 3.17), (2.86, 2.6), (1.11, .95), (.59, .47),
+                 (.17, 0)):
         arrow(ax, (mid, a), (mid, b))
     for a, b in ((5.6, 3.02), (2.74, .32)): arrow(ax, (mid, a), (side, a), (side, b), (2.58, b))
     note(ax, mid, 5.85, "one vector for each token", size=9)
@@ -104,23 +111,29 @@ def qlora_layer() -> Figure:
     fig, ax = canvas(4.8, 5.9)
     left, mid, right, d = .88, 2.55, 4.0, .1   # forward and backward are 2*d apart
     box(ax, left, 1.46, 1.5, .5, "4-bit codes\n$W^{NF4}$", "frozen")
-    box(ax, left, 2.05, 1.5, .66, "scales: 8 bits $c_2$,\nscales of scales:\n32 bits $c_1$", "frozen", 8.5)
-    box(ax, left, 2.92, 1.5, .34, "dequantize"), box(ax, left, 3.65, 1.5, .5, "W in 16 bits,\nnot kept", "passing")
+    box(ax, left, 2.05, 1.5, .66, "scales: 8 bits $c_2$,\nscales of scales:\n32 bits $c_1$",
+        "frozen", 8.5)
+    box(ax, left, 2.92, 1.5, .34, "dequantize"), box(ax, left, 3.65, 1.5, .5,
+                                                     "W in 16 bits,\nnot kept", "passing")
     for y, name in ((.6, "x"), (4.45, "+"), (5.2, "y")): box(ax, mid, y, .5, .34, name)
     box(ax, mid, 3.65, .8, .34, "x $W^T$")
     box(ax, right, 1.65, 1.3, .5, "A:  r × $d_{in}$\ngradient, Adam", "trained")
     box(ax, right, 2.75, 1.3, .5, "B:  $d_{out}$ × r\ngradient, Adam", "trained")
     box(ax, right, 3.65, .6, .34, "× s")
-    for x, a, b in [(mid, .78, 3.47), (mid, 3.83, 4.27), (mid, 4.63, 5.02), (right, 1.91, 2.49), (right, 3.01, 3.47)]:
+    for x, a, b in [(mid, .78, 3.47), (mid, 3.83, 4.27), (mid, 4.63, 5.02), (right, 1.91, 2.49),
+                    (right, 3.01, 3.47)]:
         arrow(ax, (x - d, a), (x - d, b)), arrow(ax, (x + d, b), (x + d, a), backward=True)
     for a, b in ((2.39, 2.74), (3.1, 3.39)): arrow(ax, (left, a), (left, b))
-    for back, s in ((False, d), (True, -d)): arrow(ax, (1.64, 3.65 + s), (2.14, 3.65 + s), backward=back)
+    for back, s in ((False, d), (True, -d)):
+        arrow(ax, (1.64, 3.65 + s), (2.14, 3.65 + s), backward=back)
     arrow(ax, (mid + .26, .6 + d), (right - d, .6 + d), (right - d, 1.39))
     arrow(ax, (right + d, 1.39), (right + d, .6 - d), (mid + .26, .6 - d), backward=True)
     arrow(ax, (right - d, 3.83), (right - d, 4.45 + d), (mid + .26, 4.45 + d))
     arrow(ax, (mid + .26, 4.45 - d), (right + d, 4.45 - d), (right + d, 3.83), backward=True)
     key(ax, .14, 5.1, dict(frozen="frozen, stored", passing="dequantized", trained="trained"))
     for y, name, back in ((5.62, "forward", False), (5.32, "backward", True)):
-        note(ax, 3.2, y, name, backward=back, ha="left"), arrow(ax, (4.1, y), (4.65, y), backward=back)
-    note(ax, left, 1.0, "no gradient, no Adam"), note(ax, mid, .2, "to the layer before", backward=True)
+        note(ax, 3.2, y, name, backward=back, ha="left"), arrow(ax, (4.1, y), (4.65, y),
+            backward=back)
+    note(ax, left, 1.0, "no gradient, no Adam"), note(ax, mid, .2, "to the layer before",
+                                                      backward=True)
     return fig

@@ -15,35 +15,44 @@ from .errors import QLoRAError
 from .core import fmt_bytes, free_memory, model_tensors
 
 # %% ../../nbs/base/failures.ipynb #0916b5a6
-def broken_gradients(model:torch.nn.Module) -> list:  # Names of parameters whose gradient is not finite
+def broken_gradients(model:torch.nn.Module
+                     ) -> list:  # Names of parameters whose gradient is not finite
     "Which gradients hold NaN or infinity?"
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     if not grads: return []
-    fine = torch.stack([o.float() for o in torch._foreach_norm(list(grads.values()))]).isfinite().tolist()
+    fine = (torch.stack([o.float()
+                         for o in torch._foreach_norm(list(grads.values()))]).isfinite().tolist())
     return [n for n, ok in zip(grads, fine) if not ok]
 
 # %% ../../nbs/base/failures.ipynb #dd58023c
 def broken_weights(model:torch.nn.Module) -> list:  # Names of layers
     "Which layers hold weights or scales that are NaN or infinite?"
-    def tensors(m): return m.parameters(recurse=False) if any(True for _ in m.children()) else model_tensors(m)
+    def tensors(m):
+        return m.parameters(recurse=False) if any(True for _ in m.children()) else model_tensors(m)
     def broken(t): return t.is_floating_point() and not t.isfinite().all()
     return [n for n, m in model.named_modules() if any(broken(t) for t in tensors(m))]
 
 # %% ../../nbs/base/failures.ipynb #e7417afd
 def likely_causes(model, seen:list, learning_rate:float, scale:float|None) -> list:  # Sentences
-    "Why a loss or a gradient is not finite. `seen`: (loss, rows, number of trained tokens) of each batch of the step."
+    """Why a loss or a gradient is not finite. `seen`: (loss, rows, number of trained tokens) of
+    each batch of the step."""
     if layers := broken_weights(model):
         mine = any(p.requires_grad for p in model.get_submodule(layers[0]).parameters())
-        what = "the adapters hold NaN already" if mine else "weights of the base are damaged, so load them again"
+        what = ("the adapters hold NaN already" if mine
+                else "weights of the base are damaged, so load them again")
         return [f"{what} ({', '.join(layers[:3])}{', ...' if len(layers) > 3 else ''})"]
     causes = []
-    if any(n == 0 for _, _, n in seen): causes.append("a batch has no trained token, since all of its labels are -100")
-    if scale is not None: causes.append("float16 overflows: use bfloat16 where the card has it, or float32")
-    return causes + [f"the learning rate is too high: lower --learning-rate {learning_rate:g}", "a row is broken: look at the rows named"]
+    if any(n == 0 for _, _, n in seen):
+        causes.append("a batch has no trained token, since all of its labels are -100")
+    if scale is not None:
+        causes.append("float16 overflows: use bfloat16 where the card has it, or float32")
+    return causes + [f"the learning rate is too high: lower --learning-rate {learning_rate:g}",
+                     "a row is broken: look at the rows named"]
 
 # %% ../../nbs/base/failures.ipynb #8164ae1f
 class Guard:
-    "Stops a run whose loss or gradients are NaN or infinite, before the optimizer writes them into the adapters."
+    """Stops a run whose loss or gradients are NaN or infinite, before the optimizer writes them
+    into the adapters."""
     def __init__(self, describe=lambda rows: f"rows {', '.join(map(str, rows))}",  # Rows of a batch → words
                  learning_rate:float=0.):                                          # The highest one
         self.describe, self.lr, self.seen = describe, learning_rate, []
@@ -57,7 +66,8 @@ class Guard:
         grads = broken_gradients(model)
         if all(fine) and (not grads or (scale or 0) > 1): return
         bad = [o for o, ok in zip(seen, fine) if not ok]
-        what = f"the loss is {bad[0][0].item()}" if bad else f"the gradient of {grads[0]} is not finite"
+        what = (f"the loss is {bad[0][0].item()}" if bad
+                else f"the gradient of {grads[0]} is not finite")
         rows = [r for _, rows, _ in bad or seen for r in rows]
         raise QLoRAError(f"{what} at step {step}, in {self.describe(rows)}.",
                          cure=f"Likely: {'; or '.join(likely_causes(model, bad or seen, self.lr, scale))}.")
@@ -66,18 +76,22 @@ class Guard:
 def is_memory_error(e:BaseException) -> bool:
     "Did memory run out, on any device?"
     said = str(e).lower()
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e, RuntimeError) and any(
+    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e,
+        RuntimeError) and any(
         o in said for o in ("out of memory", "can't allocate memory", "not enough memory"))
 
 # %% ../../nbs/base/failures.ipynb #05626fc8
-FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "quota exceeded", errno.EFBIG: "File too large"}
+FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "quota exceeded",
+        errno.EFBIG: "File too large"}
 
 def is_disk_error(e:BaseException) -> bool:
     "Was there no room to write?"
-    words = [f"os error {n})" for n in FULL] + [*FULL.values(), "inline_container", "PytorchStreamWriter"]
+    words = [f"os error {n})" for n in FULL] + [*FULL.values(), "inline_container",
+                                                "PytorchStreamWriter"]
     while e is not None:
         if getattr(e, "errno", None) in FULL: return True
-        if any(o in str(e) for o in words) and "StreamReader" not in str(e): return True   # that one reads a damaged file
+        # that one reads a damaged file
+        if any(o in str(e) for o in words) and "StreamReader" not in str(e): return True
         e = e.__cause__ or e.__context__
     return False
 
@@ -87,25 +101,31 @@ def go_on(kept) -> str:  # A checkpoint's folder, or None
     if kept is None: return "No checkpoint was complete yet, so the run has to start again."
     return f"{kept.name} is complete: go on from it with --resume (resume=True)."
 
-def memory_cure(per_device_train_batch_size:int, gradient_accumulation_steps:int, gradient_checkpointing:bool,
-                max_length:int) -> str:
-    "What to change when memory ran out: first what keeps the run the same, then what makes it another."
+def memory_cure(per_device_train_batch_size:int, gradient_accumulation_steps:int,
+                gradient_checkpointing:bool, max_length:int) -> str:
+    """What to change when memory ran out: first what keeps the run the same, then what makes it
+    another."""
     n, a = per_device_train_batch_size, gradient_accumulation_steps
-    same = [] if n % 2 else [f"--per-device-train-batch-size {n//2} --gradient-accumulation-steps {2*a}"]
+    same = [] if n % 2 else [f"--per-device-train-batch-size {n//2} "
+                             f"--gradient-accumulation-steps {2*a}"]
     same += [] if gradient_checkpointing else ["--gradient-checkpointing"]
     why = "which keeps the run the same up to rounding and may be changed with --resume"
     first = f"Use {' or '.join(same)}, {why}. " if same else ""
-    return f"{first}In a new run, a --max-length below {max_length} and a smaller --r save memory too."
+    return (f"{first}In a new run, a --max-length below {max_length} and a "
+            f"smaller --r save memory too.")
 
 # %% ../../nbs/base/failures.ipynb #cb0f637d
 @contextlib.contextmanager
 def explain_failure(folder,                # Of the run
-                    kept=lambda: None,     # Called after a failure: the last complete checkpoint, or None
+                    # Called after a failure: the last complete checkpoint, or None
+                    kept=lambda: None,
                     **batch):              # Of `memory_cure`
-    "Turn Ctrl-C, a full memory, a full disk and a NaN into one message that says what was kept and what to change."
+    """Turn Ctrl-C, a full memory, a full disk and a NaN into one message that says what was kept
+    and what to change."""
     try: yield
     except KeyboardInterrupt: raise KeyboardInterrupt(go_on(kept())) from None
-    except QLoRAError as e: raise QLoRAError(e.what, e.where, f"{e.cure} {go_on(kept())}") from e.__cause__
+    except QLoRAError as e:
+        raise QLoRAError(e.what, e.where, f"{e.cure} {go_on(kept())}") from e.__cause__
     except Exception as e:
         traceback.clear_frames(e.__traceback__)   # or the tensors of the failed step stay in memory
         free_memory()

@@ -17,15 +17,20 @@ HARMLESS = re.compile(  # names of fields that describe a row and are no part of
     r"level|difficulty|split|date|time|timestamp|version|license|author|model|model_name|generator|metadata|meta|info|"
     r"quality|tokens|name|length|count|keywords?)|original_\w+|_\w+|unnamed.*|", re.I)
 MEANING = frozenset((
-    "prompt instruction question query input response output answer completion messages conversations conversation "
-    "system system_prompt context history tools tool_calls function_call functions reasoning reasoning_content "
-    "thinking weight mask images image audio video videos documents passage chosen rejected choices options").split())
-CHOICE = re.compile(r"[a-e]|op[a-e]|(option|choice|distractor|answer)_?[a-e\d]", re.I)   # one of several answers
+    "prompt instruction question query input response output answer completion messages "
+    "conversations conversation "
+    "system system_prompt context history tools tool_calls function_call functions reasoning "
+    "reasoning_content "
+    "thinking weight mask images image audio video videos documents passage chosen rejected "
+    "choices options").split())
+# one of several answers
+CHOICE = re.compile(r"[a-e]|op[a-e]|(option|choice|distractor|answer)_?[a-e\d]", re.I)
 
 # %% ../../nbs/base/fields.ipynb #cd2d4d0d
 def is_empty(value) -> bool:
     "Does this value say nothing: null, NaN, an empty text, list or object?"
-    return value is None or value != value or isinstance(value, (str, list, tuple, dict)) and not value
+    return (value is None or value != value or isinstance(value, (str, list, tuple, dict))
+            and not value)
 
 def carries_meaning(name:str,   # Of a field that is not used
                     value,      # What is in it
@@ -34,7 +39,8 @@ def carries_meaning(name:str,   # Of a field that is not used
     "Would something be lost with this field?"
     if is_empty(value): return False
     if isinstance(value, str) and texts:
-        if any(value.strip() in o for o in texts) or all(o.strip() in value for o in texts): return False
+        if any(value.strip() in o for o in texts) or all(o.strip() in value for o in texts):
+            return False
     if name.lower() in MEANING or CHOICE.fullmatch(name) and isinstance(value, str): return True
     if HARMLESS.fullmatch(name): return False
     if isinstance(value, dict): return any(carries_meaning(k, v, []) for k, v in value.items())
@@ -55,26 +61,32 @@ def check_text(value, name):
     "Raise `QLoRAError` for a field that must hold text and does not."
     if not isinstance(value, str): fail(f"`{name}` must be text, not {kind_of(value)}.")
     if not value.strip(): fail(f"`{name}` is empty.")
-    if any("\ud800" <= c <= "\udfff" for c in value): fail(f"`{name}` holds half of a surrogate pair: no character.")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        fail(f"`{name}` holds half of a surrogate pair: no character.")
     return value
 
 # %% ../../nbs/base/fields.ipynb #70346cc6
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")   # names of the reasoning before an answer
+# names of the reasoning before an answer
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 FIELDS = dict(prompt=("prompt", "instruction", "question", "query"),
               response=("response", "output", "answer", "completion"),
               context=("context", "input"), system=("system", "system_prompt"),
               history=("history",), reasoning=THOUGHTS)
 CHATS = ("messages", "conversations", "conversation")
-PARTNERS = dict(prompt="response", instruction="output", question="answer", query="response", input="output")
-EXPECTED = ("Rows hold a question and an answer (prompt/response, instruction/output, question/answer ...) or a chat "
+PARTNERS = dict(prompt="response", instruction="output", question="answer", query="response",
+                input="output")
+EXPECTED = ("Rows hold a question and an answer (prompt/response, instruction/output, "
+            "question/answer ...) or a chat "
             "(messages, conversations).")
 
 def shape_of(row:dict  # One row, as read
-            ) -> str:  # "messages", "prompt/response", "question/answer", ...; None when nothing is known
+            # "messages", "prompt/response", "question/answer", ...; None when nothing is known
+            ) -> str:
     "Which fields hold the question and the answer, or the chat? One of them is enough to tell."
     for names in ([k for k, v in row.items() if v is not None], list(row)):
         if chat := next((k for k in CHATS if k in names), None): return chat
-        asked, said = (next((k for k in FIELDS[o] if k in names), None) for o in ("prompt", "response"))
+        asked, said = (next((k for k in FIELDS[o] if k in names), None)
+                       for o in ("prompt", "response"))
         if said and not asked and "input" in names: asked = "input"
         if asked and said: return f"{asked}/{said}"
     if not asked and said: asked = next((k for k, v in PARTNERS.items() if v == said), "prompt")

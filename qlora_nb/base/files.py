@@ -16,7 +16,8 @@ from .json_rows import is_list, json_rows
 from .readers import csv_rows, kind_of_file, parquet_rows
 
 # %% ../../nbs/base/files.ipynb #0d7d4f82
-FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")  # such names mean files, not the Hub
+# such names mean files, not the Hub
+FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
 
 def as_path(data) -> Path:
     "A path as it was meant, `~` being the home of the user."
@@ -36,7 +37,8 @@ def is_file(data:str|Path, # A path, or the id of a Hub data set
     name, path = str(data), as_path(data)
     if path.exists(): return True
     if path.suffix.lower() in FILE_KINDS or name.startswith((".", "/", "~")):
-        raise QLoRAError("there is no such file.", where=name, cure=near(path.name, path.parent) + cure)
+        raise QLoRAError("there is no such file.", where=name, cure=near(path.name, path.parent)
+                         + cure)
     return False
 
 # %% ../../nbs/base/files.ipynb #24694ef8
@@ -50,7 +52,8 @@ def parts_known(data) -> tuple:
 def choose(several:list,  # Names of data, or data
            **options      # Of `load_rows`
           ) -> list:      # Of (data, its options), with those that it brings itself
-    "Hand options to data, once. Raises `QLoRAError` for one that chooses a part where none can be chosen."
+    """Hand options to data, once. Raises `QLoRAError` for one that chooses a part where none can
+    be chosen."""
     out, asked, known = [], {}, set()
     for o in several:
         own = options | (getattr(o, "options", {}) if isinstance(o, str) else {})
@@ -58,12 +61,13 @@ def choose(several:list,  # Names of data, or data
         parts = {k: v for k, v in parts.items() if v and (k, v) != ("split", "train")}
         takes = parts_known(o) if parts else ()
         asked, known = asked | {k: (v, o) for k, v in parts.items()}, known | {*takes}
-        out.append((str(o) if isinstance(o, str) else o, own | {k: v for k, v in parts.items() if k in takes}))
+        out.append((str(o) if isinstance(o, str) else o,
+                    own | {k: v for k, v in parts.items() if k in takes}))
     for k, (v, o) in asked.items():
         if k in known: continue
         what = str(o) if isinstance(o, (str, Path)) else "the rows given"
-        raise QLoRAError(f"{k}={v!r} chooses a part of a Hub data set, and this is read whole.", what,
-                         f"Leave {k} out.")
+        raise QLoRAError(f"{k}={v!r} chooses a part of a Hub data set, and this is read whole.",
+                         what, f"Leave {k} out.")
     return out
 
 # %% ../../nbs/base/files.ipynb #96039f6d
@@ -71,7 +75,8 @@ def from_hub(name:str,  # Its id
              split:str, # "train", "test[:100]", ...
              config:str|None=None, # The name of one of its configurations
              **how):    # For `datasets.load_dataset`
-    "A Hub data set, as `datasets` loads it. Raises `QLoRAError` with one sentence when it does not."
+    """A Hub data set, as `datasets` loads it. Raises `QLoRAError` with one sentence when it does
+    not."""
     from datasets import load_dataset
     try: return load_dataset(name, *[config]*bool(config), split=split, **how)
     except Exception as e:
@@ -80,7 +85,8 @@ def from_hub(name:str,  # Its id
         if "config" in said[0].lower():
             said[0], cure = " ".join(said[:2]), "Choose one by config=..., or --data-config."
         if "split" in said[0].lower(): cure = "Choose one by split=..., or --data-split."
-        raise QLoRAError(f"the data set cannot be loaded from the Hub ({said[0].rstrip('.')}).", name, cure) from e
+        raise QLoRAError(f"the data set cannot be loaded from the Hub ({said[0].rstrip('.')}).",
+                         name, cure) from e
 
 # %% ../../nbs/base/files.ipynb #93ba6ba0
 def _starts_as_utf16(f): return f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -93,7 +99,8 @@ def _pieces(rows):
 
 def digest(data          # A file, or rows
           ) -> str:      # Hexadecimal SHA-256 of the file's bytes, or of the rows as JSON
-    "The identity of data, in constant memory. Raises `QLoRAError` naming the row of a .jsonl file that is not UTF-8."
+    """The identity of data, in constant memory. Raises `QLoRAError` naming the row of a .jsonl
+    file that is not UTF-8."""
     sha, row = hashlib.sha256(), 0
     if not isinstance(data, (str, Path)):
         for o in _pieces(data): sha.update(o)
@@ -106,8 +113,8 @@ def digest(data          # A file, or rows
             row += not line.isspace()
             try: text and line.decode()
             except UnicodeDecodeError as e:
-                raise QLoRAError(f"byte {line[e.start]:#04x} is not UTF-8.", where=f"{data}, row {row}",
-                                 cure="Save the file as UTF-8.") from e
+                raise QLoRAError(f"byte {line[e.start]:#04x} is not UTF-8.",
+                                 where=f"{data}, row {row}", cure="Save the file as UTF-8.") from e
     return sha.hexdigest()
 
 # %% ../../nbs/base/files.ipynb #c2aab5cd
@@ -126,7 +133,8 @@ def _lines(path, ends):
         f.seek(0)
         if wide: yield from io.TextIOWrapper(f, encoding="utf-16", errors="replace", newline=ends)
         else:
-            for i, o in enumerate(f): yield from io.StringIO(o.decode("utf-8" if i else "utf-8-sig"), newline=ends)
+            for i, o in enumerate(f):
+                yield from io.StringIO(o.decode("utf-8" if i else "utf-8-sig"), newline=ends)
 
 def _first_two(lines): return list(islice(filter(str.strip, lines), 2)) or [""]
 
@@ -137,8 +145,10 @@ def _begin(path, kind, skip, named):
     lines, name = _lines(path, "\n" if kind == ".jsonl" else ""), str(path)
     if kind in (".csv", ".tsv"): return csv_rows(lines, name, skip, named)
     two = _first_two(lines)
-    if kind == ".jsonl" and not is_list(two[0], len(two) > 1): return json_rows(chain(two, lines), name, skip)
-    raise QLoRAError("the file holds one list, not one row a line, and can only be read as a whole.", name,
+    if kind == ".jsonl" and not is_list(two[0], len(two) > 1):
+        return json_rows(chain(two, lines), name, skip)
+    raise QLoRAError("the file holds one list, not one row a line, and can "
+                     "only be read as a whole.", name,
                      "Save it line by line as .jsonl, or leave out large=True (--large).")
 
 def each_row(path:Path, skip_bad_rows:bool=False, named:bool=False):  # As in `read_rows`
@@ -150,7 +160,8 @@ def each_row(path:Path, skip_bad_rows:bool=False, named:bool=False):  # As in `r
         raise QLoRAError(f"byte {e.object[e.start]:#04x} is not UTF-8.", f"{path}, row {n + 1}",
                          "Save the file as UTF-8.") from e
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path), "Write it again, as .jsonl.") from e
+        raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path),
+                         "Write it again, as .jsonl.") from e
 
 # %% ../../nbs/base/files.ipynb #980c6592
 LARGE = 100_000_000  # bytes of rows, whose examples would take one or two gigabytes as lists
@@ -161,12 +172,16 @@ def _opening(path):
 
 def is_large(data,           # What `load_rows` takes
              limit:int=LARGE # Bytes; a packed file counts five times
-            ) -> bool:       # Should they be mapped from disk? Never rows that are in a list, nor a file that is one
+            # Should they be mapped from disk? Never rows that are in a list, nor a file that is one
+            ) -> bool:
     "Are these rows better left on the disk than held in memory?"
-    if isinstance(data, dict): return any(is_large(o, limit) for o in data.values())   # a DatasetDict
+    # a DatasetDict
+    if isinstance(data, dict): return any(is_large(o, limit) for o in data.values())
     if hasattr(data, "column_names"):   # of a table, or of a stream, which has no length
-        return not hasattr(data, "__len__") or data.data.nbytes*len(data)/max(1, data.data.num_rows) > limit
+        return (not hasattr(data, "__len__") or data.data.nbytes*len(data)/max(1,
+            data.data.num_rows) > limit)
     path = as_path(data) if isinstance(data, (str, Path)) else Path()
-    if not path.is_file() or path.stat().st_size*(5 if path.suffix.lower() == ".gz" else 1) <= limit: return False
+    if not path.is_file() or path.stat().st_size*(5 if path.suffix.lower() == ".gz"
+                                                  else 1) <= limit: return False
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     return kind in (".csv", ".tsv", ".parquet") or kind == ".jsonl" and not is_list(*_opening(path))

@@ -25,7 +25,8 @@ DECODER = json.JSONDecoder(object_pairs_hook=_once)
 def _bad_json(e, where):
     what = str(e) if isinstance(e, _Twice) else f"this is not valid JSON ({e})."
     return QLoRAError(what, where=where, cure=SKIP + " "
-                      "A .jsonl file holds one object a line, such as {\"prompt\": ..., \"response\": ...}.")
+                      "A .jsonl file holds one object a line, such as {\"prompt\": ..., "
+                      "\"response\": ...}.")
 
 def parse_json(text, where):
     "The value in one line of a .jsonl file, or a `QLoRAError` that says where it breaks."
@@ -36,13 +37,16 @@ def parse_json(text, where):
 def known_names(names): return MEANING & {k.strip().lower() for k in names if isinstance(k, str)}
 
 def undress(row):
-    "A row with the names as `MEANING` writes them, out of whatever it is wrapped in; its other fields stay beside it."
-    if isinstance(row, list) and row and all(isinstance(o, dict) and {"role", "from"} & {*o} for o in row):
+    """A row with the names as `MEANING` writes them, out of whatever it is wrapped in; its other
+    fields stay beside it."""
+    if (isinstance(row, list) and row and all(isinstance(o, dict) and {"role", "from"} & {*o}
+                                              for o in row)):
         return dict(messages=row)
     if not isinstance(row, dict): return row
     inner = [k for k, v in row.items() if isinstance(v, dict) and known_names(v)]
     if len(inner) == 1 and not known_names(row):
-        row = {k: v for k, v in row.items() if k != inner[0] and k not in row[inner[0]]} | row[inner[0]]
+        row = {k: v for k, v in row.items() if k != inner[0]
+               and k not in row[inner[0]]} | row[inner[0]]
     names = {k: k.strip().lower() for k in row if isinstance(k, str)}
     names = {k: v for k, v in names.items() if v in MEANING and (v == k or v not in row)}
     if len({*names.values()}) < len(names): return row   # such as Input and INPUT
@@ -58,9 +62,11 @@ def json_values(text, name):
         while i < n and text[i] in " \t\r\n,": i += 1
         if i == n or inside and text[i] == "]": break
         try: value, i = DECODER.raw_decode(text, i)
-        except (ValueError, RecursionError) as e: raise _bad_json(e, f"{name}, row {len(rows) + 1}") from e
+        except (ValueError, RecursionError) as e:
+            raise _bad_json(e, f"{name}, row {len(rows) + 1}") from e
         rows.append(value)
-    if inside and text[i:].strip() != "]": raise _bad_json(ValueError("the list has no end, or more follows it"), name)
+    if inside and text[i:].strip() != "]":
+        raise _bad_json(ValueError("the list has no end, or more follows it"), name)
     return _unwrap(rows[0], name) if len(rows) == 1 and not inside else rows
 
 # %% ../../nbs/base/json_rows.ipynb #9717e180
@@ -71,33 +77,43 @@ def _lists(row, place=""):
         if isinstance(v, list) and v and all(isinstance(o, dict) for o in v): yield place + k, v
 
 def _unwrap(row, name):
-    "The rows in one object: those in its only list, or in columns as pandas writes them; else the object is the row."
+    """The rows in one object: those in its only list, or in columns as pandas writes them; else
+    the object is the row."""
     if not isinstance(row, dict):
-        raise QLoRAError(f"the file holds one {type(row).__name__}, not a list of rows.", name, "Save it as .jsonl.")
-    if set(row) == {"columns", "index", "data"}: return [dict(zip(row["columns"], o)) for o in row["data"]]
+        raise QLoRAError(f"the file holds one {type(row).__name__}, not a list of rows.", name,
+                         "Save it as .jsonl.")
+    if set(row) == {"columns", "index", "data"}:
+        return [dict(zip(row["columns"], o)) for o in row["data"]]
     lists = {} if known_names(row) else dict(_lists(row))
     if len(lists) == 1: return [*lists.values()][0]
     if len(lists) > 1:
-        raise QLoRAError(f"the file holds several lists of rows: {', '.join(map(repr, lists))[:100]}.", name,
+        raise QLoRAError(f"the file holds several lists of rows: "
+                         f"{', '.join(map(repr, lists))[:100]}.", name,
                          "Save the one that is meant as a .jsonl file.")
     columns = list(row.values())
-    if not known_names(row) and columns and all(isinstance(o, dict) and known_names(o) for o in columns): return columns
-    def numbered(o): return isinstance(o, dict) and o and all(map(str.isdigit, o)) and o.keys() == columns[0].keys()
+    if not known_names(row) and columns and all(isinstance(o, dict) and known_names(o)
+                                                for o in columns): return columns
+    def numbered(o):
+        return (isinstance(o, dict) and o and all(map(str.isdigit, o))
+                and o.keys() == columns[0].keys())
     if columns and all(map(numbered, columns)):
         return [{k: v[i] for k, v in row.items()} for i in columns[0]]
-    def listed(o): return isinstance(o, list) and o and isinstance(o[0], str) and len(o) == len(columns[0])
+    def listed(o):
+        return isinstance(o, list) and o and isinstance(o[0], str) and len(o) == len(columns[0])
     if columns and all(map(listed, columns)):
         return [dict(zip(row, o)) for o in zip(*columns)]
     return [row]
 
 # %% ../../nbs/base/json_rows.ipynb #66aa457e
 def is_list(first, more=False):   # A line, and whether others follow
-    "Does a file begin as one list, rather than with the first of many rows? A row may be a list of messages, in brackets."
+    """Does a file begin as one list, rather than with the first of many rows? A row may be a
+    list of messages, in brackets."""
     first = first.strip()
     return first[:1] == "[" and not (more and first[-1:] == "]") or len(first) == 1
 
 def json_rows(lines, name, skip=False):
-    "The values of lines of JSON, one by one, without the blank ones; with `skip`, an error in the place of a broken one."
+    """The values of lines of JSON, one by one, without the blank ones; with `skip`, an error in
+    the place of a broken one."""
     for i, o in enumerate(filter(str.strip, lines), 1):
         try: yield parse_json(o, f"{name}, row {i}")
         except QLoRAError as e:
@@ -107,4 +123,5 @@ def json_rows(lines, name, skip=False):
 def json_file(text, name, skip):
     "The rows of a file with one JSON value a line."
     lines = list(filter(str.strip, text.split("\n" if "\n" in text else "\r")))
-    return json_values(text, name) if is_list(lines[0], len(lines) > 1) else list(json_rows(lines, name, skip))
+    return (json_values(text, name) if is_list(lines[0], len(lines) > 1)
+            else list(json_rows(lines, name, skip)))

@@ -21,12 +21,15 @@ class Mapped(Sequence):
                  make=dict):   # From a row of the table to an item
         self.table, self.make, self.counted = table, make, {}
     def __len__(self): return len(self.table)
-    def __getitem__(self, i): return self.take(range(len(self))[i]) if isinstance(i, slice) else self.make(self.table[i])
+    def __getitem__(self, i):
+        return self.take(range(len(self))[i]) if isinstance(i, slice) else self.make(self.table[i])
     def __repr__(self):
         at = {str(Path(o["filename"]).parent) for o in self.table.cache_files}
-        return f"{len(self):,} rows, mapped from disk ({', '.join(sorted(at)) or 'in memory so far'})"
+        return (f"{len(self):,} rows, mapped from disk "
+                f"({', '.join(sorted(at)) or 'in memory so far'})")
     def __iter__(self):
-        for o in self.table.iter(1000): yield from map(self.make, (dict(zip(o, row)) for row in zip(*o.values())))
+        for o in self.table.iter(1000):
+            yield from map(self.make, (dict(zip(o, row)) for row in zip(*o.values())))
     def take(self, places):
         "Those at some places, in this order."
         other = copy.copy(self)
@@ -35,7 +38,8 @@ class Mapped(Sequence):
         return other
     def count(self, name:str, f) -> np.ndarray:  # int64, one for each item
         "`f(item)` of each item; computed once for each name."
-        if name not in self.counted: self.counted[name] = np.fromiter(map(f, self), np.int64, len(self))
+        if name not in self.counted:
+            self.counted[name] = np.fromiter(map(f, self), np.int64, len(self))
         return self.counted[name]
 
 # %% ../../nbs/base/mapped.ipynb #5c23d3c1
@@ -49,14 +53,16 @@ def count(rows, name:str, f):
 
 def join(parts:list):  # Lists, or mapped rows of the same columns
     "One part after the other; mapped when all of them are."
-    if not parts or not all(isinstance(o, Mapped) for o in parts): return list(itertools.chain(*parts))
+    if not parts or not all(isinstance(o, Mapped) for o in parts):
+        return list(itertools.chain(*parts))
     from datasets import concatenate_datasets
     out = copy.copy(parts[0])
     out.table, out.counted = concatenate_datasets([o.table for o in parts]), {}
     if len({o.source for o in parts}) > 1: out.source = ""
     return out
 
-def whereabouts(rows) -> str|None: return f"{rows!r}." if isinstance(rows, Mapped) else None   # to be told
+# to be told
+def whereabouts(rows) -> str|None: return f"{rows!r}." if isinstance(rows, Mapped) else None
 
 # %% ../../nbs/base/mapped.ipynb #d29cc07b
 class Grouped(Sequence):

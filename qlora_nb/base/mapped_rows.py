@@ -24,17 +24,21 @@ def _unchecked(data, split, skip, named):
     return data if isinstance(data, Mapped) else rows_given(data, split, whole=False)[0]
 
 def _records(given, name, split, columns, system, skip, key):   # `given`: (data,), as `datasets` would take a list apart
-    "The checked rows as JSON, one by one, with what is to be said of each; a row that is left out is empty."
+    """The checked rows as JSON, one by one, with what is to be said of each; a row that is left
+    out is empty."""
     ahead, rows = itertools.tee(_unchecked(*given, split, skip, bool(columns)))
     shape, i = first_shape(ahead, columns, skip), 0
     del ahead   # or all rows would be kept for it
     for i, row in enumerate(rows, 1):
         said, out = [], dict(number=number_of(row, i), source=getattr(row, "source", None) or name)
-        try: row = check_row(row, shape, f"{name}, row {i}", columns, system, lambda k, v: said.append(k))
+        try:
+            row = check_row(row, shape, f"{name}, row {i}", columns, system,
+                            lambda k, v: said.append(k))
         except QLoRAError as e:
             if not skip: raise
             row, said = None, [BROKEN + e.what.rstrip(".")]
-        yield dict(out, text=json.dumps(row) if row else "", said="\n".join(o.replace("\n", " ") for o in said))
+        yield dict(out, text=json.dumps(row) if row else "",
+                   said="\n".join(o.replace("\n", " ") for o in said))
     if not i: raise QLoRAError("there are no rows.", where=name, cure=EXPECTED)
 
 def _as_row(o):
@@ -48,27 +52,35 @@ def _reason(e):
     "Why a table was not written: an error of ours, or of the disk, that `datasets` has wrapped."
     while e.__cause__ and not isinstance(e, (QLoRAError, OSError)): e = e.__cause__
     if not isinstance(e, OSError): return e
-    return QLoRAError(f"the rows cannot be written to the disk ({e.strerror or e}).", str(e.filename or ""),
+    return QLoRAError(f"the rows cannot be written to the disk ({e.strerror or e}).",
+                      str(e.filename or ""),
                       "Make room there, or let HF_DATASETS_CACHE name a folder with room.")
 
 def map_rows(data,                     # A file, a `Dataset`, a stream, a DataFrame or rows
-             split:str="train", columns:dict|None=None, system:str|None=None, skip_bad_rows:bool=False,  # As in `load_rows`
+             split:str="train", columns:dict|None=None, system:str|None=None,
+             skip_bad_rows:bool=False,  # As in `load_rows`
              name:str|None=None,       # What messages call the data; None: the name of the file
              cache_dir:str|Path|None=None # Where the table is kept; None is the cache of `datasets`
             ) -> Mapped:               # Of `Row`s
-    "The rows of `load_rows`, checked one by one and mapped from disk. Raises `QLoRAError` naming the file and the row."
+    """The rows of `load_rows`, checked one by one and mapped from disk. Raises `QLoRAError`
+    naming the file and the row."""
     from datasets import Dataset, Features, Value
     path = isinstance(data, (str, Path))
     kind = "rows" if isinstance(data, (list, tuple, Mapped)) else type(data).__name__
     name = name or (str(data) if path else f"the {kind} given")
     key = repr([versions()["qlora_nb"], digest(data) if path and is_file(data, EXPECTED) else ""])
-    how = dict(given=(data,), name=name, split=split, columns=columns, system=system, skip=skip_bad_rows, key=key)
-    made = Features({k: Value("int32" if k == "number" else "string") for k in ("number", "source", "text", "said")})
-    try: table = Dataset.from_generator(_records, made, str(cache_dir) if cache_dir else None, gen_kwargs=how)
+    how = dict(given=(data,), name=name, split=split, columns=columns, system=system,
+               skip=skip_bad_rows, key=key)
+    made = Features({k: Value("int32" if k == "number" else "string") for k in ("number", "source",
+        "text", "said")})
+    try:
+        table = Dataset.from_generator(_records, made, str(cache_dir) if cache_dir else None,
+                                       gen_kwargs=how)
     except Exception as e: raise _reason(e) from None
     say_column(table.data, name)
     kept = pc.not_equal(table.data.column("text"), "").to_numpy().nonzero()[0]
-    if not len(kept): raise QLoRAError(f"all {len(table)} rows are broken.", where=name, cure=EXPECTED)
+    if not len(kept):
+        raise QLoRAError(f"all {len(table)} rows are broken.", where=name, cure=EXPECTED)
     rows = Mapped(table.remove_columns("said"), _as_row)
     rows.source = name
     return rows if len(kept) == len(rows) else rows.take(kept)

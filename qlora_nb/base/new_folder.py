@@ -18,21 +18,27 @@ def check_room(out:str|Path, need:int=0):   # Bytes that are going to be written
     out = Path(out).expanduser()
     try:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise QLoRAError("there is something here already.", str(out), "Choose another folder, or remove it.")
+            raise QLoRAError("there is something here already.", str(out),
+                             "Choose another folder, or remove it.")
         place = next(o for o in out.absolute().parents if o.exists())
         first = out.absolute().relative_to(place).parts[0]
-        tempfile.TemporaryDirectory(dir=place, prefix=f"{first}.partial-").cleanup()   # may it be written?
+        # may it be written?
+        tempfile.TemporaryDirectory(dir=place, prefix=f"{first}.partial-").cleanup()
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or e
-        raise QLoRAError(f"the folder cannot be written ({why}).", str(out), "Choose another folder.") from e
+        raise QLoRAError(f"the folder cannot be written ({why}).", str(out),
+                         "Choose another folder.") from e
     free = shutil.disk_usage(place).free
-    if free < need: raise QLoRAError(f"the export takes {fmt_bytes(need)}, and the disk has {fmt_bytes(free)} left.",
-                                     where=str(out), cure="Make room, or choose a folder on another disk.")
+    if free < need:
+        raise QLoRAError(f"the export takes {fmt_bytes(need)}, and the disk has "
+                         f"{fmt_bytes(free)} left.",
+                         where=str(out), cure="Make room, or choose a folder on another disk.")
 
 # %% ../../nbs/base/new_folder.ipynb #fc9cec36
 @contextlib.contextmanager
 def new_folder(out:str|Path, need:int=0):   # Yields the folder to write to
-    "A folder that appears under its name when it is complete. An error or Ctrl-C leaves nothing behind."
+    """A folder that appears under its name when it is complete. An error or Ctrl-C leaves
+    nothing behind."""
     out = Path(out).expanduser().absolute()
     check_room(out, need)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +46,7 @@ def new_folder(out:str|Path, need:int=0):   # Yields the folder to write to
         (new := Path(tmp)/out.name).mkdir()
         try: yield new
         except (OSError, SafetensorError) as e:
-            raise QLoRAError(f"the export could not be written ({e}).", str(out), "Nothing was left behind.") from e
+            raise QLoRAError(f"the export could not be written ({e}).", str(out),
+                             "Nothing was left behind.") from e
         if out.exists(): out.rmdir()
         new.replace(out)

@@ -27,8 +27,9 @@ def nf4_config(dtype:torch.dtype,   # To compute in
                skip:list=()         # Names of linear layers to be left as they are, beside the head
               ) -> BitsAndBytesConfig:  # For `from_pretrained(quantization_config=...)`
     "The published QLoRA storage: NF4 with double quantization, computed in `dtype`."
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(skip) or None)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                              bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+                              llm_int8_skip_modules=list(skip) or None)
 
 # %% ../../nbs/base/nf4_config.ipynb #843d99f2
 @contextlib.contextmanager
@@ -64,18 +65,25 @@ def ragged_error() -> float:   # 0: it is right
 
 # %% ../../nbs/base/nf4_config.ipynb #f33e4bdf
 class WholeBlocks:
-    "The compiled library of bitsandbytes, told of rows of one block where it dequantizes 4 bits on a CPU."
+    """The compiled library of bitsandbytes, told of rows of one block where it dequantizes 4
+    bits on a CPU."""
     def __init__(self, lib): self.lib = lib
     def __getattr__(self, name):
         f = getattr(self.lib, name)
-        if not name.startswith(("cdequantize_blockwise_cpu_nf4", "cdequantize_blockwise_cpu_fp4")): return f
+        if not name.startswith(("cdequantize_blockwise_cpu_nf4", "cdequantize_blockwise_cpu_fp4")):
+            return f
         def call(codes, absmax, out, block, m, n):
             size, b, whole = m.value*n.value, block.value, n.value % block.value == 0
-            if not whole: m, n = (type(m)(o) for o in ((size//b, b) if size % b == 0 else (1, size)))
+            if not whole:
+                m, n = (type(m)(o) for o in ((size//b, b) if size % b == 0 else (1, size)))
             return f(codes, absmax, out, block, m, n)
         return call
 
 def whole_blocks():
-    "Have bitsandbytes dequantize rows that end within a block rightly, where it does not. Calling it again does nothing."
-    if ragged_error() and not isinstance(cpu_ops.lib, WholeBlocks): cpu_ops.lib = WholeBlocks(cpu_ops.lib)
-    if error := ragged_error(): warnings.warn(f"bitsandbytes dequantizes matrices wrongly (by {error:.2g}) whose rows are no multiple of 64.")
+    """Have bitsandbytes dequantize rows that end within a block rightly, where it does not.
+    Calling it again does nothing."""
+    if ragged_error() and not isinstance(cpu_ops.lib, WholeBlocks):
+        cpu_ops.lib = WholeBlocks(cpu_ops.lib)
+    if error := ragged_error():
+        warnings.warn(f"bitsandbytes dequantizes matrices wrongly (by {error:.2g}) whose rows are "
+                      f"no multiple of 64.")

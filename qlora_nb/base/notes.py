@@ -18,7 +18,8 @@ class Row(dict):
     number, source = None, None
 
 def place_of(row, i:int) -> str:
-    "Where a row comes from, for a message: the file and its number there, if the row knows it, else `i`."
+    """Where a row comes from, for a message: the file and its number there, if the row knows it,
+    else `i`."""
     source = getattr(row, "source", None)
     return (f"{source}, " if source else "") + f"row {number_of(row, i)}"
 
@@ -39,38 +40,51 @@ class Notes:
     def lines(self, say):
         "A clause for each kind, `say(kind)` with its count and its first row."
         def example(o): return "" if o is None else f", {brief(o)}"
-        return [f"{say(k)} ({n} row{'s'*(n > 1)}, the first is row {self.first[k][0]}{example(self.first[k][1])})"
+        return [f"{say(k)} ({n} row{'s'*(n > 1)}, the first is row "
+                f"{self.first[k][0]}{example(self.first[k][1])})"
                 for k, n in self.count.items()]
 
 def say_unused(notes:Notes, name:str, bad:Notes|None=None):
     "Warn once of the fields that were not used, and once of the rows that were left out."
-    if notes.count: warnings.warn(f"{name}: not used: {'; '.join(notes.lines(lambda k: f'`{k}`'))}.", stacklevel=3)
+    if notes.count:
+        warnings.warn(f"{name}: not used: {'; '.join(notes.lines(lambda k: f'`{k}`'))}.",
+                      stacklevel=3)
     if bad and bad.count:
-        warnings.warn(f"{name}: left out as they are broken: {'; '.join(bad.lines(str))}.", stacklevel=3)
+        warnings.warn(f"{name}: left out as they are broken: {'; '.join(bad.lines(str))}.",
+                      stacklevel=3)
 
 def say_text(notes:Notes):
     "Warn once of texts that the tokenizer changes."
     said = "; ".join(notes.lines(str))
-    if said: warnings.warn(f"some rows hold {said}. Such a text is not taught as it stands.", stacklevel=3)
+    if said:
+        warnings.warn(f"some rows hold {said}. Such a text is not taught as it stands.",
+                      stacklevel=3)
 
 # %% ../../nbs/base/notes.ipynb #e3e6bcab
 FATES = ("kept", "cut", "dropped", "no room")   # of a row, by its length
 
 class Examples(list):
-    "A list of examples with a `report` on their lengths, and the number of the row that each came from."
+    """A list of examples with a `report` on their lengths, and the number of the row that each
+    came from."""
     report:dict = None
     rows:list = None
 
 def length_report(count, first, longest, max_length, turns):
-    "What became of the rows, as data; warns when not all were kept, and raises `QLoRAError` when none was."
+    """What became of the rows, as data; warns when not all were kept, and raises `QLoRAError`
+    when none was."""
     rows = sum(count.values())
     report = dict(rows=rows, **{o: count.get(o, 0) for o in FATES}, first=first, longest=longest,
                   max_length=max_length, turns=turns)
-    cure, too = f"Set max_length={longest} to keep all.", f"longer than max_length={max_length} tokens"
-    if rows and not report["kept"] + report["cut"]: raise QLoRAError(f"all rows are {too}.", cure=cure)
-    words = {"cut": "cut in the prompt", "dropped": "left out", "no room": "left out as the answer alone has no room"}
+    cure, too = (f"Set max_length={longest} to keep all.",
+                 f"longer than max_length={max_length} tokens")
+    if rows and not report["kept"] + report["cut"]:
+        raise QLoRAError(f"all rows are {too}.", cure=cure)
+    words = {"cut": "cut in the prompt", "dropped": "left out",
+             "no room": "left out as the answer alone has no room"}
     said = [f"{count[o]} {words[o]}, the first is row {n}" for o, n in first.items()]
-    if said: warnings.warn(f"{rows - report['kept']} of {rows} rows are {too}: {'; '.join(said)}. {cure}", stacklevel=3)
+    if said:
+        warnings.warn(f"{rows - report['kept']} of {rows} rows are {too}: "
+                      f"{'; '.join(said)}. {cure}", stacklevel=3)
     return report
 
 # %% ../../nbs/base/notes.ipynb #ae3a30df
@@ -78,17 +92,21 @@ TEXT, BROKEN = "\0", "\1"   # marks of a line: the tokenizer changes a text; the
 
 def table_report(data, max_length):
     "The `length_report` of a table with the columns `number`, `fate`, `size` and `turns`."
-    number, fate, size, turns = (data.column(o).to_numpy() for o in ("number", "fate", "size", "turns"))
+    number, fate, size, turns = (data.column(o).to_numpy() for o in ("number", "fate", "size",
+        "turns"))
     count = {o: int((fate == i).sum()) for i, o in enumerate(FATES)}
     first = {o: int(number[fate == i].min()) for i, o in enumerate(FATES) if i and count[o]}
     return length_report(count, first, int(size.max()), max_length, int(turns.max()))
 
 def say_column(data, name):
-    "Warn of what stands in the column `said` of a table: fields not used, texts that change, rows that are broken."
-    kinds, said, number = {o: Notes() for o in (TEXT, BROKEN, "")}, data.column("said"), data.column("number")
+    """Warn of what stands in the column `said` of a table: fields not used, texts that change,
+    rows that are broken."""
+    kinds, said, number = ({o: Notes() for o in (TEXT, BROKEN, "")}, data.column("said"),
+                           data.column("number"))
     for o in said.value_counts().to_pylist():
         for line in filter(None, o["values"].split("\n")):
             mark = line[0] if line[0] in kinds else ""
-            kinds[mark].add(line.removeprefix(mark), number[said.index(o["values"]).as_py()].as_py(), n=o["counts"])
+            kinds[mark].add(line.removeprefix(mark),
+                            number[said.index(o["values"]).as_py()].as_py(), n=o["counts"])
     say_unused(kinds[""], name, kinds[BROKEN])
     say_text(kinds[TEXT])

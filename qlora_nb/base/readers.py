@@ -20,13 +20,17 @@ def _separator(line):
     return max(",;\t|", key=lambda o: (len(known_names(names(o))), len(names(o)), o == ","))
 
 def _header(names, name, named):
-    "The names of the columns. Raises `QLoRAError` when one is there twice, or none is known and `columns` names none."
+    """The names of the columns. Raises `QLoRAError` when one is there twice, or none is known
+    and `columns` names none."""
     names = [o.strip() for o in names]
     found = ", ".join(map(repr, names))[:100] or "none at all"
     if not named and not known_names(names) and not {"text", "parent_id"} & {*names}:
-        raise QLoRAError(f"the header names no known columns (found: {found}).", where=f"{name}, the header",
-                         cure="The first line must name the columns, such as prompt,response; others are mapped by "
-                              "columns=dict(prompt=..., response=...), or --columns prompt=...,response=...")
+        raise QLoRAError(f"the header names no known columns (found: {found}).",
+                         where=f"{name}, the header", cure="The first line must name the columns, "
+                                                           "such as prompt,response; others are "
+                                                           "mapped by "
+                              "columns=dict(prompt=..., response=...), or --columns "
+                              "prompt=...,response=...")
     if twice := [o for i, o in enumerate(names) if o in names[:i]]:
         raise QLoRAError(f"the column {twice[0]!r} is there twice.", f"{name}, the header",
                          "Rename one, such as prompt.")
@@ -34,13 +38,15 @@ def _header(names, name, named):
 
 # %% ../../nbs/base/readers.ipynb #403d828d
 def csv_rows(lines, name, skip=False, named=False):
-    "The rows of lines of CSV as dicts, one by one; with `skip`, an error in the place of a broken one."
+    """The rows of lines of CSV as dicts, one by one; with `skip`, an error in the place of a
+    broken one."""
     def next_line(): return next((o for o in lines if o.strip()), "")
     lines, i, limit = iter(lines), 0, csv.field_size_limit(2**26)
     first = next_line()
     said = re.match(r'\s*"?sep=(.)"?\s*$', first, re.I)   # as Excel writes it
     if said: first = next_line()
-    table = csv.reader(chain([first], lines), strict=True, delimiter=said[1] if said else _separator(first.strip("\r\n")))
+    table = csv.reader(chain([first], lines), strict=True, delimiter=said[1] if said
+                       else _separator(first.strip("\r\n")))
     def bad(what, cure): return QLoRAError(what, where=f"{name}, row {i + 1}", cure=cure)
     try:
         header = _header(next((o for o in table if any(map(str.strip, o))), []), name, named)
@@ -49,11 +55,13 @@ def csv_rows(lines, name, skip=False, named=False):
             row = dict(zip(header, o))
             if len(o) != len(header):
                 row = bad(f"the row has {len(o)} fields, but the header has {len(header)}.",
-                          'Put "quotes" around text that holds a separator or a line break. ' + SKIP)
+                          'Put "quotes" around text that holds a separator or a line break. '
+                          + SKIP)
             if isinstance(row, QLoRAError) and not skip: raise row
             yield row
             i += 1
-    except csv.Error as e: raise bad(f"this is not valid CSV ({e}).", 'Each "quote" must be closed.') from e
+    except csv.Error as e:
+        raise bad(f"this is not valid CSV ({e}).", 'Each "quote" must be closed.') from e
     finally: csv.field_size_limit(limit)
 
 def _read_csv(text, *how): return list(csv_rows(io.StringIO(text, newline=""), *how))
@@ -63,26 +71,33 @@ def _row_at(text, kind):
     "In which row does `text`, the beginning of a file, end?"
     text += "x"  # whatever comes next
     table = kind in (".csv", ".tsv")
-    rows = csv.reader(io.StringIO(text, newline="")) if table else filter(str.strip, text.split("\n"))
+    rows = (csv.reader(io.StringIO(text, newline="")) if table
+            else filter(str.strip, text.split("\n")))
     n = sum(map(bool, rows)) - table
     return f"row {n}" if n else "the header"
 
 def _read_text(path, kind):
     "The text of a file, perhaps packed: UTF-8 with or without a mark, or UTF-16 with one."
-    try: raw = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    try:
+        raw = (gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz"
+               else path.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path), "Write it again, as .jsonl.") from e
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)): return raw.decode("utf-16", "replace")
+        raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path),
+                         "Write it again, as .jsonl.") from e
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16", "replace")
     try: return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         where = f"{path}, {_row_at(raw[:e.start].decode('utf-8-sig'), kind)}"
-        raise QLoRAError(f"byte {raw[e.start]:#04x} at position {e.start} is not UTF-8.", where=where,
-                         cure="Save the file as UTF-8; a spreadsheet offers it as 'CSV UTF-8'.") from e
+        raise QLoRAError(f"byte {raw[e.start]:#04x} at position {e.start} is not UTF-8.",
+                         where=where, cure="Save the file as UTF-8; a "
+                                           "spreadsheet offers it as 'CSV UTF-8'.") from e
 
 # %% ../../nbs/base/readers.ipynb #b43945a0
 def without_nulls(value):
     "A value of an Arrow table without the keys that another row brought in."
-    if isinstance(value, dict): return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(o) for o in value] if isinstance(value, list) else value
 
 def from_table(row) -> dict:
@@ -94,7 +109,8 @@ def parquet_rows(path):
     "The rows of a Parquet file, one by one, unchecked."
     import pyarrow as pa, pyarrow.parquet as pq
     try:
-        for piece in pq.ParquetFile(path).iter_batches(1000): yield from map(from_table, piece.to_pylist())
+        for piece in pq.ParquetFile(path).iter_batches(1000):
+            yield from map(from_table, piece.to_pylist())
     except pa.ArrowInvalid as e:
         raise QLoRAError(f"this is not a Parquet file ({str(e).splitlines()[0]}).", where=str(path),
                          cure="Write it again, or save the rows as .jsonl.") from e
@@ -103,14 +119,19 @@ def parquet_rows(path):
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 def kind_of_file(path:Path) -> str:
-    "The ending of a file's name that says what it holds, without the .gz of a packed one. Raises `QLoRAError`."
-    kind, kinds = Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower(), f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
-    if path.is_dir(): raise QLoRAError("this is a folder.", str(path), f"Give one {kinds} file in it.")
-    if kind not in KINDS: raise QLoRAError(f"files of the kind '{kind}' are not read.", str(path), f"Use {kinds}.")
+    """The ending of a file's name that says what it holds, without the .gz of a packed one.
+    Raises `QLoRAError`."""
+    kind, kinds = (Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower(),
+                   f"{', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    if path.is_dir():
+        raise QLoRAError("this is a folder.", str(path), f"Give one {kinds} file in it.")
+    if kind not in KINDS:
+        raise QLoRAError(f"files of the kind '{kind}' are not read.", str(path), f"Use {kinds}.")
     return kind
 
 def read_rows(path:Path,                # One of `KINDS`, all but .parquet also packed as .gz
-              skip_bad_rows:bool=False, # Put an error in the place of a broken row, instead of raising it
+              # Put an error in the place of a broken row, instead of raising it
+              skip_bad_rows:bool=False,
               named:bool=False          # Are the columns named by the user?
              ) -> list:                 # Its rows, unchecked
     "Read a file. Raises `QLoRAError` for one that cannot be read, is empty, or is of another kind."
@@ -118,7 +139,12 @@ def read_rows(path:Path,                # One of `KINDS`, all but .parquet also 
     try:
         if kind == ".parquet": return list(parquet_rows(path))
         text = _read_text(path, kind)
-    except OSError as e: raise QLoRAError(f"the file cannot be read ({e.strerror}).", str(path), "Check its permissions.") from e
-    if not text.strip(): raise QLoRAError("the file is empty.", str(path), "It needs rows, such as those of a .jsonl file.")
+    except OSError as e:
+        raise QLoRAError(f"the file cannot be read ({e.strerror}).", str(path),
+                         "Check its permissions.") from e
+    if not text.strip():
+        raise QLoRAError("the file is empty.", str(path),
+                         "It needs rows, such as those of a .jsonl file.")
     if kind in (".csv", ".tsv"): return _read_csv(text, str(path), skip_bad_rows, named)
-    return json_file(text, str(path), skip_bad_rows) if kind == ".jsonl" else json_values(text, str(path))
+    return (json_file(text, str(path), skip_bad_rows) if kind == ".jsonl"
+            else json_values(text, str(path)))

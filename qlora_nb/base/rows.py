@@ -8,7 +8,8 @@ __all__ = ['NOTHING', 'map_columns', 'refuse_kind', 'read_history', 'read_row', 
 # %% ../../nbs/base/rows.ipynb #793bbafe
 from .chats import parse_text, read_messages, read_tools
 from .errors import QLoRAError
-from .fields import CHATS, EXPECTED, FIELDS, SKIP, brief, carries_meaning, check_text, fail
+from .fields import (CHATS, EXPECTED, FIELDS, SKIP, brief, carries_meaning, check_text,
+                                  fail)
 from .fields import is_empty, kind_of, shape_of
 from .notes import Notes, Row, say_columns, say_unused
 from .json_rows import undress
@@ -18,9 +19,11 @@ def map_columns(row, columns:dict, note):
     "The row under the names of this page, from the names of its own columns."
     known = [*FIELDS, "messages", "tools"]
     if wrong := [k for k in columns if k not in known]:
-        raise QLoRAError(f"there is no place '{wrong[0]}' for a column.", cure=f"Choose from: {', '.join(known)}.")
+        raise QLoRAError(f"there is no place '{wrong[0]}' for a column.",
+                         cure=f"Choose from: {', '.join(known)}.")
     if missing := [v for v in columns.values() if v not in row]:
-        fail(f"the column `{missing[0]}` is missing; the row has {', '.join(map(repr, row))[:100] or 'none at all'}.")
+        fail(f"the column `{missing[0]}` is missing; the row has "
+             f"{', '.join(map(repr, row))[:100] or 'none at all'}.")
     for k, v in row.items():
         if k not in columns.values() and not is_empty(v): note(k, v)
     return {k: row[v] for k, v in columns.items()}
@@ -29,8 +32,10 @@ def _missing(row, name, asked, said):
     "Say that a field is missing, and what is there instead."
     rest = [k for k in row if k not in (asked, said) and not is_empty(row[k])]
     if not rest: fail(f"the field `{name}` is missing.")
-    way = say_columns(**dict(zip(("prompt", "response"), (rest[0], said) if name == asked else (asked, rest[-1]))))
-    fail(f"the field `{name}` is missing.", f"The row has {', '.join(map(repr, row))[:100]}. If one of them is meant, "
+    way = say_columns(**dict(zip(("prompt", "response"), (rest[0], said) if name == asked
+                                 else (asked, rest[-1]))))
+    fail(f"the field `{name}` is missing.",
+         f"The row has {', '.join(map(repr, row))[:100]}. If one of them is meant, "
          f"name the columns, such as {way} {SKIP}")
 
 # %% ../../nbs/base/rows.ipynb #65b48475
@@ -40,27 +45,37 @@ def refuse_kind(row):
     if {"chosen", "rejected"} <= set(row):
         way = dict(prompt=asked or "PROMPT", response="chosen")
         if not isinstance(row["chosen"], str): way = dict(messages="chosen")
-        fail("this is a preference pair (`chosen`, `rejected`), made for DPO; here one answer is learned (SFT).",
+        fail("this is a preference pair (`chosen`, `rejected`), made for DPO; "
+             "here one answer is learned (SFT).",
              f"To learn the chosen answers: {say_columns(**way)}")
     if isinstance(row.get("label"), bool):
-        ours = ["messages"] if (shape := shape_of(row) or "PROMPT/completion") in CHATS else ["prompt", "response"]
-        fail("this is an answer judged good or bad (`label`), made for KTO; here each answer is learned as it stands.",
-             f"Keep the rows whose label is true: {say_columns(**dict(zip(ours, shape.split('/'))))}")
+        ours = (["messages"] if (shape := shape_of(row) or "PROMPT/completion") in CHATS
+                else ["prompt", "response"])
+        fail("this is an answer judged good or bad (`label`), made for KTO; here each answer is "
+             "learned as it stands.",
+             f"Keep the rows whose label is true: "
+             f"{say_columns(**dict(zip(ours, shape.split('/'))))}")
     if "role" in row and "content" in row or "from" in row and "value" in row:
-        fail("this is one message, not a chat.", "Save each chat as one row: {\"messages\": [{\"role\": ...}, ...]}.")
+        fail("this is one message, not a chat.",
+             "Save each chat as one row: {\"messages\": [{\"role\": ...}, ...]}.")
     if "parent_id" in row or "message_tree_id" in row:
         fail("this is one message of a tree (`parent_id`), not a chat.",
-             "Follow each answer up to its root and save the path as one row of `messages`, a list of {role, content}.")
+             "Follow each answer up to its root and save the path as one row of `messages`, a list "
+             "of {role, content}.")
     if shape_of(row): return
-    beside = [k for o in [*FIELDS][2:] for k in FIELDS[o]]   # what is never the question or the answer alone
-    texts = [k for k, v in row.items() if isinstance(v, str) and v.strip() and carries_meaning(k, v, [])]
+    # what is never the question or the answer alone
+    beside = [k for o in [*FIELDS][2:] for k in FIELDS[o]]
+    texts = [k for k, v in row.items() if isinstance(v, str) and v.strip() and carries_meaning(k, v,
+        [])]
     cure = EXPECTED + f" Others are mapped by {say_columns(prompt='...', response='...')}"
     if len(two := [k for k in texts if k not in beside]) == 2:
         cure = f"Name the columns: {say_columns(**dict(zip(('prompt', 'response'), two)))}"
     if [*texts, *(k for k in row if k == "text")][:1] == ["text"]:
-        fail(f"the row is plain text ({brief(row['text'])}), in which question and answer cannot be told apart.",
+        fail(f"the row is plain text ({brief(row['text'])}), in which question "
+             f"and answer cannot be told apart.",
              "Save them as `prompt` and `response`, or as `messages`.")
-    fail(f"the row has none of the known fields; it has {', '.join(map(repr, row))[:100] or 'none at all'}.", cure)
+    fail(f"the row has none of the known fields; it has "
+         f"{', '.join(map(repr, row))[:100] or 'none at all'}.", cure)
 
 # %% ../../nbs/base/rows.ipynb #0b8b25c4
 NOTHING = ("nan", "none", "null", "n/a", "<na>", "<noinput>", "nat")
@@ -69,21 +84,25 @@ def _optional(row, name, note):
     "The text of a field that may be missing or empty: None then."
     value = row.get(name)
     if is_empty(value): return
-    if isinstance(value, str) and value.strip().lower() in NOTHING: return note(f"{value.strip()} in {name}", value)
+    if isinstance(value, str) and value.strip().lower() in NOTHING:
+        return note(f"{value.strip()} in {name}", value)
     return check_text(value, name)
 
 def _one_of(row, kind, skip, note):
     "The one field of a kind that is filled, or None."
     filled = {k: v for k in FIELDS[kind] if k not in skip and (v := _optional(row, k, note))}
     if len(filled) > 1:
-        fail(f"the fields {' and '.join(map(repr, filled))} are both filled, and only one can be the {kind}.",
-             f"Name the columns: {say_columns(prompt='...', response='...', **{kind: next(iter(filled))})}")
+        fail(f"the fields {' and '.join(map(repr, filled))} are both filled, "
+             f"and only one can be the {kind}.",
+             f"Name the columns: "
+             f"{say_columns(prompt='...', response='...', **{kind: next(iter(filled))})}")
     return next(iter(filled.values()), None)
 
 def read_history(value):
     "Earlier turns, as pairs of a question and an answer or as messages."
     turns = parse_text(value) if isinstance(value, str) else value
-    if not isinstance(turns, (list, tuple)): fail(f"`history` must be a list of turns, not {kind_of(value)}.")
+    if not isinstance(turns, (list, tuple)):
+        fail(f"`history` must be a list of turns, not {kind_of(value)}.")
     if all(isinstance(o, dict) for o in turns): return list(turns)
     if not all(isinstance(o, (list, tuple)) and len(o) == 2 for o in turns):
         fail("`history` must hold pairs of a question and an answer.")
@@ -97,10 +116,13 @@ def _pair(row, shape, note):
     system = _one_of(row, "system", (), note)
     if isinstance(row[asked], list) and isinstance(row[said], list):
         before = [o | dict(weight=0) if o.get("role") == "assistant" else o for o in row[asked]]
-        return dict(messages=[dict(role="system", content=system)]*bool(system) + before + row[said])
+        return dict(messages=[dict(role="system", content=system)]*bool(system) + before
+                    + row[said])
     context, thought = _one_of(row, "context", (asked,), note), _one_of(row, "reasoning", (), note)
-    alone = asked == "instruction" and context and row.get("input") and is_empty(row[asked])   # the question is there
-    prompt, response = context if alone else check_text(row[asked], asked), check_text(row[said], said)
+    # the question is there
+    alone = asked == "instruction" and context and row.get("input") and is_empty(row[asked])
+    prompt, response = (context if alone else check_text(row[asked], asked),
+                        check_text(row[said], said))
     if context and not alone: prompt += f"\n\n{context}"
     history = [] if is_empty(row.get("history")) else read_history(row["history"])
     if not (history or thought) and is_empty(row.get("tools")):
@@ -113,17 +135,20 @@ def _chat(row, shape, note):
     "A row of a chat, in our form; the field `system` is its first message."
     turns, system = row[shape], _one_of(row, "system", (), note)
     turns = parse_text(turns) if isinstance(turns, str) else turns
-    return dict(messages=[dict(role="system", content=system), *turns] if system and isinstance(turns, list) else turns)
+    return dict(messages=[dict(role="system", content=system), *turns] if system
+                and isinstance(turns, list) else turns)
 
 # %% ../../nbs/base/rows.ipynb #06c3d9cd
 def _check_rest(row, used, texts, note):
-    "Each field that is not used is noted where it is harmless, and refused where something would be lost."
+    """Each field that is not used is noted where it is harmless, and refused where something
+    would be lost."""
     ours = ["prompt", "response"] if used[1] else ["messages"]
     for k, v in row.items():
         if k in used or is_empty(v): continue
         if carries_meaning(k, v, texts):
             fail(f"the field `{k}` ({brief(v)}) would be lost.",
-                 f"If it belongs to the question, map it by columns=dict(context={k!r}, ...); if it is not needed, "
+                 f"If it belongs to the question, map it by columns=dict(context={k!r}, ...); if "
+                 f"it is not needed, "
                  f"name the columns that are: {say_columns(**dict(zip(ours, used)))}")
         note(k or "the column without a name", v)
 
@@ -134,9 +159,11 @@ def read_row(row, shape, note) -> dict:
     if "messages" in out: out = dict(messages=read_messages(out["messages"], note))
     tools = next((k for k in ("tools", "functions") if not is_empty(row.get(k))), None)
     if tools: out["tools"] = read_tools(row[tools])
-    texts = [o["content"] for o in out["messages"]] if "messages" in out else [o for o in out.values() if o]
+    texts = ([o["content"] for o in out["messages"]] if "messages" in out
+             else [o for o in out.values() if o])
     kinds = ["system"] if chat or isinstance(row[shape.split("/")[0]], list) else [*FIELDS][2:]
-    used = [*shape.split("/"), *([None] if chat else []), tools, *(k for o in kinds for k in FIELDS[o])]
+    used = [*shape.split("/"), *([None] if chat else []), tools,
+            *(k for o in kinds for k in FIELDS[o])]
     _check_rest(row, used, texts, note)
     return {k: v for k, v in out.items() if v}
 
@@ -147,38 +174,46 @@ def check_row(row,                     # As read
               columns:dict|None=None,  # From our names to those of the columns
               system:str|None=None,    # A system prompt for rows without one
               note=lambda k, v: None   # Called with each field that is not used, and its value
-             ) -> Row:                 # `prompt` and `response` (and `system`), or `messages` (and `tools`)
+             # `prompt` and `response` (and `system`), or `messages` (and `tools`)
+             ) -> Row:
     "Check one row and bring it into one of two shapes. Raises `QLoRAError`."
     try:
         if isinstance(row, QLoRAError): raise row
         row = undress(map_columns(row, columns, note) if columns and isinstance(row, dict) else row)
-        if not isinstance(row, dict): fail(f"the row is a {kind_of(row)}, not an object with fields.", EXPECTED)
+        if not isinstance(row, dict):
+            fail(f"the row is a {kind_of(row)}, not an object with fields.", EXPECTED)
         mine = shape_of(row)
         judged = {"chosen", "rejected"} <= set(row) or isinstance(row.get("label"), bool)
         if None in (shape, mine) or judged: refuse_kind(row)
         parts = shape.split("/")
-        if mine != shape and (all(k in row for k in mine.split("/")) or not any(k in row for k in parts)):
+        if (mine != shape and (all(k in row for k in mine.split("/"))
+                               or not any(k in row for k in parts))):
             fail(f"the row has the shape {mine}, but row 1 has {shape}.")
         out = read_row(row, shape, note)
     except QLoRAError as e:
         raise QLoRAError(e.what, where=where or e.where, cure=e.cure or SKIP) from e
-    if not system or out.get("system") or "messages" in out and out["messages"][0]["role"] == "system": return Row(out)
-    if "messages" in out: return Row(out, messages=[dict(role="system", content=system), *out["messages"]])
+    if not system or out.get("system") or "messages" in out and out["messages"][0][
+        "role"] == "system": return Row(out)
+    if "messages" in out:
+        return Row(out, messages=[dict(role="system", content=system), *out["messages"]])
     return Row(dict(system=system) | out)
 
 # %% ../../nbs/base/rows.ipynb #8873a1c2
-def check_rows(rows:list,              # Dicts as read, or the errors that stand in the place of some
+def check_rows(rows:list,  # Dicts as read, or the errors that stand in the place of some
                name:str,               # The file or data set, for the message
                columns:dict|None=None, # From our names to those of the columns
                system:str|None=None,   # A system prompt for rows without one
                skip_bad_rows:bool=False # Leave broken rows out, and say how many
               ) -> list:               # Of `Row`s, each with its number in the file
-    "Check every row and bring all into one of two shapes. Raises `QLoRAError` with the row's number, from 1."
+    """Check every row and bring all into one of two shapes. Raises `QLoRAError` with the row's
+    number, from 1."""
     if not rows: raise QLoRAError("there are no rows.", where=name, cure=EXPECTED)
     shape, notes, bad, out = first_shape(rows, columns, skip_bad_rows), Notes(), Notes(), []
     for i, row in enumerate(rows, 1):
         unused = []
-        try: row = check_row(row, shape, f"{name}, row {i}", columns, system, lambda k, v: unused.append((k, v)))
+        try:
+            row = check_row(row, shape, f"{name}, row {i}", columns, system,
+                            lambda k, v: unused.append((k, v)))
         except QLoRAError as e:
             if not skip_bad_rows: raise
             bad.add(e.what.rstrip("."), i)
@@ -187,11 +222,14 @@ def check_rows(rows:list,              # Dicts as read, or the errors that stand
         row.number, row.source = i, name
         out.append(row)
     say_unused(notes, name, bad)
-    if not out: raise QLoRAError(f"all {len(rows)} rows are broken: {bad.lines(str)[0]}.", where=name, cure=EXPECTED)
+    if not out:
+        raise QLoRAError(f"all {len(rows)} rows are broken: {bad.lines(str)[0]}.", where=name,
+                         cure=EXPECTED)
     return out
 
 def first_shape(rows, columns=None, skip=False) -> str|None:
-    "The shape of the first row, or of the first one that has a shape where broken rows are left out."
+    """The shape of the first row, or of the first one that has a shape where broken rows are
+    left out."""
     def shape(row):
         if columns and isinstance(row, dict): row = {k: row.get(v) for k, v in columns.items()}
         return shape_of(row) if isinstance(row := undress(row), dict) else None

@@ -28,7 +28,8 @@ def write_json(path:Path, obj:dict):
     "Write `obj` in one atomic step."
     tmp = path.with_suffix(".tmp")
     text = json.dumps(obj, indent=1, ensure_ascii=False, default=str)
-    tmp.write_text(text, encoding="utf-8", errors="surrogateescape")   # a path may hold bytes that are not text
+    # a path may hold bytes that are not text
+    tmp.write_text(text, encoding="utf-8", errors="surrogateescape")
     sync(tmp)
     tmp.replace(path)
     sync(path.parent)
@@ -37,10 +38,13 @@ def write_json(path:Path, obj:dict):
 MARK = ".qlora_nb"   # lies in each checkpoint that a run of ours has begun
 
 def seal(folder:Path):  # A folder that is now complete
-    "Write `complete.json`: every file with its size. It appears in one atomic step, after all others."
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and not f.name.startswith("complete.")]
+    """Write `complete.json`: every file with its size. It appears in one atomic step, after all
+    others."""
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file()
+             and not f.name.startswith("complete.")]
     for f in [*files, *(f for f in folder.rglob("*") if f.is_dir())]: sync(f)
-    write_json(folder/"complete.json", {f.relative_to(folder).as_posix(): f.stat().st_size for f in files})
+    write_json(folder/"complete.json", {f.relative_to(folder).as_posix(): f.stat().st_size
+                                        for f in files})
     sync(folder.parent)
 
 # %% ../../nbs/base/runs.ipynb #eed88efe
@@ -51,7 +55,8 @@ def is_sealed(folder:Path) -> bool:  # Is everything there that the seal lists?
     return all((folder/f).is_file() and (folder/f).stat().st_size == n for f, n in sizes)
 
 # %% ../../nbs/base/runs.ipynb #ab809086
-def run_lock(folder:Path): return FileLock(folder/".lock", timeout=0, is_singleton=True)   # of a run; reentrant
+# of a run; reentrant
+def run_lock(folder:Path): return FileLock(folder/".lock", timeout=0, is_singleton=True)
 
 def in_use(folder:Path) -> bool:  # Of a run
     "Is another process at work in this folder?"
@@ -67,7 +72,8 @@ def last_checkpoint(folder:str|Path  # The `checkpoints` folder of a run
     found = {int(o.name[11:]): o for o in folder.glob("checkpoint-*") if o.name[11:].isdigit()}
     whole = {n: f for n, f in found.items() if is_sealed(f)}
     torn = [f for n, f in found.items() if n not in whole]
-    ours = [f for f in torn if (f/MARK).exists() or (f/"complete.json").exists() or not any(f.iterdir())]
+    ours = [f for f in torn if (f/MARK).exists() or (f/"complete.json").exists()
+            or not any(f.iterdir())]
     if ours and not in_use(folder.parent):
         for f in ours: shutil.rmtree(f)
     return whole[max(whole)] if whole else None
@@ -87,16 +93,19 @@ def read_settings(file:Path) -> dict:  # `settings.json` of a run
     "What a run was started with. Raises `QLoRAError` for a file that is damaged."
     try: return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
-        raise QLoRAError("the settings of this run cannot be read.", str(file), "Start a new run.") from e
+        raise QLoRAError("the settings of this run cannot be read.", str(file),
+                         "Start a new run.") from e
 
 # %% ../../nbs/base/runs.ipynb #da28e0eb
 @contextlib.contextmanager
 def hold_run(folder:Path):  # Made where there is none
-    "Keep the folder of a run for this process. Raises `QLoRAError` when it is another's, or cannot be written."
+    """Keep the folder of a run for this process. Raises `QLoRAError` when it is another's, or
+    cannot be written."""
     try:
         if not (folder/"settings.json").exists() and folder.is_dir() and any(
                 o.suffix != ".tmp" and not o.name.startswith(".") for o in folder.iterdir()):
-            raise QLoRAError("this folder is not empty and holds no run.", str(folder), "Choose another --output-dir.")
+            raise QLoRAError("this folder is not empty and holds no run.", str(folder),
+                             "Choose another --output-dir.")
         lock = run_lock(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -109,34 +118,43 @@ def hold_run(folder:Path):  # Made where there is none
     try: yield
     except KeyboardInterrupt as e:
         if str(e): raise
-        kept = last_checkpoint(folder/"checkpoints")   # interrupted while the model was loaded or the rows were read
-        raise KeyboardInterrupt(f"{kept.name} is complete: go on from it with --resume (resume=True)." if kept else
+        # interrupted while the model was loaded or the rows were read
+        kept = last_checkpoint(folder/"checkpoints")
+        raise KeyboardInterrupt(f"{kept.name} is complete: go on "
+                                f"from it with --resume (resume=True)." if kept else
                                 "No checkpoint was complete yet, so the run has to start again.") from None
     finally: lock.release()
 
 # %% ../../nbs/base/runs.ipynb #60dd030f
 def open_run(folder:Path, settings:dict, resume:bool):
-    "Make the folder of a run, or check that it is the same run. Raises `QLoRAError` when it holds another's work."
-    file, has_work = folder/"settings.json", any(folder.glob("checkpoints/checkpoint-*")) or (folder/"adapter").exists()
+    """Make the folder of a run, or check that it is the same run. Raises `QLoRAError` when it
+    holds another's work."""
+    file, has_work = (folder/"settings.json", any(folder.glob("checkpoints/checkpoint-*"))
+                      or (folder/"adapter").exists())
     with hold_run(folder):
         if has_work and not resume:
             raise QLoRAError("this folder already holds a run.", where=str(folder),
                              cure="Add --resume to go on with it, or choose another --output-dir.")
         if resume and not last_checkpoint(folder/"checkpoints"):
-            warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run starts at step 0.")
+            warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run "
+                          f"starts at step 0.")
         if not has_work: return write_json(file, settings)
         old, new = read_settings(file), dict(adapter_sha256=None) | comparable(settings)
-        if not settings.get("model_sha256") == old.get("model_sha256"): new["model"] = settings["model"]
-        old = dict(adapter_sha256=None) | comparable(old) | {k: old[k] for k in ("model",) if k in old}
+        if not settings.get("model_sha256") == old.get("model_sha256"):
+            new["model"] = settings["model"]
+        old = dict(adapter_sha256=None) | comparable(old) | {k: old[k] for k in ("model",)
+            if k in old}
         diff = [f"{k} was {old[k]}, now {v}" for k, v in new.items() if k in old and old[k] != v]
-        gone = [k for k in old if k not in new and k != "model" and not k.endswith("_sha256")]   # of an older version
+        # of an older version
+        gone = [k for k in old if k not in new and k != "model" and not k.endswith("_sha256")]
         if diff := diff + [f"{k} was {old[k]}, and is no setting now" for k in gone]:
-            raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.", where=str(folder),
-                             cure="Use the same options, or start a new run.")
+            raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.",
+                             where=str(folder), cure="Use the same options, or start a new run.")
 
 # %% ../../nbs/base/runs.ipynb #9eb6e6d8
 def _tensors(file):
-    "(name, type, shape, where its bytes begin in the file, how many they are) of the tensors of a safetensors file."
+    """(name, type, shape, where its bytes begin in the file, how many they are) of the tensors
+    of a safetensors file."""
     with open(file, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
         head = json.loads(f.read(size))
@@ -149,7 +167,8 @@ def content_id(place:str|Path,     # A folder with *.safetensors, or the id of a
                many:int=1000,      # Look into so many tensors at the most
                revision:str|None=None  # Of a Hub id
               ) -> str|None:       # Hexadecimal; None where there is nothing to look at
-    "What a model is, whatever it is called: a hash of its tensors' names, shapes and a few of their bytes."
+    """What a model is, whatever it is called: a hash of its tensors' names, shapes and a few of
+    their bytes."""
     if not os.path.isdir(place := os.path.expanduser(place)):
         from huggingface_hub import snapshot_download
         try: place = snapshot_download(str(place), revision=revision, local_files_only=True)
@@ -166,8 +185,10 @@ def content_id(place:str|Path,     # A folder with *.safetensors, or the id of a
 class Run(namedtuple("Run", "model tokenizer folder info")):
     "What `finetune` returns; shows itself as a table."
     def __repr__(self):
-        keys = "steps train_seconds trainable_parameters best_step best_eval_loss adapter loss_curve".split()
-        return Table([[k.replace("_", " "), self.info[k]] for k in keys if k in self.info], ["run", ""])._as("plain")
+        keys = ("steps train_seconds trainable_parameters best_step "
+                "best_eval_loss adapter loss_curve".split())
+        return Table([[k.replace("_", " "), self.info[k]] for k in keys if k in self.info],
+                     ["run", ""])._as("plain")
     def _repr_markdown_(self): return f"```\n{self!r}\n```"
 
 # %% ../../nbs/base/runs.ipynb #1c33154d

@@ -16,14 +16,17 @@ from .weights import routers
 # %% ../../nbs/base/targets.ipynb #1265f1df
 def layer_size(m:nn.Module):  # Any module → `(in_features, out_features)`, or None when it is not linear-like
     "The sizes of `nn.Linear` and its kin, of `Conv1D`, and of any class that has both attributes."
-    if hasattr(m, "parameter_name"): return None   # PEFT's adapter on a parameter, which has sizes and is no layer
-    size = [getattr(m, o, None) for o in (("nx", "nf") if isinstance(m, Conv1D) else ("in_features", "out_features"))]
+    # PEFT's adapter on a parameter, which has sizes and is no layer
+    if hasattr(m, "parameter_name"): return None
+    size = [getattr(m, o, None) for o in (("nx", "nf") if isinstance(m, Conv1D)
+                                          else ("in_features", "out_features"))]
     return tuple(size) if all(isinstance(o, int) for o in size) else None
 
 # %% ../../nbs/base/targets.ipynb #de09d41d
 def outer_modules(model:nn.Module):  # Any model → {name: module}
     "Modules by name; a layer with adapters, ours or PEFT's, stands for all that is inside it."
-    inner = {id(o) for m in model.modules() if hasattr(m, "base_layer") for o in m.modules() if o is not m}
+    inner = {id(o) for m in model.modules() if hasattr(m, "base_layer") for o in m.modules()
+             if o is not m}
     return {n: m for n,m in model.named_modules() if n and id(m) not in inner}
 
 # %% ../../nbs/base/targets.ipynb #a9763528
@@ -31,34 +34,44 @@ def find_targets(model:nn.Module,    # Where to look
                  targets:list|str):  # A list of name endings, a regular expression, or "all-linear"
     "What each target matches by PEFT's rules, as {target: names}, be it linear or not."
     mods = outer_modules(model)
-    if not isinstance(targets, str): return {t: [n for n in mods if f".{n}".endswith(f".{t}")] for t in targets}
-    if targets.lower() != "all-linear": return {targets: [n for n in mods if re.fullmatch(targets, n)]}
+    if not isinstance(targets, str):
+        return {t: [n for n in mods if f".{n}".endswith(f".{t}")] for t in targets}
+    if targets.lower() != "all-linear":
+        return {targets: [n for n in mods if re.fullmatch(targets, n)]}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     out = {*routers(model), *getattr(model, "qlora_nb_read", ())}
-    return {targets: [n for n,m in mods.items() if layer_size(m) and m is not head and n not in out]}
+    return {targets: [n for n,m in mods.items() if layer_size(m) and m is not head
+                      and n not in out]}
 
 # %% ../../nbs/base/targets.ipynb #106876a7
 def match_targets(model:nn.Module,              # Where to look
                   targets:list|str="all-linear" # As for `find_targets`
                  ) -> list:                     # Names of linear layers, in the order of the model
-    "The linear layers that `targets` means. Raises `QLoRAError` for a target that matches none, listing near names."
+    """The linear layers that `targets` means. Raises `QLoRAError` for a target that matches
+    none, listing near names."""
     found, mods = find_targets(model, targets) or {"": []}, outer_modules(model)
-    found = {t: [n for n in names if ".parametrizations." not in n] for t,names in found.items()}   # packed experts
+    # packed experts
+    found = {t: [n for n in names if ".parametrizations." not in n] for t,names in found.items()}
     linear = sorted({n.split(".")[-1] for n,m in mods.items() if layer_size(m)})
     for t,names in found.items():
-        odd = [f"'{n}' ({type(mods[n]).__name__}), which is not linear" for n in names if not layer_size(mods[n])]
+        odd = [f"'{n}' ({type(mods[n]).__name__}), which is not linear" for n in names
+               if not layer_size(mods[n])]
         if names and not odd: continue
         near = difflib.get_close_matches(t.split(".")[-1], linear, cutoff=0.5)
-        hint = 'A single name goes into a list: targets=["q_proj"]. ' if isinstance(targets, str) else ""
-        hint += f"Near names: {', '.join(near)}." if near else f"Its linear layers are: {', '.join(linear)}."
-        raise QLoRAError(f"the target '{t}' matches {odd[0] if odd else 'nothing'}.", type(model).__name__, hint)
+        hint = ('A single name goes into a list: targets=["q_proj"]. ' if isinstance(targets, str)
+                else "")
+        hint += (f"Near names: {', '.join(near)}." if near
+                 else f"Its linear layers are: {', '.join(linear)}.")
+        raise QLoRAError(f"the target '{t}' matches {odd[0] if odd else 'nothing'}.",
+                         type(model).__name__, hint)
     every = {n for names in found.values() for n in names}
     return [n for n in mods if n in every]
 
 # %% ../../nbs/base/targets.ipynb #066f9c9a
 def layer_kinds(model:nn.Module,  # The model that has them
                 names:list        # Names of layers
-               ) -> dict:         # `model.layers.*.mlp.up_proj` → (its names, blocks with it, blocks in all)
+               # `model.layers.*.mlp.up_proj` → (its names, blocks with it, blocks in all)
+               ) -> dict:
     "Sort layers into kinds: names that differ only in their numbers."
     kinds = defaultdict(list)
     for n in names: kinds[re.sub(r"\b\d+\b", "*", n)].append(n)
@@ -72,5 +85,7 @@ def layer_kinds(model:nn.Module,  # The model that has them
 def pattern_value(pattern:dict|None,  # Ending or regular expression → value
                   name:str,           # Name of a layer
                   default):           # What holds where nothing matches
-    "PEFT's rule for `rank_pattern` and `alpha_pattern`: the first key that matches the end of a name."
-    return next((v for k,v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name)), default)
+    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first key that matches the end of
+    a name."""
+    return next((v for k,v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name)),
+                default)

@@ -13,10 +13,13 @@ from .errors import QLoRAError
 # %% ../../nbs/base/triton_setup.ipynb #f6ec7bb9
 def load_triton(needed:bool=True  # False: kernels can be defined without it, but not run
                ) -> tuple:        # (triton, triton.language)
-    "Triton, in its interpreter where there is no GPU. Raises `QLoRAError` where it is needed and not installed."
+    """Triton, in its interpreter where there is no GPU. Raises `QLoRAError` where it is needed
+    and not installed."""
     if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
     try: import triton, triton.language
     except ImportError as e:
-        if needed: raise QLoRAError("Triton is not installed.", cure="On Linux: pip install triton.") from e
+        if needed:
+            raise QLoRAError("Triton is not installed.",
+                             cure="On Linux: pip install triton.") from e
         return SimpleNamespace(jit=lambda f: f), SimpleNamespace(constexpr=None)
     return triton, triton.language

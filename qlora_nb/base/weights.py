@@ -28,14 +28,16 @@ def four_bit_kind(state) -> str:   # A `QuantState` of bitsandbytes
 # %% ../../nbs/base/weights.ipynb #79a8b1c7
 @torch.no_grad()
 def acts_linear(m:nn.Module) -> bool:
-    "Does this module compute `x @ W.T + b` with its weight? Asked with two random rows where the class does not tell."
+    """Does this module compute `x @ W.T + b` with its weight? Asked with two random rows where
+    the class does not tell."""
     if type(m) in (nn.Linear, Conv1D, bnb.nn.Linear4bit): return True
     if not isinstance(m, nn.Linear) or m.weight.is_meta: return isinstance(m, nn.Linear)
     x = torch.randn(2, m.in_features, device=m.weight.device).to(m.weight.dtype)
     try: y = m(x)
     except (RuntimeError, TypeError, ValueError, IndexError): return False
     want = nn.functional.linear(x, m.weight, m.bias)
-    return torch.is_tensor(y) and y.shape == want.shape and torch.allclose(y, want, rtol=.02, atol=.02*want.std().item())
+    return (torch.is_tensor(y) and y.shape == want.shape and torch.allclose(y, want, rtol=.02,
+        atol=.02*want.std().item()))
 
 # %% ../../nbs/base/weights.ipynb #cf933c16
 def full_shape(p) -> tuple:   # A parameter, packed or not
@@ -49,45 +51,56 @@ def stack_owners(model:nn.Module) -> dict:   # Name of a module → how many mat
     for n,m in model.named_modules():
         shapes = [full_shape(p) for p in m.parameters(recurse=False) if not isinstance(m, _ConvNd)]
         if hasattr(m, "packed_numel"): shapes.append(m.how["shape"])
-        found |= {clean_name(n.split(".parametrizations.")[0].removesuffix(".parametrizations")): s[0] for s in shapes if len(s) > 2}
+        found |= ({clean_name(n.split(".parametrizations.")[0].removesuffix(
+            ".parametrizations")): s[0] for s in shapes if len(s) > 2})
     return found
 
 def routers(model:nn.Module) -> list:
-    "Names of linear layers that stand beside a stack of experts and have at most one output for each of them."
+    """Names of linear layers that stand beside a stack of experts and have at most one output
+    for each of them."""
     sizes = {n.rpartition(".")[0]: k for n,k in stack_owners(model).items()}
-    mods = {n: m for n,m in model.named_modules() if isinstance(getattr(m, "out_features", None), int) and not hasattr(m, "parameter_name")}
-    return [n for n,m in mods.items() if any(clean_name(n).startswith(f"{o}.") and m.out_features <= k for o,k in sizes.items())
+    mods = {n: m for n,m in model.named_modules() if isinstance(getattr(m, "out_features", None),
+        int) and not hasattr(m, "parameter_name")}
+    return [n for n,m in mods.items() if any(clean_name(n).startswith(f"{o}.")
+                                             and m.out_features <= k for o,k in sizes.items())
             and "lora_" not in n]
 
 # %% ../../nbs/base/weights.ipynb #04e8dcf3
-def list_weights(model:nn.Module) -> list:   # Of `Weight`, in the order of the model; a tied one is counted once
-    """Every tensor with its kind: "NF4 + double quantization" or another 4-bit kind, "adapter", "embedding", "head",
-    "vector", "convolution", "router", "small matrix", "read elsewhere", or "wide"."""
+def list_weights(model:nn.Module
+                 ) -> list:  # Of `Weight`, in the order of the model; a tied one is counted once
+    """Every tensor with its kind: "NF4 + double quantization" or another 4-bit kind, "adapter",
+    "embedding", "head", "vector", "convolution", "router", "small matrix", "read elsewhere", or
+    "wide"."""
     kind, seen, out = wide_kinds(model), set(), []
     for n,m in model.named_modules():
         if hasattr(m, "packed_numel"):
             size = sum(b.nbytes for b in m.buffers(recurse=False)) 
-            out.append(Weight(clean_name(n), m.how["codebook"].upper() + " (ours)", m.packed_numel(), size))
+            out.append(Weight(clean_name(n), m.how["codebook"].upper() + " (ours)",
+                              m.packed_numel(), size))
         for k,p in m.named_parameters(recurse=False):
             if id(p) in seen: continue
             seen.add(id(p))
             name, state = clean_name(f"{n}.{k}" if n else k), getattr(p, "quant_state", None)
             if state is None: out.append(Weight(name, kind(n, m, k, p), p.numel(), p.nbytes))
-            else: out.append(Weight(name, four_bit_kind(state), math.prod(full_shape(p)), p.nbytes + state_bytes(state)))
+            else:
+                out.append(Weight(name, four_bit_kind(state), math.prod(full_shape(p)),
+                                  p.nbytes + state_bytes(state)))
     return out
 
 # %% ../../nbs/base/weights.ipynb #f4018983
 def clean_name(n:str) -> str:
     "The name that a tensor had before adapters and packing."
     n = n.removeprefix("base_model.model.").replace(".base_layer", "")
-    return n.replace(".parametrizations", "").removesuffix(".original").removesuffix(".0") if ".parametrizations." in n else n
+    return (n.replace(".parametrizations", "").removesuffix(".original").removesuffix(".0")
+            if ".parametrizations." in n else n)
 
 def wide_kinds(model:nn.Module):   # → a function of (name of the module, module, name of the parameter, parameter)
     "What an unpacked tensor is, and so why it may stay wide."
     def ask(o): return getattr(model, f"get_{o}_embeddings", lambda: None)()
     tables = {id(m.weight) for m in (ask("input"), *model.modules()) if isinstance(m, nn.Embedding)}
     head, gates = getattr(ask("output"), "weight", None), set(routers(model))
-    width = min((m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
+    width = min((m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)),
+                default=0)
     read = {f"{o}.weight" for o in getattr(model, "qlora_nb_read", ())}
     def kind(n, m, k, p):
         if "lora_" in n or "lora_" in k: return "adapter"
@@ -97,7 +110,8 @@ def wide_kinds(model:nn.Module):   # → a function of (name of the module, modu
         if isinstance(m, _ConvNd): return "convolution"
         if n in gates: return "router"
         if clean_name(f"{n}.{k}") in read: return "read elsewhere"
-        return "small matrix" if p.ndim == 2 and min(p.shape) <= width/4 and not acts_linear(m) else "wide"
+        return ("small matrix" if p.ndim == 2 and min(p.shape) <= width/4 and not acts_linear(m)
+                else "wide")
     return kind
 
 # %% ../../nbs/base/weights.ipynb #9273daf9
@@ -105,12 +119,14 @@ class Noted(torch.Tensor):
     "A weight that notes when something is computed with it."
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        out = args[0]   # a computation counts even if it fails; a question such as `.device` does not
+        # a computation counts even if it fails; a question such as `.device` does not
+        out = args[0]
         try: return (out := super().__torch_function__(func, types, args, kwargs or {}))
         finally:
             if torch.is_tensor(out):
                 for a in args:
-                    for t in a if isinstance(a, (list, tuple)) else [a]: getattr(t, "note", lambda: None)()
+                    for t in a if isinstance(a, (list, tuple)) else [a]:
+                        getattr(t, "note", lambda: None)()
 
 def spy_class(cls, note):   # `note` is called with the layer
     "A class like `cls` whose weight and bias are `Noted` to all but its own forward pass."
@@ -129,27 +145,36 @@ def spy_class(cls, note):   # `note` is called with the layer
 
 # %% ../../nbs/base/weights.ipynb #85c1d2b1
 @torch.no_grad()
-def read_elsewhere(model:nn.Module) -> tuple:   # (names of layers, the error of the forward pass or None)
+def read_elsewhere(model:nn.Module
+                   ) -> tuple:  # (names of layers, the error of the forward pass or None)
     "Linear layers whose weight other code computes with, seen in a forward pass of three tokens."
-    found, layers = set(), {m: n for n,m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    found, layers = (set(), {m: n for n,m in model.named_modules()
+                             if isinstance(m, (nn.Linear, Conv1D))})
     layers.pop(getattr(model, "get_output_embeddings", lambda: None)(), None)
     was, error, training = {m: type(m) for m in layers}, None, model.training
     ids = torch.arange(3, 6, device=next(model.parameters()).device)[None]
     for m in layers: m.__class__ = spy_class(was[m], found.add)
-    try: model.train()(input_ids=ids), model.eval()(input_ids=ids)   # the two may take different ways
+    # the two may take different ways
+    try: model.train()(input_ids=ids), model.eval()(input_ids=ids)
     except Exception as e: error = e
     finally:
         model.train(training)
         for m in layers: m.__class__ = was[m]; m.__dict__.pop("inside", None)
     def kind(n): return re.sub(r"\b\d+\b", "*", n)
-    kinds = {kind(layers[m]) for m in found}   # a pass that fails in the first block stands for all blocks
+    # a pass that fails in the first block stands for all blocks
+    kinds = {kind(layers[m]) for m in found}
     return [n for n in layers.values() if kind(n) in kinds], error
 
 # %% ../../nbs/base/weights.ipynb #0687f3d2
-def misplaced(model:nn.Module) -> tuple:   # (names of 4-bit layers that should be wide, layers read elsewhere, error)
-    "Routers in 4 bits, and layers whose weight other code computes with; the error of the forward pass, if it fails."
-    read, error = read_elsewhere(model) if any(isinstance(m, _ConvNd) for m in model.modules()) else ([], None)
-    wrong = [n for n in dict.fromkeys([*routers(model), *read]) if isinstance(model.get_submodule(n), bnb.nn.Linear4bit)]
+def misplaced(model:nn.Module
+              # (names of 4-bit layers that should be wide, layers read elsewhere, error)
+              ) -> tuple:
+    """Routers in 4 bits, and layers whose weight other code computes with; the error of the
+    forward pass, if it fails."""
+    read, error = (read_elsewhere(model) if any(isinstance(m, _ConvNd) for m in model.modules())
+                   else ([], None))
+    wrong = [n for n in dict.fromkeys([*routers(model), *read])
+             if isinstance(model.get_submodule(n), bnb.nn.Linear4bit)]
     return wrong, read, error
 
 WEIGHT_COLUMNS = ["what", "tensors", "numbers", "bytes", "share of the bytes", "the largest"]
@@ -164,20 +189,25 @@ def weight_rows(found:list) -> list:   # Of `list_weights`
     return sorted(map(row, kinds), key=lambda r: -r[4])
 
 # %% ../../nbs/base/weights.ipynb #fd5634d6
-def too_wide(model, found, wide) -> str:   # Of `list_weights`: all, and those that should be in 4 bits and are not
+def too_wide(model, found, wide
+             ) -> str:  # Of `list_weights`: all, and those that should be in 4 bits and are not
     "What is wrong, in one sentence."
     mods, last = dict(model.named_modules()), max(wide, key=lambda w: w.nbytes)
-    layers = {n: type(m).__name__ for w in wide if (m := mods.get(n := w.name.removesuffix(".weight"))) is not None
+    layers = {n: type(m).__name__ for w in wide
+              if (m := mods.get(n := w.name.removesuffix(".weight"))) is not None
               and hasattr(m, "in_features")}
     packed = sum(w.name.endswith(".weight") and "NF4" in w.kind for w in found)
     layers = f"{len(layers)} of {len(layers) + packed} linear layers are not in 4 bits ({', '.join(sorted({*layers.values()}))}): " \
              f"{', '.join([*layers][:4])}{', ...' if len(layers) > 4 else ''}. " if layers else ""
-    share = sum(w.numel for w in wide)/sum(w.numel for w in found if w in wide or "NF4" in w.kind or "ours" in w.kind)
-    return f"{layers}{share:.0%} of the weights are not in NF4; the largest is {last.name} ({last.nbytes:,} bytes)."
+    share = sum(w.numel for w in wide)/sum(w.numel for w in found if w in wide or "NF4" in w.kind
+                                           or "ours" in w.kind)
+    return (f"{layers}{share:.0%} of the weights are not in NF4; the largest is {last.name} "
+            f"({last.nbytes:,} bytes).")
 
 # %% ../../nbs/base/weights.ipynb #a971316b
 def stored_as(config) -> str|None:   # A config of transformers
-    "How a checkpoint's weights are stored: None where they are not quantized, `nf4`, or the name of another format."
+    """How a checkpoint's weights are stored: None where they are not quantized, `nf4`, or the
+    name of another format."""
     for c in (config, getattr(config, "text_config", None)):
         q = getattr(c, "quantization_config", None) or getattr(c, "compression_config", None)
         if q: break

@@ -19,7 +19,9 @@ def mark_rows(model, tokenizer,
               template:str="auto",  # As in training
               max_length:int=512,   # As in training
               batch_size:int=8      # Examples a forward pass
-             ) -> dict:             # Place of a row that fits → (nats, answer tokens, are all of them the likeliest?, example)
+             # Place of a row that fits → (nats, answer tokens, are all of them the likeliest?,
+             # example)
+             ) -> dict:
     "Cross-entropy on the answers, row by row."
     model.eval()
     found = encode_rows(rows, tokenizer, template, max_length)
@@ -31,36 +33,47 @@ def mark_rows(model, tokenizer,
         marks |= {i - 1: o for i, *o in zip(numbers, *(t.tolist() for t in done), examples)}
     return marks
 
-def answer_losses(model, tokenizer, rows:list, template:str="auto", max_length:int=512, batch_size:int=8) -> list:
+def answer_losses(model, tokenizer, rows:list, template:str="auto", max_length:int=512,
+                  batch_size:int=8) -> list:
     "(nats, answer tokens) of each row that fits."
-    return [tuple(o[:2]) for _, o in sorted(mark_rows(model, tokenizer, rows, template, max_length, batch_size).items())]
+    return [tuple(o[:2]) for _, o in sorted(mark_rows(model, tokenizer, rows, template, max_length,
+                                                      batch_size).items())]
 
-def answer_loss(model, tokenizer, rows:list, template:str="auto", max_length:int=512, batch_size:int=8) -> float:
-    "Nats a token: the mean over all tokens of all answers, each weighing the same whatever batch it falls into."
+def answer_loss(model, tokenizer, rows:list, template:str="auto", max_length:int=512,
+                batch_size:int=8) -> float:
+    """Nats a token: the mean over all tokens of all answers, each weighing the same whatever
+    batch it falls into."""
     sums, counts = zip(*answer_losses(model, tokenizer, rows, template, max_length, batch_size))
     return sum(sums)/sum(counts)
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #8707bdfc
-def fit_rows(rows:list, tokenizer, template:str="auto", max_length:int=512, long:str="drop") -> list:
-    "The rows that fit into `max_length` tokens, as they would be trained; says how many are left out or cut."
+def fit_rows(rows:list, tokenizer, template:str="auto", max_length:int=512,
+             long:str="drop") -> list:
+    """The rows that fit into `max_length` tokens, as they would be trained; says how many are
+    left out or cut."""
     kept, left, cut = [], [], []
     for i, row in enumerate(rows, 1):
         try:
             whole = len(encode(row, tokenizer, template)["input_ids"]) <= max_length
-            short = row if whole else shorten(row, tokenizer, template, max_length) if long == "cut" else None
+            short = (row if whole else shorten(row, tokenizer, template, max_length)
+                     if long == "cut" else None)
         except QLoRAError: whole, short = False, None   # the template refuses it
         kept += [short] if short else []
         if not whole: (cut if short else left).append(i)
     for what, numbers in (("cut in their questions", cut), ("left out", left)):
-        if numbers: warnings.warn(f"{len(numbers)} of {len(rows)} rows to evaluate on are {what}, as max_length is "
-                                  f"{max_length}: the first is row {numbers[0]} of them.", stacklevel=2)
+        if numbers:
+            warnings.warn(f"{len(numbers)} of {len(rows)} rows to evaluate "
+                          f"on are {what}, as max_length is "
+                          f"{max_length}: the first is row {numbers[0]} of them.", stacklevel=2)
     return kept
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #4dce51ea
 def read_off(tokenizer, stops, prompt, example) -> str|None:  # `stops` of `stop_ids`
-    "The greedy answer when each token of the right one is the likeliest; None if it is not known to end there."
+    """The greedy answer when each token of the right one is the likeliest; None if it is not
+    known to end there."""
     ids, labels = example["input_ids"], example["labels"]
     first = next(i for i, t in enumerate(labels) if t != -100)
     end = next((i for i in range(first, len(labels)) if labels[i] in stops), None)
-    if end is None or ids[:first] != tokenizer(prompt, add_special_tokens=False).input_ids: return None
+    if end is None or ids[:first] != tokenizer(prompt, add_special_tokens=False).input_ids:
+        return None
     return tokenizer.decode(labels[first:end], skip_special_tokens=True).strip()

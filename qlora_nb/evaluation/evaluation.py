@@ -27,21 +27,28 @@ from ..training.end_tokens import stop_ids
 from ..training.finetune import finetune
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #521fe2ea
-def answer_rows(model, tokenizer, rows, template="auto", batch_size=64, progress=False, ended=None, marks=None) -> list:
-    "Greedy answers, hardly longer than the longest right one; what `marks` of `mark_rows` show to be right is not generated."
-    def longest(texts): return max(len(tokenizer(o, add_special_tokens=False).input_ids) for o in texts)
-    prompts, n = [encode_prompt(r, tokenizer, template) for r in rows], longest(map(answer_of, rows)) + 8
+def answer_rows(model, tokenizer, rows, template="auto", batch_size=64, progress=False, ended=None,
+                marks=None) -> list:
+    """Greedy answers, hardly longer than the longest right one; what `marks` of `mark_rows` show
+    to be right is not generated."""
+    def longest(texts):
+        return max(len(tokenizer(o, add_special_tokens=False).input_ids) for o in texts)
+    prompts, n = ([encode_prompt(r, tokenizer, template) for r in rows],
+                  longest(map(answer_of, rows)) + 8)
     batch_size = min(batch_size, max(1, 8192//(n + longest(prompts))))
     stops = set(stop_ids(model, tokenizer))
-    known = {i: read_off(tokenizer, stops, prompts[i], e) for i, (*_, right, e) in (marks or {}).items() if right}
+    known = {i: read_off(tokenizer, stops, prompts[i], e)
+             for i, (*_, right, e) in (marks or {}).items() if right}
     known, ends = {i: o for i, o in known.items() if o is not None}, []
     rest = [i for i in range(len(rows)) if i not in known]
-    made = generate(model, tokenizer, [prompts[i] for i in rest], n, batch_size=batch_size, progress=progress, ended=ends)
+    made = generate(model, tokenizer, [prompts[i] for i in rest], n, batch_size=batch_size,
+                    progress=progress, ended=ends)
     if ended is not None: ended[:] = [dict(zip(rest, ends)).get(i, True) for i in range(len(rows))]
     return [(known | dict(zip(rest, made)))[i] for i in range(len(rows))]
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #414ee9ea
-Scores = namedtuple("Scores", "exact_match answer_loss fields n answers stop_rate intervals per_row")
+Scores = namedtuple("Scores", "exact_match answer_loss fields n answers "
+                              "stop_rate intervals per_row")
 
 def evaluate(model, tokenizer,
              rows:list,              # Held-out rows of `load_rows`
@@ -49,9 +56,11 @@ def evaluate(model, tokenizer,
              max_length:int=512, long:str="drop",  # As in training
              batch_size:int=64,      # Prompts at a time; fewer where they are long
              progress:bool=False) -> Scores:
-    "Greedy answers to `rows`, scored: exact match, each field, the loss on the right answers, how many end themselves."
+    """Greedy answers to `rows`, scored: exact match, each field, the loss on the right answers,
+    how many end themselves."""
     rows = fit_rows(rows, tokenizer, template, max_length, long)
-    if not rows: raise QLoRAError("all rows to evaluate on are too long.", cure="Set a larger max_length.")
+    if not rows:
+        raise QLoRAError("all rows to evaluate on are too long.", cure="Set a larger max_length.")
     golds, ended = [answer_of(r) for r in rows], []
     with dequantized(model):   # on a CPU, where there is room: the same bits
         marks = mark_rows(model, tokenizer, rows, template, max_length)
@@ -65,17 +74,21 @@ def evaluate(model, tokenizer,
     means = {k: sum(v)/len(rows) for k,v in right.items()}
     ranges = {k: interval(v) for k,v in right.items()} | dict(answer_loss=interval(sums, counts))
     per_row = right | dict(answer_loss=list(sums), answer_tokens=list(counts))
-    return Scores(means["exact_match"], sum(sums)/sum(counts), {f: means[f] for f in names}, len(rows), answers,
-                  means["stop_rate"], ranges, per_row)
+    return Scores(means["exact_match"], sum(sums)/sum(counts), {f: means[f] for f in names},
+                  len(rows), answers, means["stop_rate"], ranges, per_row)
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #7eeadf6b
 def before_after(before:Scores, after:Scores) -> Table:
-    "Exact match, each field, how many answers end, the loss, and what changed; each with its 95 % interval."
+    """Exact match, each field, how many answers end, the loss, and what changed; each with its
+    95 % interval."""
     def row(label, key, get):
-        def said(s): return "{:.3f} ({:.2f}-{:.2f})".format(get(s), *s.intervals.get(key, (get(s),)*2))
+        def said(s):
+            return "{:.3f} ({:.2f}-{:.2f})".format(get(s), *s.intervals.get(key, (get(s),)*2))
         was, now = (s.per_row.get(key, [False]*s.n) for s in (before, after))
-        low, high = paired_interval(was, now, after.per_row["answer_tokens"] if key == "answer_loss" else None)
-        return [label, said(before), said(after), f"{get(after) - get(before):+.3f} ({low:+.2f} to {high:+.2f})"]
+        low, high = paired_interval(was, now, after.per_row["answer_tokens"] if key == "answer_loss"
+                                    else None)
+        return [label, said(before), said(after),
+                f"{get(after) - get(before):+.3f} ({low:+.2f} to {high:+.2f})"]
     rows = [row("exact match", "exact_match", lambda s: s.exact_match)]
     rows += [row(f"  {f}", f, lambda s, f=f: s.fields.get(f, 0.)) for f in after.fields]
     rows += [row("answers that end", "stop_rate", lambda s: s.stop_rate),
@@ -88,8 +101,10 @@ def side_by_side(rows:list, before:Scores, after:Scores, n:int=3, width:int=90) 
     def cut(s):
         s = " ".join(s.split())
         return s if len(s) <= width else s[:width-3] + "..."
-    def block(row, was, now): return dict(prompt=as_text(row), before=was, after=now, right=answer_of(row)) | {"": ""}
-    out = [[k, cut(v)] for r in list(zip(rows, before.answers, after.answers))[:n] for k,v in block(*r).items()]
+    def block(row, was, now):
+        return dict(prompt=as_text(row), before=was, after=now, right=answer_of(row)) | {"": ""}
+    out = [[k, cut(v)] for r in list(zip(rows, before.answers, after.answers))[:n]
+           for k,v in block(*r).items()]
     return Table(out[:-1], ["", "held-out rows"])
 
 def as_text(row):
@@ -98,7 +113,8 @@ def as_text(row):
     return text.split("\n\n", 1)[-1]
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #6508a887
-def hold_out_numbers(rows:list, eval_rows:int=64, seed:int=0) -> tuple:  # (to train on, held out), numbers from 1
+def hold_out_numbers(rows:list, eval_rows:int=64, seed:int=0
+                     ) -> tuple:  # (to train on, held out), numbers from 1
     "Divide rows for training and evaluation, by their numbers."
     different = len(rows) - repetitions(rows)
     return pick_rows(rows, min(eval_rows, different//10) if different >= 10 else 0, seed)
@@ -106,23 +122,29 @@ def hold_out_numbers(rows:list, eval_rows:int=64, seed:int=0) -> tuple:  # (to t
 def hold_out(rows:list,          # Of `load_rows`
              eval_rows:int=64,   # Hold out at most so many
              seed:int=0) -> tuple:  # (training rows, held-out rows), no row in both
-    "Divide rows for training and evaluation; what is trained on keeps its order and its repetitions."
-    return tuple([rows[i-1] for i in numbers] for numbers in hold_out_numbers(rows, eval_rows, seed))
+    """Divide rows for training and evaluation; what is trained on keeps its order and its
+    repetitions."""
+    return tuple([rows[i-1] for i in numbers] for numbers in hold_out_numbers(rows, eval_rows,
+        seed))
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #9052c268
-def rows_to_score(data, rows, eval_data=None, test_data=None, eval_rows:int=64, seed:int=0) -> tuple:
+def rows_to_score(data, rows, eval_data=None, test_data=None, eval_rows:int=64,
+                  seed:int=0) -> tuple:
     "(numbers of `rows` to leave out of the training, rows to score on, what to say of them)."
     given = test_data if test_data is not None else eval_data
-    if given is None and source_of(data) == "tickets": given = load_rows("tickets", "test")[:eval_rows]
+    if given is None and source_of(data) == "tickets":
+        given = load_rows("tickets", "test")[:eval_rows]
     if given is None:
         kept, held = hold_out_numbers(rows, eval_rows, seed)
         return sorted({*range(1, len(rows) + 1)} - {*kept}), [rows[i-1] for i in held], []
     score, said = load_rows(given), []
     if len(score) > eval_rows:
-        said.append(f"The scores are taken on {eval_rows} of {len(score)} rows, drawn with the seed.")
+        said.append(f"The scores are taken on {eval_rows} of {len(score)} "
+                    f"rows, drawn with the seed.")
         score = [score[i-1] for i in sorted(pick_rows(score, eval_rows, seed)[1])]
     if test_data is None and eval_data is not None:
-        said.append("The scores are taken on eval_data, which also chose the best step: test_data would judge better.")
+        said.append("The scores are taken on eval_data, which also chose the best step: test_data "
+                    "would judge better.")
     if test_data is not None and score: say_overlap(rows, score)
     return [], score, said
 
@@ -133,9 +155,10 @@ def run_facts(info, folder) -> Table:
     return Table([["trainable parameters", f"{n:,} of {total:,} ({n/total:.2%})"],
                   ["quantized model", fmt_bytes(info["model_bytes"])],
                   ["peak memory", f"{info['peak_memory_gb']:.2f} GB"],
-                  ["training", f"{info['train_seconds']:.0f} s"], ["in all", f"{info['total_seconds']:.0f} s"],
-                  ["adapter", info["adapter"]], ["loss curve", info["loss_curve"]],
-                  ["all numbers", str(folder/"run.json")]], ["this run", ""])
+                  ["training", f"{info['train_seconds']:.0f} s"],
+                  ["in all", f"{info['total_seconds']:.0f} s"], ["adapter", info["adapter"]],
+                  ["loss curve", info["loss_curve"]], ["all numbers", str(folder/"run.json")]],
+                 ["this run", ""])
 
 def adapter_bytes(model): return sum(p.nbytes for n,p in model.named_parameters() if "lora_" in n)
 
@@ -149,42 +172,54 @@ class Report(namedtuple("Report", "run before after rows info")):
     def __str__(self):
         *parts, facts = self.tables()
         return "\n\n".join([*map(str, parts), facts._as("plain")])
-    def _repr_markdown_(self): return "\n\n".join(o if isinstance(o, str) else o._as("github") for o in self.tables())
+    def _repr_markdown_(self):
+        return "\n\n".join(o if isinstance(o, str) else o._as("github") for o in self.tables())
     __repr__ = __str__
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #84582531
-def score_run(run, rows:list, progress:bool=True) -> tuple:  # (rows, before, after, why there are none)
+def score_run(run, rows:list, progress:bool=True
+              ) -> tuple:  # (rows, before, after, why there are none)
     "Score a run's model without and with its adapter; an error is told and does not undo the run."
-    s, none = run.info["settings"], "No rows were held out (fewer than 10 different rows, or eval_rows=0): no score."
+    s, none = (run.info["settings"], "No rows were held out (fewer than 10 different rows, or "
+                                     "eval_rows=0): no score.")
     if not rows: return [], None, None, none
     how = dict(template=s["template"], max_length=s["max_length"], progress=progress)
     try:
         fitting = fit_rows(rows, run.tokenizer, s["template"], s["max_length"], s["long"])
         if not fitting:
-            return [], None, None, f"All {len(rows)} held-out rows are longer than {s['max_length']} tokens: no score."
-        with run.model.disable_adapter(): before = evaluate(run.model, run.tokenizer, fitting, **how)
+            return ([], None, None, f"All {len(rows)} held-out rows are longer than "
+                                    f"{s['max_length']} tokens: no score.")
+        with run.model.disable_adapter():
+            before = evaluate(run.model, run.tokenizer, fitting, **how)
         return fitting, before, evaluate(run.model, run.tokenizer, fitting, **how), None
     except Exception as e:
-        why = (f"The evaluation failed ({type(e).__name__}: {' '.join(str(e).split())[:200]}). The adapter is saved; "
+        why = (f"The evaluation failed ({type(e).__name__}: {' '.join(str(e).split())[:200]}). The "
+               f"adapter is saved; "
                "--resume scores it again.")
         warnings.warn(why)
         return [], None, None, why
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #d8d8c4a1
-PLACES = ("output_dir", "resume", "tokenizer", "callbacks", "config_yaml")   # where a run lies and how it is watched
+# where a run lies and how it is watched
+PLACES = ("output_dir", "resume", "tokenizer", "callbacks", "config_yaml")
 
 def finetune_and_evaluate(data="tickets",          # See `load_rows`
-                          eval_data=None,          # Rows to evaluate on while training, as in `finetune`
+                          # Rows to evaluate on while training, as in `finetune`
+                          eval_data=None,
                           eval_rows:int=64,        # Score at most so many rows; 0 scores nothing
-                          test_data=None,          # For the scores; None: `eval_data`, or the tickets' own, or a tenth
+                          # For the scores; None: `eval_data`, or the tickets' own, or a tenth
+                          test_data=None,
                           seed:int=0,              # Of everything
                           progress:bool=True,      # Show bars?
-                          **settings               # Of `finetune`: model, output_dir, r, columns, ...
+                          # Of `finetune`: model, output_dir, r, columns, ...
+                          **settings
                          ) -> Report:
-    "Fine-tune, and score the model without and with its adapter on rows that it was not trained on."
+    """Fine-tune, and score the model without and with its adapter on rows that it was not
+    trained on."""
     check_settings(eval_rows=eval_rows)
     start, source = time.perf_counter(), source_of(data)
-    asked = dict(data=data, eval_data=eval_data, test_data=test_data, eval_rows=eval_rows, seed=seed)
+    asked = dict(data=data, eval_data=eval_data, test_data=test_data, eval_rows=eval_rows,
+                 seed=seed)
     asked |= {k: v for k, v in settings.items() if k not in PLACES}
     settings.setdefault("config_yaml", asked)   # `finetune` will only see rows
     reading = {k: settings.pop(k) for k in OPTIONS if k in settings}
@@ -194,10 +229,12 @@ def finetune_and_evaluate(data="tickets",          # See `load_rows`
     eval_data, test_data = (o if o is None else load_rows(o, **how) for o in (eval_data, test_data))
     out, held, said = rows_to_score(data, rows, eval_data, test_data, eval_rows, seed)
     for o in said: warnings.warn(o)
-    run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress, **settings)
+    run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress,
+                   **settings)
     held, before, after, why = score_run(run, held, progress)
-    info = run.info | dict(data=source if isinstance(data, (str, Path)) else "rows", eval_rows=len(held),
-                           not_evaluated=why, before=before and before._asdict(), after=after and after._asdict(),
+    info = run.info | dict(data=source if isinstance(data, (str, Path)) else "rows",
+                           eval_rows=len(held), not_evaluated=why, before=before
+                           and before._asdict(), after=after and after._asdict(),
                            model_bytes=model_bytes(run.model) - adapter_bytes(run.model),
                            total_seconds=round(time.perf_counter() - start, 2),
                            peak_memory_gb=round(peak_memory(run.model.device)/1e9, 3))

@@ -17,8 +17,11 @@ def bootstrap(sums,               # One number a row: right or wrong, or the sum
               draws:int=4000, seed:int=0) -> tuple:   # (low, high) of sum(sums)/sum(counts)
     "The percentile bootstrap over rows. Raises `QLoRAError` without rows."
     sums = torch.as_tensor([float(o) for o in sums], dtype=torch.float64)
-    if not len(sums): raise QLoRAError("there are no rows, so there is no interval.", cure="Evaluate at least one row.")
-    counts = torch.ones_like(sums) if counts is None else torch.as_tensor(list(counts), dtype=torch.float64)
+    if not len(sums):
+        raise QLoRAError("there are no rows, so there is no interval.",
+                         cure="Evaluate at least one row.")
+    counts = (torch.ones_like(sums) if counts is None else torch.as_tensor(list(counts),
+        dtype=torch.float64))
     random, n = torch.Generator().manual_seed(seed), len(sums)
     def means(k):
         pick = torch.randint(n, (k, n), generator=random)
@@ -44,7 +47,8 @@ def _binary(*values): return all(values) and set().union(*values) <= {0., 1.}
 
 def interval(sums, counts=None,   # As in `bootstrap`
              level:float=.95, **how) -> tuple:   # (low, high) of sum(sums)/sum(counts)
-    "Wilson's interval where each row is right or wrong, the bootstrap elsewhere. Raises `QLoRAError` without rows."
+    """Wilson's interval where each row is right or wrong, the bootstrap elsewhere. Raises
+    `QLoRAError` without rows."""
     values = [float(o) for o in sums]
     if counts is None and _binary(values): return wilson(sum(values), len(values), level)
     return bootstrap(values, counts, level, **how)
@@ -52,11 +56,15 @@ def interval(sums, counts=None,   # As in `bootstrap`
 # %% ../../nbs/5_evaluation/52_intervals.ipynb #iv0000c8
 def paired_interval(before, after,   # One number a row each, of the same rows in the same order
                     counts=None,     # What each is a sum over; None: one
-                    level:float=.95, **how) -> tuple:   # (low, high) of the mean of `after` less that of `before`
-    "The interval of a change: Newcombe (1998) where rows are right or wrong, else the bootstrap over rows."
+                    # (low, high) of the mean of `after` less that of `before`
+                    level:float=.95, **how) -> tuple:
+    """The interval of a change: Newcombe (1998) where rows are right or wrong, else the
+    bootstrap over rows."""
     a, b = ([float(o) for o in v] for v in (before, after))
-    if len(a) != len(b): raise QLoRAError(f"{len(a)} rows before and {len(b)} after are not the same rows.")
-    if counts is not None or not _binary(a, b): return bootstrap([y - x for x, y in zip(a, b)], counts, level, **how)
+    if len(a) != len(b):
+        raise QLoRAError(f"{len(a)} rows before and {len(b)} after are not the same rows.")
+    if counts is not None or not _binary(a, b):
+        return bootstrap([y - x for x, y in zip(a, b)], counts, level, **how)
     n, p, q = len(a), sum(a)/len(a), sum(b)/len(b)
     (l1, u1), (l2, u2) = (wilson(sum(v), n, level) for v in (a, b))
     both, spread = sum(x*y for x, y in zip(a, b))/n, math.sqrt(p*(1 - p)*q*(1 - q))
@@ -70,4 +78,5 @@ def spread(values,                # One number a run
     "The mean of a few runs, with the smallest and the largest one."
     values = [float(v) for v in values]
     if not values: raise QLoRAError("there are no runs to take a mean of.")
-    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(sum(values)/len(values), min(values), max(values), d=digits)
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(sum(values)/len(values), min(values),
+                                                    max(values), d=digits)

@@ -23,9 +23,11 @@ def windows(n:int,       # Tokens of the text
             window:int,  # Tokens that the model sees at once
             stride:int   # Tokens from one window to the next
            ) -> list:    # (begin, end, first token that is scored)
-    "Where the windows lie. Each token is scored in the first window that holds it and anything before it."
+    """Where the windows lie. Each token is scored in the first window that holds it and anything
+    before it."""
     if not 0 < stride <= window:
-        raise QLoRAError(f"a stride of {stride} leaves gaps between windows of {window}.", cure="Choose 1 to window.")
+        raise QLoRAError(f"a stride of {stride} leaves gaps between windows of {window}.",
+                         cure="Choose 1 to window.")
     out, done = [], 0
     for begin in range(0, n, stride):
         end = min(begin + window, n)
@@ -43,17 +45,22 @@ def token_losses(model, ids:torch.Tensor,   # (n,) token ids
     places, losses, plain = windows(len(ids), window, stride or window), [], plain_head(model)
     if not places: raise QLoRAError("the text is too short.", cure="Give at least two tokens.")
     groups = [places[k:k+batch_size] for k in range(0, len(places), batch_size)]
-    groups = [[o for o in g if o[1]-o[0] == size] for g in groups for size in dict.fromkeys(e - b for b, e, _ in g)]
+    groups = [[o for o in g if o[1]-o[0] == size] for g in groups
+              for size in dict.fromkeys(e - b for b, e, _ in g)]
     for group in tqdm(groups, desc="reading", disable=not progress, unit="batch", leave=False):
         rows = torch.stack([ids[b:e] for b, e, _ in group]).to(model.device)
         hidden = model.get_decoder()(input_ids=rows, use_cache=False)[0] if plain else rows
         for h, (b, e, first), row in zip(hidden, group, rows):
             if plain: logits = model.get_output_embeddings()(h[first-b-1:e-b-1])
-            else: logits = own_logits(model, dict(input_ids=row[None]), torch.arange(first-b-1, e-b-1, device=row.device))[0]
+            else:
+                logits = own_logits(model, dict(input_ids=row[None]),
+                                    torch.arange(first-b-1, e-b-1, device=row.device))[0]
             losses.append(F.cross_entropy(logits.float(), row[first-b:], reduction="none").cpu())
     return torch.cat(losses)
 
-def perplexity(model, tokenizer, text:str, window:int=512, stride:int|None=None, max_tokens:int=8192, **how) -> float:
+def perplexity(model, tokenizer, text:str, window:int=512, stride:int|None=None,
+               max_tokens:int=8192, **how) -> float:
     "exp of the mean loss on the first `max_tokens` tokens of `text`, without special tokens."
-    ids = tokenizer(text[:max_tokens*20], add_special_tokens=False, return_tensors="pt").input_ids[0, :max_tokens]
+    ids = tokenizer(text[:max_tokens*20], add_special_tokens=False,
+                    return_tensors="pt").input_ids[0, :max_tokens]
     return math.exp(token_losses(model, ids, window, stride, **how).double().mean())

@@ -14,7 +14,8 @@ from pathlib import Path
 from ..base.errors import QLoRAError
 from ..base.adapter_files import describe_adapter, open_tensors
 from ..base.core import Table
-from .lora_model import adapter_tensors, add_lora, disable_adapter, load_adapter as load_lora, save_adapter as save_lora
+from .lora_model import (adapter_tensors, add_lora, disable_adapter,
+                                             load_adapter as load_lora, save_adapter as save_lora)
 from ..base.model_files import tiny_model
 from ..base.nf4_config import quiet
 from .loading import load_model
@@ -36,7 +37,8 @@ BACKENDS = dict(bnb=load_model, scratch=load_scratch)   # name → how to load a
 @contextlib.contextmanager
 def as_named():
     "Within this block, PEFT takes the names of layers as they are, also in a mixture of experts."
-    names = "convert_peft_config_for_transformers", "convert_peft_adapter_state_dict_for_transformers"
+    names = ("convert_peft_config_for_transformers",
+             "convert_peft_adapter_state_dict_for_transformers")
     was = {n: getattr(conversion, n) for n in names if hasattr(conversion, n)}
     for n in was: setattr(conversion, n, lambda *args, **kw: kw.get("adapter_state_dict"))
     try: yield
@@ -44,7 +46,8 @@ def as_named():
         for n,f in was.items(): setattr(conversion, n, f)
 
 def refused(model, names:list) -> list:
-    "Layers that PEFT does not put an adapter on, such as `out_proj` beside a state space, whose kernel reads its weight."
+    """Layers that PEFT does not put an adapter on, such as `out_proj` beside a state space,
+    whose kernel reads its weight."""
     ask, cfg = BaseTuner._check_target_module_compatiblity, LoraConfig()
     def no(n):
         try: ask(None, cfg, model, n.rpartition(".")[2])
@@ -54,45 +57,63 @@ def refused(model, names:list) -> list:
 def adapted_layers(model) -> list:   # With adapters of either backend
     "Names of the layers that have an adapter."
     own = [n for n,_ in model.named_parameters() if ".lora_A" in n]
-    return sorted({clean_name(n.rpartition(".lora_A")[0]) for n in own} - {o.rpartition(".")[0] for o in adapted_parameters(model)})
+    return sorted({clean_name(n.rpartition(".lora_A")[0]) for n in own} - {o.rpartition(".")[0]
+        for o in adapted_parameters(model)})
 
 def adapted_parameters(model) -> list:   # A PEFT model
     "Names of the parameters that have an adapter."
-    return sorted(f"{clean_name(n)}.{m.parameter_name}" for n,m in model.named_modules() if hasattr(m, "parameter_name"))
+    return sorted(f"{clean_name(n)}.{m.parameter_name}" for n,m in model.named_modules()
+                  if hasattr(m, "parameter_name"))
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #ef5267b3
 def chosen_layers(model, target_modules:str|list) -> list:
-    "The layers that `targets` means and that can have an adapter. Raises `QLoRAError` where one that was named cannot."
+    """The layers that `targets` means and that can have an adapter. Raises `QLoRAError` where
+    one that was named cannot."""
     names = match_targets(model, target_modules)   # raises, with near names
     read = [n for n in names if n in getattr(model, "qlora_nb_read", ())]
     out = sorted({n.rpartition(".")[2] for n in refused(model, names) + read})
     left = [n for n in names if n.rpartition(".")[2] not in out]
     if out and (target_modules != "all-linear" or not left):
-        raise QLoRAError(f"{', '.join(out)} cannot have an adapter: other code of this model reads its weight.",
+        raise QLoRAError(f"{', '.join(out)} cannot have an adapter: other code "
+                         f"of this model reads its weight.",
                          type(model).__name__, "Leave it out, or use target_modules='all-linear'.")
-    if out: warnings.warn(f"{', '.join(out)} of {type(model).__name__} cannot have an adapter and is left out.", stacklevel=3)
+    if out:
+        warnings.warn(f"{', '.join(out)} of {type(model).__name__} cannot have "
+                      f"an adapter and is left out.", stacklevel=3)
     return left
 
 def short_names(model, names:list) -> list:
     "The last parts of the names where they mean these layers and no others, else the names."
     short = sorted({n.split(".")[-1] for n in names})
-    return short if {n for o in find_targets(model, short).values() for n in o} == set(names) else names
+    return (short if {n for o in find_targets(model, short).values() for n in o} == set(names)
+            else names)
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #fc7d73f4
-def chosen_parameters(model, wanted:list, lora_dropout:float) -> list:   # As PEFT's `target_parameters`
-    "Full names of the stacks of matrices that are wanted. Raises `QLoRAError` for what cannot have an adapter."
+def chosen_parameters(model, wanted:list, lora_dropout:float
+                      ) -> list:  # As PEFT's `target_parameters`
+    """Full names of the stacks of matrices that are wanted. Raises `QLoRAError` for what cannot
+    have an adapter."""
     who, stacks = type(model).__name__, []
     for n,m in model.named_modules():
-        have = [k for k,p in m.named_parameters(recurse=False) if is_stack(m, p)] + [*getattr(m, "parametrizations", ())]*bool(stacks_of(m))
+        have = [k for k,p in m.named_parameters(recurse=False) if is_stack(m, p)] + [*getattr(m,
+            "parametrizations", ())]*bool(stacks_of(m))
         stacks += [f"{clean_name(n)}.{k}" for k in have]
-    if isinstance(wanted, str): raise QLoRAError("target_parameters has to be a list.", wanted, f'Give target_parameters=["{wanted}"].')
-    if is_scratch(model): raise QLoRAError("experts can have adapters with backend='bnb' only.", who, "Leave target_parameters out.")
-    if lora_dropout: raise QLoRAError(f"adapters on parameters have no lora_dropout (it is {lora_dropout:g}).", who, "Set lora_dropout=0.")
+    if isinstance(wanted, str):
+        raise QLoRAError("target_parameters has to be a list.", wanted,
+                         f'Give target_parameters=["{wanted}"].')
+    if is_scratch(model):
+        raise QLoRAError("experts can have adapters with backend='bnb' only.", who,
+                         "Leave target_parameters out.")
+    if lora_dropout:
+        raise QLoRAError(f"adapters on parameters have no lora_dropout (it is {lora_dropout:g}).",
+                         who, "Set lora_dropout=0.")
     for t in wanted:
         if any(f".{n}".endswith(f".{t}") for n in stacks): continue
         kinds = sorted({re.sub(r"\b\d+\b", "*", n).rpartition("*.")[2] for n in stacks})
-        near = ", ".join(difflib.get_close_matches(t, kinds, cutoff=.3) or kinds) or "none; name its layers in target_modules"
-        raise QLoRAError(f"the target parameter '{t}' matches no stack of experts.", who, f"Its stacks are: {near}.")
+        near = (", ".join(difflib.get_close_matches(t, kinds, cutoff=.3) or kinds)
+                or "none; name its layers in target_modules")
+        raise QLoRAError(f"the target parameter '{t}' matches no stack of experts.", who,
+                         f"Its stacks are: {near}.")
     return [n for n in stacks if any(f".{n}".endswith(f".{t}") for t in wanted)]
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #fc268044
@@ -100,10 +121,14 @@ def add_adapters(model,                       # A 4-bit model of either backend
                  r:int=16,                    # Rank: the inner size of each adapter
                  lora_alpha:float=32,         # The update is scaled by lora_alpha / r
                  lora_dropout:float=0.,       # On the adapters' input
-                 target_modules:str|list="all-linear",  # Or names of layers, such as ["q_proj", "v_proj"]
-                 target_parameters:list|None=None):  # Stacks of experts too, such as ["experts.down_proj"]
-    "Put LoRA adapters on `model`: PEFT's, or ours on our own layers. Raises `QLoRAError` for a target that matches nothing."
-    if isinstance(target_modules, str) and target_modules != "all-linear": target_modules = [target_modules]
+                 # Or names of layers, such as ["q_proj", "v_proj"]
+                 target_modules:str|list="all-linear",
+                 # Stacks of experts too, such as ["experts.down_proj"]
+                 target_parameters:list|None=None):
+    """Put LoRA adapters on `model`: PEFT's, or ours on our own layers. Raises `QLoRAError` for a
+    target that matches nothing."""
+    if isinstance(target_modules, str) and target_modules != "all-linear":
+        target_modules = [target_modules]
     stacks = chosen_parameters(model, target_parameters, lora_dropout) if target_parameters else []
     names = chosen_layers(model, target_modules) if target_modules or not stacks else []
     how = short_names(model, names) if names else []
@@ -115,14 +140,17 @@ def add_adapters(model,                       # A 4-bit model of either backend
                          target_parameters=target_parameters or None, task_type="CAUSAL_LM")
         with as_named(), stacks_as_parameters(model): model = get_peft_model(model, cfg)
     if odd := {*adapted_layers(model), *adapted_parameters(model)} ^ {*names, *stacks}:
-        raise QLoRAError(f"{len(odd)} layers have an adapter that should not, or none: {min(odd)}.", type(model).__name__)
+        raise QLoRAError(f"{len(odd)} layers have an adapter that should not, or none: {min(odd)}.",
+                         type(model).__name__)
     return model
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #8c95d4ff
 def adapter_coverage(model) -> Table:   # With adapters of either backend
     "By kind of weight that could have an adapter: how many numbers, and whether it has one."
-    found = [w for w in list_weights(model) if w.kind.startswith("NF4") or w.kind in ("wide", "router", "read elsewhere")]
-    have, total = {f"{n}{end}" for n in adapted_layers(model) for end in ("", ".weight")}, sum(w.numel for w in found)
+    found = [w for w in list_weights(model) if w.kind.startswith("NF4")
+             or w.kind in ("wide", "router", "read elsewhere")]
+    have, total = ({f"{n}{end}" for n in adapted_layers(model) for end in ("", ".weight")},
+                   sum(w.numel for w in found))
     have |= {*adapted_parameters(model)}
     size = {w.name: w.numel for w in found}
     rows, kinds = [], {}
@@ -131,7 +159,8 @@ def adapter_coverage(model) -> Table:   # With adapters of either backend
         n = sum(size[o] for o in ns)
         rows.append([kind, f"{n:,}", n/total, sum(size[o] for o in ns if o in have)/n])
     covered = sum(size[o] for o in size if o in have)
-    return Table([*rows, ["all", f"{total:,}", 1., covered/total]], ["weights", "numbers", "share", "with an adapter"], ".1%")
+    return Table([*rows, ["all", f"{total:,}", 1., covered/total]],
+                 ["weights", "numbers", "share", "with an adapter"], ".1%")
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #90564f31
 def save_adapter(model,            # With adapters of either backend
@@ -156,7 +185,8 @@ def save_adapter(model,            # With adapters of either backend
 def attach_adapter(model,               # A base, or a model with PEFT's adapters on it
                    folder:str|Path,     # Of an adapter in PEFT's format
                    name:str="default"):
-    "Put an adapter from a file on a model, with PEFT or, on our own layers, with ours. Raises `QLoRAError` unless each matrix has its layer."
+    """Put an adapter from a file on a model, with PEFT or, on our own layers, with ours. Raises
+    `QLoRAError` unless each matrix has its layer."""
     folder = Path(folder).expanduser()
     if is_scratch(model):
         load_lora(model, folder, name)
@@ -164,8 +194,10 @@ def attach_adapter(model,               # A base, or a model with PEFT's adapter
         return model
     with open_tensors(folder) as f: keys = {k for k in f.keys() if ".lora_" in k}
     mods = {clean_name(n) for n in outer_modules(model)}
-    known = all(clean_name(k.partition(".lora_")[0]) in mods for k in keys)   # else its names are of an older version
-    with quiet(), as_named() if known else contextlib.nullcontext(), stacks_as_parameters(model), warnings.catch_warnings():
+    # else its names are of an older version
+    known = all(clean_name(k.partition(".lora_")[0]) in mods for k in keys)
+    with quiet(), as_named() if known else contextlib.nullcontext(), stacks_as_parameters(
+        model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*missing adapter keys.*")   # compared below
         try:
             if isinstance(model, PeftModel): model.load_adapter(folder, name)
@@ -173,12 +205,16 @@ def attach_adapter(model,               # A base, or a model with PEFT's adapter
         except RuntimeError as e:
             if "size mismatch" not in str(e): raise
             why = str(e).split("size mismatch for ")[1].splitlines()[0].rstrip(".")
-            raise QLoRAError(f"the adapter holds a matrix of another size than the base ({why}).", str(folder),
+            raise QLoRAError(f"the adapter holds a matrix of another size than the base ({why}).",
+                             str(folder),
                              "Give the base with a table of that size: base=... (--model).") from e
-    have = {k for k in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) if ".lora_" in k}
+    have = {k for k in get_peft_model_state_dict(model, adapter_name=name,
+                                                 save_embedding_layers=False) if ".lora_" in k}
     if odd := keys ^ have:
-        raise QLoRAError(f"{len(odd)} matrices of the adapter and the model do not belong together: {min(odd)}.", str(folder),
-                         "Load the base that it was trained on, with the version that it was trained with.")
+        raise QLoRAError(f"{len(odd)} matrices of the adapter and the model do not belong "
+                         f"together: {min(odd)}.", str(folder),
+                         "Load the base that it was trained on, with the "
+                         "version that it was trained with.")
     return model
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #f25ada7a
@@ -189,7 +225,8 @@ def read_adapter(model,             # With our own adapters on it
     for k, p in adapter_tensors(model, "default").items(): p.data.copy_(have[k])
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #d1c9d2fe
-def tiny_qlora(kind:str="llama", n_layers:int=2, r:int=8, lora_alpha:float=16, **config) -> torch.nn.Module:  # See `tiny_model`
+def tiny_qlora(kind:str="llama", n_layers:int=2, r:int=8, lora_alpha:float=16,
+               **config) -> torch.nn.Module:  # See `tiny_model`
     "A tiny model with our own 4-bit layers, and adapters whose update is not zero, ready to train."
     model = tiny_model(kind, num_hidden_layers=n_layers, **config)
     quantize_model(model)

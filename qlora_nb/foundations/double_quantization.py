@@ -19,16 +19,20 @@ from .nf4 import CODEBOOKS, levels, nearest_code, scale_blocks, to_blocks
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #f7f47f72
 @lru_cache
 def dynamic_code(device:torch.device|str="cpu" # Where the table should lie
-                ) -> torch.Tensor:             # (256,) float32, ascending. Shared: do not write to it
-    "The signed 8-bit dynamic code (Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015)."
-    edges = [torch.linspace(0.1, 1, 2**i + 1, device="cpu") for i in range(7)]  # 1, 2, 4 ... 64 steps a decade
+                # (256,) float32, ascending. Shared: do not write to it
+                ) -> torch.Tensor:
+    """The signed 8-bit dynamic code (Dettmers, 8-Bit Approximations for Parallelism in Deep
+    Learning, 2015)."""
+    # 1, 2, 4 ... 64 steps a decade
+    edges = [torch.linspace(0.1, 1, 2**i + 1, device="cpu") for i in range(7)]
     v = torch.cat([10.**(i - 6)*((e[1:] + e[:-1])/2) for i,e in enumerate(edges)])
     return torch.cat([-v, v, v.new_tensor([0, 1])]).sort().values.to(device)
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #c41073d4
 @dataclass
 class DoubleQuantized:
-    "Block scales in 8 bits: `code[codes]*absmax + offset`, with one `absmax` for each group of 256 scales."
+    """Block scales in 8 bits: `code[codes]*absmax + offset`, with one `absmax` for each group of
+    256 scales."""
     codes:torch.Tensor   # (blocks,) uint8
     absmax:torch.Tensor  # (ceil(blocks/256),) float32
     offset:torch.Tensor  # () float32: the mean of the scales
@@ -39,19 +43,24 @@ class DoubleQuantized:
         return v.view(-1)[:self.codes.numel()] + self.offset
     @property
     def nbytes(self): return self.codes.nbytes + self.absmax.nbytes + self.offset.nbytes
-    def to(self, device): return DoubleQuantized(*(getattr(self, o).to(device) for o in self.__dataclass_fields__))
+    def to(self, device):
+        return DoubleQuantized(*(getattr(self, o).to(device) for o in self.__dataclass_fields__))
 
 def double_quantize(absmax:torch.Tensor  # (blocks,) float32, the scales of the blocks
                    ) -> DoubleQuantized: # 8 bits a scale, 32 for 256 of them, 32 for all
-    "Quantize block scales to 8 bits (QLoRA paper, section 3). Raises `QLoRAError` when their mean overflows."
+    """Quantize block scales to 8 bits (QLoRA paper, section 3). Raises `QLoRAError` when their
+    mean overflows."""
     offset = absmax.mean()
-    if not offset.isfinite(): raise QLoRAError("the mean of the scales overflows float32.", cure="Use double=False.")
+    if not offset.isfinite():
+        raise QLoRAError("the mean of the scales overflows float32.", cure="Use double=False.")
     groups = to_blocks(absmax - offset, 256)
     top = groups.abs().amax(1)
-    x = (groups*(1/top)[:,None]).nan_to_num(nan=-1).clamp(-1, 1)  # 0/0, a group of equal scales, gets code 0
+    # 0/0, a group of equal scales, gets code 0
+    x = (groups*(1/top)[:,None]).nan_to_num(nan=-1).clamp(-1, 1)
     grid = ((x + 1)*.5*65535 + .5).int()*2/65535 - 1
     code = dynamic_code(absmax.device)
-    return DoubleQuantized(nearest_code(grid, code).view(-1)[:absmax.numel()].clone(), top, offset, code)
+    return DoubleQuantized(nearest_code(grid, code).view(-1)[:absmax.numel()].clone(), top, offset,
+                           code)
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #097b5b91
 @lru_cache
@@ -65,13 +74,16 @@ def dequantize_packed(packed:torch.Tensor, # (ceil(n/2),) uint8, or any shape of
                       codebook:str,        # "nf4", "fp4" or "int4"
                       block_size:int,      # Weights a block
                       shape:tuple,         # Of the result, n weights
-                      dtype:torch.dtype    # Of the result; the product is made in float32 and rounded once
+                      # Of the result; the product is made in float32 and rounded once
+                      dtype:torch.dtype
                      ) -> torch.Tensor:    # `shape`, `dtype`
     "Weights from packed codes and block scales."
     n = math.prod(shape)
     whole = n - n % block_size
-    p = packed.reshape(math.gcd(packed.numel(), 8), -1).long()   # in rows, which the threads of a CPU share
-    w = _pairs(codebook, packed.device).expand(len(p), -1).gather(1, p).view(-1).view(torch.float32)[:n]
+    # in rows, which the threads of a CPU share
+    p = packed.reshape(math.gcd(packed.numel(), 8), -1).long()
+    w = _pairs(codebook, packed.device).expand(len(p), -1).gather(1,
+        p).view(-1).view(torch.float32)[:n]
     w[:whole].view(-1, block_size).mul_(absmax[:whole//block_size,None])
     if whole < n: w[whole:].mul_(absmax[-1])
     return w.view(shape).to(dtype)
@@ -87,7 +99,8 @@ class QuantizedTensor:
     block_size:int
     codebook:str
     @property
-    def absmax(self): return self.scales.dequantize() if isinstance(self.scales, DoubleQuantized) else self.scales
+    def absmax(self):
+        return self.scales.dequantize() if isinstance(self.scales, DoubleQuantized) else self.scales
     @property
     def nbytes(self): return self.packed.nbytes + self.scales.nbytes
     @property
@@ -97,16 +110,19 @@ class QuantizedTensor:
         return f"{' × '.join(map(str, self.shape))}, {self.codebook}, block {self.block_size}{how}"
     def _repr_html_(self): return self.table()._repr_html_()
     def _repr_markdown_(self): return self.table()._repr_markdown_()
-    def to(self, device): return replace(self, packed=self.packed.to(device), scales=self.scales.to(device))
+    def to(self, device):
+        return replace(self, packed=self.packed.to(device), scales=self.scales.to(device))
     def dequantize(self, dtype:torch.dtype|None=None): # None: the dtype that it was quantized from
         "The weight again, each value on one of the levels of its block."
         dtype = dtype or self.dtype
-        return dequantize_packed(self.packed, self.absmax, self.codebook, self.block_size, self.shape, dtype)
+        return dequantize_packed(self.packed, self.absmax, self.codebook, self.block_size,
+                                 self.shape, dtype)
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #b19301a9
 @patch
 def table(self:QuantizedTensor) -> Table: # One row for each stored tensor
-    "What is stored and what each part costs; the two tables of levels are shared by all tensors and not counted."
+    """What is stored and what each part costs; the two tables of levels are shared by all
+    tensors and not counted."""
     s, n = self.scales, math.prod(self.shape)
     parts = [s] if torch.is_tensor(s) else [s.codes, s.absmax, s.offset]
     names = ["codes", "scales", "scales of scales", "mean scale"]
@@ -118,49 +134,64 @@ def check_quantizable(W, codebook, block_size):
     "Raise `QLoRAError` for what cannot be quantized."
     where = f"a tensor of {str(W.dtype)[6:]}, shape {tuple(W.shape)}"
     if W.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise QLoRAError("only 16- and 32-bit floats can be quantized.", where, "Convert it with .float() first.")
-    if W.numel() == 0: raise QLoRAError("there is nothing to quantize.", where, "Skip tensors without elements.")
+        raise QLoRAError("only 16- and 32-bit floats can be quantized.", where,
+                         "Convert it with .float() first.")
+    if W.numel() == 0:
+        raise QLoRAError("there is nothing to quantize.", where, "Skip tensors without elements.")
     if codebook not in CODEBOOKS:
-        raise QLoRAError(f"no codebook is called {codebook!r}.", cure=f"Choose from: {', '.join(CODEBOOKS)}.")
+        raise QLoRAError(f"no codebook is called {codebook!r}.",
+                         cure=f"Choose from: {', '.join(CODEBOOKS)}.")
     if type(block_size) is not int or block_size < 2 or block_size & (block_size - 1):
-        raise QLoRAError(f"a block of {block_size} is not possible.", cure="Use a power of two from 2 up; 64 is usual.")
+        raise QLoRAError(f"a block of {block_size} is not possible.",
+                         cure="Use a power of two from 2 up; 64 is usual.")
     if len(bad := (~W.isfinite()).nonzero()):
-        what = f"{len(bad):,} of {W.numel():,} values are NaN or infinite, the first at {bad[0].tolist()}."
+        what = (f"{len(bad):,} of {W.numel():,} values are NaN or infinite, the first at "
+                f"{bad[0].tolist()}.")
         raise QLoRAError(what, where, "Look for a damaged checkpoint, or an overflow in float16.")
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #eabc9fc5
-def quantize(W:torch.Tensor,       # Any shape and strides; float32, bfloat16 or float16; on any device
+def quantize(W:torch.Tensor,  # Any shape and strides; float32, bfloat16 or float16; on any device
              codebook:str="nf4",   # "nf4", "fp4" or "int4"
-             block_size:int=64,    # Weights that share a scale: a power of two (bitsandbytes has 32 to 4096)
+             # Weights that share a scale: a power of two (bitsandbytes has 32 to 4096)
+             block_size:int=64,
              double:bool=True      # Quantize the scales too?
             ) -> QuantizedTensor:  # On the same device; `W` is not changed
-    "Quantize a weight to 4 bits. Raises `QLoRAError` for NaN, infinity, empty or integer input and impossible blocks."
+    """Quantize a weight to 4 bits. Raises `QLoRAError` for NaN, infinity, empty or integer input
+    and impossible blocks."""
     check_quantizable(W, codebook, block_size)
     scaled, absmax = scale_blocks(W, block_size)
     n = W.numel() + W.numel() % 2
     codes = nearest_code(scaled.view(-1)[:n], levels(codebook, W.device))
     scales = double_quantize(absmax) if double else absmax
-    return QuantizedTensor(codes[::2] << 4 | codes[1::2], scales, W.shape, W.dtype, block_size, codebook)
+    return QuantizedTensor(codes[::2] << 4 | codes[1::2], scales, W.shape, W.dtype, block_size,
+                           codebook)
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #12f3868b
 @patch(cls_method=True)
 def from_bnb(cls:QuantizedTensor,
-             data:torch.Tensor, # Packed, as `quantize_4bit` returns it or as `Linear4bit.weight` holds it
+             # Packed, as `quantize_4bit` returns it or as `Linear4bit.weight` holds it
+             data:torch.Tensor,
              state):            # Its bitsandbytes `QuantState`
-    "Take over a 4-bit tensor of bitsandbytes, sharing memory. Raises `QLoRAError` for one rearranged for inference."
+    """Take over a 4-bit tensor of bitsandbytes, sharing memory. Raises `QLoRAError` for one
+    rearranged for inference."""
     if getattr(state, "packing_format_for_cpu", False):
-        raise QLoRAError("bitsandbytes has rearranged this weight for inference.", cure="`load_model` prevents that.")
+        raise QLoRAError("bitsandbytes has rearranged this weight for inference.",
+                         cure="`load_model` prevents that.")
     s, two, data = state.absmax, state.state2, data.detach().view(torch.uint8).reshape(-1)
     if two is not None: s = DoubleQuantized(s, two.absmax, state.offset, two.code)
     return cls(data, s, torch.Size(state.shape), state.dtype, state.blocksize, state.quant_type)
 
 @patch
-def to_bnb(self:QuantizedTensor) -> tuple: # (packed, QuantState), for `bitsandbytes.functional.dequantize_4bit`
-    "The same tensor for bitsandbytes, sharing memory. Raises `QLoRAError` for what bitsandbytes does not have."
+def to_bnb(self:QuantizedTensor
+           ) -> tuple:  # (packed, QuantState), for `bitsandbytes.functional.dequantize_4bit`
+    """The same tensor for bitsandbytes, sharing memory. Raises `QLoRAError` for what
+    bitsandbytes does not have."""
     from bitsandbytes.functional import QuantState
     if self.codebook == "int4" or not 32 <= self.block_size <= 4096:
-        raise QLoRAError(f"bitsandbytes has no {self.codebook} in blocks of {self.block_size}.", cure="Quantize anew.")
-    s, kw = self.scales, dict(shape=self.shape, dtype=self.dtype, blocksize=self.block_size, quant_type=self.codebook,
+        raise QLoRAError(f"bitsandbytes has no {self.codebook} in blocks of {self.block_size}.",
+                         cure="Quantize anew.")
+    s, kw = self.scales, dict(shape=self.shape, dtype=self.dtype, blocksize=self.block_size,
+                              quant_type=self.codebook,
                               code=levels(self.codebook, self.packed.device))
     if torch.is_tensor(s): return self.packed[:,None], QuantState(s, **kw)
     two = QuantState(s.absmax, code=s.code, blocksize=256, dtype=torch.float32)

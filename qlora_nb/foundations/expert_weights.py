@@ -17,19 +17,24 @@ from transformers import core_model_loading
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #df96b0fd
 def is_stack(m:nn.Module, p:torch.Tensor) -> bool:
-    "Is this parameter of `m` a stack of matrices that is still wide, such as the experts of a block?"
-    return p.ndim > 2 and p.is_floating_point() and not isinstance(m, _ConvNd) and min(p.shape[-2:]) > 8
+    """Is this parameter of `m` a stack of matrices that is still wide, such as the experts of a
+    block?"""
+    return (p.ndim > 2 and p.is_floating_point() and not isinstance(m, _ConvNd)
+            and min(p.shape[-2:]) > 8)
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #85f43e9d
 class Stack(nn.Module):
-    "How a stack of matrices is read: dequantized at each access, once in each forward pass of its module."
-    experts, kept, open, added = 0, None, 0, ()   # added: (B, A, scaling) of the adapters that are active
+    """How a stack of matrices is read: dequantized at each access, once in each forward pass of
+    its module."""
+    # added: (B, A, scaling) of the adapters that are active
+    experts, kept, open, added = 0, None, 0, ()
     def write(self, packed): raise NotImplementedError   # → the wide tensor; a subclass knows how
     def read(self, packed, added, again=False):
         with torch.no_grad(): wide = self.write(packed)
         with torch.autocast(wide.device.type, enabled=False):
             for B,A,scaling in added:
-                add = wide.baddbmm_ if again else wide.baddbmm   # autograd is not looking in the backward pass
+                # autograd is not looking in the backward pass
+                add = wide.baddbmm_ if again else wide.baddbmm
                 wide = add(B.to(wide.dtype), A.to(wide.dtype), alpha=scaling)
         return wide
     def forward(self, packed):
@@ -44,16 +49,20 @@ class BnbStack(Stack):
     def __init__(self, state, shape):
         super().__init__()
         self.state, self.shape, self.experts = state, tuple(shape), shape[0]
-    def write(self, packed): return bnb.functional.dequantize_4bit(packed, self.state).view(self.shape)
+    def write(self, packed):
+        return bnb.functional.dequantize_4bit(packed, self.state).view(self.shape)
     def blank(self, packed):
         "A parameter of the stack's shape and type, without memory."
-        return nn.Parameter(torch.empty((), dtype=self.state.dtype, device=packed.device).expand(self.shape), requires_grad=False)
+        return nn.Parameter(torch.empty((), dtype=self.state.dtype,
+                                        device=packed.device).expand(self.shape),
+                            requires_grad=False)
 
 @torch.no_grad()
 def bnb_stack(p:torch.Tensor) -> tuple:   # A stack → (packed parameter, how to read it)
     "Quantize a stack to NF4 with double quantization, in blocks of 64."
     rows = p.detach().reshape(-1, 64 if p.numel() % 64 == 0 else p.shape[-1]).contiguous()
-    q, state = bnb.functional.quantize_4bit(rows, blocksize=64, compress_statistics=True, quant_type="nf4")
+    q, state = bnb.functional.quantize_4bit(rows, blocksize=64, compress_statistics=True,
+                                            quant_type="nf4")
     state.full_shape = tuple(p.shape)
     q = nn.Parameter(q, requires_grad=False)
     q.quant_state = state   # where every count of parameters and bytes looks for it
@@ -77,7 +86,8 @@ def pack_stacks(model:nn.Module, how=bnb_stack) -> list:   # Names of what was p
     "Put each stack that is still wide into 4 bits, one at a time."
     names = []
     for n,m in list(model.named_modules()):
-        for k in [k for k,p in m.named_parameters(recurse=False) if p.is_floating_point() and is_stack(m, p)]:
+        for k in [k for k,p in m.named_parameters(recurse=False) if p.is_floating_point()
+                  and is_stack(m, p)]:
             pack_stack(m, k, how), names.append(f"{n}.{k}")
     return names
 
@@ -102,14 +112,16 @@ def _keep(stacks):
     "What autograd keeps instead of a tensor: for a view into a wide stack only where it lies."
     def pack(t):
         for s,packed in stacks:
-            if s.kept is not None and t.untyped_storage().data_ptr() == s.kept.untyped_storage().data_ptr():
+            if (s.kept is not None and t.untyped_storage().data_ptr()
+                == s.kept.untyped_storage().data_ptr()):
                 return View(s, packed, s.added, t.size(), t.stride(), t.storage_offset())
         return t
     return pack
 
 @torch.no_grad()
 def _give(kept):
-    "The tensor itself; a stack is written out once in a backward pass, and one module's stacks at a time."
+    """The tensor itself; a stack is written out once in a backward pass, and one module's stacks
+    at a time."""
     if not isinstance(kept, View): return kept
     key = kept.stack, id(kept.added)
     if key not in _again:
@@ -120,13 +132,15 @@ def _give(kept):
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #f4adfdcd
 def stacks_of(m:nn.Module) -> list:   # (how to read it, its codes)
-    return [(o[0], o.original) for o in getattr(m, "parametrizations", nn.ModuleDict()).values() if isinstance(o[0], Stack)]
+    return [(o[0], o.original) for o in getattr(m, "parametrizations", nn.ModuleDict()).values()
+            if isinstance(o[0], Stack)]
 
 def _open(m, args):
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     for s,_ in stacks_of(m): s.open, s.owner = s.open + 1, id(m)
     hooks = contextlib.nullcontext()
-    if torch.is_grad_enabled() and outer is None: hooks = torch.autograd.graph.saved_tensors_hooks(_keep(stacks_of(m)), _give)
+    if torch.is_grad_enabled() and outer is None:
+        hooks = torch.autograd.graph.saved_tensors_hooks(_keep(stacks_of(m)), _give)
     hooks.__enter__()
     m.__dict__.setdefault("_qlora_nb_hooks", []).append(hooks)
 
@@ -145,47 +159,59 @@ class ParamWrapper(peft_layer.ParamWrapper):   # PEFT knows it by this name
         was, stack.added = stack.added, tuple(self.factors(o) for o in active if o in self.lora_A)
         try: yield
         finally: stack.added = was
-    def factors(self, name:str) -> tuple:   # (B, A, scaling): (experts, rows, r), (experts, r, columns)
+    def factors(self, name:str
+                ) -> tuple:  # (B, A, scaling): (experts, rows, r), (experts, r, columns)
         A, B = self.lora_A[name].weight, self.lora_B[name].weight
         A = A.reshape(self.num_experts, -1, A.shape[-1])
         B = B.reshape(B.shape[0], -1, self.num_experts).permute(2, 0, 1)
         if not self._did_swap_in_out_features: A, B = B.mT, A.mT   # a stack of (inputs, outputs)
         return B, A, self.scaling[name]
     def merge(self, *args, **kw):
-        raise NotImplementedError(f"an adapter on {self.parameter_name} cannot be merged into a stack in 4 bits. "
-                                  "Use qlora_nb.using.merge.merge_and_save, which writes the stack out.")
+        raise NotImplementedError(f"an adapter on {self.parameter_name} cannot be merged into a "
+                                  f"stack in 4 bits. "
+                                  "Use qlora_nb.using.merge.merge_and_save, "
+                                  "which writes the stack out.")
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #342d9038
 @contextlib.contextmanager
 def stacks_as_parameters(model):
-    "Within this block packed stacks look like parameters, so that PEFT finds them; adapters it puts there work on the stacks."
-    held = [(m, type(m), m._parameters, m.parametrizations) for m in model.modules() if any(hasattr(s, "blank") for s,_ in stacks_of(m))]
+    """Within this block packed stacks look like parameters, so that PEFT finds them; adapters it
+    puts there work on the stacks."""
+    held = [(m, type(m), m._parameters, m.parametrizations) for m in model.modules()
+            if any(hasattr(s, "blank") for s,_ in stacks_of(m))]
     for m,cls,own,stacks in held:
         shown = {k: o[0].blank(o.original) for k,o in stacks.items()} | own
-        m.__class__, m._parameters = cls.__bases__[0], {k: shown[k] for k in dict.fromkeys([*m.qlora_nb_order, *shown]) if k in shown}
+        m.__class__, m._parameters = (cls.__bases__[0],
+                                      {k: shown[k] for k in dict.fromkeys([*m.qlora_nb_order,
+                                      *shown]) if k in shown})
         del m._modules["parametrizations"]
     try: yield
     finally:
-        for m,cls,own,stacks in held: m.__class__, m._parameters, m._modules["parametrizations"] = cls, own, stacks
+        for m,cls,own,stacks in held:
+            m.__class__, m._parameters, m._modules["parametrizations"] = cls, own, stacks
     for w in [w for w in model.modules() if type(w) is peft_layer.ParamWrapper]:
-        if any(w.parameter_name == k for k in getattr(w.get_base_layer(), "parametrizations", ())): w.__class__ = ParamWrapper
+        if any(w.parameter_name == k for k in getattr(w.get_base_layer(), "parametrizations", ())):
+            w.__class__ = ParamWrapper
 
 def adapted_tensor(w) -> nn.Parameter:   # An adapter on a parameter
     "The parameter that it is on, packed or not."
     base, k = w.get_base_layer(), w.parameter_name
-    return base.parametrizations[k].original if parametrize.is_parametrized(base, k) else base._parameters[k]
+    return (base.parametrizations[k].original if parametrize.is_parametrized(base, k)
+            else base._parameters[k])
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #6386c564
 @contextlib.contextmanager
 def packing_stacks(how=bnb_stack):   # As in `pack_stack`
-    "Within this block, transformers' `from_pretrained` puts each stack into 4 bits as soon as it has been read."
+    """Within this block, transformers' `from_pretrained` puts each stack into 4 bits as soon as
+    it has been read."""
     theirs = core_model_loading.set_param_for_module
     def set_param(model, name, *args, **kw):
         theirs(model, name, *args, **kw)
         path, _, last = name.rpartition(".")
         m = model.get_submodule(path)
         p = m._parameters.get(last)
-        if p is not None and p.is_floating_point() and not p.is_meta and is_stack(m, p): pack_stack(m, last, how)
+        if p is not None and p.is_floating_point() and not p.is_meta and is_stack(m, p):
+            pack_stack(m, last, how)
     core_model_loading.set_param_for_module = set_param
     try: yield
     finally: core_model_loading.set_param_for_module = theirs

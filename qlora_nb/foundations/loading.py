@@ -13,15 +13,18 @@ from ..base.core import Table, cpu_kind, keep_memory, pick_device, pick_dtype
 from ..base.errors import QLoRAError
 from ..base.model_files import hub_errors, locate
 from ..base.nf4_config import as_asked, nf4_config, plain_linears, quiet, whole_blocks
-from ..base.weights import WEIGHT_COLUMNS, list_weights, misplaced, stored_as, too_wide, weight_rows
+from ..base.weights import (WEIGHT_COLUMNS, list_weights, misplaced, stored_as, too_wide,
+                                   weight_rows)
 from .expert_weights import pack_stacks, packing_stacks
 import bitsandbytes as bnb, torch, torch.nn as nn, transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #611dbdb4
 def bnb_kind() -> str:  # As of `cpu_kind`
-    "The kind of processor whose instructions bitsandbytes uses on the CPU: its libraries for GPUs know no AVX-512."
-    return "AVX2" if bnb.cextension.lib.compiled_with_cuda and "AVX512" in cpu_kind() else cpu_kind()
+    """The kind of processor whose instructions bitsandbytes uses on the CPU: its libraries for
+    GPUs know no AVX-512."""
+    return ("AVX2" if bnb.cextension.lib.compiled_with_cuda and "AVX512" in cpu_kind()
+            else cpu_kind())
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #7a291109
 Audit = namedtuple("Audit", "four_bit skipped table")
@@ -29,25 +32,35 @@ WIDE_SHARE = .02   # of the weights that could be in 4 bits, as much may be wide
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #166edaf2
 def audit_4bit(model:nn.Module  # A loaded model, with or without adapters
-              ) -> Audit:       # Names of what is in 4 bits, of matrices left out on purpose, and a table of all bytes
-    "Count the bytes of every parameter. Raises `QLoRAError` where more than `WIDE_SHARE` is wide without a reason."
+              # Names of what is in 4 bits, of matrices left out on purpose, and a table of all
+              # bytes
+              ) -> Audit:
+    """Count the bytes of every parameter. Raises `QLoRAError` where more than `WIDE_SHARE` is
+    wide without a reason."""
     found, mods = list_weights(model), dict(model.named_modules())
     four = [w for w in found if w.kind.startswith("NF4") or w.kind.endswith("(ours)")]
     wide = [w for w in found if w.kind == "wide" or w.kind.startswith("FP4")]
     if sum(w.numel for w in wide) > WIDE_SHARE*sum(w.numel for w in four + wide):
         raise QLoRAError(too_wide(model, found, wide), where=type(model).__name__,
-                         cure="Load it with qlora_nb.foundations.loading.load_model, or quantize it with qlora_nb.foundations.qlora.")
+                         cure="Load it with qlora_nb.foundations.loading.load_model, or quantize "
+                              "it with qlora_nb.foundations.qlora.")
     if repacking := [n for n,m in mods.items() if getattr(m, "support_avx512bf16_for_cpu", False)]:
-        raise QLoRAError(f"{len(repacking)} 4-bit layers would repack themselves in an evaluation, and then train wrongly.",
-                         where=repacking[0], cure="Call qlora_nb.foundations.loading.disable_cpu_repacking(model) after loading.")
+        raise QLoRAError(f"{len(repacking)} 4-bit layers would repack themselves in an evaluation, "
+                         f"and then train wrongly.",
+                         where=repacking[0],
+                         cure="Call qlora_nb.foundations.loading.disable_cpu_repacking(model) "
+                              "after loading.")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     kept = [w.name for w in found if w.kind in ("router", "small matrix", "read elsewhere", "wide")]
-    names, skipped = ([n.removesuffix(".weight") for n in o] for o in ([w.name for w in four], kept))
-    return Audit(names, [n for n,m in mods.items() if m is head] + skipped, Table(weight_rows(found), WEIGHT_COLUMNS, ".1%"))
+    names, skipped = ([n.removesuffix(".weight") for n in o] for o in ([w.name for w in four],
+        kept))
+    return Audit(names, [n for n,m in mods.items() if m is head] + skipped,
+                 Table(weight_rows(found), WEIGHT_COLUMNS, ".1%"))
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #6c761ace
 def disable_cpu_repacking(model:nn.Module):  # A model with bitsandbytes layers; changed in place
-    "Stop bitsandbytes from repacking 4-bit weights on a CPU, which makes gradients wrong; see `whole_blocks` too."
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU, which makes gradients wrong; see
+    `whole_blocks` too."""
     whole_blocks()
     for m in model.modules():
         if isinstance(m, bnb.nn.Linear4bit): m.support_avx512bf16_for_cpu = False
@@ -55,44 +68,58 @@ def disable_cpu_repacking(model:nn.Module):  # A model with bitsandbytes layers;
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #107c0f53
 def audited(model, load=None):   # A 4-bit model, and a function that loads it again without some layers
-    "The model with what has to stay wide left wide, audited. Raises `QLoRAError` where that cannot be had."
+    """The model with what has to stay wide left wide, audited. Raises `QLoRAError` where that
+    cannot be had."""
     pack_stacks(model)
     wrong, read, error = misplaced(model)
     if wrong and load:
         heads = [n for n,m in model.named_modules() if m is model.get_output_embeddings()]
         wrong, read, error = misplaced(model := disable_cpu_repacking(load([*wrong, *heads])))
-    if error: raise QLoRAError(f"its first forward pass fails ({str(error)[:200]}).", type(model).__name__,
-                               "This architecture does not work in 4 bits.") from error
+    if error:
+        raise QLoRAError(f"its first forward pass fails ({str(error)[:200]}).",
+                         type(model).__name__,
+                         "This architecture does not work in 4 bits.") from error
     model.qlora_nb_read = read   # adapters on these layers would change nothing
     return audit_4bit(model) and model
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #edb50b2c
 def check_stored(name, place, revision="main") -> str|None:   # As `stored_as`
-    "How a checkpoint is stored. Raises `QLoRAError` where that is a format that cannot be trained here."
-    with hub_errors(name): stored = stored_as(AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False))
+    """How a checkpoint is stored. Raises `QLoRAError` where that is a format that cannot be
+    trained here."""
+    with hub_errors(name):
+        stored = stored_as(AutoConfig.from_pretrained(place, revision=revision,
+                                                      trust_remote_code=False))
     if stored in (None, "nf4"): return stored
-    raise QLoRAError(f"its weights are quantized already, in {stored.upper()}, and cannot be trained here.", str(name),
+    raise QLoRAError(f"its weights are quantized already, in "
+                     f"{stored.upper()}, and cannot be trained here.", str(name),
                      "Give a version in bfloat16 or float16; it is put into NF4 while it is read.")
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa
 def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a Hub id
                bits:int|None=4,               # 4: NF4 with double quantization; None: not quantized
                device:str|None=None,          # "cuda", "mps", "cpu"; None picks the best one here
-               dtype:torch.dtype|None=None,   # To compute in, and of unquantized parts; None: what suits the device
-               revision:str|None=None):       # Branch, tag or commit of a Hub id; None: its main branch
-    "Load a causal language model for QLoRA, in eval mode, and audit it. Raises `QLoRAError` when that cannot be done."
-    if bits not in (4, None): raise QLoRAError(f"bits={bits} is not on offer.", cure="Choose 4, or None for 16 bits.")
+               # To compute in, and of unquantized parts; None: what suits the device
+               dtype:torch.dtype|None=None,
+               # Branch, tag or commit of a Hub id; None: its main branch
+               revision:str|None=None):
+    """Load a causal language model for QLoRA, in eval mode, and audit it. Raises `QLoRAError`
+    when that cannot be done."""
+    if bits not in (4, None):
+        raise QLoRAError(f"bits={bits} is not on offer.", cure="Choose 4, or None for 16 bits.")
     device, place = pick_device(device), locate(name, revision)
     dtype, stored = dtype or pick_dtype(device), check_stored(name, place, revision or "main")
     def load(skip=()):
         four = dict(quantization_config=nf4_config(dtype, skip)) if bits else {}
         with hub_errors(name), quiet(), contextlib.ExitStack() as s:
             for o in (plain_linears, packing_stacks) if bits else (): s.enter_context(o())
-            return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map={"": device}, use_safetensors=True,
-                                                        trust_remote_code=False, revision=revision or "main", **four)
+            return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map={"": device},
+                                                        use_safetensors=True,
+                                                        trust_remote_code=False, revision=revision
+                                                        or "main", **four)
     model = disable_cpu_repacking(load())
     if stored: model = as_asked(model, bits, dtype)
     if device.type == "cpu": keep_memory()
     if bits: model = audited(model, load if not stored else None)
-    model.qlora_nb_name, model.qlora_nb_revision = str(name), revision   # what an adapter will call its base
+    # what an adapter will call its base
+    model.qlora_nb_name, model.qlora_nb_revision = str(name), revision
     return model.eval()

@@ -14,7 +14,8 @@ from ..base.targets import layer_size
 
 # %% ../../nbs/1_foundations/05_lora.ipynb #e410064d
 class LoRA(nn.Module):
-    "A linear-like layer plus low-rank changes by name: `base(x) + B(A(dropout(x)))*scaling` (Hu et al., 2021, §4.1)."
+    """A linear-like layer plus low-rank changes by name: `base(x) + B(A(dropout(x)))*scaling`
+    (Hu et al., 2021, §4.1)."""
     def __init__(self,
                  base:nn.Module,          # Linear-like (see `layer_size`); stays as it is, inside
                  r:int=16,                # Rank
@@ -25,15 +26,18 @@ class LoRA(nn.Module):
         super().__init__()
         self.base_layer, (self.in_features, self.out_features) = base, layer_size(base)
         self.lora_A, self.lora_B, self.lora_dropout = (nn.ModuleDict() for _ in range(3))
-        self.hyper, self.scaling, self.active, self.merged, w = {}, {}, adapter, None, getattr(base, "weight", None)
-        self.packed = w is None or hasattr(base, "dequantize") or hasattr(w, "quant_state") or not w.is_floating_point()
+        self.hyper, self.scaling, self.active, self.merged, w = {}, {}, adapter, None, getattr(base,
+            "weight", None)
+        self.packed = (w is None or hasattr(base, "dequantize") or hasattr(w, "quant_state")
+                       or not w.is_floating_point())
         self.add(r, lora_alpha, lora_dropout, rslora, adapter)
     def forward(self, x, *args, **kwargs):
         y, name = self.base_layer(x, *args, **kwargs), self.active
         if self.merged or name not in self.lora_A: return y
         x = self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype))
         h, s, B = self.lora_A[name](x), self.scaling[name], self.lora_B[name]
-        change = B(h*s) if math.frexp(s)[0] == 0.5 else B(h)*s   # a power of two changes no digit: scale the smaller one
+        # a power of two changes no digit: scale the smaller one
+        change = B(h*s) if math.frexp(s)[0] == 0.5 else B(h)*s
         return y + change.to(y.dtype) if self.packed else (y + change).to(y.dtype)
     weight = property(lambda self: self.base_layer.weight)
 
@@ -44,9 +48,11 @@ def add(self:LoRA, r, lora_alpha, lora_dropout, rslora, adapter):
     A, B = nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
     nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
     nn.init.zeros_(B.weight)
-    device = next((t.device for t in chain(self.base_layer.parameters(), self.base_layer.buffers())), "cpu")
+    device = next((t.device for t in chain(self.base_layer.parameters(),
+                                           self.base_layer.buffers())), "cpu")
     self.lora_A[adapter], self.lora_B[adapter] = A.to(device), B.to(device)
     self.lora_dropout[adapter] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-    self.hyper[adapter] = dict(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, use_rslora=rslora)
+    self.hyper[adapter] = dict(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                               use_rslora=rslora)
     self.scaling[adapter] = lora_alpha/(math.sqrt(r) if rslora else r)
     self.train(self.base_layer.training)

@@ -16,7 +16,8 @@ from torch import nn, no_grad
 from transformers.pytorch_utils import Conv1D
 from ..base.core import Table
 from ..base.errors import QLoRAError
-from ..base.targets import find_targets, layer_kinds, layer_size, match_targets, outer_modules, pattern_value
+from ..base.targets import (find_targets, layer_kinds, layer_size, match_targets,
+                                   outer_modules, pattern_value)
 from .lora import LoRA
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #2c057d59
@@ -28,7 +29,9 @@ def lora_layers(model:nn.Module,         # A model with adapters
     layers = {n: m for n,m in model.named_modules() if isinstance(m, LoRA)}
     known = ", ".join(sorted({o for m in layers.values() for o in m.hyper})) or "none"
     layers = {n: m for n,m in layers.items() if adapter is None or adapter in m.hyper}
-    if not layers: raise QLoRAError("there is no such adapter.", where=adapter or "", cure=f"There are: {known}.")
+    if not layers:
+        raise QLoRAError("there is no such adapter.", where=adapter or "",
+                         cure=f"There are: {known}.")
     return layers
 
 def set_adapter(model:nn.Module,  # Has adapters, none of them merged
@@ -46,38 +49,52 @@ def set_adapter(model:nn.Module,  # Has adapters, none of them merged
 def lora_report(model:nn.Module,       # Has adapters
                 adapter:str="default"  # Which one to describe
                ) -> Table:             # One row for each kind of layer; a size is: in → r → out
-    "Where an adapter sits, and how large it is. Warns about a kind of layer that has it in some blocks only."
+    """Where an adapter sits, and how large it is. Warns about a kind of layer that has it in
+    some blocks only."""
     layers, rows = lora_layers(model, adapter), []
     for kind,(names, have, total) in layer_kinds(model, layers).items():
-        if have < total: warnings.warn(f"{kind} has the adapter in {have} of {total} blocks only.", stacklevel=3)
-        sizes = [(m.in_features, m.hyper[adapter]["r"], m.out_features) for m in map(layers.get, names)]
-        rows.append([kind, f"{have} of {total}", ", ".join(sorted({"{} → {} → {}".format(*o) for o in sizes})),
+        if have < total:
+            warnings.warn(f"{kind} has the adapter in {have} of {total} blocks only.", stacklevel=3)
+        sizes = [(m.in_features, m.hyper[adapter]["r"], m.out_features)
+                 for m in map(layers.get, names)]
+        rows.append([kind, f"{have} of {total}",
+                     ", ".join(sorted({"{} → {} → {}".format(*o) for o in sizes})),
                      sum(r*(d_in + d_out) for d_in,r,d_out in sizes)])
     return Table(rows, ["layers", "blocks", "sizes", "parameters"])
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #ceb37a08
 def add_lora(model:nn.Module,              # Changed in place: all its own parameters are frozen
-             target_modules="all-linear",  # A list of name endings, a regular expression, or "all-linear"
+             # A list of name endings, a regular expression, or "all-linear"
+             target_modules="all-linear",
              r:int=16,                     # Rank
              lora_alpha:float=32,          # Scaled by lora_alpha/r
              lora_dropout:float=0.,        # On the input of A, in training
              rslora:bool=False,            # Scale by alpha/√r
-             adapter:str="default",        # Several can live side by side; the new one becomes active
-             rank_pattern:dict|None=None,  # Ending or regular expression → rank, for layers that should not have `r`
+             # Several can live side by side; the new one becomes active
+             adapter:str="default",
+             # Ending or regular expression → rank, for layers that should not have `r`
+             rank_pattern:dict|None=None,
              alpha_pattern:dict|None=None  # The same for alpha
             ) -> Table:                    # What was wrapped (see `lora_report`)
-    "Add trainable low-rank adapters. Raises `QLoRAError` when a target matches nothing; warns about a partial match."
-    def setting(n): return pattern_value(rank_pattern, n, r), pattern_value(alpha_pattern, n, lora_alpha)
-    new = {n: (*setting(n), lora_dropout, rslora, adapter) for n in match_targets(model, target_modules)}
+    """Add trainable low-rank adapters. Raises `QLoRAError` when a target matches nothing; warns
+    about a partial match."""
+    def setting(n):
+        return pattern_value(rank_pattern, n, r), pattern_value(alpha_pattern, n, lora_alpha)
+    new = {n: (*setting(n), lora_dropout, rslora, adapter) for n in match_targets(model,
+        target_modules)}
     for k in {**(rank_pattern or {}), **(alpha_pattern or {})}:
-        if not any(pattern_value({k: 1}, n, 0) for n in new): warnings.warn(f"'{k}' matches no layer.", stacklevel=2)
+        if not any(pattern_value({k: 1}, n, 0) for n in new):
+            warnings.warn(f"'{k}' matches no layer.", stacklevel=2)
     if any(getattr(m, "merged", None) for m in model.modules()): raise QLoRAError(*MERGED)
     if hasattr(nn.ModuleDict, adapter) or not re.fullmatch(r"[\w-]+", adapter):
-        raise QLoRAError(f"'{adapter}' cannot be the name of an adapter.", cure="Use letters and digits.")
+        raise QLoRAError(f"'{adapter}' cannot be the name of an adapter.",
+                         cure="Use letters and digits.")
     if any(adapter in getattr(model.get_submodule(n), "hyper", ()) for n in new):
-        raise QLoRAError(f"there is an adapter '{adapter}' already.", cure="Give the new one another name.")
+        raise QLoRAError(f"there is an adapter '{adapter}' already.",
+                         cure="Give the new one another name.")
     if (low := min(h[0] for h in new.values())) < 1 or not 0 <= lora_dropout < 1:
-        raise QLoRAError(f"r={low} and lora_dropout={lora_dropout} make no adapter.", cure="r is at least 1, lora_dropout below 1.")
+        raise QLoRAError(f"r={low} and lora_dropout={lora_dropout} make no adapter.",
+                         cure="r is at least 1, lora_dropout below 1.")
     model.requires_grad_(False)
     for n,h in new.items():
         if isinstance(m := model.get_submodule(n), LoRA): m.add(*h)
@@ -93,18 +110,23 @@ def delta(m:LoRA, adapter:str):
 
 @no_grad()
 def merge(model:nn.Module):  # Has adapters, on a base that is not quantized
-    "Add the active adapter into the weights. Raises `QLoRAError`, and changes nothing, where that cannot be done."
+    """Add the active adapter into the weights. Raises `QLoRAError`, and changes nothing, where
+    that cannot be done."""
     layers = {n: m for n,m in lora_layers(model).items() if m.active in m.hyper and not m.merged}
     uses = Counter(p.data_ptr() for _,p in model.named_parameters(remove_duplicate=False))
     for n,m in layers.items():
-        if m.packed: raise QLoRAError("a 4-bit weight cannot take up an adapter without losing part of it.", where=n,
-                                      cure="Use `qlora_nb.using.merge.merge_and_save`, which goes through unquantized weights.")
-        if uses[m.weight.data_ptr()] > 1: raise QLoRAError("another layer shares this weight.", where=n)
+        if m.packed:
+            raise QLoRAError("a 4-bit weight cannot take up an adapter without losing part of it.",
+                             where=n, cure="Use `qlora_nb.using.merge.merge_and_save`, which goes "
+                                           "through unquantized weights.")
+        if uses[m.weight.data_ptr()] > 1:
+            raise QLoRAError("another layer shares this weight.", where=n)
     for m in layers.values(): m.weight.add_(delta(m, m.active)); m.merged = m.active
 
 @no_grad()
 def unmerge(model:nn.Module):  # Has a merged adapter, or none
-    "Take a merged adapter out of the weights again: exact up to the rounding of the weight's dtype."
+    """Take a merged adapter out of the weights again: exact up to the rounding of the weight's
+    dtype."""
     for m in lora_layers(model).values():
         if m.merged: m.weight.sub_(delta(m, m.merged)); m.merged = None
 
@@ -126,12 +148,16 @@ def adapter_tensors(model, adapter):
             for n,m in lora_layers(model, adapter).items() for k in "AB"}
 
 def adapter_config(model, adapter):
-    "PEFT's description of an adapter, read off its layers. A layer with a rank of its own goes into `rank_pattern`."
+    """PEFT's description of an adapter, read off its layers. A layer with a rank of its own goes
+    into `rank_pattern`."""
     layers = lora_layers(model, adapter)
-    hyper, short = {n: m.hyper[adapter] for n,m in layers.items()}, sorted({n.split(".")[-1] for n in layers})
-    rule = {k: Counter(h[k] for h in hyper.values()).most_common(1)[0][0] for k in next(iter(hyper.values()))}
+    hyper, short = ({n: m.hyper[adapter] for n,m in layers.items()},
+                    sorted({n.split(".")[-1] for n in layers}))
+    rule = {k: Counter(h[k] for h in hyper.values()).most_common(1)[0][0]
+            for k in next(iter(hyper.values()))}
     odd = {k: {f"^{n}": h[k] for n,h in hyper.items() if h[k] != v} for k,v in rule.items()}
-    if odd["lora_dropout"] or odd["use_rslora"]: raise QLoRAError("PEFT has one dropout and one scaling rule for all.")
+    if odd["lora_dropout"] or odd["use_rslora"]:
+        raise QLoRAError("PEFT has one dropout and one scaling rule for all.")
     exact = set(chain(*find_targets(model, short).values())) == set(layers)
     return dict(peft_type="LORA", task_type="CAUSAL_LM", bias="none", inference_mode=True, **rule,
                 rank_pattern=odd["r"], alpha_pattern=odd["lora_alpha"],
@@ -142,7 +168,8 @@ def adapter_config(model, adapter):
 def save_adapter(model:nn.Module,            # Has adapters
                  folder:str|Path,            # Made if need be; other files in it are left alone
                  adapter:str="default",      # Which one
-                 base_model:str|None=None):  # Name of the base model, written down as it is given here
+                 # Name of the base model, written down as it is given here
+                 base_model:str|None=None):
     "Write one adapter in PEFT's format. Raises `QLoRAError` for an unknown name."
     config = dict(adapter_config(model, adapter), base_model_name_or_path=base_model)
     tensors = {k: p.detach().cpu().contiguous() for k,p in adapter_tensors(model, adapter).items()}
@@ -150,7 +177,8 @@ def save_adapter(model:nn.Module,            # Has adapters
     with tempfile.TemporaryDirectory(dir=folder, prefix="tmp-") as tmp:
         save_file(tensors, Path(tmp)/"adapter_model.safetensors", metadata={"format": "pt"})
         (Path(tmp)/"adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        for o in ("adapter_model.safetensors", "adapter_config.json"): (Path(tmp)/o).replace(folder/o)
+        for o in ("adapter_model.safetensors", "adapter_config.json"):
+            (Path(tmp)/o).replace(folder/o)
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #b0c8643d
 PLAIN = """peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode bias r
@@ -160,24 +188,39 @@ PLAIN = """peft_type peft_version task_type auto_mapping base_model_name_or_path
 def load_adapter(model:nn.Module,         # The base model; changed in place as by `add_lora`
                  folder:str|Path,         # Written by `save_adapter` or by PEFT
                  adapter:str="default"):  # The name to give it; it becomes the active one
-    "Add an adapter from a file. Raises `QLoRAError` naming what is missing, unknown or of another shape."
-    cfg, have = (Path(folder).expanduser()/o for o in ("adapter_config.json", "adapter_model.safetensors"))
+    """Add an adapter from a file. Raises `QLoRAError` naming what is missing, unknown or of
+    another shape."""
+    cfg, have = (Path(folder).expanduser()/o for o in ("adapter_config.json",
+                                                       "adapter_model.safetensors"))
     for o in (cfg, have):
-        if not o.is_file(): raise QLoRAError("there is no such file.", str(o), "Give the folder of an adapter.")
+        if not o.is_file():
+            raise QLoRAError("there is no such file.", str(o), "Give the folder of an adapter.")
     cfg, have = json.loads(cfg.read_text(encoding="utf-8")), load_file(have)
-    odd = [f"{k}={v}" for k,v in cfg.items() if (v and k not in PLAIN) or (k == "peft_type" and v != "LORA")
-           or (k == "init_lora_weights" and v not in (True, False, "gaussian", "orthogonal", "eva"))]
-    if odd: raise QLoRAError(f"this is not plain LoRA: {', '.join(odd)}.", where=str(folder), cure="Load it with PEFT.")
-    key, names = "base_model.model.{}.lora_{}.weight".format, find_targets(model, cfg["target_modules"]).values()
-    some, ranks = cfg.get("layers_to_transform") is not None or cfg.get("exclude_modules"), cfg.get("rank_pattern")
+    odd = [f"{k}={v}" for k,v in cfg.items() if (v and k not in PLAIN)
+           or (k == "peft_type" and v != "LORA")
+           or (k == "init_lora_weights" and v not in (True, False, "gaussian", "orthogonal",
+                                                      "eva"))]
+    if odd:
+        raise QLoRAError(f"this is not plain LoRA: {', '.join(odd)}.", where=str(folder),
+                         cure="Load it with PEFT.")
+    key, names = "base_model.model.{}.lora_{}.weight".format, find_targets(model,
+        cfg["target_modules"]).values()
+    some, ranks = (cfg.get("layers_to_transform") is not None or cfg.get("exclude_modules"),
+                   cfg.get("rank_pattern"))
     names = {n for n in chain(*names) if not some or key(n, "A") in have}
-    sizes = {n: (*layer_size(m), pattern_value(ranks, n, cfg["r"])) for n,m in outer_modules(model).items()
+    sizes = {n: (*layer_size(m), pattern_value(ranks, n, cfg["r"]))
+             for n,m in outer_modules(model).items()
              if n in names and layer_size(m)}
-    want = {key(n, k): o for n,(d_in, d_out, r) in sizes.items() for k,o in dict(A=(r, d_in), B=(d_out, r)).items()}
-    bad = dict(missing=[k for k in want if k not in have], unknown=[k for k in have if k not in want], shape=[
-        f"{k} is {(*have[k].shape,)}, not {o}" for k,o in want.items() if k in have and have[k].shape != o])
+    want = {key(n, k): o for n,(d_in, d_out, r) in sizes.items() for k,o in dict(A=(r, d_in),
+        B=(d_out, r)).items()}
+    bad = dict(missing=[k for k in want if k not in have],
+               unknown=[k for k in have if k not in want], shape=[
+        f"{k} is {(*have[k].shape,)}, not {o}" for k,o in want.items() if k in have
+        and have[k].shape != o])
     if bad := "; ".join(f"{k}: {', '.join(v[:3])} ({len(v)} in all)" for k,v in bad.items() if v):
-        raise QLoRAError(f"this adapter does not fit the model. {bad}.", str(folder), "Take the model it was made for.")
-    add_lora(model, list(sizes), cfg["r"], cfg["lora_alpha"], cfg.get("lora_dropout", 0.), cfg.get("use_rslora", False),
-             adapter, cfg.get("rank_pattern"), cfg.get("alpha_pattern"))
+        raise QLoRAError(f"this adapter does not fit the model. {bad}.", str(folder),
+                         "Take the model it was made for.")
+    add_lora(model, list(sizes), cfg["r"], cfg["lora_alpha"], cfg.get("lora_dropout", 0.),
+             cfg.get("use_rslora", False), adapter, cfg.get("rank_pattern"),
+             cfg.get("alpha_pattern"))
     for k,p in adapter_tensors(model, adapter).items(): p.data.copy_(have[k])

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 from .loading import audit_4bit, load_model
-from .double_quantization import DoubleQuantized, QuantizedTensor, dynamic_code, quantize
+from .double_quantization import (DoubleQuantized, QuantizedTensor,
+                                                      dynamic_code, quantize)
 from .expert_weights import Stack, pack_stacks, packing_stacks
 from ..base.targets import match_targets
 from ..base.weights import acts_linear, misplaced
@@ -27,14 +28,17 @@ def dequantize_weight(q:QuantizedTensor,    # Of `quantize`
              ) -> torch.Tensor:     # The same bits as `q.dequantize(dtype)`
     "Dequantize, with the compiled lookup of bitsandbytes where it applies."
     n, size = math.prod(q.shape), q.block_size
-    if q.codebook == "int4" or not 64 <= size <= 4096 or n % size or q.packed.device.type not in ("cpu", "cuda"):
+    if (q.codebook == "int4" or not 64 <= size <= 4096 or n % size
+        or q.packed.device.type not in ("cpu", "cuda")):
         return q.dequantize(dtype)
-    op = torch.ops.bitsandbytes.dequantize_4bit   # rows of one block each: its CPU code errs on ragged ones
+    # rows of one block each: its CPU code errs on ragged ones
+    op = torch.ops.bitsandbytes.dequantize_4bit
     return op(q.packed, q.absmax, size, q.codebook, (n//size, size), dtype).view(q.shape)
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #9552166a
 class NF4Function(torch.autograd.Function):
-    "`x @ W.T + bias` for a frozen `W` in 4 bits; the backward pass dequantizes once more (QLoRA paper, equation 5)."
+    """`x @ W.T + bias` for a frozen `W` in 4 bits; the backward pass dequantizes once more
+    (QLoRA paper, equation 5)."""
     @staticmethod
     def forward(ctx, x, bias, q):
         ctx.q = q   # the packed bytes, shared with the layer: nothing new is saved
@@ -45,18 +49,23 @@ class NF4Function(torch.autograd.Function):
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #78c7f363
 class Packed:
-    "What a module needs to hold a packed weight: the codes and scales as buffers, and the weight as `q`."
+    """What a module needs to hold a packed weight: the codes and scales as buffers, and the
+    weight as `q`."""
     def hold(self, q:QuantizedTensor, dtype:torch.dtype|None):
         s = q.scales
-        parts = dict(scales=s) if torch.is_tensor(s) else dict(codes=s.codes, absmax=s.absmax, offset=s.offset)
+        parts = (dict(scales=s) if torch.is_tensor(s) else dict(codes=s.codes, absmax=s.absmax,
+            offset=s.offset))
         for name, t in dict(packed=q.packed, **parts).items(): self.register_buffer(name, t)
-        self.dtype, self.how = dtype or q.dtype, dict(shape=q.shape, dtype=q.dtype, block_size=q.block_size, codebook=q.codebook)
+        self.dtype, self.how = (dtype or q.dtype, dict(shape=q.shape, dtype=q.dtype,
+                                                       block_size=q.block_size,
+                                                       codebook=q.codebook))
     @property
     def q(self) -> QuantizedTensor:
         "The weight, packed."
         if hasattr(self, "scales"): return QuantizedTensor(self.packed, self.scales, **self.how)
         code = dynamic_code(self.packed.device)
-        return QuantizedTensor(self.packed, DoubleQuantized(self.codes, self.absmax, self.offset, code), **self.how)
+        return QuantizedTensor(self.packed, DoubleQuantized(self.codes, self.absmax, self.offset,
+                                                            code), **self.how)
     def dequantize(self): return dequantize_weight(self.q, self.dtype)
     def packed_numel(self): return math.prod(self.how["shape"])
     def extra_repr(self): return repr(self.q)
@@ -71,7 +80,8 @@ class NF4Linear(Packed, nn.Module):
         super().__init__()
         self.hold(q, dtype)
         self.out_features, self.in_features = q.shape
-        self.bias = None if bias is None else nn.Parameter(bias.detach().to(self.dtype), requires_grad=False)
+        self.bias = (None if bias is None else nn.Parameter(bias.detach().to(self.dtype),
+                                                            requires_grad=False))
     def forward(self, x): return NF4Function.apply(x.to(self.dtype), self.bias, self.q).to(x.dtype)
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #7ca4f6cf
@@ -82,9 +92,11 @@ class NF4Stack(Packed, Stack):
         self.hold(q, dtype)
     def write(self, packed=None): return self.dequantize()
 
-def our_stack(p, codebook="nf4", block_size=64, double=True, dtype=None) -> tuple:   # As in `quantize_model`
+def our_stack(p, codebook="nf4", block_size=64, double=True, dtype=None
+              ) -> tuple:  # As in `quantize_model`
     "A stack of experts in 4 bits: (a parameter without numbers, how to read it)."
-    return torch.empty(0, device=p.device), NF4Stack(quantize(p.detach(), codebook, block_size, double), dtype)
+    return torch.empty(0, device=p.device), NF4Stack(quantize(p.detach(), codebook, block_size,
+        double), dtype)
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #763f2155
 @torch.no_grad()
@@ -94,18 +106,25 @@ def quantize_model(model:nn.Module,          # Changed in place
                    double:bool=True,         # Quantize the scales too?
                    dtype:torch.dtype|None=None  # To compute in; None: what the weights were before
                   ) -> list:                 # The names of the layers that are in 4 bits now
-    "Store linear layers and experts, but not the head, in 4 bits. Raises `QLoRAError` where a weight is not finite."
-    def dense(m): return isinstance(m, (nn.Linear, Conv1D)) and not hasattr(m.weight, "quant_state") and acts_linear(m)
+    """Store linear layers and experts, but not the head, in 4 bits. Raises `QLoRAError` where a
+    weight is not finite."""
+    def dense(m):
+        return (isinstance(m, (nn.Linear, Conv1D)) and not hasattr(m.weight, "quant_state")
+                and acts_linear(m))
     model.qlora_nb_read = misplaced(model)[1]
     names = [n for n in match_targets(model) if dense(model.get_submodule(n))]
     if not names:
-        raise QLoRAError("there is no layer to quantize here.", type(model).__name__, "It may be in 4 bits already.")
+        raise QLoRAError("there is no layer to quantize here.", type(model).__name__,
+                         "It may be in 4 bits already.")
     for n in names:
         m = model.get_submodule(n)
-        try: q = quantize(m.weight.T.contiguous() if isinstance(m, Conv1D) else m.weight, codebook, block_size, double)
+        try:
+            q = quantize(m.weight.T.contiguous() if isinstance(m, Conv1D) else m.weight, codebook,
+                         block_size, double)
         except QLoRAError as e: raise QLoRAError(e.what, n, e.cure) from e
         model.set_submodule(n, NF4Linear(q, m.bias, dtype))
-    return names + pack_stacks(model, partial(our_stack, codebook=codebook, block_size=block_size, double=double, dtype=dtype))
+    return names + pack_stacks(model, partial(our_stack, codebook=codebook, block_size=block_size,
+                                              double=double, dtype=dtype))
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #ac5227a4
 def load_scratch(name="smollm2",                # As for `load_model`
@@ -114,11 +133,15 @@ def load_scratch(name="smollm2",                # As for `load_model`
                  revision:str|None=None,        # As in `load_model`
                  **how                          # Of `quantize_model`
                 ):
-    "Load a model and store its linear layers in 4 bits with our own code. Raises `QLoRAError` as `load_model` does."
-    with packing_stacks(partial(our_stack, **how)): model = load_model(name, bits=None, device=device, dtype=dtype, revision=revision)
+    """Load a model and store its linear layers in 4 bits with our own code. Raises `QLoRAError`
+    as `load_model` does."""
+    with packing_stacks(partial(our_stack, **how)):
+        model = load_model(name, bits=None, device=device, dtype=dtype, revision=revision)
     quantize_model(model, **how)
-    if (error := misplaced(model)[2]) is not None:   # other code asks a layer for a weight that ours does not have
-        raise QLoRAError(f"its first forward pass fails ({error}).", type(model).__name__, "Use bitsandbytes: load_model.")
+    # other code asks a layer for a weight that ours does not have
+    if (error := misplaced(model)[2]) is not None:
+        raise QLoRAError(f"its first forward pass fails ({error}).", type(model).__name__,
+                         "Use bitsandbytes: load_model.")
     return audit_4bit(model) and model
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #31326cba

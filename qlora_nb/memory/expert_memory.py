@@ -16,37 +16,48 @@ from .ledger import whole
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #1a9eef6e
 class Unpacked(nn.Module):
-    "Stands in for a stack of experts in 4 bits: wide while its module computes, and made again in the backward pass."
+    """Stands in for a stack of experts in 4 bits: wide while its module computes, and made again
+    in the backward pass."""
     wide = None
     def __init__(self, shape, dtype:torch.dtype, r:int=0):
         super().__init__()
         n, self.sizes = len(shape) > 2 and shape[0], (r, *shape[-2:])
-        self.adapter = nn.ParameterList([torch.empty(n*r, shape[-1]), torch.empty(shape[-2], n*r)] if r else [])
+        self.adapter = nn.ParameterList([torch.empty(n*r, shape[-1]), torch.empty(shape[-2], n*r)]
+                                        if r else [])
         self.shape, self.dtype, blocks = shape, dtype, -(-shape.numel()//64)
-        self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)), torch.empty(256), torch.empty(16), torch.empty(())]
+        self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)),
+                       torch.empty(256), torch.empty(16), torch.empty(())]
     def read(self, add):
         wide = self.scales[0].new_empty(self.shape, dtype=self.dtype)
         if not self.adapter: return wide
-        (A, B), (r, rows, cols) = self.adapter, self.sizes   # as PEFT keeps them: (experts*r, columns), (rows, r*experts)
-        return add(wide, B.reshape(rows, r, -1).permute(2, 0, 1).to(self.dtype), A.reshape(-1, r, cols).to(self.dtype))
+        # as PEFT keeps them: (experts*r, columns), (rows, r*experts)
+        (A, B), (r, rows, cols) = self.adapter, self.sizes
+        return add(wide, B.reshape(rows, r, -1).permute(2, 0, 1).to(self.dtype),
+                   A.reshape(-1, r, cols).to(self.dtype))
     def forward(self, packed):
         if self.wide is None: self.wide = self.read(torch.baddbmm)
         return self.wide
 
-def unpacked_in(m): return [s for o in getattr(m, "parametrizations", {}).values() for s in o if isinstance(s, Unpacked)]
+def unpacked_in(m):
+    return [s for o in getattr(m, "parametrizations", {}).values() for s in o
+            if isinstance(s, Unpacked)]
 
 def _keeps_none(m):
     "What autograd keeps of a view into a wide stack: its place."
     def pack(t):
-        mine = [s for s in unpacked_in(m) if s.wide is not None and s.wide.untyped_storage()._cdata == t.untyped_storage()._cdata]
+        mine = [s for s in unpacked_in(m) if s.wide is not None and s.wide.untyped_storage()._cdata
+                == t.untyped_storage()._cdata]
         return (mine[0], t.size(), t.stride(), t.storage_offset()) if mine else t
     @torch.no_grad()
-    def unpack(o): return o[0].read(torch.Tensor.baddbmm_).as_strided(*o[1:]) if isinstance(o, tuple) else o
+    def unpack(o):
+        return o[0].read(torch.Tensor.baddbmm_).as_strided(*o[1:]) if isinstance(o, tuple) else o
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 def _before(m, args):
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)   # of checkpointing, which keeps nothing anyway
-    m.__dict__.setdefault("open", []).append(_keeps_none(m) if outer is None else contextlib.nullcontext())
+    # of checkpointing, which keeps nothing anyway
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    m.__dict__.setdefault("open", []).append(_keeps_none(m) if outer is None
+                                             else contextlib.nullcontext())
     m.open[-1].__enter__()
 
 def _after(m, args, out):
@@ -55,17 +66,24 @@ def _after(m, args, out):
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #f4716204
 def pack_experts(m:nn.Module, dtype, rank=lambda k: 0):   # `rank`: of the adapter on a parameter, by its name
-    for name, p in [o for o in m.named_parameters(recurse=False) if o[1].ndim > 2 and not isinstance(m, _ConvNd)]:
+    for name, p in [o for o in m.named_parameters(recurse=False) if o[1].ndim > 2
+                    and not isinstance(m, _ConvNd)]:
         delattr(m, name)
-        setattr(m, name, nn.Parameter(torch.empty(-(-p.numel()//2), dtype=torch.uint8), requires_grad=False))
-        parametrize.register_parametrization(m, name, Unpacked(p.shape, dtype, rank(name)), unsafe=True)
-    if unpacked_in(m): m.register_forward_pre_hook(_before), m.register_forward_hook(_after, always_call=True)
+        setattr(m, name, nn.Parameter(torch.empty(-(-p.numel()//2), dtype=torch.uint8),
+                                      requires_grad=False))
+        parametrize.register_parametrization(m, name, Unpacked(p.shape, dtype, rank(name)),
+                                             unsafe=True)
+    if unpacked_in(m):
+        m.register_forward_pre_hook(_before), m.register_forward_hook(_after, always_call=True)
 
 def check_stacks(cfg, method:str, wanted, dtype):
-    "Raise `QLoRAError` for a target parameter that matches no stack of experts, or that no plan knows."
+    """Raise `QLoRAError` for a target parameter that matches no stack of experts, or that no
+    plan knows."""
     have = [n for n, p in whole(cfg, dtype).named_parameters() if p.ndim > 2] if wanted else []
     if wanted and method != "qlora":
-        raise QLoRAError("adapters on experts are planned with method='qlora' only.", cfg.model_type, "Leave target_parameters out.")
+        raise QLoRAError("adapters on experts are planned with method='qlora' only.",
+                         cfg.model_type, "Leave target_parameters out.")
     for t in wanted or ():
         if not any(f".{n}".endswith(f".{t}") for n in have):
-            raise QLoRAError(f"the target parameter '{t}' matches no stack of experts.", cfg.model_type)
+            raise QLoRAError(f"the target parameter '{t}' matches no stack of experts.",
+                             cfg.model_type)

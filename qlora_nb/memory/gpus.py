@@ -23,8 +23,8 @@ def plot_plans(plans:dict) -> Figure:  # Name → `Plan`
     ax, left, hatch = fig.add_subplot(xlabel="GB"), [0.]*len(plans), ["", "//", "..", "xx"]
     for i, k in enumerate(names):
         w = [p.parts.get(k, 0)/1e9 for p in plans.values()]
-        ax.barh(list(plans), w, left=left, label=k, color=COLORS[i % 7], hatch=hatch[2*(i//7) + i % 2],
-                edgecolor="white", lw=.5)
+        ax.barh(list(plans), w, left=left, label=k, color=COLORS[i % 7],
+                hatch=hatch[2*(i//7) + i % 2], edgecolor="white", lw=.5)
         left = [a + b for a, b in zip(left, w)]
     ax.invert_yaxis(), ax.set_xlim(0, 1.08*max(left))
     for y, x in enumerate(left): ax.text(x, y, f" {x:.3g}", va="center")
@@ -33,20 +33,28 @@ def plot_plans(plans:dict) -> Figure:  # Name → `Plan`
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #d165249a
 LEVERS = {"checkpointing": lambda s: dict(gradient_checkpointing=True),
-          "half the batch, twice the accumulation": lambda s: dict(per_device_train_batch_size=s["per_device_train_batch_size"]//2),
-          "half the length": lambda s: dict(max_length=s["max_length"]//2), "a loss in tiles": lambda s: dict(loss="chunked"),
-          "a paged 8-bit optimizer": lambda s: dict(optim="paged_adamw_8bit"), "QLoRA": lambda s: dict(method="qlora")}
+          "half the batch, twice the accumulation": lambda s: dict(
+          per_device_train_batch_size=s["per_device_train_batch_size"]//2),
+          "half the length": lambda s: dict(max_length=s["max_length"]//2),
+          "a loss in tiles": lambda s: dict(loss="chunked"),
+          "a paged 8-bit optimizer": lambda s: dict(optim="paged_adamw_8bit"),
+          "QLoRA": lambda s: dict(method="qlora")}
 
 def levers(p:Plan) -> dict:  # Name → `Plan` with that one change; the most helpful first
     "Plans that differ from `p` by one lever, as far as they need less."
     changed = {k: p.settings | f(p.settings) for k, f in LEVERS.items()}
-    plans = {k: plan(p.cfg, **s) for k, s in changed.items() if s != p.settings and s["per_device_train_batch_size"] and s["max_length"] > 32}
-    return dict(sorted(((k, q) for k, q in plans.items() if q.peak < p.peak), key=lambda o: o[1].peak))
+    plans = {k: plan(p.cfg, **s) for k, s in changed.items() if s != p.settings
+             and s["per_device_train_batch_size"] and s["max_length"] > 32}
+    return dict(sorted(((k, q) for k, q in plans.items() if q.peak < p.peak),
+                       key=lambda o: o[1].peak))
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #90b124e6
-CARDS = dict(T4=15360, L4=23034, A10G=23028, V100=16384, RTX3060=12288, RTX3090=24576, RTX4090=24564, RTX5090=32607,
-             A6000=49140, L40S=46068, A100_40=40960, A100_80=81920, H100=81559, H200=143771,  # MiB, as nvidia-smi says
-             Apple16=10922, Apple32=21845, Apple64=49152, Apple128=98304)  # of unified memory, what Metal recommends
+CARDS = dict(T4=15360, L4=23034, A10G=23028, V100=16384, RTX3060=12288, RTX3090=24576,
+             RTX4090=24564, RTX5090=32607,
+             # MiB, as nvidia-smi says
+             A6000=49140, L40S=46068, A100_40=40960, A100_80=81920, H100=81559, H200=143771,
+             # of unified memory, what Metal recommends
+             Apple16=10922, Apple32=21845, Apple64=49152, Apple128=98304)
 
 def card_bytes(card:str|float) -> float:  # A name of `CARDS`, in any spelling, or GB
     "Memory of a card in bytes. Raises `QLoRAError` with near names."
@@ -57,7 +65,8 @@ def card_bytes(card:str|float) -> float:  # A name of `CARDS`, in any spelling, 
         return float(size[1])*(2**30 if size[2] == "gib" else 1e9)
     near = [v for k, v in known.items() if k.startswith(plain(card))] if plain(card) else []
     near = near or [known[k] for k in difflib.get_close_matches(plain(card), known, n=3, cutoff=.3)]
-    raise QLoRAError(f"there is no card '{card}' in the list.", cure=(f"Near: {', '.join(near)}. " if near else "") +
+    raise QLoRAError(f"there is no card '{card}' in the list.",
+                     cure=(f"Near: {', '.join(near)}. " if near else "") +
                      f"Give its memory in GB, or one of {', '.join(CARDS)}.")
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #05b264d0
@@ -80,35 +89,47 @@ def longest(model, card, per_device_train_batch_size=1, limit=131072, **settings
     cfg, room, x = config_of(model), card_bytes(card), [4096, 8192, 16384]
     def need(t): return plan(cfg, per_device_train_batch_size, t, **settings).needs()
     a, b, c = polyfit(x, [need(t) for t in x], 2)   # a·t² + b·t + c
-    t = (room - c)/b if a*x[0] < 1e-3*b else ((b*b + 4*a*(room - c))**.5 - b)/(2*a) if room > c else 0
+    t = ((room - c)/b if a*x[0] < 1e-3*b else ((b*b + 4*a*(room - c))**.5 - b)/(2*a) if room > c
+         else 0)
     t = int(min(max(t, 0), limit)//128*128)
     while t and need(t) > room: t -= 128
     while t < limit and need(t + 128) <= room: t += 128
     return t
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #0ff90989
-def advise(model, card="T4", max_length:int=2048, per_device_train_batch_size:int=1, **settings) -> str:  # See `plan`
+def advise(model, card="T4", max_length:int=2048, per_device_train_batch_size:int=1,
+           **settings) -> str:  # See `plan`
     "A plan for a card, in words and tables."
     p = plan(model, per_device_train_batch_size, max_length, **settings)
     room, out = card_bytes(card), [str(p), ""]
-    verdict = f"needs {p.needs()/1e9:.1f} GB of {room/1e9:.1f} GB, with CUDA's own part and room for gaps"
+    verdict = (f"needs {p.needs()/1e9:.1f} GB of {room/1e9:.1f} GB, with CUDA's "
+               f"own part and room for gaps")
     known = getattr(p.cfg, "max_position_embeddings", None) or float("inf")
     def beyond(n): return f", and the model knows {known:,} positions" if n > known else ""
-    if max_length > known: out.append(f"These rows have {max_length} tokens{beyond(max_length)}: it was never trained on more.")
+    if max_length > known:
+        out.append(f"These rows have {max_length} tokens{beyond(max_length)}: it "
+                   f"was never trained on more.")
     if fits(p, card):
-        how = {k: v for k, v in p.settings.items() if k not in ("per_device_train_batch_size", "max_length")}
-        out += [f"It fits: {verdict}.", f"Largest batch at {max_length} tokens: {largest_batch(p.cfg, card, max_length=max_length, **how)}. "
-                f"Longest rows at batch {per_device_train_batch_size}: {(n := longest(p.cfg, card, per_device_train_batch_size, **how))} tokens{beyond(n)}."]
+        how = {k: v for k, v in p.settings.items() if k not in ("per_device_train_batch_size",
+            "max_length")}
+        out += [f"It fits: {verdict}.", f"Largest batch at {max_length} tokens: "
+                                        f"{largest_batch(p.cfg, card, max_length=max_length, **how)}. "
+                f"Longest rows at batch {per_device_train_batch_size}: "
+                f"{(n := longest(p.cfg, card, per_device_train_batch_size, **how))} "
+                f"tokens{beyond(n)}."]
         return "\n".join(out)
     helps = levers(p)
     rows = [[k, q.peak/1e9, "yes" if fits(q, card) else "no"] for k, q in helps.items()]
-    return "\n".join([*out, f"It does not fit: {verdict}.", "", str(Table(rows, ["one change", "peak (GB)", "fits?"]))])
+    return "\n".join([*out, f"It does not fit: {verdict}.", "",
+                      str(Table(rows, ["one change", "peak (GB)", "fits?"]))])
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #b5396419
-def kv_cache_bytes(model, batch:int=1, length:int=2048, element:int=2) -> int:  # Bytes of a number in the cache
+def kv_cache_bytes(model, batch:int=1, length:int=2048, element:int=2
+                   ) -> int:  # Bytes of a number in the cache
     "Bytes of keys and values: 2 × layers × key heads × head size, for each token of each row."
     c = config_of(model)
-    heads = getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None) or c.num_attention_heads
+    heads = (getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None)
+             or c.num_attention_heads)
     size = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
     return 2*c.num_hidden_layers*heads*size*element*batch*length
 
@@ -117,16 +138,19 @@ def against_card(p:Plan, card) -> tuple:  # (figure, what it shows)
     "One plan as a stacked bar, with the card's memory as a dashed line."
     fig, room = plot_plans({"": p}), card_bytes(card)/1e9
     ax = fig.axes[0]
-    ax.axvline(room, color="k", ls="--"), ax.set(title=p.title(), xlim=(0, 1.05*max(room, p.peak/1e9)))
+    ax.axvline(room, color="k", ls="--"), ax.set(title=p.title(),
+                                                 xlim=(0, 1.05*max(room, p.peak/1e9)))
     verdict = "fits" if fits(p, card) else "does not fit"
-    return fig, f"{p.title()}: {p.peak/1e9:.1f} GB at its highest ({p.when}); it {verdict} on a card of {room:.1f} GB."
+    return (fig, f"{p.title()}: {p.peak/1e9:.1f} GB at its highest ({p.when}); it {verdict} on a "
+                 f"card of {room:.1f} GB.")
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #5ca09b21
 def controls() -> dict:  # Name of an argument of `plan` → widget
     "One widget for each setting that is worth playing with."
     import ipywidgets as w
     def steps(*o, value): return w.SelectionSlider(options=o, value=value, continuous_update=False)
-    out = dict(method=w.Dropdown(options=METHODS), per_device_train_batch_size=steps(1, 2, 4, 8, 16, 32, value=4),
+    out = dict(method=w.Dropdown(options=METHODS), per_device_train_batch_size=steps(1, 2, 4, 8, 16,
+        32, value=4),
                max_length=steps(256, 512, 1024, 2048, 4096, 8192, 16384, value=1024),
                r=steps(4, 8, 16, 32, 64, 128, value=16), gradient_checkpointing=w.Checkbox(True),
                optim=w.Dropdown(options=OPTIMIZERS), loss=w.Dropdown(options=("chunked", "full")))
@@ -144,7 +168,9 @@ def explorer(model, card="T4"):
     import ipywidgets as w
     cfg, picture, picks = config_of(model), w.HTML(), controls()
     def update(_=None):
-        try: picture.value = as_img(*against_card(plan(cfg, **{k: v.value for k, v in picks.items()}), card))
+        try:
+            picture.value = (as_img(*against_card(plan(cfg, **{k: v.value
+                for k, v in picks.items()}), card)))
         except QLoRAError as e: picture.value = escape(str(e))
     for v in picks.values(): v.observe(update, "value")
     update()

@@ -24,12 +24,14 @@ from ..base.nf4_config import plain_linears, quiet
 def on_card(n:int) -> int: return -(-n//512)*512   # bytes asked for → bytes taken
 
 class Ledger(TorchDispatchMode):
-    "Counts the bytes in use by tensors made inside the block, whether or not there is memory behind them."
+    """Counts the bytes in use by tensors made inside the block, whether or not there is memory
+    behind them."""
     def __init__(self):
         super().__init__()
         self.known, self.live, self.peak, self.moments, self.operations = set(), 0, 0, {}, 0
     def note(self, t:torch.Tensor, new:bool=True):
-        "Enter the storage of a tensor; one that is older than the block is known, and weighs nothing."
+        """Enter the storage of a tensor; one that is older than the block is known, and weighs
+        nothing."""
         s = t.untyped_storage()
         key, n = s._cdata, on_card(s.nbytes())*new
         if key in self.known: return
@@ -44,15 +46,18 @@ class Ledger(TorchDispatchMode):
         self.peak = self.live
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if f is torch.ops.aten._local_scalar_dense.default and args[0].is_meta: return 1  # "is the mask all ones?" Yes.
-        for t in tree_leaves((args, kwargs)): isinstance(t, torch.Tensor) and self.note(t, new=False)
+        # "is the mask all ones?" Yes.
+        if f is torch.ops.aten._local_scalar_dense.default and args[0].is_meta: return 1
+        for t in tree_leaves((args, kwargs)):
+            isinstance(t, torch.Tensor) and self.note(t, new=False)
         out, self.operations = f(*args, **kwargs), self.operations + 1
         for t in tree_leaves(out): isinstance(t, torch.Tensor) and self.note(t)
         return out
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #505d8bd9
 class Flash(torch.autograd.Function):
-    "What fused attention keeps: its inputs, its output and one number a row (Dao et al. 2022, algorithm 1)."
+    """What fused attention keeps: its inputs, its output and one number a row (Dao et al. 2022,
+    algorithm 1)."""
     @staticmethod
     def forward(ctx, q, k, v, mask):
         (B, H, T, D), Dv = q.shape, v.shape[-1]   # in MLA, heads of v have a size of their own
@@ -66,11 +71,15 @@ class Flash(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #cd385faf
-LOW = set("linear matmul __matmul__ bmm mm addmm baddbmm conv1d scaled_dot_product_attention".split())
-HIGH = set("layer_norm softmax log_softmax pow __pow__ rsqrt sum cumsum prod norm exp log cross_entropy nll_loss".split())
+LOW = (
+    set(
+    "linear matmul __matmul__ bmm mm addmm baddbmm conv1d scaled_dot_product_attention".split()))
+HIGH = set("layer_norm softmax log_softmax pow __pow__ rsqrt sum cumsum prod norm exp log "
+           "cross_entropy nll_loss".split())
 
 class Autocast(TorchFunctionMode):
-    "The rules of `torch.autocast` on CUDA for tensors without memory, and attention without scores."
+    """The rules of `torch.autocast` on CUDA for tensors without memory, and attention without
+    scores."""
     def __init__(self, dtype:torch.dtype|None): self.dtype = dtype   # None casts nothing
     def __torch_function__(self, f, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, getattr(f, "__name__", "")
@@ -82,18 +91,23 @@ class Autocast(TorchFunctionMode):
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #151ca0d6
 def config_of(model) -> PretrainedConfig:
-    "The config of a model's name, folder, config or of itself. Raises `QLoRAError` when it cannot be read."
+    """The config of a model's name, folder, config or of itself. Raises `QLoRAError` when it
+    cannot be read."""
     if isinstance(model, PretrainedConfig): return model.get_text_config()
     if hasattr(model, "config"): return model.config.get_text_config()
-    with hub_errors(model): return AutoConfig.from_pretrained(locate(model), trust_remote_code=False).get_text_config()
+    with hub_errors(model):
+        return AutoConfig.from_pretrained(locate(model), trust_remote_code=False).get_text_config()
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #00915a3a
 BUILT = {}
 
 def whole(cfg, dtype:torch.dtype) -> nn.Module:
-    "The model of a config with all its layers, without memory; the last ones are kept, since planning asks again and again."
+    """The model of a config with all its layers, without memory; the last ones are kept, since
+    planning asks again and again."""
     key = type(cfg).__name__, str(cfg.to_dict()), dtype
-    def build(**how): return AutoModelForCausalLM.from_config(copy.deepcopy(cfg), trust_remote_code=False, dtype=dtype, **how)
+    def build(**how):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(cfg), trust_remote_code=False,
+                                                dtype=dtype, **how)
     if key not in BUILT:
         while len(BUILT) > 3: del BUILT[next(iter(BUILT))]
         with torch.device("meta"), quiet(), plain_linears():
@@ -103,12 +117,14 @@ def whole(cfg, dtype:torch.dtype) -> nn.Module:
 
 def blocks_of(model) -> tuple:  # (the module that has them, its attribute, the layers), or ()
     "The decoder's layers: its longest list of modules that is in no other one."
-    lists = [(o, n, m) for o in model.get_decoder().modules() for n, m in o.named_children() if isinstance(m, nn.ModuleList)]
+    lists = [(o, n, m) for o in model.get_decoder().modules() for n, m in o.named_children()
+             if isinstance(m, nn.ModuleList)]
     inner = {id(o) for *_, m in lists for layer in m for o in layer.modules()}
     return max((o for o in lists if id(o[2]) not in inner), key=lambda o: len(o[2]), default=())
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #1daa6007
-def _of_layers(v, n): return isinstance(v, (list, tuple)) and len(v) == n > len(set(map(str, v)))   # one entry a layer, no mere numbering
+# one entry a layer, no mere numbering
+def _of_layers(v, n): return isinstance(v, (list, tuple)) and len(v) == n > len(set(map(str, v)))
 
 def layer_groups(model) -> list:  # Of `whole`; lists of indices, of one kind each
     "Which layers are alike."
@@ -117,7 +133,8 @@ def layer_groups(model) -> list:  # Of `whole`; lists of indices, of one kind ea
     found = {}
     for i, layer in enumerate(layers):
         sizes = tuple((n, tuple(p.shape)) for n, p in layer.named_parameters())
-        switches = tuple((n, type(m).__name__, *sorted(k for k, v in vars(m).items() if v is True)) for n, m in layer.named_modules())
+        switches = tuple((n, type(m).__name__, *sorted(k for k, v in vars(m).items() if v is True))
+                         for n, m in layer.named_modules())
         found.setdefault((sizes, switches, str([v[i] for v in lists])), []).append(i)
     return list(found.values())
 
@@ -135,7 +152,8 @@ def some_layers(model, keep:list) -> nn.Module:
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #08622b57
 class Lookup(torch.autograd.Function):
-    "A product with a 4-bit weight: the weight in 16 bits is there during the product, and not kept."
+    """A product with a 4-bit weight: the weight in 16 bits is there during the product, and not
+    kept."""
     @staticmethod
     def forward(ctx, x, shape):
         ctx.shape = shape
@@ -145,7 +163,8 @@ class Lookup(torch.autograd.Function):
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #62ced6c2
 class Planned(nn.Module):
-    "Stands in for a frozen linear layer with an adapter: it allocates what bitsandbytes and PEFT allocate."
+    """Stands in for a frozen linear layer with an adapter: it allocates what bitsandbytes and
+    PEFT allocate."""
     def __init__(self, linear, four_bit:bool, r:int, dtype:torch.dtype):
         super().__init__()
         w = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
@@ -154,11 +173,14 @@ class Planned(nn.Module):
         if four_bit: self.packed = [torch.empty(-(-n//2), dtype=torch.uint8)]
         self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)),
                        torch.empty(256), torch.empty(16), torch.empty(())] if four_bit else []
-        self.adapter = nn.ParameterList([torch.empty(r, w.shape[1]), torch.empty(w.shape[0], r)] if r else [])
-    weight = property(lambda self: torch.empty(self.shape, dtype=self.dtype) if self.wide is None else self.wide)   # some take it themselves
+        self.adapter = nn.ParameterList([torch.empty(r, w.shape[1]), torch.empty(w.shape[0], r)]
+                                        if r else [])
+    weight = property(lambda self: torch.empty(self.shape, dtype=self.dtype) if self.wide is None
+                      else self.wide)   # some take it themselves
     def forward(self, x):
         if self.packed:
-            y = Lookup.apply(x.to(self.dtype), self.shape).to(x.dtype).clone()   # PEFT clones a 4-bit layer's output
+            # PEFT clones a 4-bit layer's output
+            y = Lookup.apply(x.to(self.dtype), self.shape).to(x.dtype).clone()
         else: y = nn.functional.linear(x, self.wide, self.bias)
         if not self.adapter: return y
         if not self.packed: x = x.float()   # PEFT casts here, and autocast casts back

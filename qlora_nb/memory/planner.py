@@ -16,25 +16,31 @@ from transformers.pytorch_utils import Conv1D
 from ..base.errors import QLoRAError
 from ..base.core import Table
 from .expert_memory import Unpacked, check_stacks, pack_experts
-from .ledger import (Autocast, Ledger, Planned, config_of, layer_groups, on_card, some_layers,
-                                    whole)
+from .ledger import (Autocast, Ledger, Planned, config_of, layer_groups, on_card,
+                                    some_layers, whole)
 
 # %% ../../nbs/3_memory/37_planner.ipynb #1f4e25a5
 METHODS = ("qlora", "lora", "full")
 
-def skeleton(cfg, method:str, r:int, target_modules, dtype:torch.dtype, keep:list|None=None, target_parameters=()) -> nn.Module:
-    "A model without memory: frozen layers replaced by stand-ins, except the head. With `keep`, these layers only."
+def skeleton(cfg, method:str, r:int, target_modules, dtype:torch.dtype, keep:list|None=None,
+             target_parameters=()) -> nn.Module:
+    """A model without memory: frozen layers replaced by stand-ins, except the head. With `keep`,
+    these layers only."""
     model = whole(cfg, torch.float32 if method == "full" else dtype)
     with torch.device("meta"):
         model = some_layers(model, keep) if keep else copy.deepcopy(model)
         if method == "full": return model
         model.requires_grad_(False)
         for name, m in list(model.named_modules()):
-            if method == "qlora": pack_experts(m, dtype, lambda k: r*any(f".{name}.{k}".endswith(f".{t}") for t in target_parameters))
+            if method == "qlora":
+                pack_experts(m, dtype, lambda k: r*any(f".{name}.{k}".endswith(f".{t}")
+                                                       for t in target_parameters))
             if type(m) not in (nn.Linear, Conv1D) or m is model.get_output_embeddings(): continue
             parent, _, child = name.rpartition(".")
-            hit = target_modules == "all-linear" or any(name == t or name.endswith(f".{t}") for t in target_modules)
-            setattr(model.get_submodule(parent), child, Planned(m, method == "qlora", r if hit else 0, dtype))
+            hit = (target_modules == "all-linear" or any(name == t or name.endswith(f".{t}")
+                                                         for t in target_modules))
+            setattr(model.get_submodule(parent), child,
+                    Planned(m, method == "qlora", r if hit else 0, dtype))
     return model
 
 # %% ../../nbs/3_memory/37_planner.ipynb #5b50956b
@@ -55,7 +61,8 @@ def parts_of(model) -> dict:  # Name → bytes
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 
 def state_bytes(p:torch.Tensor, optim:str) -> int:
-    "Bytes that an optimizer keeps on the card for a parameter (bitsandbytes 0.50; `torch.optim.AdamW`)."
+    """Bytes that an optimizer keeps on the card for a parameter (bitsandbytes 0.50;
+    `torch.optim.AdamW`)."""
     n = p.numel()
     if optim == "adamw" or n < 4096: return 2*n*p.element_size()
     scales = 2*4*-(-n//256)
@@ -63,7 +70,8 @@ def state_bytes(p:torch.Tensor, optim:str) -> int:
 
 # %% ../../nbs/3_memory/37_planner.ipynb #6771f3dc
 class TiledLoss(torch.autograd.Function):
-    "What a loss in tiles allocates (TRL's `_ChunkedLogProbFunction`): one tile, and a gradient in float32."
+    """What a loss in tiles allocates (TRL's `_ChunkedLogProbFunction`): one tile, and a gradient
+    in float32."""
     @staticmethod
     def forward(ctx, h, n_vocab):
         ctx.h, ctx.tile = h, (min(len(h), 4096), min(n_vocab, 8192))
@@ -81,14 +89,18 @@ def forward_loss(model, ids, loss, mark):
         mark("forward")
         args[0].register_hook(lambda g: mark("loss"))
     if loss == "full":
-        with model.get_output_embeddings().register_forward_pre_hook(before_head):   # taken off at the end
+        # taken off at the end
+        with model.get_output_embeddings().register_forward_pre_hook(before_head):
             return model(input_ids=ids, labels=ids, use_cache=False).loss
     h = model.get_decoder()(input_ids=ids, use_cache=False)[0]
     before_head(None, [h])
-    return TiledLoss.apply(h[:, :-1].reshape(-1, h.shape[-1]).clone(), model.get_output_embeddings().weight.shape[0])
+    return TiledLoss.apply(h[:, :-1].reshape(-1, h.shape[-1]).clone(),
+                           model.get_output_embeddings().weight.shape[0])
 
 # %% ../../nbs/3_memory/37_planner.ipynb #b10e1abe
-def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_modules, gradient_checkpointing, optim, loss, dtype, keep=None, ledger=None, target_parameters=()) -> tuple:
+def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_modules,
+             gradient_checkpointing, optim, loss, dtype, keep=None, ledger=None,
+             target_parameters=()) -> tuple:
     "One training step without memory: (parts that stay, moments of a `Ledger`)."
     whole(cfg, torch.float32 if method == "full" else dtype)   # before anything is entered
     with ledger or Ledger() as ledger, torch.device("meta"):
@@ -98,14 +110,17 @@ def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_mod
         gc.collect()
         parts = parts_of(model) | dict(optimizer=sum(map(torch.Tensor.numel, states)))
         if gradient_checkpointing:
-            how = dict(use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), Autocast(dtype)))
+            how = dict(use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(),
+                Autocast(dtype)))
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
             model.enable_input_require_grads()
         ledger.mark("start"), ledger.moments.clear()
         with Autocast(dtype):
-            forward_loss(model.train(), torch.empty(per_device_train_batch_size, max_length, dtype=torch.long), loss, ledger.mark).backward()
+            forward_loss(model.train(), torch.empty(per_device_train_batch_size, max_length,
+                                                    dtype=torch.long), loss, ledger.mark).backward()
         ledger.mark("backward")
-        workspace = [torch.empty_like(p) for p in trained] if optim == "adamw" else []   # √v of all parameters
+        # √v of all parameters
+        workspace = [torch.empty_like(p) for p in trained] if optim == "adamw" else []
         ledger.mark("optimizer")
         del workspace
     return parts, ledger.moments
@@ -113,21 +128,30 @@ def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_mod
 # %% ../../nbs/3_memory/37_planner.ipynb #69b0b565
 COUNTED = {}   # planning asks about one config again and again
 
-def count(cfg, method, r, target_modules, optim, dtype, target_parameters=(), **rest) -> tuple:  # As for `rehearse`
-    "(groups of layers, some of each, the parts that stay), on all layers. Raises `QLoRAError` for a model that goes from token to token."
-    how = dict(method=method, r=r, target_modules=target_modules, optim=optim, dtype=dtype, target_parameters=target_parameters)
+def count(cfg, method, r, target_modules, optim, dtype, target_parameters=(), **rest
+          ) -> tuple:  # As for `rehearse`
+    """(groups of layers, some of each, the parts that stay), on all layers. Raises `QLoRAError`
+    for a model that goes from token to token."""
+    how = dict(method=method, r=r, target_modules=target_modules, optim=optim, dtype=dtype,
+               target_parameters=target_parameters)
     key = type(cfg).__name__, str(cfg.to_dict()), str(how)
     if key in COUNTED: return COUNTED[key]
-    groups, short = layer_groups(whole(cfg, torch.float32 if method == "full" else dtype)), [Ledger(), Ledger()]
-    for k, o in enumerate(short, 1): rehearse(cfg, 1, 16*k, gradient_checkpointing=False, loss="chunked", **how, keep=[g[0] for g in groups], ledger=o)
+    groups, short = (layer_groups(whole(cfg, torch.float32 if method == "full" else dtype)),
+                     [Ledger(), Ledger()])
+    for k, o in enumerate(short, 1):
+        rehearse(cfg, 1, 16*k, gradient_checkpointing=False, loss="chunked", **how,
+                 keep=[g[0] for g in groups], ledger=o)
     if short[1].operations > 1.2*short[0].operations:
-        raise QLoRAError("it goes from token to token, on a card by kernels whose memory is not known.", cfg.model_type, "Measure a step on a card.")
+        raise QLoRAError("it goes from token to token, on a card by kernels "
+                         "whose memory is not known.", cfg.model_type, "Measure a step on a card.")
     model = skeleton(cfg, method, r, target_modules, dtype, target_parameters=target_parameters)
-    parts = parts_of(model) | dict(optimizer=sum(state_bytes(p, optim) for p in model.parameters() if p.requires_grad))
+    parts = parts_of(model) | dict(optimizer=sum(state_bytes(p, optim) for p in model.parameters()
+                                                 if p.requires_grad))
     return COUNTED.setdefault(key, (groups, sorted(i for g in groups for i in g[:2]), parts))
 
 def grow(cfg, **how) -> tuple:
-    "(parts, moments) of all layers: what stays is counted, what comes and goes is rehearsed with few layers of each kind."
+    """(parts, moments) of all layers: what stays is counted, what comes and goes is rehearsed
+    with few layers of each kind."""
     groups, few, parts = count(cfg, **how)
     def passing(keep):   # in use at each moment, without what stays
         fixed, moments = rehearse(cfg, **how, keep=keep)
@@ -136,7 +160,8 @@ def grow(cfg, **how) -> tuple:
     for g in groups:
         if len(g) < 3: continue
         more = passing(sorted([*few, g[2]]))
-        total = {k: [t + (len(g) - 2)*(b - a) for t, a, b in zip(total[k], first[k], more[k])] for k in total}
+        total = {k: [t + (len(g) - 2)*(b - a) for t, a, b in zip(total[k], first[k], more[k])]
+                 for k in total}
     return parts, {k: tuple(o + sum(parts.values()) for o in v) for k, v in total.items()}
 
 # %% ../../nbs/3_memory/37_planner.ipynb #f0a07650
@@ -148,7 +173,8 @@ class Plan:
         self.when = max(moments, key=lambda k: moments[k][0])
         self.peak, kept = moments[self.when][0], max(0, moments["forward"][1] - fixed)
         if self.when == "optimizer": kept = 0
-        name = dict(loss="logits and loss", optimizer="gradients and roots").get(self.when, f"in passing ({self.when})")
+        name = dict(loss="logits and loss", optimizer="gradients and roots").get(self.when,
+            f"in passing ({self.when})")
         self.parts = parts | {"kept for backward": kept, name: self.peak - fixed - kept}
     def needs(self, context:float=0.95e9, spare:float=0.06) -> float:
         "Bytes of a card's memory: with CUDA's own part, and a share lost to gaps between tensors."
@@ -158,7 +184,8 @@ class Plan:
         return Table([*rows, ["peak", self.peak/1e9, 1.]], [self.title(), "GB", "share"])
     def title(self):
         s = self.settings
-        return f"{s['method']}, {s['per_device_train_batch_size']} x {s['max_length']} tokens" + (", checkpointing" if s["gradient_checkpointing"] else "")
+        return (f"{s['method']}, {s['per_device_train_batch_size']} x {s['max_length']} tokens"
+                + (", checkpointing" if s["gradient_checkpointing"] else ""))
     def __str__(self): return str(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
     def _repr_markdown_(self): return self.table()._repr_markdown_()
@@ -166,27 +193,39 @@ class Plan:
 
 # %% ../../nbs/3_memory/37_planner.ipynb #dea8dfc9
 def _check(name, value, allowed):
-    if value not in allowed: raise QLoRAError(f"there is no {name} '{value}'.", cure=f"Choose {', '.join(allowed)}.")
+    if value not in allowed:
+        raise QLoRAError(f"there is no {name} '{value}'.", cure=f"Choose {', '.join(allowed)}.")
 
 # %% ../../nbs/3_memory/37_planner.ipynb #d2b70aec
 def plan(model,                # A Hub id, a folder, "smollm2", a config, or a model
-         per_device_train_batch_size:int=1, max_length:int=2048,   # Rows of a forward pass, tokens of a row
-         method:str="qlora",   # "qlora", "lora" (16-bit base) or "full" (float32 weights, mixed precision)
+         # Rows of a forward pass, tokens of a row
+         per_device_train_batch_size:int=1, max_length:int=2048,
+         # "qlora", "lora" (16-bit base) or "full" (float32 weights, mixed precision)
+         method:str="qlora",
          r:int=16, target_modules="all-linear",  # As in `add_adapters`
          gradient_checkpointing:bool=False,     # Recompute activations in the backward pass?
          optim:str="adamw",    # "adamw", "adamw_8bit" or "paged_adamw_8bit"
          loss:str="chunked",   # "chunked", as TRL 1.x computes it, or "full": all logits at once
-         dtype:torch.dtype=torch.bfloat16, target_parameters=None) -> Plan:  # Computed in; stacks of experts with adapters
-    "Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError` for unknown settings."
-    _check("method", method, METHODS), _check("optimizer", optim, OPTIMIZERS), _check("loss", loss, ("chunked", "full"))
-    for k, v in dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, r=r).items():
+         # Computed in; stacks of experts with adapters
+         dtype:torch.dtype=torch.bfloat16, target_parameters=None) -> Plan:
+    """Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError`
+    for unknown settings."""
+    _check("method", method, METHODS), _check("optimizer", optim, OPTIMIZERS), _check("loss", loss,
+        ("chunked", "full"))
+    for k, v in dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length,
+                     r=r).items():
         if v < 1: raise QLoRAError(f"{k} is {v}.", cure="It has to be 1 or more.")
     cfg = config_of(model)
     check_stacks(cfg, method, target_parameters, dtype)
-    how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, method=method, r=r, gradient_checkpointing=gradient_checkpointing, optim=optim, loss=loss, dtype=dtype,
-               target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules), target_parameters=tuple(target_parameters or ()))
+    how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length,
+               method=method, r=r, gradient_checkpointing=gradient_checkpointing, optim=optim,
+               loss=loss, dtype=dtype, target_modules=target_modules if isinstance(target_modules,
+               str) else tuple(target_modules), target_parameters=tuple(target_parameters or ()))
     try: return Plan(cfg, how, *grow(cfg, **how))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError) as e:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError,
+            KeyError) as e:
         why = " ".join(str(e).split())[:120]
-        raise QLoRAError(f"a step of this architecture cannot be rehearsed without weights ({type(e).__name__}: {why}).", cfg.model_type,
-                         "Try one with method='lora' or another loss, or measure a step on a card.") from e
+        raise QLoRAError(f"a step of this architecture cannot be rehearsed without weights "
+                         f"({type(e).__name__}: {why}).", cfg.model_type,
+                         "Try one with method='lora' or another loss, or "
+                         "measure a step on a card.") from e

@@ -13,11 +13,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # %% ../../nbs/7_speed/79_cpu.ipynb #853ed90d
 class RMSNorm(torch.autograd.Function):
-    "`w*x/√(mean(x²) + eps)` (Zhang & Sennrich, 2019), in float32 inside; keeps `x` and one number a token."
+    """`w*x/√(mean(x²) + eps)` (Zhang & Sennrich, 2019), in float32 inside; keeps `x` and one
+    number a token."""
     @staticmethod
     def forward(ctx, x, w, eps):  # (..., n), (n,)
         h = x.to(torch.promote_types(x.dtype, torch.float32))
-        r = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        r = torch.linalg.vector_norm(h, dim=-1,
+                                     keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, w, r)
         return (h*r).to(x.dtype)*w
     @staticmethod
@@ -31,31 +33,38 @@ class RMSNorm(torch.autograd.Function):
 
 # %% ../../nbs/7_speed/79_cpu.ipynb #8528b905
 def attention_float32(module, q, k, v, mask, scaling=None, dropout=0., **kw):  # (B, H, T, D), (B, KV, T, D) twice
-    "transformers' `sdpa`, in training computed in float32, whose backward pass is faster on a CPU than bfloat16's."
+    """transformers' `sdpa`, in training computed in float32, whose backward pass is faster on a
+    CPU than bfloat16's."""
     odd = mask is not None and mask.dtype != torch.bool or q.shape[2] != k.shape[2] or any(
         kw.get(o) is not None for o in ("position_bias", "softcap", "cache", "is_causal"))
     if odd or not (module.training and torch.is_grad_enabled()):
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, scaling=scaling, dropout=dropout, **kw)
-    y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout, scale=scaling, enable_gqa=True,
-                                       is_causal=mask is None and getattr(module, "is_causal", True))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, scaling=scaling,
+                                               dropout=dropout, **kw)
+    y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout,
+                                       scale=scaling, enable_gqa=True, is_causal=mask is None
+                                       and getattr(module, "is_causal", True))
     return y.to(q.dtype).transpose(1, 2).contiguous(), None
 
 ALL_ATTENTION_FUNCTIONS.register("sdpa_float32", attention_float32)
 ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa_float32", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 # %% ../../nbs/7_speed/79_cpu.ipynb #29c1b948
-NORMS = "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"   # transformers', `w*x/√(mean(x²) + eps)`
+# transformers', `w*x/√(mean(x²) + eps)`
+NORMS = "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"
 
 @torch.no_grad()
 def why_not_norm(m, dtype) -> str|None:  # One of `NORMS`, and what the model computes in
     "The reason for which this norm cannot be computed by `RMSNorm`, or None."
-    x = torch.randn(4, len(m.weight), generator=torch.Generator().manual_seed(0)).to(m.weight.device, dtype)
+    x = torch.randn(4, len(m.weight),
+                    generator=torch.Generator().manual_seed(0)).to(m.weight.device, dtype)
     theirs, ours = m(x), RMSNorm.apply(x, m.weight, m.variance_epsilon)
     if theirs.dtype != ours.dtype: return f"it answers in {theirs.dtype}"
-    if (theirs - ours).abs().max() > 4*torch.finfo(dtype).eps*theirs.abs().max(): return "it computes something else"
+    if (theirs - ours).abs().max() > 4*torch.finfo(dtype).eps*theirs.abs().max():
+        return "it computes something else"
 
 def norm_forward(self, x):   # of a module that has one of `NORMS` as its class
-    if self.training and torch.is_grad_enabled(): return RMSNorm.apply(x, self.weight, self.variance_epsilon)
+    if self.training and torch.is_grad_enabled():
+        return RMSNorm.apply(x, self.weight, self.variance_epsilon)
     return self.usual[0](x)
 
 # %% ../../nbs/7_speed/79_cpu.ipynb #bf2537b0
@@ -70,14 +79,18 @@ def cpu_pieces_undo(model):
     if config._attn_implementation == "sdpa_float32": config._attn_implementation = "sdpa"
 
 def cpu_pieces(model) -> list:  # Changed in place. Result: (part, number, what it is now)
-    "Train with fewer and faster small operations on a CPU: `RMSNorm`, and attention in float32 for 16-bit models."
+    """Train with fewer and faster small operations on a CPU: `RMSNorm`, and attention in float32
+    for 16-bit models."""
     cpu_pieces_undo(model)
     decoder, dtype, rows = model.get_decoder(), model.get_input_embeddings().weight.dtype, []
     why = {m: why_not_norm(m, dtype) for m in model.modules() if type(m).__name__ in NORMS}
     for m, reason in why.items():
-        if reason is None: m.usual, m.forward = (m.forward, "forward" in vars(m)), types.MethodType(norm_forward, m)
+        if reason is None:
+            m.usual, m.forward = (m.forward, "forward" in vars(m)), types.MethodType(norm_forward,
+                m)
     for reason in dict.fromkeys(why.values()):
-        rows.append(("norm", [*why.values()].count(reason), f"as before: {reason}" if reason else "fused function"))
+        rows.append(("norm", [*why.values()].count(reason), f"as before: {reason}" if reason
+                     else "fused function"))
     config, own = decoder.config, not getattr(decoder, "_supports_attention_backend", False)
     if dtype == torch.float32 or own: return rows   # nothing to gain, or not by name
     usual = config._attn_implementation == "sdpa"

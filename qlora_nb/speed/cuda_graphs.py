@@ -16,10 +16,12 @@ from ..base.errors import QLoRAError
 def clean_up(stream):  # The current one before the capture
     "Put right what PyTorch leaves behind when CUDA has broken off a capture."
     torch.cuda.set_stream(stream)
-    with torch.cuda.graph(torch.cuda.CUDAGraph()): torch.zeros(1, device=stream.device)   # one that ends unlocks the generator
+    # one that ends unlocks the generator
+    with torch.cuda.graph(torch.cuda.CUDAGraph()): torch.zeros(1, device=stream.device)
 
 def capture(work, pool=None):  # A function that returns tensors; where a GPU captures into, of `torch.cuda.graph_pool_handle()`
-    "A list for what `work` returns, and a function that does it again; on a GPU as a CUDA graph, always into the same memory."
+    """A list for what `work` returns, and a function that does it again; on a GPU as a CUDA
+    graph, always into the same memory."""
     if pool is None:
         out = []
         def again(): out.clear(); out.extend(work())
@@ -36,7 +38,9 @@ def capture(work, pool=None):  # A function that returns tensors; where a GPU ca
 class GraphedPasses:
     "The forward and the backward pass of `call`, captured for arguments of one shape."
     def __init__(self, call, leaves, spec, params, pool, homes={}):  # Arguments, flat; what is trained, and by its id, where gradients go
-        def own(t): return t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t
+        def own(t):
+            return (t.detach().clone().requires_grad_(t.requires_grad)
+                    if isinstance(t, torch.Tensor) else t)
         self.slots, self.params = list(map(own, leaves)), params
         (hidden, *args), kwargs = tree_unflatten(self.slots, spec)
         self.wanted = [*params, hidden] if hidden.requires_grad else params
@@ -46,14 +50,16 @@ class GraphedPasses:
         def backward():
             live, self.live = self.live, None
             found = torch.autograd.grad(live, self.wanted, self.d_out, allow_unused=True)
-            return [g if g is None or id(p) not in homes else homes[id(p)].copy_(g) for p, g in zip(self.wanted, found)]
+            return [g if g is None or id(p) not in homes else homes[id(p)].copy_(g)
+                    for p, g in zip(self.wanted, found)]
         self.out, self.forward = capture(forward, pool)
         self.d_out = torch.zeros_like(hidden)   # layers keep the shape
         self.grads, self.backward = capture(backward, pool)
 
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #21b44974
 class Replay(torch.autograd.Function):
-    "One function in the place of all layers; the parameters' gradients are set in its backward pass."
+    """One function in the place of all layers; the parameters' gradients are set in its backward
+    pass."""
     @staticmethod
     def forward(ctx, stack, passes, anchor, *leaves):  # `anchor` needs a gradient, or autograd would see nothing to train
         for slot, leaf in zip(passes.slots, leaves):
@@ -67,48 +73,62 @@ class Replay(torch.autograd.Function):
     def backward(ctx, d_out):
         p, ctx.passes = ctx.passes, None   # a loss that is kept keeps nothing else
         if p is None or ctx.generation != ctx.stack.generation:
-            raise QLoRAError("another forward pass came before the backward pass of this one.", "layers in CUDA graphs",
-                             "Call backward() after each loss, or make_fast(..., cuda_graphs=False).")
+            raise QLoRAError("another forward pass came before the backward pass of this one.",
+                             "layers in CUDA graphs", "Call backward() after each loss, or "
+                                                      "make_fast(..., cuda_graphs=False).")
         held = {i: q.grad.clone() for i, q in enumerate(p.params) if q.grad is not None}
         p.d_out.copy_(d_out)
         p.backward()
-        both = [i for i in held if p.grads[i] is not None]   # None: a parameter that these layers did not use
+        # None: a parameter that these layers did not use
+        both = [i for i in held if p.grads[i] is not None]
         if both: torch._foreach_add_([p.grads[i] for i in both], [held[i] for i in both])
         for q, g in zip(p.params, p.grads): q.grad = q.grad if g is None else g
-        return None, None, None, p.grads[-1] if len(p.wanted) > len(p.params) else None, *[None]*(len(p.slots) - 1)
+        return (None, None, None, p.grads[-1] if len(p.wanted) > len(p.params) else None,
+                *[None]*(len(p.slots) - 1))
 
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #c2d3f7d0
 def decoder_layers(model) -> torch.nn.ModuleList:
-    "The decoder's blocks: its longest list of modules that is in no other list, as experts are. Raises `QLoRAError` without any."
+    """The decoder's blocks: its longest list of modules that is in no other list, as experts
+    are. Raises `QLoRAError` without any."""
     found = [m for m in model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList)]
     inner = {id(o) for m in found for layer in m for o in layer.modules()}
     outer = [m for m in found if id(m) not in inner]
-    if not outer: raise QLoRAError("there is no list of decoder layers here.", type(model).__name__, "Use compile=False.")
+    if not outer:
+        raise QLoRAError("there is no list of decoder layers here.", type(model).__name__,
+                         "Use compile=False.")
     return max(outer, key=len)
 
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #59f4b991
 class GraphCache:
-    "GraphedPasses of `call` for each shape of its arguments, captured when it comes for the third time."
+    """GraphedPasses of `call` for each shape of its arguments, captured when it comes for the
+    third time."""
     def __init__(self, call, params, device, after:int=2, most:int=16):
         self.call, self.params, self.after, self.most = call, params, after, most
         self.passes, self.seen, self.why = {}, Counter(), None
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     def find(self, leaves, spec, state=None):
         "The passes for these arguments, captured now if it is time, or None."
-        if not all(isinstance(t, (torch.Tensor, type(None), bool, int, float, str)) for t in leaves): return None   # a cache
-        def shape(t): return (t.shape, t.dtype, t.requires_grad) if isinstance(t, torch.Tensor) else str(t)
+        if not all(isinstance(t, (torch.Tensor, type(None), bool, int, float, str))
+                   for t in leaves): return None   # a cache
+        def shape(t):
+            return (t.shape, t.dtype, t.requires_grad) if isinstance(t, torch.Tensor) else str(t)
         key = (*map(shape, leaves), str(spec), state)
         self.seen[key] += 1
         if key in self.passes: return self.passes[key]
         if self.why or self.seen[key] < self.after or len(self.passes) >= self.most: return None
-        if self.seen[key] == self.after: return GraphedPasses(self.call, leaves, spec, self.params(), None)   # a warm-up
+        if self.seen[key] == self.after:
+            return GraphedPasses(self.call, leaves, spec, self.params(), None)   # a warm-up
         gc.collect()   # what the warm-up leaves behind would count
-        homes = {id(p): g for o in [*self.passes.values()][:1] for p, g in zip(o.params, o.grads) if g is not None}
-        try: self.passes[key] = GraphedPasses(self.call, leaves, spec, self.params(), self.pool, homes)
+        homes = {id(p): g for o in [*self.passes.values()][:1] for p, g in zip(o.params, o.grads)
+                 if g is not None}
+        try:
+            self.passes[key] = GraphedPasses(self.call, leaves, spec, self.params(), self.pool,
+                                             homes)
         except Exception as e:   # whatever a layer does that cannot be captured
             while e.__context__: e = e.__context__   # what came first says most
             self.why = f"capture failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
-            if "legacy stream" in self.why: self.why += ". Is a loss from before still held? Keep loss.detach() of it"
+            if "legacy stream" in self.why:
+                self.why += ". Is a loss from before still held? Keep loss.detach() of it"
             warnings.warn(f"the layers run eagerly: {self.why}")
         return self.passes.get(key)
 
@@ -116,9 +136,12 @@ class GraphCache:
 class GraphedLayers(GraphCache):
     "Decoder layers, the first of which answers for all when there is a graph."
     def __init__(self, layers, state=lambda: None, end=lambda: None, **how):  # What else tells calls apart; called at the end
-        self.layers, self.calls, self.state, self.end = list(layers), [m.forward for m in layers], state, end
-        self.generation, self.now, self.n_out, device = 0, None, None, next(self.layers[0].parameters()).device
-        self.anchor = torch.zeros((), device=device, requires_grad=True)   # no parameter: a kept loss would hold on to it
+        self.layers, self.calls, self.state, self.end = list(layers), [m.forward
+            for m in layers], state, end
+        self.generation, self.now, self.n_out, device = (0, None, None,
+                                                         next(self.layers[0].parameters()).device)
+        # no parameter: a kept loss would hold on to it
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
         super().__init__(self.chain, self.trained, device, **how)
         for i, m in enumerate(self.layers): m.forward = self.layer(i)
     def trained(self): return [p for m in self.layers for p in m.parameters() if p.requires_grad]
@@ -131,7 +154,8 @@ class GraphedLayers(GraphCache):
     def layer(self, i):
         def forward(hidden, *args, **kwargs):
             m = self.layers[i]
-            off = not m.training or not torch.is_grad_enabled() or getattr(m, "gradient_checkpointing", False)
+            off = (not m.training or not torch.is_grad_enabled()
+                   or getattr(m, "gradient_checkpointing", False))
             if off: return self.calls[i](hidden, *args, **kwargs)
             leaves, spec = tree_flatten(((hidden, *args), kwargs))
             if i == 0: self.now = None   # and with it, the warm-up's memory
@@ -146,7 +170,8 @@ class GraphedLayers(GraphCache):
 def usual(self:GraphedLayers, i, leaves, *args, **kwargs):
     "A layer as it was; one with arguments of its own could not be called with those of the first."
     if i and not (len(leaves) == len(self.others) + 1 and all(
-            a is b or not isinstance(a, torch.Tensor) and a == b for a, b in zip(leaves[1:], self.others))):
+            a is b or not isinstance(a, torch.Tensor) and a == b
+            for a, b in zip(leaves[1:], self.others))):
         self.why = "its layers get different arguments"
     out = self.calls[i](*args, **kwargs)
     self.n_out, self.others = len(out) if isinstance(out, tuple) else None, leaves[1:]
@@ -155,9 +180,11 @@ def usual(self:GraphedLayers, i, leaves, *args, **kwargs):
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #49e9b466
 @patch
 def forget(self:GraphedLayers):
-    "Give back the memory of all graphs; the layers go on, and are captured anew when their shapes come again."
+    """Give back the memory of all graphs; the layers go on, and are captured anew when their
+    shapes come again."""
     self.passes, self.seen, self.now = {}, Counter(), None
-    self.pool = self.pool and torch.cuda.graph_pool_handle()   # one that was given up cannot be captured into again
+    # one that was given up cannot be captured into again
+    self.pool = self.pool and torch.cuda.graph_pool_handle()
 
 @patch
 def undo(self:GraphedLayers):

@@ -19,9 +19,13 @@ from ..foundations.qlora import NF4Linear
 def four_bit_layers(model) -> list:
     "The layers of bitsandbytes and of our own that hold a weight in 4 bits."
     return [m for m in model.modules() if isinstance(m, NF4Linear)
-            or isinstance(m, bnb.nn.Linear4bit) and getattr(m.weight, "quant_state", None) is not None]
+            or isinstance(m, bnb.nn.Linear4bit) and getattr(m.weight, "quant_state", None)
+            is not None]
 
-def dequantized_weight(m) -> tuple:  # One of `four_bit_layers`. Result: (N, K) weight and (N,) bias, in the dtype that it computes in
+def dequantized_weight(m
+                       # One of `four_bit_layers`. Result: (N, K) weight and (N,) bias, in the dtype
+                       # that it computes in
+                       ) -> tuple:
     "What a 4-bit layer multiplies with."
     if isinstance(m, NF4Linear): return m.dequantize(), m.bias
     dtype = m.compute_dtype or m.weight.quant_state.dtype
@@ -35,13 +39,16 @@ def _stamp(m):
     return t.data_ptr(), t._version
 
 def _multiply(m, stamp, W, bias, x):
-    if _stamp(m) != stamp: return type(m).forward(m, x)   # merged or moved since: not the weight that was kept
+    # merged or moved since: not the weight that was kept
+    if _stamp(m) != stamp: return type(m).forward(m, x)
     return F.linear(x.to(W.dtype), W, bias).to(x.dtype)
 
 def keep_dequantized(model,             # On a CPU; changed in place, `drop_dequantized` undoes it
                      share:float=.25    # Of the free memory that wide weights may take
-                    ) -> int:           # Bytes that are kept; 0 where there is no room, and on other devices
-    "Dequantize each 4-bit weight once and multiply with the result. The packed weights stay what they are."
+                    # Bytes that are kept; 0 where there is no room, and on other devices
+                    ) -> int:
+    """Dequantize each 4-bit weight once and multiply with the result. The packed weights stay
+    what they are."""
     layers = [m for m in four_bit_layers(model) if "forward" not in vars(m)]
     size = model.get_input_embeddings().weight.element_size()
     need = sum(m.in_features*m.out_features for m in layers)*size
@@ -78,15 +85,18 @@ def write_out_4bit(model):   # Of `load_model`; changed in place
             parametrize.remove_parametrizations(m, p, leave_parametrized=False)
             setattr(m, p, torch.nn.Parameter(W, requires_grad=False))
         if not isinstance(m, bnb.nn.Linear4bit): continue
-        new, W = theirs.get_submodule(name), bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state).float()
-        new.weight = torch.nn.Parameter(W.T.contiguous() if isinstance(new, Conv1D) else W, requires_grad=False)
+        new, W = theirs.get_submodule(name), bnb.functional.dequantize_4bit(m.weight.data,
+            m.weight.quant_state).float()
+        new.weight = torch.nn.Parameter(W.T.contiguous() if isinstance(new, Conv1D) else W,
+                                        requires_grad=False)
         if m.bias is not None: new.bias = m.bias
         model.set_submodule(name, new)
     if hasattr(model, "hf_quantizer"): model.hf_quantizer.remove_quantization_config(model)
-    model._weight_conversions = list(filter(_can_be_undone, getattr(model, "_weight_conversions", ()))) or None
+    model._weight_conversions = (list(filter(_can_be_undone, getattr(model, "_weight_conversions",
+        ()))) or None)
     return model.float()
 
-def _can_be_undone(conversion):   # Of transformers, between names and shapes in a file and in a model
+def _can_be_undone(conversion): # Of transformers, between names and shapes in a file and in a model
     try: conversion.reverse_transform()
     except NotImplementedError: return False   # into 4 bits
     return True

@@ -26,30 +26,36 @@ from torch.utils._pytree import tree_leaves
 
 # %% ../../nbs/7_speed/80_fast_training.ipynb #7a97d2ee
 def to_16_bits(model, dtype) -> list:
-    "Frozen weights that something has made 32 bits wide, back to `dtype` where that loses nothing: their names."
-    names = [n for n, p in model.named_parameters() if not p.requires_grad and p.dtype == torch.float32 != dtype
+    """Frozen weights that something has made 32 bits wide, back to `dtype` where that loses
+    nothing: their names."""
+    names = [n for n, p in model.named_parameters() if not p.requires_grad
+             and p.dtype == torch.float32 != dtype
              and torch.equal(p, p.to(dtype).float())]
     for p in map(model.get_parameter, names): p.data = p.data.to(dtype)
     return names
 
 # %% ../../nbs/7_speed/80_fast_training.ipynb #0a69fdba
 def fast_loss(model, batch:dict,  # `input_ids`, `labels` (-100: none), and what else the decoder takes
-              n=None,             # Labels to divide by, with accumulation; None: those of this batch
+              # Labels to divide by, with accumulation; None: those of this batch
+              n=None,
               chunk_size:int=512,       # Positions whose logits exist at a time
               gradient=logits_gradient) -> torch.Tensor:  # See `chunked_loss`
-    "The loss of a batch in nats a token; no logits are saved, and positions without a label get none."
+    """The loss of a batch in nats a token; no logits are saved, and positions without a label
+    get none."""
     head = model.get_output_embeddings()
     if why := why_own_loss(model):
         warnings.warn(f"the loss is the model's own from now on: {why}")
         return own_loss(model, batch, n)
     if torch.is_grad_enabled() and (host := getattr(model, "host_memory", None)): host.start()
     hidden, labels, _ = hidden_states(model, batch)
-    return chunked_loss(hidden, head.weight, labels, getattr(head, "bias", None), n, chunk_size, gradient)
+    return chunked_loss(hidden, head.weight, labels, getattr(head, "bias", None), n, chunk_size,
+                        gradient)
 
 # %% ../../nbs/7_speed/80_fast_training.ipynb #478e9286
 def compiler(memory:float,          # Activation memory budget, 0 to 1
              name:str="inductor"):  # A backend of `torch.compile`
-    "A backend that saves between forward and backward as much as `memory` allows. All layers share one, and its result."
+    """A backend that saves between forward and backward as much as `memory` allows. All layers
+    share one, and its result."""
     theirs = torch._dynamo.lookup_backend(name)
     def backend(graph, inputs):
         with functorch_config.patch(activation_memory_budget=memory): return theirs(graph, inputs)
@@ -64,15 +70,18 @@ def compile_layer(layer, backend,  # Changed in place; of `compiler`
     fused = [m for m in layer.modules() if hasattr(m, "fused")]
     def forward(self, hidden, *args, **kwargs):
         if not self.training or not torch.is_grad_enabled(): return theirs(hidden, *args, **kwargs)
-        if dynamic and not hidden.requires_grad: hidden = hidden.detach().requires_grad_()   # the first layer: like the others
+        # the first layer: like the others
+        if dynamic and not hidden.requires_grad: hidden = hidden.detach().requires_grad_()
         if any(map(changed, fused)): return theirs(hidden, *args, **kwargs)
         others = tree_leaves((args, kwargs))
-        with offload_activations(host, self, hidden, others) if host else contextlib.nullcontext(): return compiled(hidden, *args, **kwargs)
+        with offload_activations(host, self, hidden, others) if host else contextlib.nullcontext():
+            return compiled(hidden, *args, **kwargs)
     layer.forward, layer.compiled = types.MethodType(forward, layer), compiled
 
 # %% ../../nbs/7_speed/80_fast_training.ipynb #822f10f6
 def make_plain(model,
-               widen:bool=True):  # Make weights as wide again as they were; False: where they will be narrowed at once
+               # Make weights as wide again as they were; False: where they will be narrowed at once
+               widen:bool=True):
     "Undo `make_fast`."
     for m in adapted_layers(model).values(): unfuse(m)
     unfold_prefixes(model)
@@ -86,29 +95,34 @@ def make_plain(model,
     for name in ("step_loss", "host_memory"): vars(model).pop(name, None)
     if widen:
         for p in map(model.get_parameter, vars(model).pop("narrowed", [])): p.data = p.data.float()
-        if (how := vars(model).pop("checkpointed", None)) is not None: model.gradient_checkpointing_enable(how)
+        if (how := vars(model).pop("checkpointed", None)) is not None:
+            model.gradient_checkpointing_enable(how)
     return model
 
 # %% ../../nbs/7_speed/80_fast_training.ipynb #ce5a4237
-def fuse_layers(model, layers:dict) -> list:  # Rows of a table: (part, number, what it is now, the first)
+def fuse_layers(model, layers:dict
+                ) -> list:  # Rows of a table: (part, number, what it is now, the first)
     "Fuse what can be fused, and undo the widening of frozen weights."
     rows, why = [], {n: why_not(m) for n, m in layers.items()}
     for reason in dict.fromkeys(why.values()):
         names = [n for n in layers if why[n] == reason]
         if reason is None: [fuse(layers[n]) for n in names]
-        rows.append(["adapter", len(names), f"as before: {reason}" if reason else "fused", names[0]])
+        rows.append(["adapter", len(names), f"as before: {reason}" if reason else "fused",
+                     names[0]])
     dtypes = [m.fused[-1] for m in layers.values() if hasattr(m, "fused")]
     names = to_16_bits(model, dtypes[0]) if dtypes else []
     model.narrowed = [*vars(model).get("narrowed", []), *names]   # for `make_plain`
     return rows + [["frozen weight", len(names), str(dtypes[0]), n] for n in names[:1]]
 
 # %% ../../nbs/7_speed/80_fast_training.ipynb #5c1e77aa
-def speed_up_layers(model, device, memory, compile, offload, cuda_graphs, dynamic) -> list:  # Rows of a table
+def speed_up_layers(model, device, memory, compile, offload, cuda_graphs, dynamic
+                    ) -> list:  # Rows of a table
     "Compile the decoder's layers, and replay them as CUDA graphs; see `make_fast`."
     blocks, how = list(decoder_layers(model)), []
     if compile:
         if getattr(model, "is_gradient_checkpointing", False):
-            model.checkpointed = getattr(getattr(blocks[0], "_gradient_checkpointing_func", None), "keywords", {})   # for `make_plain`
+            model.checkpointed = getattr(getattr(blocks[0], "_gradient_checkpointing_func", None),
+                                         "keywords", {})   # for `make_plain`
             model.gradient_checkpointing_disable()
         if offload: model.host_memory = ActivationOffload(device)
         backend = compiler(memory, "inductor" if compile is True else compile)
@@ -116,16 +130,21 @@ def speed_up_layers(model, device, memory, compile, offload, cuda_graphs, dynami
         for m in blocks: compile_layer(m, backend, getattr(model, "host_memory", None), dynamic)
         how.append(f"compiled, memory {memory:g}" + ", CPU offload"*offload)
     if cuda_graphs:
-        layers, host, asked = list(adapted_layers(model).values()), getattr(model, "host_memory", None), set()
+        layers, host, asked = list(adapted_layers(model).values()), getattr(model, "host_memory",
+            None), set()
         def look(m, args, kw):   # a replayed layer has no states of its own to show
             asked.clear()
-            asked.update(o for o in ("output_hidden_states", "output_attentions") if kw.get(o, False) or getattr(m.config, o, False))
+            asked.update(o for o in ("output_hidden_states", "output_attentions")
+                         if kw.get(o, False) or getattr(m.config, o, False))
         model.asked = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
         def state():   # what a graph has fixed; of what it cannot give there is none
             if asked: return object()
-            own = [(getattr(m, "disable_adapters", False), m.merged, layer_state(m)) for m in layers]
-            return torch.is_autocast_enabled(device.type), *own, *[(p.data_ptr(), p.requires_grad) for b in blocks for p in b.parameters()]
-        model.stack = GraphedLayers(blocks, state, end=(lambda: host.let_go(0)) if host else lambda: None)
+            own = [(getattr(m, "disable_adapters", False), m.merged, layer_state(m))
+                   for m in layers]
+            return torch.is_autocast_enabled(device.type), *own, *[(p.data_ptr(), p.requires_grad)
+                for b in blocks for p in b.parameters()]
+        model.stack = GraphedLayers(blocks, state, end=(lambda: host.let_go(0)) if host
+                                    else lambda: None)
         how.append("CUDA graphs")
     return [["decoder layer", len(blocks), ", ".join(how), ""]] if how else []
 
@@ -135,65 +154,91 @@ def first_step(model, fast, batch:dict, n=None) -> torch.Tensor:  # `fast(batch,
     loss = fast(batch, n=n)
     if not (model.training and torch.is_grad_enabled()): return loss
     with evaluating(model) if dropout_in(model) else torch.no_grad():
-        got, want = (fast(batch, n=n) if dropout_in(model) else loss).item(), own_loss(model, batch, n).item()
+        got, want = (fast(batch, n=n) if dropout_in(model) else loss).item(), own_loss(model, batch,
+            n).item()
     near = max(1e-3, torch.finfo(model.get_input_embeddings().weight.dtype).eps)
     if abs(got - want) <= near*abs(want):
         model.step_loss = fast
         return loss
-    warnings.warn(f"not made faster: the loss is {got:.4g}, and {want:.4g} on the model's own logits")
+    warnings.warn(f"not made faster: the loss is {got:.4g}, and {want:.4g} "
+                  f"on the model's own logits")
     make_plain(model).step_loss = partial(own_loss, model)
     return model.step_loss(batch, n=n)
 
 # %% ../../nbs/7_speed/80_fast_training.ipynb #9ecb7b98
 def check_fast(model, layers:dict, memory:float, device):
     "Raise `QLoRAError` where `make_fast` has nothing to work on."
-    if not layers: raise QLoRAError("this model has no adapters.", type(model).__name__, "Call add_adapters first.")
-    if not 0 <= memory <= 1: raise QLoRAError(f"memory is {memory}.", cure="Choose a share between 0 and 1.")
+    if not layers:
+        raise QLoRAError("this model has no adapters.", type(model).__name__,
+                         "Call add_adapters first.")
+    if not 0 <= memory <= 1:
+        raise QLoRAError(f"memory is {memory}.", cure="Choose a share between 0 and 1.")
     if device.type == "cuda" and device.index != torch.cuda.current_device():
-        raise QLoRAError(f"the model is on {device}, and PyTorch's current device is another.", cure="Call torch.cuda.set_device(device).")
+        raise QLoRAError(f"the model is on {device}, and PyTorch's current device is another.",
+                         cure="Call torch.cuda.set_device(device).")
 
 def speed_up_cpu(model, compile) -> list:  # Rows of a table
     "Fewer small operations on a CPU and, without a compiler, shared prefixes; see `make_fast`."
     rows = [[*row, ""] for row in cpu_pieces(model)]
     if compile: return rows   # it does not look into those
-    return rows + [["shared prefixes", 1, f"as before: {why}" if (why := fold_prefixes(model)) else "computed once", ""]]
+    return rows + [["shared prefixes", 1, f"as before: {why}" if (why := fold_prefixes(model))
+                    else "computed once", ""]]
 
 # %% ../../nbs/7_speed/80_fast_training.ipynb #d7f1104d
-def make_fast(model,                 # With adapters of PEFT or our own on a 4-bit base; changed in place
-              memory:float=1.,       # Activation memory budget: 1 saves what the backward pass needs, 0 only layers' inputs, the rest is recomputed
-              compile:bool|str|None=None,  # Compile each decoder layer, by this backend; None: on a GPU
-              offload:bool=False,    # Let saved activations wait in the CPU's memory, as `77_offload` does
-              cuda_graphs:bool|None=None,  # Capture and replay the layers' passes, as `76_cuda_graphs` does; None: on a GPU
+def make_fast(model,  # With adapters of PEFT or our own on a 4-bit base; changed in place
+              # Activation memory budget: 1 saves what the backward pass needs, 0 only layers'
+              # inputs, the rest is recomputed
+              memory:float=1.,
+              # Compile each decoder layer, by this backend; None: on a GPU
+              compile:bool|str|None=None,
+              # Let saved activations wait in the CPU's memory, as `77_offload` does
+              offload:bool=False,
+              # Capture and replay the layers' passes, as `76_cuda_graphs` does; None: on a GPU
+              cuda_graphs:bool|None=None,
               dynamic:bool|None=None,  # True: one compilation for batches of all lengths
-              chunk_size:int=512) -> Table:  # See `fast_loss`. Result: what was done to how many layers, and why not to the others
-    "Make training fast: `model.step_loss(batch)` is its loss. `make_plain` undoes it. Raises `QLoRAError` without adapters."
-    layers, device = adapted_layers(make_plain(model, widen=False)), model.get_input_embeddings().weight.device
+              # See `fast_loss`. Result: what was done to how many layers, and why not to the others
+              chunk_size:int=512) -> Table:
+    """Make training fast: `model.step_loss(batch)` is its loss. `make_plain` undoes it. Raises
+    `QLoRAError` without adapters."""
+    layers, device = (adapted_layers(make_plain(model, widen=False)),
+                      model.get_input_embeddings().weight.device)
     check_fast(model, layers, memory, device)
     cuda = device.type == "cuda"
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
     compile = cuda if compile is None else compile
     cuda_graphs = cuda and alone if cuda_graphs is None else cuda_graphs
-    if stacks := [n for n, m in model.named_modules() if hasattr(m, "parameter_name")]: compile = cuda_graphs = False   # other code reads those
+    if stacks := [n for n, m in model.named_modules() if hasattr(m, "parameter_name")]:
+        compile = cuda_graphs = False   # other code reads those
     if offload and not (compile and cuda):
         raise QLoRAError("offload needs a GPU and compiled layers.", str(device), "Leave it out.")
     kept = keep_dequantized(model) if device.type == "cpu" and not compile and memory == 1 else 0
-    rows = [["4-bit weight", len(layers), f"dequantized once, {fmt_bytes(kept)}", ""]] if kept else []
+    rows = ([["4-bit weight", len(layers), f"dequantized once, {fmt_bytes(kept)}", ""]] if kept
+            else [])
     rows += fuse_layers(model, layers)
-    if stacks: rows.append(["adapter on experts", len(stacks), "as before: it is on a parameter", stacks[0]])
+    if stacks:
+        rows.append(["adapter on experts", len(stacks), "as before: it is on a parameter",
+                     stacks[0]])
     if device.type == "cpu": rows += speed_up_cpu(model, compile)
     own = why_own_loss(model)
     rows.append(["loss", 1, f"as before: {own}" if own else f"chunks of {chunk_size}", ""])
-    if offload and own: raise QLoRAError(f"offload needs the chunked loss, and {own}.", cure="Leave it out.")
+    if offload and own:
+        raise QLoRAError(f"offload needs the chunked loss, and {own}.", cure="Leave it out.")
     rows += speed_up_layers(model, device, memory, compile, offload, cuda_graphs, dynamic)
     gradient = fused_gradient if compile and cuda else logits_gradient
-    if not own: model.step_loss = partial(first_step, model, partial(fast_loss, model, chunk_size=chunk_size, gradient=gradient))
+    if not own:
+        model.step_loss = partial(first_step, model, partial(fast_loss, model,
+            chunk_size=chunk_size, gradient=gradient))
     return Table(rows, ["part", "number", "now", "first"])
 
 # %% ../../nbs/7_speed/80_fast_training.ipynb #a5bda968
 def step_label(row:dict) -> str:  # Of benchmarks/results/step.json
     "How a row of the benchmark trained, in words."
-    names = {"peft": "PEFT + bitsandbytes", "peft+regions": "PEFT + bitsandbytes, layers compiled", "trl": "TRL", "liger": "PEFT + bitsandbytes + Liger",
-             "unsloth": "Unsloth, its checkpointing", "unsloth-none": "Unsloth, no checkpointing", "unsloth-small-loss": "Unsloth, small loss"}
-    if row["peer"] != "ours": return names[row["peer"]] + {"on": ", checkpointing"}.get(row["checkpointing"], "")
-    where = {"host": ", CPU offload", "host-not-recorded": ", CPU offload, no CUDA graphs"}.get(row["checkpointing"], "")
+    names = {"peft": "PEFT + bitsandbytes", "peft+regions": "PEFT + bitsandbytes, layers compiled",
+             "trl": "TRL", "liger": "PEFT + bitsandbytes + Liger",
+             "unsloth": "Unsloth, its checkpointing", "unsloth-none": "Unsloth, no checkpointing",
+             "unsloth-small-loss": "Unsloth, small loss"}
+    if row["peer"] != "ours":
+        return names[row["peer"]] + {"on": ", checkpointing"}.get(row["checkpointing"], "")
+    where = {"host": ", CPU offload",
+             "host-not-recorded": ", CPU offload, no CUDA graphs"}.get(row["checkpointing"], "")
     return f"make_fast, memory {row['memory']:g}{where}"

@@ -22,16 +22,21 @@ triton, tl = load_triton(needed=False)   # a CPU does without
 
 # %% ../../nbs/7_speed/73_fused.ipynb #3fa50b6e
 @triton.jit
-def folded_kernel(Q, SCALES, CODE, SCALES2, CODE2, OFFSET, A, B, OUT, N, K, alpha, r, R: tl.constexpr,
-                  ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr, BLOCK2: tl.constexpr, FOLD: tl.constexpr,
-                  EVEN: tl.constexpr):
-    n, k0 = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS), tl.program_id(1)*COLS   # rows of the weight
-    k, half, g = k0 + tl.arange(0, COLS), k0//2 + tl.arange(0, COLS//2), k0//BLOCK + tl.arange(0, COLS//BLOCK)
+def folded_kernel(Q, SCALES, CODE, SCALES2, CODE2, OFFSET, A, B, OUT, N, K, alpha, r,
+                  R: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr,
+                  BLOCK2: tl.constexpr, FOLD: tl.constexpr, EVEN: tl.constexpr):
+    # rows of the weight
+    n, k0 = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS), tl.program_id(1)*COLS
+    k, half, g = k0 + tl.arange(0, COLS), k0//2 + tl.arange(0, COLS//2), k0//BLOCK + tl.arange(0,
+        COLS//BLOCK)
     at, byte = n[:, None]*(K//BLOCK) + g[None, :], n[:, None]*(K//2) + half[None, :]
     rows, inside = (n < N)[:, None], (n < N)[:, None] & (k < K)[None, :]
-    if EVEN:                                                             # without masks, loads are wide
+    # without masks, loads are wide
+    if EVEN:
         scale = tl.load(SCALES + at)                                     # (ROWS, COLS/BLOCK)
-        if BLOCK2: scale = tl.load(CODE2 + scale.to(tl.int32))*tl.load(SCALES2 + at//BLOCK2) + tl.load(OFFSET)
+        if BLOCK2:
+            scale = tl.load(CODE2 + scale.to(tl.int32))*tl.load(SCALES2
+                + at//BLOCK2) + tl.load(OFFSET)
         q = tl.load(Q + byte).to(tl.int32)
     else:
         there = rows & (g < K//BLOCK)[None, :]
@@ -45,34 +50,41 @@ def folded_kernel(Q, SCALES, CODE, SCALES2, CODE2, OFFSET, A, B, OUT, N, K, alph
     if FOLD:
         j = tl.arange(0, R)
         b = tl.load(B + n[:, None]*r + j[None, :], mask=rows & (j < r)[None, :], other=0)
-        a = tl.load(A + j[:, None]*K + k[None, :], mask=(j < r)[:, None] & (k < K)[None, :], other=0)
+        a = tl.load(A + j[:, None]*K + k[None, :], mask=(j < r)[:, None] & (k < K)[None, :],
+                    other=0)
         w = tl.dot((b*alpha).to(a.dtype), a, acc=w, input_precision="ieee")
     w, to = w.to(OUT.dtype.element_ty), OUT + n[:, None]*K + k[None, :]
     if EVEN: tl.store(to, w)
     else: tl.store(to, w, mask=inside)
 
 # %% ../../nbs/7_speed/73_fused.ipynb #a729f307
-Packed = namedtuple("Packed", "q scales code scales2 code2 offset")    # the tensors of a 4-bit weight
+# the tensors of a 4-bit weight
+Packed = namedtuple("Packed", "q scales code scales2 code2 offset")
 
 def plain_scales(scales, code2, scales2, offset, block2) -> torch.Tensor:
     "Scales that were quantized themselves, in float32."
     return code2[scales.int()]*scales2.repeat_interleave(block2)[:len(scales)] + offset
 
 @torch.library.custom_op("qlora_nb::dequantize", mutates_args=())
-def dequantize(q: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, scales2: torch.Tensor, code2: torch.Tensor,
-           offset: torch.Tensor, A: torch.Tensor, B: torch.Tensor, alpha: float, block: int, block2: int, kind: str,
-           fold: bool, tag: int) -> torch.Tensor:
-    "The weight (N, K) in the type of `A`; with `fold`, plus alpha*B@A. Without it, `A` (r, K) and `B` (N, r) tell the shape."
+def dequantize(q: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, scales2: torch.Tensor,
+               code2: torch.Tensor, offset: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
+               alpha: float, block: int, block2: int, kind: str, fold: bool,
+               tag: int) -> torch.Tensor:
+    """The weight (N, K) in the type of `A`; with `fold`, plus alpha*B@A. Without it, `A` (r, K)
+    and `B` (N, r) tell the shape."""
     (r, K), N = A.shape, B.shape[0]
     if not q.is_cuda:
         s = plain_scales(scales, code2, scales2, offset, block2) if block2 else scales
-        w = torch.ops.bitsandbytes.dequantize_4bit(q, s, block, kind, (N*K//block, block), torch.float32 if fold else A.dtype)
-        return (w.view(N, K).addmm_(B.float(), A.float(), alpha=alpha) if fold else w.view(N, K)).to(A.dtype)
+        w = torch.ops.bitsandbytes.dequantize_4bit(q, s, block, kind, (N*K//block, block),
+                                                   torch.float32 if fold else A.dtype)
+        return (w.view(N, K).addmm_(B.float(), A.float(), alpha=alpha) if fold
+                else w.view(N, K)).to(A.dtype)
     out = torch.empty(N, K, device=q.device, dtype=A.dtype)
     rows, cols = 32, max(256, block)
     folded_kernel[(triton.cdiv(N, rows), triton.cdiv(K, cols))](
-        q, scales, code, scales2, code2, offset, A, B, out, N, K, alpha, r, max(16, triton.next_power_of_2(r)),
-        rows, cols, block, block2, fold, N % rows == K % cols == 0, num_warps=4, enable_fp_fusion=False)
+        q, scales, code, scales2, code2, offset, A, B, out, N, K, alpha, r,
+        max(16, triton.next_power_of_2(r)), rows, cols, block, block2, fold,
+        N % rows == K % cols == 0, num_warps=4, enable_fp_fusion=False)
     return out
 
 @dequantize.register_fake
@@ -81,7 +93,8 @@ def _(q, scales, code, scales2, code2, offset, A, B, alpha, block, block2, kind,
 
 # %% ../../nbs/7_speed/73_fused.ipynb #3f7475a8
 class FusedLoRA(torch.autograd.Function):
-    "`x (W + alpha B A)^T + bias` for a packed, frozen `W` (QLoRA paper, equation 5; Hu et al., 2021, section 4.1)."
+    """`x (W + alpha B A)^T + bias` for a packed, frozen `W` (QLoRA paper, equation 5; Hu et al.,
+    2021, section 4.1)."""
     @staticmethod
     def forward(ctx, x, A, B, bias, alpha, block, block2, kind, fold, *packed):  # (..., K), (r, K), (N, r), (N,) or None
         ctx.how = how = alpha, block, block2, kind, fold
@@ -89,7 +102,8 @@ class FusedLoRA(torch.autograd.Function):
         y, h = F.linear(x, W, bias), None
         if not fold:
             h = F.linear(x, A)
-            y.view(-1, y.shape[-1]).addmm_(h.flatten(0, -2), B.T, alpha=alpha)   # and y itself is returned: a model may add to it in place
+            # and y itself is returned: a model may add to it in place
+            y.view(-1, y.shape[-1]).addmm_(h.flatten(0, -2), B.T, alpha=alpha)
         ctx.save_for_backward(x, h, A, B, *packed)
         return y
     @staticmethod
@@ -101,14 +115,16 @@ class FusedLoRA(torch.autograd.Function):
         h = F.linear(x2, A) if h is None else h.reshape(-1, h.shape[-1])
         dyB, dx = (dy2 @ B)*alpha, None
         if ctx.needs_input_grad[0]:   # not in the first layer
-            dx = dy2 @ (packed[0] if ctx.how[3] == "kept" else dequantize(*packed, A, B, *ctx.how, 1))
+            dx = dy2 @ (packed[0] if ctx.how[3] == "kept" else dequantize(*packed, A, B, *ctx.how,
+                1))
             if not fold: dx.addmm_(dyB, A)
             dx = dx.view_as(x)
         return dx, dyB.T @ x2, (dy2.T @ h)*alpha, *[None]*(6 + len(packed))
 
 # %% ../../nbs/7_speed/73_fused.ipynb #5174109d
 def adapted_layers(model) -> dict:  # Name → layer with an adapter, of PEFT or our own
-    return {n: m for n, m in model.named_modules() if isinstance(m, (LoRA, LoraLayer)) and hasattr(m, "base_layer")
+    return {n: m for n, m in model.named_modules() if isinstance(m, (LoRA, LoraLayer))
+            and hasattr(m, "base_layer")
             and not hasattr(m, "parameter_name")}   # an adapter on a parameter belongs to no layer
 
 def packed_of(base) -> tuple:  # (Packed, block_size, block_size of the scales or 0, "nf4" or "fp4")
@@ -116,7 +132,8 @@ def packed_of(base) -> tuple:  # (Packed, block_size, block_size of the scales o
     def plain(t): return t.detach().as_subclass(torch.Tensor)
     if isinstance(base, NF4Linear):
         q, double, device = base.packed.view(-1), hasattr(base, "codes"), base.packed.device
-        scales = (base.codes, base.absmax, dynamic_code(device), base.offset) if double else (base.scales,)*4
+        scales = ((base.codes, base.absmax, dynamic_code(device), base.offset) if double
+                  else (base.scales,)*4)
         packed = Packed(q, scales[0], levels(base.how["codebook"], device), *scales[1:])
         return packed, base.how["block_size"], 256*double, base.how["codebook"]
     w, s = base.weight, base.weight.quant_state
@@ -127,13 +144,15 @@ def packed_of(base) -> tuple:  # (Packed, block_size, block_size of the scales o
 # %% ../../nbs/7_speed/73_fused.ipynb #507bdc3f
 def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
     "The reason for which this layer cannot be fused, or None."
-    base, names = layer.base_layer, [layer.active] if isinstance(layer, LoRA) else list(layer.active_adapters)
+    base, names = (layer.base_layer, [layer.active] if isinstance(layer, LoRA)
+                   else list(layer.active_adapters))
     state = getattr(getattr(base, "weight", None), "quant_state", None)
     if len(names) != 1: return f"{len(names)} adapters are active"
     name = names[0]
     if name not in layer.lora_A: return f"it has no adapter '{name}'"
     if layer.merged: return "its adapter is merged"
-    if not isinstance(base, NF4Linear) and state is None: return f"its base, {type(base).__name__}, is not in 4 bits"
+    if not isinstance(base, NF4Linear) and state is None:
+        return f"its base, {type(base).__name__}, is not in 4 bits"
     if getattr(layer.lora_dropout[name], "p", 0): return f"dropout is {layer.lora_dropout[name].p}"
     if variant := getattr(layer, "lora_variant", {}).get(name): return type(variant).__name__
     if layer.lora_B[name].bias is not None: return "its adapter has a bias"
@@ -141,47 +160,59 @@ def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
     if getattr(layer, "fan_in_fan_out", False): return "its weight is stored transposed"
     if base.packed.is_cuda if state is None else base.weight.is_cuda:
         if not hasattr(triton, "cdiv"): return "Triton is not installed"
-    block, kind = (base.how["block_size"], base.how["codebook"]) if state is None else (state.blocksize, state.quant_type)
+    block, kind = ((base.how["block_size"], base.how["codebook"]) if state is None
+                   else (state.blocksize, state.quant_type))
     if kind not in ("nf4", "fp4"): return f"its codebook is {kind}"
-    if layer.in_features % block: return f"its {layer.in_features} inputs are no multiple of {block}"
+    if layer.in_features % block:
+        return f"its {layer.in_features} inputs are no multiple of {block}"
 
 # %% ../../nbs/7_speed/73_fused.ipynb #79d1aac9
 def layer_state(layer) -> tuple:  # A layer with an adapter, of PEFT or our own
     "What a fused layer takes for granted, as something to be compared."
-    base, names = layer.base_layer, (layer.active,) if isinstance(layer, LoRA) else tuple(layer.active_adapters)
+    base, names = (layer.base_layer, (layer.active,) if isinstance(layer, LoRA)
+                   else tuple(layer.active_adapters))
     weight = base.packed if isinstance(base, NF4Linear) else base.weight
-    own = [(n, layer.scaling.get(n), getattr(layer.lora_dropout[n], "p", 0), n in getattr(layer, "lora_variant", {}),
-            layer.lora_B[n].bias is not None) for n in names if n in layer.lora_A]
-    return names, tuple(own), id(base), weight.data_ptr(), weight._version, getattr(base.bias, "requires_grad", False)
+    own = [(n, layer.scaling.get(n), getattr(layer.lora_dropout[n], "p", 0),
+            n in getattr(layer, "lora_variant", {}), layer.lora_B[n].bias is not None)
+           for n in names if n in layer.lora_A]
+    return names, tuple(own), id(base), weight.data_ptr(), weight._version, getattr(base.bias,
+        "requires_grad", False)
 
 # %% ../../nbs/7_speed/73_fused.ipynb #76e74b6b
-def nothing(t, n): return [t.new_empty(0) for _ in range(n)]   # not one tensor n times, which the compiler does not take
+# not one tensor n times, which the compiler does not take
+def nothing(t, n): return [t.new_empty(0) for _ in range(n)]
 
 def changed(layer) -> bool:  # One that was fused
     "Is this layer another than when it was fused? Says so."
     if layer_state(layer) == layer.fused_state: return False
-    warnings.warn("a layer has changed since it was made fast, and goes its own way; call make_fast again")
+    warnings.warn("a layer has changed since it was made fast, and goes its own way; call "
+                  "make_fast again")
     return True
 
 def fuse(layer,             # For which `why_not` is None; changed in place
          fold:bool|None=None):  # Add the adapter to the weight; None: on a GPU
     "Let training go through `FusedLoRA`. `unfuse` undoes it."
     name = layer.active if isinstance(layer, LoRA) else layer.active_adapters[0]
-    base, theirs, (packed, block, block2, kind) = layer.base_layer, layer.forward, packed_of(layer.base_layer)
-    if (W := getattr(base, "kept_weight", None)) is not None: packed, block2, kind, fold = Packed(W, *nothing(W, 5)), 0, "kept", False
+    base, theirs, (packed, block, block2, kind) = (layer.base_layer, layer.forward,
+                                                   packed_of(layer.base_layer))
+    if (W := getattr(base, "kept_weight", None)) is not None:
+        packed, block2, kind, fold = Packed(W, *nothing(W, 5)), 0, "kept", False
     elif block2 and not packed.q.is_cuda:   # half a bit a weight, for two dequantizations a step
         s = plain_scales(packed.scales, packed.code2, packed.scales2, packed.offset, block2)
         packed, block2 = Packed(packed.q, s, packed.code, *nothing(s, 3)), 0
-    dtype = base.dtype if isinstance(base, NF4Linear) else base.compute_dtype or base.weight.quant_state.dtype
+    dtype = (base.dtype if isinstance(base, NF4Linear) else base.compute_dtype
+             or base.weight.quant_state.dtype)
     how = layer.scaling[name], block, block2, kind, packed.q.is_cuda if fold is None else fold
     layer.fused, layer.fused_state = (packed, how, dtype), layer_state(layer)
     def forward(self, x, *args, **kwargs):
         packed, how, dtype = self.fused
         off = getattr(self, "disable_adapters", False) or self.merged
-        if off or not self.training or not torch.is_grad_enabled(): return theirs(x, *args, **kwargs)
+        if off or not self.training or not torch.is_grad_enabled():
+            return theirs(x, *args, **kwargs)
         if not torch.compiler.is_compiling() and changed(self): return theirs(x, *args, **kwargs)
         A, B, bias = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.bias
-        y = FusedLoRA.apply(x.to(dtype), A.to(dtype), B.to(dtype), None if bias is None else bias.to(dtype), *how, *packed)
+        y = FusedLoRA.apply(x.to(dtype), A.to(dtype), B.to(dtype), None if bias is None
+                            else bias.to(dtype), *how, *packed)
         return y.to(x.dtype)
     layer.forward = types.MethodType(forward, layer)
 

@@ -40,32 +40,40 @@ def nf4_kernel(Q, SCALES, SCALES2, CODE2, OFFSET, CODE, OUT, n, n_bytes,
 
 # %% ../../nbs/7_speed/71_kernels.ipynb #9f9ab1d3
 def second_scales(packed, state) -> tuple:  # `Params4bit.data` and its `QuantState`
-    "What undoes the second quantization: (scales, code, offset), block size or 0 where there is none. Raises `QLoRAError` for tensors on two devices."
+    """What undoes the second quantization: (scales, code, offset), block size or 0 where there
+    is none. Raises `QLoRAError` for tensors on two devices."""
     if packed.device != state.absmax.device:
-        raise QLoRAError(f"the weight is on {packed.device} and its scales on {state.absmax.device}.",
+        raise QLoRAError(f"the weight is on {packed.device} and its scales on "
+                         f"{state.absmax.device}.",
                          cure="Move the layer as a whole: layer.to(device).")
     if not state.nested: return (state.absmax,)*3, 0   # not read
     return (state.state2.absmax, state.state2.code, state.offset), state.state2.blocksize
 
 def dequantize_nf4(packed:torch.Tensor,  # As in `Params4bit.data`
-                   state,                # bitsandbytes' `QuantState`, with or without double quantization
-                   out:torch.Tensor|None=None,  # Of `state.shape` and `state.dtype`, to write into; None: a new one
-                   rows:int=64, warps:int=4) -> torch.Tensor:  # Blocks of a program, and groups of 32 threads that share it
-    "The weight, equal to bitsandbytes' in each bit. Raises `QLoRAError` for tensors on two devices."
+                   # bitsandbytes' `QuantState`, with or without double quantization
+                   state,
+                   # Of `state.shape` and `state.dtype`, to write into; None: a new one
+                   out:torch.Tensor|None=None,
+                   # Blocks of a program, and groups of 32 threads that share it
+                   rows:int=64, warps:int=4) -> torch.Tensor:
+    """The weight, equal to bitsandbytes' in each bit. Raises `QLoRAError` for tensors on two
+    devices."""
     n, (scales2, block2) = state.shape.numel(), second_scales(packed, state)
     out = torch.empty(state.shape, dtype=state.dtype, device=packed.device) if out is None else out
-    direct = out.dtype != torch.bfloat16 or packed.is_cuda   # the interpreter cuts off where it should round
+    # the interpreter cuts off where it should round
+    direct = out.dtype != torch.bfloat16 or packed.is_cuda
     target = out if direct else torch.empty_like(out, dtype=torch.float32)
     q = packed.view(-1).view(torch.uint8)
     with torch.cuda.device_of(packed):
         nf4_kernel[(triton.cdiv(n, state.blocksize*rows),)](
-            q, state.absmax, *scales2, state.code, target, n, (n + 1)//2, state.blocksize, block2, rows,
-            num_warps=warps, enable_fp_fusion=False)
+            q, state.absmax, *scales2, state.code, target, n, (n + 1)//2, state.blocksize, block2,
+            rows, num_warps=warps, enable_fp_fusion=False)
     return out if direct else out.copy_(target)
 
 # %% ../../nbs/7_speed/71_kernels.ipynb #64fac644
 def pick(half, out):  # 0 or 1; the first of four registers
-    "PTX for four weights: their low bytes, their high bytes, and both put together as float32, the first weight in the high bits."
+    """PTX for four weights: their low bytes, their high bytes, and both put together as float32,
+    the first weight in the high bits."""
     s, c = f"s{half}", f"c{half}"
     return f"""
         prmt.b32 a, $9, $10, {s}; prmt.b32 b, $11, $12, {s}; prmt.b32 low, a, b, {c};
@@ -74,37 +82,47 @@ def pick(half, out):  # 0 or 1; the first of four registers
         prmt.b32 ${out + 2}, low, high, 0x73ff; prmt.b32 ${out + 3}, low, high, 0x62ee;"""
 ptx = """{ .reg .b32 s0, s1, c0, c1, a, b, low, high;
         and.b32 s0, $8, 0x77777777; shr.u32 s1, s0, 16;
-        shr.u32 c0, $8, 1; lop3.b32 c0, c0, $17, $18, 0xea; shr.u32 c1, c0, 16;""" + pick(0, 0) + pick(1, 4) + "}"
-LOOK_UP, REGISTERS = tl.constexpr(ptx), tl.constexpr(",".join(["=r"]*8 + ["r"]*11))   # eight results; the word, the table
+        shr.u32 c0, $8, 1; lop3.b32 c0, c0, $17, $18, 0xea; shr.u32 c1, c0, 16;""" + pick(0,
+        0) + pick(1, 4) + "}"
+# eight results; the word, the table
+LOOK_UP, REGISTERS = tl.constexpr(ptx), tl.constexpr(",".join(["=r"]*8 + ["r"]*11))
 
 # %% ../../nbs/7_speed/71_kernels.ipynb #d171893f
 def byte_table(code:torch.Tensor) -> torch.Tensor:  # 16 values → (10,), int32
     "The bytes of a codebook in bfloat16, four to a word: low ones, then high ones; and two masks."
-    bits = code.to(torch.bfloat16).view(torch.int16) - (code < 0).to(torch.int16)   # below a negative one come 16 ones: almost a unit
+    # below a negative one come 16 ones: almost a unit
+    bits = code.to(torch.bfloat16).view(torch.int16) - (code < 0).to(torch.int16)
     table = bits.view(torch.uint8).view(16, 2).T.contiguous().view(torch.int32).flatten()
-    return torch.cat([table, torch.tensor([0x44444444, 0x32103210], dtype=torch.int32, device=code.device)])
+    return torch.cat([table, torch.tensor([0x44444444, 0x32103210], dtype=torch.int32,
+                                          device=code.device)])
 
 # %% ../../nbs/7_speed/71_kernels.ipynb #a8eeb1bd
 @triton.jit
 def plus(a, b): return a + b
 
 @triton.jit
-def gemv_kernel(X, Q, SCALES, SCALES2, CODE2, OFFSET, CODE, TABLE, OUT, N, K, BLOCK: tl.constexpr, BLOCK2: tl.constexpr,
-               ROWS: tl.constexpr, COLS: tl.constexpr, PTX: tl.constexpr):
-    n, total = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS), tl.full((ROWS, COLS//BLOCK), 0, tl.float32)
+def gemv_kernel(X, Q, SCALES, SCALES2, CODE2, OFFSET, CODE, TABLE, OUT, N, K, BLOCK: tl.constexpr,
+                BLOCK2: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PTX: tl.constexpr):
+    n, total = tl.program_id(0).to(tl.int64)*ROWS + tl.arange(0, ROWS), tl.full((ROWS, COLS//BLOCK),
+        0, tl.float32)
     for k in range(0, K, COLS):
-        word, g = k//8 + tl.arange(0, COLS//8), k//BLOCK + tl.arange(0, COLS//BLOCK)   # eight weights each; blocks
+        # eight weights each; blocks
+        word, g = k//8 + tl.arange(0, COLS//8), k//BLOCK + tl.arange(0, COLS//BLOCK)
         at, there = n[:, None]*(K//BLOCK) + g[None, :], (n < N)[:, None] & (g < K//BLOCK)[None, :]
         scale = tl.load(SCALES + at, mask=there, other=0)
         if BLOCK2:
             scale2 = tl.load(SCALES2 + at//BLOCK2, mask=there, other=0)
             scale = tl.load(CODE2 + scale.to(tl.int32))*scale2 + tl.load(OFFSET)
-        q = tl.load(Q + n[:, None]*(K//8) + word[None, :], mask=(n < N)[:, None] & (word < K//8)[None, :], other=0)
+        q = tl.load(Q + n[:, None]*(K//8) + word[None, :],
+                    mask=(n < N)[:, None] & (word < K//8)[None, :], other=0)
         if PTX:
             w = tl.inline_asm_elementwise(
-                LOOK_UP, REGISTERS, [q, tl.load(TABLE), tl.load(TABLE + 1), tl.load(TABLE + 2), tl.load(TABLE + 3), tl.load(TABLE + 4),
-                tl.load(TABLE + 5), tl.load(TABLE + 6), tl.load(TABLE + 7), tl.load(TABLE + 8), tl.load(TABLE + 9)],
-                (tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32), True, 1)
+                LOOK_UP, REGISTERS, [q, tl.load(TABLE), tl.load(TABLE + 1), tl.load(TABLE + 2),
+                                     tl.load(TABLE + 3), tl.load(TABLE + 4), tl.load(TABLE + 5),
+                                     tl.load(TABLE + 6), tl.load(TABLE + 7), tl.load(TABLE + 8),
+                                     tl.load(TABLE + 9)],
+                (tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32, tl.int32),
+                True, 1)
         products = tl.full((ROWS, COLS//8), 0, tl.float32)
         for i in tl.static_range(8):
             x = tl.load(X + 8*word + i, mask=word < K//8, other=0).to(tl.float32)
@@ -117,22 +135,33 @@ def gemv_kernel(X, Q, SCALES, SCALES2, CODE2, OFFSET, CODE, TABLE, OUT, N, K, BL
 def multiply_nf4(x:torch.Tensor,       # One row: `K` numbers in any shape
                  packed:torch.Tensor,  # As in `Params4bit.data`
                  state,                # bitsandbytes' `QuantState` of a weight (N, K)
-                 rows:int|None=None, cols:int|None=None, warps:int=4) -> torch.Tensor:  # A program's share, powers of two. Result: (..., N)
-    """`x @ W.T` for one row, from packed bytes, without a gradient; on a GPU the codebook is in bfloat16, unless `x` has 32 bits.
-    Raises `QLoRAError` for more rows, blocks that cross rows, tensors on two devices. To record it, call it once before."""
+                 # A program's share, powers of two. Result: (..., N)
+                 rows:int|None=None, cols:int|None=None, warps:int=4) -> torch.Tensor:
+    """`x @ W.T` for one row, from packed bytes, without a gradient; on a GPU the codebook is in
+    bfloat16, unless `x` has 32 bits. Raises `QLoRAError` for more rows, blocks that cross rows,
+    tensors on two devices. To record it, call it once before."""
     (N, K), block, (scales2, block2) = state.shape, state.blocksize, second_scales(packed, state)
     if x.shape[-1:] != (K,) or x.numel() != K or not x.is_floating_point():
-        raise QLoRAError(f"x is {tuple(x.shape)}, {x.dtype}, and one row of {K} numbers is needed.", cure="For more rows: x @ dequantize_nf4(packed, state).T.")
-    if x.device != packed.device: raise QLoRAError(f"x is on {x.device} and the weight on {packed.device}.", cure="x.to(device)")
-    if K % block: raise QLoRAError(f"rows of {K} weights are no multiple of the block size {block}.", cure="Use dequantize_nf4.")
-    asm, table = packed.is_cuda and torch.version.hip is None and x.dtype != torch.float32, state.code   # not read without PTX
+        raise QLoRAError(f"x is {tuple(x.shape)}, {x.dtype}, and one row of {K} numbers is needed.",
+                         cure="For more rows: x @ dequantize_nf4(packed, state).T.")
+    if x.device != packed.device:
+        raise QLoRAError(f"x is on {x.device} and the weight on {packed.device}.",
+                         cure="x.to(device)")
+    if K % block:
+        raise QLoRAError(f"rows of {K} weights are no multiple of the block size {block}.",
+                         cure="Use dequantize_nf4.")
+    asm, table = (packed.is_cuda and torch.version.hip is None and x.dtype != torch.float32,
+                  state.code)   # not read without PTX
     if asm:
         if not hasattr(state.code, "bytes"): state.code.bytes = byte_table(state.code)
         table = state.code.bytes
     out = torch.empty(N, dtype=x.dtype if packed.is_cuda else torch.float32, device=x.device)
-    rows, cols = rows or (16 if N >= 8192 else 8 if N >= 4096 else 2), cols or (1024 if N >= 8192 else 2048)   # as measured on an H100
-    cols, q = max(block, min(cols, triton.next_power_of_2(K))), packed.view(-1).view(torch.uint8).view(torch.int32)
+    rows, cols = (rows or (16 if N >= 8192 else 8 if N >= 4096 else 2),
+                  cols or (1024 if N >= 8192 else 2048))   # as measured on an H100
+    cols, q = (max(block, min(cols, triton.next_power_of_2(K))),
+               packed.view(-1).view(torch.uint8).view(torch.int32))
     with torch.cuda.device_of(packed):
-        gemv_kernel[(triton.cdiv(N, rows),)](x.detach().reshape(-1), q, state.absmax, *scales2, state.code, table, out, N, K, block, block2,
-                                            rows, cols, asm, num_warps=warps)
+        gemv_kernel[(triton.cdiv(N, rows),)](x.detach().reshape(-1), q, state.absmax, *scales2,
+                                             state.code, table, out, N, K, block, block2, rows,
+                                             cols, asm, num_warps=warps)
     return out.to(x.dtype).view(*x.shape[:-1], N)

@@ -16,7 +16,8 @@ from ..foundations.lora import LoRA
 # %% ../../nbs/7_speed/74_logits.ipynb #94e5cbc0
 @contextlib.contextmanager
 def evaluating(model):
-    "Without dropout and without gradients, for the length of a block; each module then goes back to its mode."
+    """Without dropout and without gradients, for the length of a block; each module then goes
+    back to its mode."""
     modes = [(m, m.training) for m in model.modules()]
     try:
         with torch.no_grad(): yield model.eval()
@@ -24,12 +25,16 @@ def evaluating(model):
         for m, mode in modes: m.training = mode
 
 # %% ../../nbs/7_speed/74_logits.ipynb #770b47b8
-def through_head(model, ids) -> tuple:  # (head's input, numbers put in place of its output, logits); the first two None: it is not called
+def through_head(model, ids
+                 # (head's input, numbers put in place of its output, logits); the first two None:
+                 # it is not called
+                 ) -> tuple:
     "One forward pass in which the output head answers with known numbers."
     seen = {}
     def swap(m, args, out):
         seen["input"] = args[0]
-        seen["put"] = torch.linspace(-200, 200, out.numel(), device=out.device).view_as(out).to(out.dtype)
+        seen["put"] = torch.linspace(-200, 200, out.numel(),
+                                     device=out.device).view_as(out).to(out.dtype)
         return seen["put"]
     hook = model.get_output_embeddings().register_forward_hook(swap)
     try: logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -43,12 +48,15 @@ def measure_head(model) -> bool:  # In eval mode, without gradients
     ids = torch.arange(3, 6, device=model.device)[None]
     inside, put, logits = through_head(model, ids)
     if put is None or not torch.equal(put.float(), logits.float()): return False
-    alone = model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
-    same = alone.shape == inside.shape and (alone - inside).float().norm() <= 2*torch.finfo(inside.dtype).eps*inside.float().norm()
+    alone = model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids),
+                                use_cache=False)[0]
+    same = (alone.shape == inside.shape and (alone - inside).float().norm()
+            <= 2*torch.finfo(inside.dtype).eps*inside.float().norm())
     return bool(same)
 
 def plain_head(model) -> bool:  # A causal language model of transformers, also with adapters
-    "Are the logits what the head makes of the decoder's last states, and nothing else? Measured once for each model."
+    """Are the logits what the head makes of the decoder's last states, and nothing else?
+    Measured once for each model."""
     key = model.get_output_embeddings(), str(vars(model.config))
     if vars(model).get("head_measured", (None,))[0] != key:
         with evaluating(model): model.head_measured = key, measure_head(model)
@@ -59,18 +67,21 @@ def plain_head(model) -> bool:  # A causal language model of transformers, also 
 def is_matrix(head) -> bool:
     "Is this head a product with its weight, and nothing else?"
     if type(head) is torch.nn.Linear: return True
-    x = torch.linspace(-1, 1, 2*head.weight.shape[1], device=head.weight.device, dtype=head.weight.dtype).view(2, -1)
+    x = torch.linspace(-1, 1, 2*head.weight.shape[1], device=head.weight.device,
+                       dtype=head.weight.dtype).view(2, -1)
     own, matrix = head(x).float(), F.linear(x, head.weight, getattr(head, "bias", None)).float()
     return bool((own - matrix).abs().max() <= 4*torch.finfo(x.dtype).eps*matrix.abs().max())
 
 # %% ../../nbs/7_speed/74_logits.ipynb #b8e7a162
 def why_own_loss(model) -> str|None:
-    "The reason for which the loss of this model cannot be computed from its head's weight alone, or None."
+    """The reason for which the loss of this model cannot be computed from its head's weight
+    alone, or None."""
     head = model.get_output_embeddings()
     if isinstance(head, (LoRA, LoraLayer)): return "the head has an adapter"
     if head is None or not hasattr(head, "weight"): return "it has no output head"
     if head.weight.requires_grad: return "the head is trained"
-    if getattr(model.config, "output_router_logits", False): return "its routers have a loss of their own"
+    if getattr(model.config, "output_router_logits", False):
+        return "its routers have a loss of their own"
     if not (plain_head(model) and is_matrix(head)): return "its logits are not those of its head"
 
 # %% ../../nbs/7_speed/74_logits.ipynb #91964e04
@@ -82,36 +93,45 @@ def own_logits(model, inputs:dict,       # What the model takes, without labels
     try: kept = ask(logits_to_keep=torch.cat([positions, positions[-1:]]))   # the last one twice
     except TypeError: return ask()[:, positions]
     last = kept[:, -2:].float()
-    if kept.shape[1] == len(positions) + 1 and (last[:, 0] - last[:, 1]).abs().max() <= .01*last.abs().max(): return kept[:, :-1]
+    if kept.shape[1] == len(positions) + 1 and (last[:, 0] - last[:,
+        1]).abs().max() <= .01*last.abs().max(): return kept[:, :-1]
     return (kept if kept.shape[1] == inputs["input_ids"].shape[1] else ask())[:, positions]
 
 def picked_logits(model, inputs:dict,    # As for `own_logits`
-                  picked:torch.Tensor):  # (B, T - 1) or (B, T), true where logits are wanted → (their number, V)
+                  # (B, T - 1) or (B, T), true where logits are wanted → (their number, V)
+                  picked:torch.Tensor):
     "The model's own logits where `picked` is true, row by row."
     where = picked.any(0).nonzero()[:, 0]
     return own_logits(model, inputs, where)[picked[:, where]]
 
 # %% ../../nbs/7_speed/74_logits.ipynb #225c8451
-def own_loss(model, batch:dict,   # `input_ids`, `labels` (-100: none), and what else the model takes
-             n=None,              # Labels to divide by, with accumulation; None: those of this batch
-             chunk_size:int=512):       # Positions whose logits exist at a time, where the head is plain
+def own_loss(model, batch:dict,  # `input_ids`, `labels` (-100: none), and what else the model takes
+             # Labels to divide by, with accumulation; None: those of this batch
+             n=None,
+             # Positions whose logits exist at a time, where the head is plain
+             chunk_size:int=512):
     "Cross-entropy of the next token in nats, on the model's own logits."
     inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"][:, 1:]
     picked, plain = labels != -100, plain_head(model)
     if plain:
-        hidden, head = model.get_decoder()(**inputs, use_cache=False)[0][:, :-1][picked], model.get_output_embeddings()
-        pairs = ((head(h), y) for h, y in zip(hidden.split(chunk_size), labels[picked].split(chunk_size)))
+        hidden, head = model.get_decoder()(**inputs, use_cache=False)[0][:,
+            :-1][picked], model.get_output_embeddings()
+        pairs = ((head(h), y) for h, y in zip(hidden.split(chunk_size),
+                                              labels[picked].split(chunk_size)))
     else:
         rows = [{k: v[i:i+1] for k, v in inputs.items()} for i in range(len(labels))]
-        pairs = ((picked_logits(model, r, p[None]), y[p]) for r, p, y in zip(rows, picked, labels) if p.any())
+        pairs = ((picked_logits(model, r, p[None]), y[p]) for r, p, y in zip(rows, picked, labels)
+                 if p.any())
     total = sum(F.cross_entropy(s.float(), y, reduction="sum") for s, y in pairs)
     return total/(picked.sum() if n is None else n)
 
 # %% ../../nbs/7_speed/74_logits.ipynb #12c31f5a
 def probe(model) -> torch.Tensor:  # (24, V) in float32
     "The logits of a row of tokens, by which two forms of a model are compared."
-    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, 24), generator=torch.Generator().manual_seed(0))
-    with evaluating(model): return model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu()
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (1, 24),
+                        generator=torch.Generator().manual_seed(0))
+    with evaluating(model):
+        return model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu()
 
 def same_logits(have, want, dtype:torch.dtype|None, what:str, where=""):  # Of `probe`; the coarsest format that takes part, None: the same weights
     "Raise `QLoRAError` where logits differ by more than a format explains."
@@ -119,4 +139,5 @@ def same_logits(have, want, dtype:torch.dtype|None, what:str, where=""):  # Of `
     near = max(1e-4, 8*torch.finfo(dtype).eps if dtype else 0)
     off = ((have - want)[finite].norm()/want[finite].norm().clamp(min=1e-30)).item()
     if off > near or not torch.equal(have.isfinite(), want.isfinite()):
-        raise QLoRAError(f"{what}: its logits are {off:.1%} off.", str(where), "Nothing was written. This is an error of ours: please report it.")
+        raise QLoRAError(f"{what}: its logits are {off:.1%} off.", str(where),
+                         "Nothing was written. This is an error of ours: please report it.")

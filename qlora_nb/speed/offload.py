@@ -13,49 +13,60 @@ from ..base.errors import QLoRAError
 # %% ../../nbs/7_speed/77_offload.ipynb #4d2bc018
 def whole(t) -> torch.Tensor|None:
     "The memory of a tensor as bytes, in its own order, or None where it shares it."
-    if t.untyped_storage().nbytes() == t.nbytes: return t.as_strided((t.numel(),), (1,)).view(torch.uint8)
+    if t.untyped_storage().nbytes() == t.nbytes:
+        return t.as_strided((t.numel(),), (1,)).view(torch.uint8)
 
 @contextlib.contextmanager
 def offload_activations(host,         # A `ActivationOffload`, which comes next
             layer,        # A module that is called meanwhile
             hidden,       # Its input
             others=()):   # What else it is called with
-    "While it is on, autograd keeps what the layer makes, and its input, on the host; small tensors stay."
-    mine = [*layer.parameters(), *layer.buffers(), *(t for m in layer.modules() for t in getattr(m, "fused", [[]])[0])]
-    stay, least = {t.data_ptr() for t in [*mine, *others] if isinstance(t, torch.Tensor)}, hidden.numel()//16
+    """While it is on, autograd keeps what the layer makes, and its input, on the host; small
+    tensors stay."""
+    mine = [*layer.parameters(), *layer.buffers(),
+            *(t for m in layer.modules() for t in getattr(m, "fused", [[]])[0])]
+    stay, least = ({t.data_ptr() for t in [*mine, *others] if isinstance(t, torch.Tensor)},
+                   hidden.numel()//16)
     def goes(t): return t.numel() >= least and t.data_ptr() not in stay and whole(t) is not None
     host.begin()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: host.save(t) if goes(t) else t,
-                                                  lambda o: host.load(o) if isinstance(o, tuple) else o): yield
+                                                  lambda o: host.load(o) if isinstance(o, tuple)
+                                                  else o): yield
     host.let_go(1)
 
 # %% ../../nbs/7_speed/77_offload.ipynb #0e4e240a
 class ActivationOffload:
-    "Keeps tensors in pinned memory of the host between the forward and the backward pass; copies run beside the work."
+    """Keeps tensors in pinned memory of the host between the forward and the backward pass;
+    copies run beside the work."""
     def __init__(self, device):
-        self.device, self.stream, self.buffers, self.generation = device, torch.cuda.Stream(device), {}, 0
+        self.device, self.stream, self.buffers, self.generation = (device,
+            torch.cuda.Stream(device), {}, 0)
         self.start()
     def start(self):
         "A new forward pass."
-        self.layers, self.leaving, self.generation = [], [], self.generation + 1   # of each layer: what is kept, what is on its way
+        # of each layer: what is kept, what is on its way
+        self.layers, self.leaving, self.generation = [], [], self.generation + 1
     def begin(self): self.layers.append([]); self.leaving.append([])
     def room(self, at, n):
         "Pinned memory; what was too small stays, since a CUDA graph may still use it."
         found = self.buffers.setdefault(at, [])
-        if not found or len(found[-1]) < n: found.append(torch.empty(n, dtype=torch.uint8, pin_memory=True))
+        if not found or len(found[-1]) < n:
+            found.append(torch.empty(n, dtype=torch.uint8, pin_memory=True))
         return found[-1][:n]
     def copy(self, target, source):
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream): target.copy_(source, non_blocking=True)
         return self.stream.record_event()
     def let_go(self, keep:int):
-        "Give up tensors of all layers but the last few; the work waits for their copies, and Python does not."
+        """Give up tensors of all layers but the last few; the work waits for their copies, and
+        Python does not."""
         while len(self.leaving) > keep:
             for _, done in self.leaving.pop(0): torch.cuda.current_stream().wait_event(done)
 
 # %% ../../nbs/7_speed/77_offload.ipynb #a8bc59f5
 @patch
-def save(self:ActivationOffload, t:torch.Tensor) -> tuple:  # Where it is: forward pass, layer, number
+def save(self:ActivationOffload, t:torch.Tensor
+         ) -> tuple:  # Where it is: forward pass, layer, number
     n, i = len(self.layers) - 1, len(self.layers[-1])
     there = self.room((n, i), t.nbytes)
     self.leaving[-1].append((t, self.copy(there, whole(t))))
@@ -75,10 +86,12 @@ def fetch(self:ActivationOffload, n:int):
 def load(self:ActivationOffload, at:tuple) -> torch.Tensor:
     generation, n, i = at
     if generation != self.generation:
-        raise QLoRAError("another forward pass came before the backward pass of this one.", "layers on the host",
+        raise QLoRAError("another forward pass came before the backward pass of this one.",
+                         "layers on the host",
                          "Call backward() after each loss, or make_fast(..., offload=False).")
     self.let_go(0)
-    for k in range(n, max(n - 2, -1), -1): self.fetch(k)   # this layer's, and those that will be asked for next
+    # this layer's, and those that will be asked for next
+    for k in range(n, max(n - 2, -1), -1): self.fetch(k)
     (_, _, (t, ready)), self.layers[n][i] = self.layers[n][i], None
     torch.cuda.current_stream().wait_event(ready)
     return t

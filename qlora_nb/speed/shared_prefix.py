@@ -17,9 +17,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #b34f98f2
-def shared_prefix(batch:dict) -> int:  # `input_ids`, `labels`, `attention_mask` padded on the right: (B, T)
+def shared_prefix(batch:dict
+                  ) -> int:  # `input_ids`, `labels`, `attention_mask` padded on the right: (B, T)
     "Tokens with which all rows begin, and from which no label is predicted."
-    same = (batch["input_ids"] == batch["input_ids"][:1]).all(0) & batch["attention_mask"].bool().all(0)
+    same = ((batch["input_ids"] == batch["input_ids"][:1]).all(0) & batch[
+        "attention_mask"].bool().all(0))
     n, labelled = int(same.int().cummin(0).values.sum()), (batch["labels"] != -100).any(0)
     return max(0, min(n, int(labelled.int().argmax()) - 1)) if labelled.any() else n
 
@@ -27,7 +29,9 @@ def shared_prefix(batch:dict) -> int:  # `input_ids`, `labels`, `attention_mask`
 Folded = namedtuple("Folded", "inputs labels rows")
 
 def fold(batch:dict  # As for `shared_prefix`
-        ) -> Folded: # What the decoder takes, labels (1, N), and the row of the batch that each token belongs to (N,)
+        # What the decoder takes, labels (1, N), and the row of the batch that each token belongs to
+        # (N,)
+        ) -> Folded:
     "The batch as one row: what its rows share once, then the rest of each, without padding."
     n, mask = shared_prefix(batch), batch["attention_mask"].bool()
     keep = mask.clone()
@@ -37,51 +41,66 @@ def fold(batch:dict  # As for `shared_prefix`
     where = keep.nonzero()                       # row by row, (N, 2)
     sizes = (mask.sum(1) - n).tolist()
     inputs = dict(input_ids=batch["input_ids"][keep][None], position_ids=where[None, :, 1],
-                  attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=mask.device), prefix=(n, sizes))
+                  attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=mask.device),
+                  prefix=(n, sizes))
     return Folded(inputs, labels[keep][None], where[:, 0])
 
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #cbfbaaf1
-def attention_folded(module, q, k, v, mask, scaling=None, dropout=0., prefix=None, usual="sdpa", **kw):  # (1, H, N, D), (1, KV, N, D)
-    "The attention of a folded batch, in transformers' form; without `prefix`, the one that it is called `usual`ly."
-    if prefix is None: return ALL_ATTENTION_FUNCTIONS[usual](module, q, k, v, mask, scaling=scaling, dropout=dropout, **kw)
+def attention_folded(module, q, k, v, mask, scaling=None, dropout=0., prefix=None, usual="sdpa",
+                     **kw):  # (1, H, N, D), (1, KV, N, D)
+    """The attention of a folded batch, in transformers' form; without `prefix`, the one that it
+    is called `usual`ly."""
+    if prefix is None:
+        return ALL_ATTENTION_FUNCTIONS[usual](module, q, k, v, mask, scaling=scaling,
+                                              dropout=dropout, **kw)
     (n, sizes), dtype = prefix, q.dtype
     how, parts, pieces = dict(dropout_p=dropout, scale=scaling, enable_gqa=True), [n, *sizes], []
     (q0, *qs), (k0, *ks), (v0, *vs) = (t.float().split(parts, 2) for t in (q, k, v))
     if n: pieces.append(F.scaled_dot_product_attention(q0, k0, v0, is_causal=True, **how))
     for qi, ki, vi, s in zip(qs, ks, vs, sizes):
         see = torch.ones(s, n + s, dtype=torch.bool, device=q.device).tril(n)
-        pieces.append(F.scaled_dot_product_attention(qi, torch.cat([k0, ki], 2), torch.cat([v0, vi], 2), see, **how))
+        pieces.append(F.scaled_dot_product_attention(qi, torch.cat([k0, ki], 2),
+                                                     torch.cat([v0, vi], 2), see, **how))
     return torch.cat(pieces, 2).to(dtype).transpose(1, 2).contiguous(), None
 
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #ec003cbc
 def dropout_in(model) -> bool:
     "Does training this model draw random numbers?"
     config = model.get_decoder().config
-    named = any(getattr(config, o, 0) for o in ("attention_dropout", "attn_pdrop", "hidden_dropout", "resid_pdrop", "embd_pdrop"))
-    ours = (o["lora_dropout"] for m in model.modules() for o in getattr(m, "hyper", {}).values())   # of `05_lora`
-    return named or any(ours) or any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+    named = any(getattr(config, o, 0) for o in ("attention_dropout", "attn_pdrop", "hidden_dropout",
+                                                "resid_pdrop", "embd_pdrop"))
+    # of `05_lora`
+    ours = (o["lora_dropout"] for m in model.modules() for o in getattr(m, "hyper", {}).values())
+    return (named or any(ours) or any(isinstance(m, torch.nn.Dropout) and m.p
+                                      for m in model.modules()))
 
 def windowed(config) -> bool:
     "Do some layers of this architecture see a part of the row only?"
-    return bool(getattr(config, "sliding_window", None)) or set(getattr(config, "layer_types", None) or ()) > {"full_attention"}
+    return (bool(getattr(config, "sliding_window", None))
+            or set(getattr(config, "layer_types", None) or ()) > {"full_attention"})
 
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #9b7d68a5
 @torch.no_grad()
 def folding_error(model) -> float:  # With its attention by name `..._folded`
-    "How far the last states of a folded batch are from those of the ordinary one (relative); infinite where rows meet."
+    """How far the last states of a folded batch are from those of the ordinary one (relative);
+    infinite where rows meet."""
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(model.get_input_embeddings().weight.shape[0], (2, 14), generator=g)
     ids[1, :6] = ids[0, :6]
     mask = torch.ones_like(ids)
     mask[1, 11:] = 0
-    rows = dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(torch.arange(14) < 8, -100))
+    rows = dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(torch.arange(14) < 8,
+        -100))
     changed = rows | dict(input_ids=ids.clone())
     changed["input_ids"][0, 10] = (ids[0, 10] + 1) % 7
     decoder, device = model.get_decoder(), model.device
-    def folded(batch): return decoder(**fold({k: v.to(device) for k, v in batch.items()}).inputs, use_cache=False)[0][0]
+    def folded(batch):
+        return decoder(**fold({k: v.to(device) for k, v in batch.items()}).inputs,
+                       use_cache=False)[0][0]
     usual = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
     ours, moved, right = folded(rows), folded(changed), usual[mask.bool().to(device)]
-    right = torch.cat([right[:14], right[14 + 6:]])       # the second row's first six tokens are the shared ones
+    # the second row's first six tokens are the shared ones
+    right = torch.cat([right[:14], right[14 + 6:]])
     if not torch.equal(ours[14:], moved[14:]): return float("inf")
     return ((ours - right).float().norm()/right.float().norm()).item()
 
@@ -96,18 +115,23 @@ def why_not_fold(model) -> str|None:  # With its attention by name `..._folded`
     "The reason for which batches of this model are not folded, or None."
     if dropout_in(model): return "it has dropout"
     if windowed(model.get_decoder().config): return "its attention has a window"
-    was, tolerance = model.training, max(1e-4, 8*torch.finfo(model.get_input_embeddings().weight.dtype).eps)
+    was, tolerance = (model.training,
+                      max(1e-4, 8*torch.finfo(model.get_input_embeddings().weight.dtype).eps))
     try: return None if folding_error(model.eval()) < tolerance else "its states are others"
-    except (TypeError, RuntimeError, ValueError, IndexError) as e: return f"it cannot ({type(e).__name__})"
+    except (TypeError, RuntimeError, ValueError, IndexError) as e:
+        return f"it cannot ({type(e).__name__})"
     finally: model.train(was)
 
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #897395b2
-def fold_prefixes(model) -> str|None:  # Changed in place: `hidden_states` folds its batches. Result: see `why_not_fold`
+def fold_prefixes(model
+                  # Changed in place: `hidden_states` folds its batches. Result: see `why_not_fold`
+                  ) -> str|None:
     "Let rows that begin alike share what they have in common, where that is proven to be the same."
     unfold_prefixes(model)
     decoder, config = model.get_decoder(), model.get_decoder().config
     usual = config._attn_implementation
-    if not usual.startswith("sdpa") or not getattr(decoder, "_supports_attention_backend", False): return f"its attention is {usual}"
+    if not usual.startswith("sdpa") or not getattr(decoder, "_supports_attention_backend", False):
+        return f"its attention is {usual}"
     name = f"{usual}_folded"
     ALL_ATTENTION_FUNCTIONS.register(name, partial(attention_folded, usual=usual))
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[usual])
@@ -119,12 +143,16 @@ def fold_prefixes(model) -> str|None:  # Changed in place: `hidden_states` folds
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #2833b368
 def worth_folding(batch:dict) -> bool:
     "Is this an ordinary batch of several rows, and is a part of it computed in vain?"
-    if set(batch) != {"input_ids", "labels", "attention_mask"} or len(batch["input_ids"]) < 2: return False
+    if set(batch) != {"input_ids", "labels", "attention_mask"} or len(batch["input_ids"]) < 2:
+        return False
     mask = batch["attention_mask"]
-    if mask.ndim != 2 or not mask[:, 0].all() or not torch.equal(mask, mask.cummin(1).values): return False
+    if mask.ndim != 2 or not mask[:, 0].all() or not torch.equal(mask, mask.cummin(1).values):
+        return False
     return shared_prefix(batch)*(len(mask) - 1) + int((mask == 0).sum()) > .02*mask.numel()
 
-def hidden_states(model, batch:dict) -> tuple:  # (last states (B, T, D), labels (B, T), row of each token (N,) or None)
+def hidden_states(model, batch:dict
+                  # (last states (B, T, D), labels (B, T), row of each token (N,) or None)
+                  ) -> tuple:
     "What the decoder makes of a batch, which may come back folded into one row; see `fold`."
     rest = {k: v for k, v in batch.items() if k != "labels"}
     if not getattr(model, "folds", False) or not worth_folding(batch):

@@ -17,10 +17,13 @@ from .tokenizer_checks import TOOLS, check_nothing_lost
 # %% ../../nbs/2_training/17_chat_templates.ipynb #c9b7bfcb
 def as_messages(row:dict   # Of `prompt` and `response` (which may be missing) and perhaps `system`; or of `messages`
                ) -> list:  # Of {role, content}, with whatever else a message holds
-    "A row as a chat. Whitespace around an answer is dropped: a tokenizer would fuse it with the template's text."
+    """A row as a chat. Whitespace around an answer is dropped: a tokenizer would fuse it with
+    the template's text."""
     turns = dict(system=row.get("system"), user=row.get("prompt"), assistant=row.get("response"))
-    messages = row.get("messages") or [dict(role=r, content=c) for r, c in turns.items() if c is not None]
-    return [m | dict(content=m["content"].strip()) if m["role"] == "assistant" else dict(m) for m in messages]
+    messages = (row.get("messages") or [dict(role=r, content=c) for r, c in turns.items()
+                                        if c is not None])
+    return [m | dict(content=m["content"].strip()) if m["role"] == "assistant" else dict(m)
+            for m in messages]
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #ee95b662
 def begins_with_bos(tokenizer) -> bool:
@@ -32,11 +35,13 @@ def _article(messages, tokenizer, ask):
     "The Alpaca format for any number of turns, each answer closed with EOS."
     text = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
     if not tokenizer.eos_token:
-        known = ", ".join(map(repr, [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()][:4])) or "'</s>'"
+        known = (", ".join(map(repr, [*tokenizer.all_special_tokens,
+                                      *tokenizer.get_added_vocab()][:4])) or "'</s>'")
         raise QLoRAError("the tokenizer has no EOS token, so no answer of this template could end.",
                          cure=f"Set it: tokenizer.eos_token = ..., such as one of {known}.")
     heads = dict(system="", user="### Instruction:\n", assistant="### Response:\n")
-    if any(m["role"] not in heads or set(m) & {"tool_calls", "reasoning_content"} for m in messages):
+    if any(m["role"] not in heads or set(m) & {"tool_calls", "reasoning_content"}
+           for m in messages):
         raise QLoRAError("the template 'article' has no place for tools and reasoning.", cure=TOOLS)
     for m in messages:
         end = tokenizer.eos_token if m["role"] == "assistant" else ""
@@ -49,11 +54,14 @@ TEMPLATES = ("auto", "chat", "no-thinking", "article")
 # %% ../../nbs/2_training/17_chat_templates.ipynb #17010070
 @lru_cache
 def _own(template):
-    "The source of a template of the user's own: a .jinja file, or its text; None for one of `TEMPLATES`."
+    """The source of a template of the user's own: a .jinja file, or its text; None for one of
+    `TEMPLATES`."""
     try:
-        if template.endswith(".jinja"): return Path(template).expanduser().read_text(encoding="utf-8")
+        if template.endswith(".jinja"):
+            return Path(template).expanduser().read_text(encoding="utf-8")
     except OSError as e:
-        raise QLoRAError(f"the template cannot be read ({e.strerror}).", template, "Check its path.") from e
+        raise QLoRAError(f"the template cannot be read ({e.strerror}).", template,
+                         "Check its path.") from e
     return template if "{" in template else None
 
 def _apply(messages, tokenizer, tools, cure, text=False, **how):
@@ -62,9 +70,12 @@ def _apply(messages, tokenizer, tools, cure, text=False, **how):
         f = o["function"]
         return o | dict(function=f | dict(arguments=json.dumps(f["arguments"], ensure_ascii=False)))
     given = messages
-    if text: given = [m | {k: list(map(call, m[k])) for k in ("tool_calls",) if m.get(k)} for m in messages]
+    if text:
+        given = [m | {k: list(map(call, m[k])) for k in ("tool_calls",) if m.get(k)}
+                 for m in messages]
     try: return tokenizer.apply_chat_template(given, tools=tools, tokenize=False, **how)
-    except Exception as e: raise QLoRAError(f"the chat template refuses this row ({e}).", cure=cure) from e
+    except Exception as e:
+        raise QLoRAError(f"the chat template refuses this row ({e}).", cure=cure) from e
 
 def _writes_calls(messages, **how):
     "Does the chat template write each call of a tool?"
@@ -78,18 +89,23 @@ def _writes_calls(messages, **how):
 # %% ../../nbs/2_training/17_chat_templates.ipynb #9de2c48d
 def render(messages:list,        # Of {role, content}
            tokenizer,            # Its chat template is used by "chat" and "no-thinking"
-           template:str="auto",  # One of `TEMPLATES`, or a .jinja file or its text; "auto": "chat" where there is one
+           # One of `TEMPLATES`, or a .jinja file or its text; "auto": "chat" where there is one
+           template:str="auto",
            ask:bool=False,       # End where the assistant's next answer begins?
            tools:list|None=None  # That the model may call
-          ) -> str:              # Text to be tokenized with `add_special_tokens=False`: it holds BOS where there is one
+          # Text to be tokenized with `add_special_tokens=False`: it holds BOS where there is one
+          ) -> str:
     "Write a chat as one text."
     own, has, cure = _own(template), tokenizer.chat_template, "Use template='article'."
     if not own and template not in TEMPLATES:
-        raise QLoRAError(f"there is no template '{template}'.", cure=f"Choose from: {', '.join(TEMPLATES)}.")
-    if template == "article" or template == "auto" and not has: return _article(messages, tokenizer, ask)
+        raise QLoRAError(f"there is no template '{template}'.",
+                         cure=f"Choose from: {', '.join(TEMPLATES)}.")
+    if template == "article" or template == "auto" and not has:
+        return _article(messages, tokenizer, ask)
     if not (own or has): raise QLoRAError("the tokenizer has no chat template.", cure=cure)
     off = dict(enable_thinking=False, thinking=False) if template == "no-thinking" else {}
-    how = off | dict(tokenizer=tokenizer, tools=tools, cure=cure, add_generation_prompt=ask, chat_template=own)
+    how = off | dict(tokenizer=tokenizer, tools=tools, cure=cure, add_generation_prompt=ask,
+                     chat_template=own)
     if not any(m.get("tool_calls") for m in messages): return _apply(messages, **how)
     for text in (False, True):
         try:
@@ -100,26 +116,32 @@ def render(messages:list,        # Of {role, content}
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #a7621784
 def _fail(why, text):
-    raise QLoRAError(why, cure="Use template='no-thinking' or 'article', or a chat template made for training, such as "
-                                f"TRL's `get_training_chat_template` gives. Rendered text: {text!r}")
+    raise QLoRAError(why, cure="Use template='no-thinking' or 'article', or a chat template made "
+                               "for training, such as "
+                                f"TRL's `get_training_chat_template` "
+                                f"gives. Rendered text: {text!r}")
 
-def _ids(text, tokenizer): return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+def _ids(text, tokenizer):
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #ab5b9d68
 def _stops(tokenizer):
     "Every token of `tokenizer` that may close an answer, as text."
-    return {tokenizer.eos_token or "", *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} - {""}
+    return {tokenizer.eos_token or "", *tokenizer.all_special_tokens,
+            *tokenizer.get_added_vocab()} - {""}
 
 def _closed(i, answer, head, upto, full, stops):
     "The text up to the end token of message `i`, an `answer` that begins after `head`."
     if not (full.startswith(head) and upto.startswith(head)):
-        _fail(f"the template changes message {i}, or the text before it. At inference it follows {head[-30:]!r}.", full)
+        _fail(f"the template changes message {i}, or the text before it. At inference it follows "
+              f"{head[-30:]!r}.", full)
     shared = commonprefix([upto, full])
     start = shared.find(answer, len(head))
     if start < 0: _fail(f"the template changes message {i}, or the text before it.", full)
     rest = shared[start + len(answer):]
     end = max((rest.rfind(o) + len(o) for o in stops if o in rest), default=0)
-    if not end: _fail(f"the template closes message {i} without an end token: no model could stop.", full)
+    if not end:
+        _fail(f"the template closes message {i} without an end token: no model could stop.", full)
     return shared[:start + len(answer) + end]
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #c2d25522
@@ -127,8 +149,10 @@ def answer_spans(messages:list,       # Of {role, content}
                  tokenizer,           # A Hugging Face tokenizer
                  template:str="auto", # One of `TEMPLATES`
                  tools:list|None=None # That the model may call
-                ) -> tuple:           # (ids up to the last answer's end, [(start, end) of each, end token included])
-    "Where the answers are, in tokens. Raises `QLoRAError` with the rendered text when one cannot be found."
+                # (ids up to the last answer's end, [(start, end) of each, end token included])
+                ) -> tuple:
+    """Where the answers are, in tokens. Raises `QLoRAError` with the rendered text when one
+    cannot be found."""
     def write(upto, ask=False): return render(messages[:upto], tokenizer, template, ask, tools)
     full, stops, found, spans = write(len(messages)), _stops(tokenizer), [], []
     for i, m in enumerate(messages, 1):
@@ -138,9 +162,11 @@ def answer_spans(messages:list,       # Of {role, content}
     ids = _ids(found[-1][2] if found else full, tokenizer)
     for i, head, closed in found:
         a, b = _ids(head, tokenizer), ids if i == found[-1][0] else _ids(closed, tokenizer)
-        if ids[:len(a)] != a or ids[:len(b)] != b: _fail(f"message {i} shares a token with the text around it.", full)
+        if ids[:len(a)] != a or ids[:len(b)] != b:
+            _fail(f"message {i} shares a token with the text around it.", full)
         spans.append((len(a), len(b)))
-    check_nothing_lost(messages, full, lambda chat, tools: render(chat, tokenizer, template, tools=tools), tools)
+    check_nothing_lost(messages, full, lambda chat, tools: render(chat, tokenizer, template,
+        tools=tools), tools)
     return ids, spans
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #64d233d5
@@ -148,7 +174,8 @@ def encode(row:dict,               # From `load_rows`
            tokenizer,              # A Hugging Face tokenizer
            template:str="auto",    # One of `TEMPLATES`
            max_length:int|None=None  # Refuse a longer example; None accepts any length
-          ) -> dict:               # `input_ids` and `labels`, two flat lists; labels are -100 outside the answers
+          # `input_ids` and `labels`, two flat lists; labels are -100 outside the answers
+          ) -> dict:
     "Tokens and labels of one row: every answer is trained with its end token, nothing else is."
     ids, spans = answer_spans(as_messages(row), tokenizer, template, row.get("tools"))
     labels = [-100]*len(ids)
@@ -161,7 +188,8 @@ def encode(row:dict,               # From `load_rows`
 def encode_prompt(row:dict,             # A row, with or without its last answer
                   tokenizer,            # As in training
                   template:str="auto"   # As in training
-                 ) -> str:              # Tokenize it with `add_special_tokens=False`: BOS is in it where there is one
+                 # Tokenize it with `add_special_tokens=False`: BOS is in it where there is one
+                 ) -> str:
     "The text up to where the last answer begins: what `generate` should be given."
     messages = as_messages(row)
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages

@@ -18,10 +18,15 @@ from ..speed.logits import evaluating, own_logits
 # %% ../../nbs/2_training/31_document_mask.ipynb #006713f8
 def collate_packed(packs:list,       # From `pack`
                    pad_id:int=0,     # Any id of the vocabulary: padding is never attended to
-                   multiple:int=1,   # Rows are filled up to a multiple: 8 for tensor cores, `max_length` for one shape
+                   # Rows are filled up to a multiple: 8 for tensor cores, `max_length` for one
+                   # shape
+                   multiple:int=1,
                    flat:bool=False   # All packs in a single row, as FlashAttention wants it
-                  ) -> dict:         # `input_ids`, `labels`, `position_ids`: (packs, longest) int64, or (1, all tokens)
-    "A batch of packs: positions begin again with each document, and its first label is −100. There is no mask."
+                  # `input_ids`, `labels`, `position_ids`: (packs, longest) int64, or (1, all
+                  # tokens)
+                  ) -> dict:
+    """A batch of packs: positions begin again with each document, and its first label is −100.
+    There is no mask."""
     rows = [[e for p in packs for e in p]] if flat else packs
     width = max(sum(len(e["input_ids"]) for e in r) for r in rows)
     width += -width % multiple
@@ -36,34 +41,40 @@ def collate_packed(packs:list,       # From `pack`
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #9a9e67b5
 def document_ids(position_ids:torch.Tensor  # (B, T), as from `collate_packed`
-                ) -> torch.Tensor:          # (B, T): 0 for the first document of each row, 1 for the second, ...
+                # (B, T): 0 for the first document of each row, 1 for the second, ...
+                ) -> torch.Tensor:
     "Which document of its row each token belongs to."
     return (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #eb981515
 def _document_mask(mask, pos):
-    "A causal mask (B, heads, T, T) of bool or float, cut at each document of `pos`, and its bias begun again there."
+    """A causal mask (B, heads, T, T) of bool or float, cut at each document of `pos`, and its
+    bias begun again there."""
     doc, low = document_ids(pos), False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     see = (doc[:, None, :, None] == doc[:, None, None]).tril()
     return torch.where(see, _begin_again(mask[:, :, -1:], pos), low)
 
-def _begin_again(row, pos): return row.gather(-1, pos[:, None, None].expand(-1, row.shape[1], 1, -1))
+def _begin_again(row, pos):
+    return row.gather(-1, pos[:, None, None].expand(-1, row.shape[1], 1, -1))
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #818b6430
 def _before_model(model, args, kw):
     "Mark a packed batch, and keep it away from the cache."
     pos = kw.get("position_ids")
-    if pos is None or any(kw.get(o) is not None for o in ("attention_mask", "past_key_values")): return
+    if pos is None or any(kw.get(o) is not None for o in ("attention_mask", "past_key_values")):
+        return
     if (pos.diff(dim=-1) != 1).any():
         pos.packed = True
         return args, kw | dict(use_cache=False)
 
 def _before_layer(layer, args, kw):
-    "Give a layer of a model that does not look at positions the mask, and the ALiBi bias, of a packed batch."
+    """Give a layer of a model that does not look at positions the mask, and the ALiBi bias, of a
+    packed batch."""
     pos, mask, alibi = (kw.get(o) for o in ("position_ids", "attention_mask", "alibi"))
     if mask is None or not getattr(pos, "packed", False): return
     if not hasattr(pos, "masked"):   # by the first layer, for all of them
-        pos.masked = dict(attention_mask=_document_mask(mask, pos), alibi=None if alibi is None else _begin_again(alibi, pos))
+        pos.masked = dict(attention_mask=_document_mask(mask, pos), alibi=None if alibi is None
+                          else _begin_again(alibi, pos))
     return args, kw | pos.masked
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #7f8f1a0c
@@ -72,8 +83,10 @@ Separation = namedtuple("Separation", "leak deviation")
 def _gap(a, b): return ((a - b).float().norm()/b.float().norm()).item()
 
 def _tolerance(model):
-    "Relative error to allow: 1e-4, or some units of the coarsest format that the model computes in."
-    kinds = {p.dtype for p in model.parameters()} | {getattr(m, "compute_dtype", None) for m in model.modules()}
+    """Relative error to allow: 1e-4, or some units of the coarsest format that the model
+    computes in."""
+    kinds = {p.dtype for p in model.parameters()} | {getattr(m, "compute_dtype", None)
+                                                     for m in model.modules()}
     kinds = [o for o in kinds if isinstance(o, torch.dtype) and o.is_floating_point]
     return max(1e-4, *(8*torch.finfo(o).eps for o in kinds))
 
@@ -81,13 +94,16 @@ def _tolerance(model):
 @contextlib.contextmanager
 def _embedded(model, recompute=False):   # Yields a list, whose last element is the embedded batch
     "Let a gradient reach the embedded tokens of the forward passes in this block."
-    seen, lists = [], [o for o in model.get_decoder().modules() if isinstance(o, torch.nn.ModuleList) and len(o)]
+    seen, lists = ([], [o for o in model.get_decoder().modules()
+                        if isinstance(o, torch.nn.ModuleList) and len(o)])
     def leaf(m, args, out):
         seen.append(out.detach().requires_grad_())
         return seen[-1].clone()   # which some models scale in place
-    def again(theirs): return lambda *args, **kw: checkpoint(theirs, *args, use_reentrant=False, **kw)
+    def again(theirs):
+        return lambda *args, **kw: checkpoint(theirs, *args, use_reentrant=False, **kw)
     hook = model.get_input_embeddings().register_forward_hook(leaf)
-    layers = [(m, m.forward, "forward" in vars(m)) for m in max(lists, key=len, default=())]*recompute
+    layers = [(m, m.forward, "forward" in vars(m)) for m in max(lists, key=len,
+        default=())]*recompute
     for m, forward, _ in layers: m.forward = again(forward)
     try:
         with torch.enable_grad(): yield seen
@@ -100,38 +116,50 @@ def _embedded(model, recompute=False):   # Yields a list, whose last element is 
 # %% ../../nbs/2_training/31_document_mask.ipynb #793cc51d
 def separation(model, sizes:tuple,  # Tokens of each document of one row; the model is in eval mode
                asked:tuple,         # Which documents' gradients to look at
-               recompute:bool=False, rows:int=1) -> Separation:  # Keep no activations; so many equal rows in a batch
-    "How far one document's gradient reaches into the others, and how far its logits are from those alone (relative)."
+               # Keep no activations; so many equal rows in a batch
+               recompute:bool=False, rows:int=1) -> Separation:
+    """How far one document's gradient reaches into the others, and how far its logits are from
+    those alone (relative)."""
     g = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (sum(sizes),), generator=g).tolist()
+    ids = torch.randint(model.get_input_embeddings().weight.shape[0], (sum(sizes),),
+                        generator=g).tolist()
     parts = [slice(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
     places = [torch.linspace(0, n - 1, min(n, 16)).long() for n in sizes]
     def logits(docs, where):
         batch = collate_packed([[dict(input_ids=o, labels=o) for o in docs]]*rows)
-        inputs = {k: v.to(model.device) for k, v in batch.items() if k != "labels"} | dict(use_cache=None)   # as it comes
+        inputs = {k: v.to(model.device) for k, v in batch.items()
+                  if k != "labels"} | dict(use_cache=None)   # as it comes
         return own_logits(model, inputs, where.to(model.device))[0]
     with _embedded(model, recompute) as seen:
-        packed = logits([ids[p] for p in parts], torch.cat([w + p.start for w, p in zip(places, parts)]))
+        packed = logits([ids[p] for p in parts],
+                        torch.cat([w + p.start for w, p in zip(places, parts)]))
         pieces = packed.split([len(w) for w in places])
-        scores = {k: (pieces[k]*torch.randn(pieces[k].shape, generator=g).to(pieces[k])).sum() for k in asked}
+        scores = {k: (pieces[k]*torch.randn(pieces[k].shape, generator=g).to(pieces[k])).sum()
+                  for k in asked}
     shares = []
     for k, score in scores.items():
-        norms = torch.autograd.grad(score, seen[-1], retain_graph=k != asked[-1])[0][0].float().norm(dim=1)
+        norms = torch.autograd.grad(score, seen[-1],
+                                    retain_graph=k != asked[-1])[0][0].float().norm(dim=1)
         own = norms[parts[k]].norm()
         norms[parts[k]] = 0
         shares.append((norms.norm()/own).item())   # NaN where nothing reaches its own
-    deviation = max(_gap(piece.detach(), logits([ids[p]], w)) for piece, p, w in zip(pieces, parts, places))
+    deviation = max(_gap(piece.detach(), logits([ids[p]], w)) for piece, p, w in zip(pieces, parts,
+        places))
     return Separation(max(shares, key=lambda o: (o != o, o)), deviation)
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #91cd98b1
 def check_packing(model,      # As it will be trained: with adapters, in 4 bits, on its device
-                  max_length:int|None=None  # Of a pack, in tokens; None: short rows are looked at only
+                  # Of a pack, in tokens; None: short rows are looked at only
+                  max_length:int|None=None
                  ) -> Separation:  # See `separation`
-    "Does a document in a pack get the logits that it gets alone? Raises `QLoRAError` when not. Notes in what form it does."
+    """Does a document in a pack get the logits that it gets alone? Raises `QLoRAError` when not.
+    Notes in what form it does."""
     with evaluating(model), dequantized(model):   # on a CPU, where there is room: the same bits
         found, near = separation(model, (20, 23, 33), (1, 2), rows=2), _tolerance(model)
-        model.packs_in_one_row = not _apart(found, near)   # FlashAttention knows the documents of a single row only
-        if model.packs_in_one_row: _judge(model, found := separation(model, (20, 23, 33), (1, 2)), near)
+        # FlashAttention knows the documents of a single row only
+        model.packs_in_one_row = not _apart(found, near)
+        if model.packs_in_one_row:
+            _judge(model, found := separation(model, (20, 23, 33), (1, 2)), near)
         if max_length and max_length > 76:
             long = separation(model, (3, max_length - 8, 5), (2,), model.device.type != "cpu")
             _judge(model, long, near)
@@ -139,21 +167,29 @@ def check_packing(model,      # As it will be trained: with adapters, in 4 bits,
     return found
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #6f61b568
-def _apart(found, tolerance): return found.leak == 0 and found.deviation <= tolerance   # a NaN is neither
+# a NaN is neither
+def _apart(found, tolerance): return found.leak == 0 and found.deviation <= tolerance
 def _judge(model, found, tolerance):
     if _apart(found, tolerance): return
-    why = (f"documents in a pack see each other: the gradient of one reaches another, {found.leak:.1g} of what it is in its own."
+    why = (f"documents in a pack see each other: the gradient of one reaches another, "
+           f"{found.leak:.1g} of what it is in its own."
            if found.leak != 0 else
-           f"a document in a pack gets other logits than alone: they differ by {found.deviation:.1%}.")
+           f"a document in a pack gets other logits than alone: they differ by "
+           f"{found.deviation:.1%}.")
     ready = any(getattr(m, "keeps_documents_apart", False) for m in model.modules())
-    raise QLoRAError(why, where=model.config.model_type, cure="Train this architecture without packing." if ready else
-                     "Call qlora_nb.training.document_mask.separate_documents(model) before training.")
+    raise QLoRAError(why, where=model.config.model_type,
+                     cure="Train this architecture without packing." if ready else
+                     "Call qlora_nb.training.document_mask.separate_documents(model) before "
+                     "training.")
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #16eca0e5
 def separate_documents(model,  # A causal language model of transformers, also with adapters; hooks are put on it
-                       max_length:int|None=None  # Of a pack, in tokens: the check looks at rows of this length
-                      ):       # The same model; batches that are not packed pass through it unchanged
-    "Keep packed documents apart in every forward pass, and check it. Raises `QLoRAError` for a model that cannot."
+                       # Of a pack, in tokens: the check looks at rows of this length
+                       max_length:int|None=None
+                      # The same model; batches that are not packed pass through it unchanged
+                      ):
+    """Keep packed documents apart in every forward pass, and check it. Raises `QLoRAError` for a
+    model that cannot."""
     for m in list(model.modules()):
         if getattr(m, "keeps_documents_apart", False): continue
         layer = type(m).__name__ == "FalconDecoderLayer"

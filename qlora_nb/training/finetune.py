@@ -26,20 +26,24 @@ from .optimizers import float32_adapters
 from .document_mask import collate_packed, separate_documents
 from .packing import pack
 from .rehearsal import not_in_file, rehearse
-from ..base.runs import Run, content_id, hold_run, last_checkpoint, open_run, seal, sync, write_json
-from .schedule import (count_steps, name_rows, number_rows, repetitions, say_overlap, say_schedule,
-                                        set_aside, settle, source_of, tell, told_of)
+from ..base.runs import (Run, content_id, hold_run, last_checkpoint, open_run, seal, sync,
+                                write_json)
+from .schedule import (count_steps, name_rows, number_rows, repetitions,
+                                        say_overlap, say_schedule, set_aside, settle, source_of,
+                                        tell, told_of)
 from .settings import Settings, trainer_settings, write_config
 from ..base.sources import shared_options
 from .loaded_models import check_alone, load_base, put_adapters, run_settings
 from .end_tokens import check_answers, check_ids, end_ids, note_ends
 from .training_loop import AdapterTrainer, KeepBest, mean_loss, out_of_patience
-from ..base.progress import LivePlot, ProgressBar, check_reports, close_bars, curve, in_notebook, plot_loss
+from ..base.progress import (LivePlot, ProgressBar, check_reports, close_bars, curve,
+                                    in_notebook, plot_loss)
 
 # %% ../../nbs/2_training/29_finetune.ipynb #d2877634
 class Sealer(TrainerCallback):
     "Seals each checkpoint when the trainer says that it has saved it."
-    def on_save(self, args, state, control, **kw): seal(Path(args.output_dir)/f"checkpoint-{state.global_step}")
+    def on_save(self, args, state, control, **kw):
+        seal(Path(args.output_dir)/f"checkpoint-{state.global_step}")
 
 # %% ../../nbs/2_training/29_finetune.ipynb #f3c4065b
 def make_trainer(model,              # With adapters, on a 4-bit base
@@ -48,23 +52,30 @@ def make_trainer(model,              # With adapters, on a 4-bit base
                  folder:str|Path,    # Where checkpoints go
                  progress:bool=True, # A bar, and a live plot where there is a notebook
                  held_out:list=(),   # Examples to evaluate on, every `eval_steps` steps
-                 early_stopping_patience:int|None=None,  # Stop after so many evaluations without a better one
+                 # Stop after so many evaluations without a better one
+                 early_stopping_patience:int|None=None,
                  collator=None,      # Examples → a batch; None: `collate`
                  describe=None,      # Numbers of examples → words, for the guard
-                 per_device_train_batch_size:int=4, learning_rate:float=2e-4, **settings) -> AdapterTrainer:  # See `trainer_settings`
-    "TRL's trainer with float32 adapters, our masks, sealed checkpoints, a guard against NaN and an evaluation."
+                 per_device_train_batch_size:int=4, learning_rate:float=2e-4,
+                 **settings) -> AdapterTrainer:  # See `trainer_settings`
+    """TRL's trainer with float32 adapters, our masks, sealed checkpoints, a guard against NaN
+    and an evaluation."""
     def pad(chosen): return collate(chosen, tokenizer.pad_token_id)
     def batch(drawn):
         picked = [o["number"] for o in drawn]
         return (collator or pad)([examples[i] for i in picked]) | dict(rows=picked)
     dtype, n = model.get_input_embeddings().weight.dtype, per_device_train_batch_size
     numbers = Dataset.from_dict(dict(number=range(len(examples))))
-    args = trainer_settings(folder, model.device, dtype, per_device_train_batch_size=n, learning_rate=learning_rate, **settings)
-    with quiet(): trainer = AdapterTrainer(model, args, train_dataset=numbers, processing_class=tokenizer,
-                                           data_collator=batch, eval_dataset=numbers if held_out else None)
-    trainer.guard = Guard(**(dict(describe=describe) if describe else {}), learning_rate=learning_rate)
+    args = trainer_settings(folder, model.device, dtype, per_device_train_batch_size=n,
+                            learning_rate=learning_rate, **settings)
+    with quiet():
+        trainer = AdapterTrainer(model, args, train_dataset=numbers, processing_class=tokenizer,
+                                 data_collator=batch, eval_dataset=numbers if held_out else None)
+    trainer.guard = Guard(**(dict(describe=describe) if describe else {}),
+                          learning_rate=learning_rate)
     trainer.held_out = [pad(held_out[i:i+n]) for i in range(0, len(held_out), n)]
-    trainer.rehearse = partial(rehearse, trainer, tokenizer, examples, collator or pad, pad, mean_loss)
+    trainer.rehearse = partial(rehearse, trainer, tokenizer, examples, collator or pad, pad,
+                               mean_loss)
     float32_adapters(trainer.model)
     trainer.remove_callback(PrinterCallback)
     bars = [ProgressBar()] + [LivePlot()]*in_notebook() if progress else []
@@ -72,11 +83,15 @@ def make_trainer(model,              # With adapters, on a 4-bit base
     return trainer
 
 # %% ../../nbs/2_training/29_finetune.ipynb #fcef75b8
-def finish(model, tokenizer, trainer, folder:Path, rows:list, s:dict, notes:dict, **facts) -> dict:  # `run.json`
+def finish(model, tokenizer, trainer, folder:Path, rows:list, s:dict, notes:dict, **facts
+           ) -> dict:  # `run.json`
     "Save what a run was for: the adapter, the picture of the loss, the numbers."
-    best, history, facts["loss_curve"] = trainer.load_best(), trainer.state.log_history, str(folder/"loss.png")
-    notes |= dict(turns=int(max(count(rows, "turns", lambda o: sum(m["role"] == "user" for m in as_messages(o))))),
-                  dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."))   # of the base
+    best, history, facts["loss_curve"] = (trainer.load_best(), trainer.state.log_history,
+                                          str(folder/"loss.png"))
+    notes |= dict(turns=int(max(count(rows, "turns",
+                                      lambda o: sum(m["role"] == "user" for m in as_messages(o))))),
+                  # of the base
+                  dtype=str(model.get_input_embeddings().weight.dtype).removeprefix("torch."))
     adapter = save_adapter(model, folder/"adapter", s["model"], template=s["template"], **notes)
     if lost := not_in_file(model, adapter):
         raise QLoRAError(f"the adapter was not saved whole ({lost[0]}).", str(adapter))
@@ -84,7 +99,8 @@ def finish(model, tokenizer, trainer, folder:Path, rows:list, s:dict, notes:dict
     plot_loss(history).savefig(folder/"loss.png", dpi=150)
     if best: facts |= dict(best_step=best[0], best_eval_loss=best[1])
     facts |= dict(zip(("trainable_parameters", "total_parameters"), count_params(model)))
-    info = dict(settings=s, versions=versions(), **facts, adapter=str(adapter), losses=curve(history, "loss")[1],
+    info = dict(settings=s, versions=versions(), **facts, adapter=str(adapter),
+                losses=curve(history, "loss")[1],
                 eval_losses=list(zip(*curve(history, "eval_loss"))))
     write_json(folder/"run.json", info)
     return info
@@ -94,59 +110,72 @@ def go_through(trainer, found:Path|None, early_stopping_patience:int|None):  # T
     "Train what is left to be trained."
     if found:
         state = TrainerState.load_from_json(str(found/"trainer_state.json"))
-        if state.global_step >= trainer.args.max_steps or out_of_patience(state.log_history, early_stopping_patience):
+        if (state.global_step >= trainer.args.max_steps or out_of_patience(state.log_history,
+            early_stopping_patience)):
             trainer.state = state
             return trainer._load_from_checkpoint(str(found))
     trainer.train(resume_from_checkpoint=str(found) if found else None)
 
 # %% ../../nbs/2_training/29_finetune.ipynb #a931de73
-def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), resume=False, progress=True) -> Run:
-    "Rehearse, train, or go on from the last complete checkpoint, and save what came out. `s`: the settings."
+def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), resume=False,
+              progress=True) -> Run:
+    """Rehearse, train, or go on from the last complete checkpoint, and save what came out. `s`:
+    the settings."""
     for cb in callbacks: trainer.add_callback(cb)
     def kept(): return last_checkpoint(folder/"checkpoints")
     found, start = kept() if resume else None, time.perf_counter()
     batch = "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"
-    with explain_failure(folder, kept, gradient_checkpointing=trainer.args.gradient_checkpointing, **{k: s[k] for k in batch}):
+    with explain_failure(folder, kept, gradient_checkpointing=trainer.args.gradient_checkpointing,
+                         **{k: s[k] for k in batch}):
         tell(trainer, trainer.rehearse(s["model"]), progress)
         try:
             with quiet(): go_through(trainer, found, s["early_stopping_patience"])
         finally: close_bars(trainer)
-        facts = dict(steps=trainer.state.global_step, resumed_from=found and found.name, said=trainer.said,
-                     train_seconds=round(time.perf_counter() - start, 2))
+        facts = dict(steps=trainer.state.global_step, resumed_from=found and found.name,
+                     said=trainer.said, train_seconds=round(time.perf_counter() - start, 2))
         free_memory()
         info = finish(model, tokenizer, trainer, folder, rows, s, notes, **facts)
     model.config.use_cache = True
     return Run(model.eval(), tokenizer, folder, info)
 
 # %% ../../nbs/2_training/29_finetune.ipynb #6d8c1f8b
-def encode_checked(model, tokenizer, rows, numbers, s:dict, source) -> tuple:  # (examples, sentences to say, end tokens)
+def encode_checked(model, tokenizer, rows, numbers, s:dict, source
+                   ) -> tuple:  # (examples, sentences to say, end tokens)
     "The rows of these numbers as examples, held against the model's vocabulary and the tokenizer."
     with told_of(source):
         examples = number_rows(rows, numbers, tokenizer, s["template"], s["max_length"], s["long"])
         check_ids(model, tokenizer, examples)
         said = [whereabouts(rows), check_answers(examples, rows, tokenizer)]
-    ends = note_ends(model, tokenizer, end_ids(examples), template=s["template"])   # so that generation stops there
+    # so that generation stops there
+    ends = note_ends(model, tokenizer, end_ids(examples), template=s["template"])
     return examples, said, ends
 
-def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, source, **how) -> tuple:
-    "Encode the rows, put adapters on the model, build the trainer: (model, trainer, notes for the adapter)."
+def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, source,
+            **how) -> tuple:
+    """Encode the rows, put adapters on the model, build the trainer: (model, trainer, notes for
+    the adapter)."""
     examples, said, ends = encode_checked(model, tokenizer, rows, numbers, s, source)
     tokens, collator = sum(count(examples, "tokens", lambda o: len(o["input_ids"]))), None
     if s["packing"]:
-        examples, model = pack(examples, s["max_length"]), separate_documents(model, s["max_length"])
-        collator = partial(collate_packed, pad_id=tokenizer.pad_token_id, flat=model.packs_in_one_row)
+        examples, model = pack(examples, s["max_length"]), separate_documents(model,
+            s["max_length"])
+        collator = partial(collate_packed, pad_id=tokenizer.pad_token_id,
+                           flat=model.packs_in_one_row)
     shape = len(examples), s["per_device_train_batch_size"], s["gradient_accumulation_steps"]
-    steps, trained = s["max_steps"] or count_steps(s["num_train_epochs"], *shape), take(rows, numbers - 1)
+    steps, trained = (s["max_steps"] or count_steps(s["num_train_epochs"], *shape),
+                      take(rows, numbers - 1))
     said += [say_schedule(steps, *shape, "packs" if s["packing"] else "rows", repetitions(trained)),
              say_overlap(trained, held) if held else None]
     set_seed(s["seed"])
     model, more = put_adapters(model, s)
     with told_of("the rows to evaluate on"):
         held = held and encode_rows(held, tokenizer, s["template"], s["max_length"], s["long"])
-    own = "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed", "optim"
+    own = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed",
+           "optim")
     trainer = make_trainer(
-        model, tokenizer, examples, folder/"checkpoints", progress, held, s["early_stopping_patience"], collator,
-        describe=lambda drawn: name_rows(drawn, examples, rows), max_steps=steps,
+        model, tokenizer, examples, folder/"checkpoints", progress, held,
+        s["early_stopping_patience"], collator, describe=lambda drawn: name_rows(drawn, examples,
+        rows), max_steps=steps,
         eval_steps=s["eval_steps"] if held else None, **{k: s[k] for k in own}, **how)
     if s["fast"]: trainer.speed_up(float(tokens)/len(examples))
     tell(trainer, [*said, more], progress)
@@ -157,40 +186,52 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
 def finetune(model=None,                    # A name for `load_model`, a loaded model, or a `Run` to go on from; None: "smollm2"
              data="tickets",                # A name for `load_rows`, or its rows
              output_dir:str|Path="runs/latest",  # The folder of the run
-             tokenizer=None,                # Of a model that is already loaded; None: the one of its base
-             eval_data=None,                # Rows to evaluate on while training; None: some of `data`, if wanted
-             backend:str="bnb",             # "bnb": bitsandbytes and PEFT; "scratch": our `qlora` and `lora`
+             # Of a model that is already loaded; None: the one of its base
+             tokenizer=None,
+             # Rows to evaluate on while training; None: some of `data`, if wanted
+             eval_data=None,
+             # "bnb": bitsandbytes and PEFT; "scratch": our `qlora` and `lora`
+             backend:str="bnb",
              device:str|None=None,          # See `load_model`
              callbacks=(),                  # Of transformers' Trainer, beside our own
-             example:str|None=None,         # A prompt to show to its users; none is taken from your rows
+             # A prompt to show to its users; none is taken from your rows
+             example:str|None=None,
              leave_out=(),                  # Numbers of rows, from 1, that are not trained on
              resume:bool=False, progress:bool=True,  # Go on from the last checkpoint; show a bar
-             config_yaml:dict|None=None,    # What `config.yaml` is to say; None: the arguments that can be written down
+             # What `config.yaml` is to say; None: the arguments that can be written down
+             config_yaml:dict|None=None,
              **kwargs) -> Run:              # Of `Settings`, and `OPTIONS` of `load_rows`
-    "Fine-tune LoRA adapters on a 4-bit model. Raises `QLoRAError` for bad data, bad settings and a folder in use."
+    """Fine-tune LoRA adapters on a 4-bit model. Raises `QLoRAError` for bad data, bad settings
+    and a folder in use."""
     check_alone()
     settings, how, reading = settle(data, kwargs, ARGUMENTS)
     how["report_to"] = check_reports(how["report_to"])
     left = ["leave_out"] if config_yaml is None and len(leave_out) else []
-    if config_yaml is None: config_yaml = dict(model=model, data=data, eval_data=eval_data, backend=backend, **kwargs)
+    if config_yaml is None:
+        config_yaml = dict(model=model, data=data, eval_data=eval_data, backend=backend, **kwargs)
     rows, folder = load_rows(data, **reading), Path(output_dir).expanduser()
     mine = np.setdiff1d(np.arange(1, len(rows) + 1), leave_out)
-    kept, wanted = take(rows, mine - 1), bool(settings["eval_steps"] or settings["early_stopping_patience"])
+    kept, wanted = (take(rows, mine - 1),
+                    bool(settings["eval_steps"] or settings["early_stopping_patience"]))
     numbers, held = set_aside(kept, eval_data, wanted, settings["seed"], **shared_options(reading))
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
-    if source_of(data) == "tickets" and not example: example = as_messages(rows[0])[-2]["content"]   # made up anyway
+    # made up anyway
+    if source_of(data) == "tickets" and not example: example = as_messages(rows[0])[-2]["content"]
     settings["eval_sha256"] = digest(held)
     model, tokenizer, settings = run_settings(model, tokenizer, kept, device, backend, settings)
     with hold_run(folder):
         open_run(folder, settings, resume)
-        if not (folder/"config.yaml").exists(): write_config(folder/"config.yaml", config_yaml, left)
-        model, tokenizer = load_base(model, tokenizer, device, *map(settings.get, ("backend", "model_revision", "adapter")))
-        model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers)-1], held, folder, settings,
-                                        progress, source_of(data), **how)
+        if not (folder/"config.yaml").exists():
+            write_config(folder/"config.yaml", config_yaml, left)
+        model, tokenizer = load_base(model, tokenizer, device,
+                                     *map(settings.get, ("backend", "model_revision", "adapter")))
+        model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers)-1], held,
+                                        folder, settings, progress, source_of(data), **how)
         named = dict(adapter=settings["adapter"], revision=settings["model_revision"])
         notes |= {k: v for k, v in named.items() if v}
         notes["base_sha256"] = content_id(locate(settings["model"]), revision=named["revision"])
         if example: notes["example"] = example
-        return train_run(model, tokenizer, trainer, folder, rows, settings, notes, callbacks, resume, progress)
+        return train_run(model, tokenizer, trainer, folder, rows, settings, notes, callbacks,
+                         resume, progress)
 
 ARGUMENTS = tuple(inspect.signature(finetune).parameters)

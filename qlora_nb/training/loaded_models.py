@@ -29,45 +29,57 @@ def check_alone():
     "Raise `QLoRAError` under torchrun and its kin: this trains in one process."
     if (n := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
         raise QLoRAError(f"there are {n} processes (WORLD_SIZE={n}), and this trains in one.",
-                         cure="Start it with python or qlora_finetune instead of torchrun or accelerate launch.")
+                         cure="Start it with python or qlora_finetune instead of torchrun or "
+                              "accelerate launch.")
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #f716afca
 def name_of(model) -> str:
     "What to call the base of a model that is loaded. Raises `QLoRAError` where it does not know."
-    if name := getattr(model, "qlora_nb_name", None) or getattr(model, "name_or_path", None): return str(name)
-    raise QLoRAError("the model does not know where it came from, so no adapter could name its base.",
-                     cure="Load it with load_model, or set model.qlora_nb_name to its folder or Hub id.")
+    if name := getattr(model, "qlora_nb_name", None) or getattr(model, "name_or_path", None):
+        return str(name)
+    raise QLoRAError("the model does not know where it came from, so no "
+                     "adapter could name its base.",
+                     cure="Load it with load_model, or set "
+                          "model.qlora_nb_name to its folder or Hub id.")
 
-def load_base(model, tokenizer, device, backend, revision=None, adapter=None) -> tuple:  # (model, tokenizer)
-    "A model by its name, with an adapter from a file or without, or the one that is there, made safe for training."
+def load_base(model, tokenizer, device, backend, revision=None, adapter=None
+              ) -> tuple:  # (model, tokenizer)
+    """A model by its name, with an adapter from a file or without, or the one that is there,
+    made safe for training."""
     how = dict(device=device, revision=revision)
     if adapter:
         model, tokenizer, _ = load_adapter(adapter, model, backend=backend, **how)
         return own_adapter(model) and model, tokenizer
-    if isinstance(model, (str, Path)): return BACKENDS[backend](model, **how), load_tokenizer(model, revision)
+    if isinstance(model, (str, Path)):
+        return BACKENDS[backend](model, **how), load_tokenizer(model, revision)
     return model if hasattr(model, "qlora_nb_name") else disable_cpu_repacking(model), tokenizer
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #8c77582d
 def shape_of(config:dict) -> dict:   # Of an adapter, as PEFT describes it
     "What `finetune` calls the settings of an adapter."
     targets = config.get("target_modules")
-    return dict(r=config["r"], lora_alpha=config["lora_alpha"], lora_dropout=config.get("lora_dropout", 0.),
-                target_modules=sorted(targets) if isinstance(targets, (list, set)) else targets or "all-linear",
+    return dict(r=config["r"], lora_alpha=config["lora_alpha"],
+                lora_dropout=config.get("lora_dropout", 0.), target_modules=sorted(targets)
+                if isinstance(targets, (list, set)) else targets or "all-linear",
                 target_parameters=sorted(config.get("target_parameters") or ()) or None)
 
 def own_adapter(model) -> dict|None:  # Of `Settings`; None where there is none
-    "Take the adapter that a model carries for training. Raises `QLoRAError` where it is not clear which."
+    """Take the adapter that a model carries for training. Raises `QLoRAError` where it is not
+    clear which."""
     layers = [m for m in model.modules() if hasattr(m, "lora_A")]
     if not layers: return None
     if not is_scratch(model) and not isinstance(model, PeftModel):
         cure = ("To train that one further, give the run's model: finetune(run.model, ...). "
                 "For a new one call run.model.unload(), or load the base again.")
-        raise QLoRAError("this model carries the adapter of an earlier run.", type(model).__name__, cure)
+        raise QLoRAError("this model carries the adapter of an earlier run.", type(model).__name__,
+                         cure)
     if (names := sorted({o for m in layers for o in m.lora_A})) != ["default"]:
-        raise QLoRAError(f"the model carries the adapters {', '.join(names)}; one, 'default', can be trained.",
+        raise QLoRAError(f"the model carries the adapters {', '.join(names)}; "
+                         f"one, 'default', can be trained.",
                          cure="load_adapter(folder) gives a model with one.")
     set_adapter(model, "default") if is_scratch(model) else model.set_adapter("default")
-    return shape_of(layers[0].hyper["default"] if is_scratch(model) else model.peft_config["default"].to_dict())
+    return shape_of(layers[0].hyper["default"] if is_scratch(model)
+                    else model.peft_config["default"].to_dict())
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #9f197d81
 def put_adapters(model, s:dict) -> tuple:  # (model with adapters, what to say)
@@ -75,40 +87,51 @@ def put_adapters(model, s:dict) -> tuple:  # (model with adapters, what to say)
     head, there = model.get_output_embeddings(), any(hasattr(m, "lora_A") for m in model.modules())
     if head is not None and (hasattr(head, "lora_A") if there else s["target_modules"] and any(
             model.get_submodule(n) is head for n in match_targets(model, s["target_modules"]))):
-        raise QLoRAError("an adapter on the output head cannot be trained here.", f"target_modules={s.get('target_modules')}",
-                         "Leave it out.")
+        raise QLoRAError("an adapter on the output head cannot be trained here.",
+                         f"target_modules={s.get('target_modules')}", "Leave it out.")
     if not there:
-        return add_adapters(model, s["r"], s["lora_alpha"], s["lora_dropout"], s["target_modules"], s.get("target_parameters")), None
+        return add_adapters(model, s["r"], s["lora_alpha"], s["lora_dropout"], s["target_modules"],
+                            s.get("target_parameters")), None
     further = f"(r={s['r']}, lora_alpha={s['lora_alpha']:g})"
-    if s.get("adapter"): return model, f"The adapter in {s['adapter']} {further} is trained further; its file stays as it is."
-    return model, (f"The model carries an adapter {further}, which is trained further: an earlier run that returned "
+    if s.get("adapter"):
+        return (model, f"The adapter in {s['adapter']} {further} is trained further; its file "
+                       f"stays as it is.")
+    return model, (f"The model carries an adapter {further}, which is trained further: an earlier "
+                   f"run that returned "
                    "this model changes with it.")
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #f8269d61
 USUAL = dict(r=16, lora_alpha=32, lora_dropout=0.)   # `None`: not asked for
 
-def fill_in(s:dict, own:dict|None=None) -> dict:  # Settings, `None` where nothing was asked for; those of an adapter
+def fill_in(s:dict, own:dict|None=None
+            ) -> dict:  # Settings, `None` where nothing was asked for; those of an adapter
     "Settings with rank, alpha and dropout filled in."
     return s | {k: v if s.get(k) is None else s[k] for k, v in USUAL.items()} | (own or {})
 
 def go_on_from(adapter:str|Path,  # Folder of a run, or of an adapter
-               model,             # None, or the name of a base instead of the one that the adapter names
+               # None, or the name of a base instead of the one that the adapter names
+               model,
                s:dict             # Settings, `None` where nothing was asked for
               ) -> tuple:         # (name of the base, settings)
-    "Take the base, the shape and the template from an adapter. Raises `QLoRAError` for options that say otherwise."
+    """Take the base, the shape and the template from an adapter. Raises `QLoRAError` for options
+    that say otherwise."""
     if not (model is None or isinstance(model, (str, Path))):
-        raise QLoRAError("a loaded model and the folder of an adapter are both given.", str(adapter), "Give one of them.")
+        raise QLoRAError("a loaded model and the folder of an adapter are both given.",
+                         str(adapter), "Give one of them.")
     folder, notes, named = adapter_folder(adapter)
     config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
     if (kind := config.get("peft_type")) != "LORA" or config.get("modules_to_save"):
-        what = f"modules_to_save={config['modules_to_save']}" if kind == "LORA" else f"peft_type={kind}"
-        raise QLoRAError(f"this adapter is more than LoRA ({what}) and cannot be trained further.", str(folder))
+        what = (f"modules_to_save={config['modules_to_save']}" if kind == "LORA"
+                else f"peft_type={kind}")
+        raise QLoRAError(f"this adapter is more than LoRA ({what}) and cannot be trained further.",
+                         str(folder))
     base, own = base_for(folder, named, model and str(model)), shape_of(config)
-    def same(a, b): return a == b or isinstance(a, list) and isinstance(b, (list, tuple)) and set(a) == set(b)
+    def same(a, b):
+        return a == b or isinstance(a, list) and isinstance(b, (list, tuple)) and set(a) == set(b)
     asked = {k: v for k, v in s.items() if k in own and v not in (None, "all-linear")}
     if odd := [f"{k} {v} instead of {own[k]}" for k, v in asked.items() if not same(own[k], v)]:
-        raise QLoRAError(f"an adapter is trained further as it is; asked for was {', '.join(odd)}.", str(folder),
-                         "Leave these options out, or start a new adapter.")
+        raise QLoRAError(f"an adapter is trained further as it is; asked for was {', '.join(odd)}.",
+                         str(folder), "Leave these options out, or start a new adapter.")
     own["model_revision"] = revision_for(base, named, notes, s.get("model_revision"))
     if s["template"] == "auto": own["template"] = notes["template"]
     return base, fill_in(s, own) | dict(adapter=str(folder))
@@ -118,28 +141,40 @@ def own_revision(model, revision:str|None) -> str|None:
     "The revision of a loaded model. Raises `QLoRAError` where another one is asked for."
     have = getattr(model, "qlora_nb_revision", None)
     if revision in (None, have): return have
-    raise QLoRAError(f"the model was loaded at {have or 'its main branch'}, not at {revision}.", name_of(model), "Load that one.")
+    raise QLoRAError(f"the model was loaded at {have or 'its main branch'}, not at {revision}.",
+                     name_of(model), "Load that one.")
 
-def find_model(model, tokenizer, backend:str, s:dict) -> tuple:  # (model, tokenizer, its place or None, settings)
-    "Which model a run is about, and what it brings along. Raises `QLoRAError` for a wrong name, and for contradictions."
+def find_model(model, tokenizer, backend:str, s:dict
+               ) -> tuple:  # (model, tokenizer, its place or None, settings)
+    """Which model a run is about, and what it brings along. Raises `QLoRAError` for a wrong
+    name, and for contradictions."""
     if backend not in BACKENDS:
-        raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {' or '.join(BACKENDS)}.")
-    if isinstance(model, tuple): model, tokenizer = model.model, model.tokenizer   # a `Run`, or what was loaded
+        raise QLoRAError(f"there is no backend '{backend}'.",
+                         cure=f"Choose {' or '.join(BACKENDS)}.")
+    # a `Run`, or what was loaded
+    if isinstance(model, tuple): model, tokenizer = model.model, model.tokenizer
     if s["adapter"]: model, s = go_on_from(s["adapter"], model, s)
     model, place = "smollm2" if model is None else model, None
-    if isinstance(model, (str, Path)): name = os.path.expanduser(str(model)); place = locate(name, s["model_revision"])
+    if isinstance(model, (str, Path)):
+        name = os.path.expanduser(str(model))
+        place = locate(name, s["model_revision"])
     else:
-        name, backend, how = name_of(model), "scratch" if is_scratch(model) else "bnb", own_revision(model, s["model_revision"])
-        tokenizer, s = tokenizer or load_tokenizer(name, how), s | dict(model_revision=how) | (own_adapter(model) or {})
-    return model, tokenizer if place is None else None, place, dict(model=name, backend=backend) | fill_in(s)
+        name, backend, how = (name_of(model), "scratch" if is_scratch(model) else "bnb",
+                              own_revision(model, s["model_revision"]))
+        tokenizer, s = (tokenizer or load_tokenizer(name, how), s | dict(model_revision=how)
+                        | (own_adapter(model) or {}))
+    return (model, tokenizer if place is None else None, place, dict(model=name, backend=backend)
+            | fill_in(s))
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #d6cd85ba
 def fast_by_default(device:torch.device) -> bool:
-    "Is the fast step known to be right here? In one process, on a CPU or on the current CUDA device with Triton and its C compiler."
+    """Is the fast step known to be right here? In one process, on a CPU or on the current CUDA
+    device with Triton and its C compiler."""
     if torch.distributed.is_available() and torch.distributed.is_initialized(): return False
     if device.type != "cuda": return device.type == "cpu"
     here = device.index in (None, torch.cuda.current_device())
-    return here and bool(util.find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")))
+    return (here and bool(util.find_spec("triton") and (os.environ.get("CC") or shutil.which("gcc")
+                                                        or shutil.which("clang"))))
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #309202d4
 def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tuple:

@@ -11,7 +11,8 @@ from html import escape
 from ..base.errors import QLoRAError
 
 # %% ../../nbs/2_training/20_mask_viewer.ipynb #9868a802
-Token = namedtuple("Token", "id text status label first", defaults=[False])   # first: of a packed document
+# first: of a packed document
+Token = namedtuple("Token", "id text status label first", defaults=[False])
 
 def spell(i:int, tokenizer) -> str:
     "A token as text; as its raw form where it is part of a character only."
@@ -23,7 +24,8 @@ def statuses(ids:list, labels:list, mask:list, tokenizer) -> list:  # Of `Token`
     def status(i, l, m):
         if not m: return "padding" if l == -100 else "mismatch"
         return "context" if l == -100 else "trained" if l == i else "mismatch"
-    return [Token(i, spell(i, tokenizer), status(i, l, m), l) for i, l, m in zip(ids, labels, mask, strict=True)]
+    return [Token(i, spell(i, tokenizer), status(i, l, m), l) for i, l, m in zip(ids, labels, mask,
+        strict=True)]
 
 # %% ../../nbs/2_training/20_mask_viewer.ipynb #f3e4efa0
 STYLES = dict(trained=("b", "background:#fde3b0;border-bottom:2px solid #b35900;color:#000"),
@@ -38,7 +40,8 @@ def token_html(t:Token) -> str:
     label = "not trained" if t.label == -100 else f"label {t.label}"
     title = escape(f"id {t.id}, {t.text!r}, {t.status}, {label}", quote=True)
     bar = "<b style='color:#000'>&#9616;</b>" if t.first else ""
-    return f'{bar}<{tag} title="{title}" style="{style};text-decoration-thickness:1px">{shown}</{tag}>&#8203;'
+    return (f'{bar}<{tag} title="{title}" '
+            f'style="{style};text-decoration-thickness:1px">{shown}</{tag}>&#8203;')
 
 # %% ../../nbs/2_training/20_mask_viewer.ipynb #4674c98a
 class MaskView:
@@ -51,7 +54,9 @@ class MaskView:
         return {k: c[k] for k in STYLES if c[k] or k != "mismatch"}
     def __repr__(self):
         marks = dict(trained=("⟦", "⟧"), context=("", ""), padding=("", ""), mismatch=("‼", "‼"))
-        def show(t): return "|"*t.first + ("·" if t.status == "padding" else marks[t.status][0] + t.text + marks[t.status][1])
+        def show(t):
+            return "|"*t.first + ("·" if t.status == "padding" else marks[t.status][0] + t.text
+                                  + marks[t.status][1])
         head = ", ".join(f"{n} {k}" for k, n in self.counts.items())
         return "\n\n".join([head, *("".join(map(show, r)).replace("⟧⟦", "") for r in self.rows)])
     def _repr_html_(self):
@@ -67,19 +72,27 @@ def view_mask(batch,      # A collator's dict of tensors, or a list of dicts wit
               tokenizer,  # Of the model
               n:int=4     # Show at most so many rows
              ) -> MaskView:
-    "Show what is trained in a batch. Raises `QLoRAError` when there are no labels, or rows of another length."
-    rows = batch if isinstance(batch, (list, tuple)) else [dict(zip(batch, r)) for r in zip(*batch.values())]
+    """Show what is trained in a batch. Raises `QLoRAError` when there are no labels, or rows of
+    another length."""
+    rows = (batch if isinstance(batch, (list, tuple))
+            else [dict(zip(batch, r)) for r in zip(*batch.values())])
     out = []
     for k, r in enumerate(rows[:n], 1):
         if missing := [o for o in ("input_ids", "labels") if o not in r]:
-            raise QLoRAError(f"there is no `{missing[0]}`.", f"row {k}", "Give a batch as the trainer gets it.")
-        ids, labels = (o.tolist() if hasattr(o, "tolist") else list(o) for o in (r["input_ids"], r["labels"]))
+            raise QLoRAError(f"there is no `{missing[0]}`.", f"row {k}",
+                             "Give a batch as the trainer gets it.")
+        ids, labels = (o.tolist() if hasattr(o, "tolist") else list(o)
+                       for o in (r["input_ids"], r["labels"]))
         mask = r.get("attention_mask", [1]*len(ids))
-        starts = [p == 0 for p in r["position_ids"].tolist()] if "position_ids" in r else [False]*len(ids)
-        if True in starts and "attention_mask" not in r: mask = packed_mask(ids, labels, starts, tokenizer.pad_token_id)
+        starts = ([p == 0 for p in r["position_ids"].tolist()] if "position_ids" in r
+                  else [False]*len(ids))
+        if True in starts and "attention_mask" not in r:
+            mask = packed_mask(ids, labels, starts, tokenizer.pad_token_id)
         if len(ids) != len(labels):
-            raise QLoRAError(f"{len(ids)} ids, but {len(labels)} labels.", f"row {k}", "Each id needs a label, or −100.")
-        tokens = statuses(ids, labels, mask.tolist() if hasattr(mask, "tolist") else mask, tokenizer)
+            raise QLoRAError(f"{len(ids)} ids, but {len(labels)} labels.", f"row {k}",
+                             "Each id needs a label, or −100.")
+        tokens = statuses(ids, labels, mask.tolist() if hasattr(mask, "tolist") else mask,
+                          tokenizer)
         out.append([t._replace(first=f) for t, f in zip(tokens, starts)])
     return MaskView(out)
 

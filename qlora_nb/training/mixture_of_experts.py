@@ -14,10 +14,14 @@ from transformers import AutoModelForCausalLM
 BITS = 4 + 8/64 + 32/(64*256)   # of a weight in NF4 with double quantization, in blocks of 64
 
 def expert_sizes(config) -> dict:   # Of a mixture of experts
-    "Numbers in linear layers, in experts and elsewhere, and bytes: all in 16 bits, with experts left in 16, with experts in NF4."
-    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    """Numbers in linear layers, in experts and elsewhere, and bytes: all in 16 bits, with
+    experts left in 16, with experts in NF4."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     dims, n = {k: p.ndim for k,p in model.named_parameters()}, dict(layers=0, experts=0, rest=0)
-    for w in list_weights(model): n["rest" if w.kind != "wide" else "experts" if dims[w.name] > 2 else "layers"] += w.numel
+    for w in list_weights(model):
+        n["rest" if w.kind != "wide" else "experts" if dims[w.name] > 2 else "layers"] += w.numel
     four = BITS/8
-    return n | dict(in_16=2*sum(n.values()), experts_wide=four*n["layers"] + 2*(n["experts"] + n["rest"]),
+    return n | dict(in_16=2*sum(n.values()), experts_wide=four*n["layers"]
+                    + 2*(n["experts"] + n["rest"]),
                     experts_nf4=four*(n["layers"] + n["experts"]) + 2*n["rest"])

@@ -19,22 +19,29 @@ def float32_adapters(model:torch.nn.Module):  # With adapters; changed in place
 # %% ../../nbs/2_training/21_optimizers.ipynb #d5c420fb
 def mixed_precision(device:torch.device|str,  # Where the model is
                     dtype:torch.dtype         # What its base computes in
-                   ) -> dict:                 # `bf16` and `fp16`, for transformers' `TrainingArguments`
-    "Autocast in the type of the base on CUDA, with a loss scaler for float16; nothing of the kind elsewhere."
+                   # `bf16` and `fp16`, for transformers' `TrainingArguments`
+                   ) -> dict:
+    """Autocast in the type of the base on CUDA, with a loss scaler for float16; nothing of the
+    kind elsewhere."""
     on_gpu = torch.device(device).type == "cuda"
     return dict(bf16=on_gpu and dtype == torch.bfloat16, fp16=on_gpu and dtype == torch.float16)
 
 # %% ../../nbs/2_training/21_optimizers.ipynb #ff38d7ea
-OPTIMIZERS = dict(adamw_torch="cuda mps cpu", adamw_8bit="cuda cpu",   # name → the devices that it works on
+# name → the devices that it works on
+OPTIMIZERS = dict(adamw_torch="cuda mps cpu", adamw_8bit="cuda cpu",
                   paged_adamw_32bit="cuda", paged_adamw_8bit="cuda")
 
 def pick_optimizer(name:str="auto",                 # One of `OPTIMIZERS`; "auto": paged 8-bit on CUDA, exact elsewhere
                    device:torch.device|str="cpu"    # Where the model is
-                  ) -> str:                         # A name for transformers' `TrainingArguments(optim=...)`
-    "The optimizer to use. Raises `QLoRAError` for an unknown name, and for one that does not work on `device`."
+                  # A name for transformers' `TrainingArguments(optim=...)`
+                  ) -> str:
+    """The optimizer to use. Raises `QLoRAError` for an unknown name, and for one that does not
+    work on `device`."""
     kind = torch.device(device).type
     fit = [n for n, devices in OPTIMIZERS.items() if kind in devices.split()]
     if name == "auto": return "paged_adamw_8bit" if kind == "cuda" else "adamw_torch"
     if name in fit: return name
-    what = "the optimizer '{}' does not work on {}." if name in OPTIMIZERS else "there is no optimizer '{}'."
-    raise QLoRAError(what.format(name, kind), cure=f"Choose from: auto, {', '.join(fit)}. Set it with --optim.")
+    what = ("the optimizer '{}' does not work on {}." if name in OPTIMIZERS
+            else "there is no optimizer '{}'.")
+    raise QLoRAError(what.format(name, kind),
+                     cure=f"Choose from: auto, {', '.join(fit)}. Set it with --optim.")

@@ -19,7 +19,8 @@ PackStats = namedtuple("PackStats", "packs useful computed efficiency")
 def pack_stats(packs:list,        # Lists of examples that share a row, as from `pack`
                batch_size:int=1,  # Rows a forward pass; all become as long as the longest of them
                multiple:int=1     # Row lengths are rounded up to a multiple of this
-              ) -> PackStats:     # Rows, tokens that are real, tokens that are computed, and their ratio
+              # Rows, tokens that are real, tokens that are computed, and their ratio
+              ) -> PackStats:
     "What a forward pass over all `packs` costs, in tokens."
     sizes = [sum(len(e["input_ids"]) for e in p) for p in packs]
     groups = [sizes[i:i+batch_size] for i in range(0, len(sizes), batch_size)]
@@ -30,16 +31,21 @@ def pack_stats(packs:list,        # Lists of examples that share a row, as from 
 def _check_lengths(lengths, max_length):
     if not (bad := [i for i, n in enumerate(lengths) if not 0 < n <= max_length]): return
     n, longest = lengths[bad[0]], max(lengths)
-    raise QLoRAError(f"the example has {n} tokens, and a pack holds 1 to {max_length}.", f"example {bad[0] + 1}",
-                     f"Packing cuts nothing: set max_length={longest}, or leave it out." if n else "Leave it out.")
+    raise QLoRAError(f"the example has {n} tokens, and a pack holds 1 to {max_length}.",
+                     f"example {bad[0] + 1}", f"Packing cuts nothing: set "
+                                              f"max_length={longest}, or leave it out." if n
+                     else "Leave it out.")
 
 # %% ../../nbs/2_training/30_packing.ipynb #778c4d7c
 def pack_lengths(lengths:list,    # Tokens of each example
                  max_length:int   # Of a pack, in tokens
-                ) -> list:        # Packs: sorted lists of indices into `lengths`; the same for the same lengths
-    "Best fit decreasing, in O(n log n). Raises `QLoRAError` for an example that is empty or fits in no pack."
+                # Packs: sorted lists of indices into `lengths`; the same for the same lengths
+                ) -> list:
+    """Best fit decreasing, in O(n log n). Raises `QLoRAError` for an example that is empty or
+    fits in no pack."""
     _check_lengths(lengths, max_length)
-    packs, gaps, rooms = [], [], defaultdict(list)   # gaps: sorted; rooms: gap → the packs that have it
+    # gaps: sorted; rooms: gap → the packs that have it
+    packs, gaps, rooms = [], [], defaultdict(list)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         k = bisect_left(gaps, lengths[i])            # the smallest gap that is large enough
         if k == len(gaps):
@@ -59,7 +65,9 @@ def pack_lengths(lengths:list,    # Tokens of each example
 def pack(examples:list,   # Dicts of `input_ids` and `labels`
          max_length:int   # Of a pack, in tokens
         ) -> list:        # Packs: lists of examples, none of them cut
-    "Put whole examples together so that few rows are needed. Raises `QLoRAError` as `pack_lengths` does."
+    """Put whole examples together so that few rows are needed. Raises `QLoRAError` as
+    `pack_lengths` does."""
     lengths = [int(n) for n in count(examples, "tokens", lambda e: len(e["input_ids"]))]
     packs = pack_lengths(lengths, max_length)
-    return Grouped(examples, packs) if isinstance(examples, Mapped) else [[examples[i] for i in p] for p in packs]
+    return (Grouped(examples, packs) if isinstance(examples, Mapped)
+            else [[examples[i] for i in p] for p in packs])

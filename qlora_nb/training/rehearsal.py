@@ -28,25 +28,31 @@ from ..foundations.qlora import is_scratch
 from ..foundations.expert_weights import adapted_tensor
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #21afc1e7
-def numel(p): return p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
+def numel(p):
+    return p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
 
 def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
     "Of the numbers in the matrices of the layers, without embeddings and head."
-    ends = [o for o in (model.get_input_embeddings(), model.get_output_embeddings()) if o is not None]
+    ends = [o for o in (model.get_input_embeddings(), model.get_output_embeddings())
+            if o is not None]
     apart = {id(p) for o in ends for p in o.parameters()}
     apart |= {id(p) for n, p in model.named_parameters() if ".lora_" in n}
     with_one = [m for m in model.modules() if hasattr(m, "lora_A")]
     on_stacks = [m for m in with_one if hasattr(m, "parameter_name")]
-    adapted = {id(adapted_tensor(m)) for m in on_stacks} | {id(o) for m in with_one if m not in on_stacks for o in m.base_layer.modules()}
+    adapted = {id(adapted_tensor(m)) for m in on_stacks} | {id(o) for m in with_one
+                                                            if m not in on_stacks
+                                                            for o in m.base_layer.modules()}
     found = {}   # what it is → (numbers, in 4 bits?, under an adapter?)
     for m in model.modules():
         if isinstance(m, torch.nn.Embedding): continue
         for p in m.parameters(recurse=False):
             four = getattr(p, "quant_state", None) is not None
-            if id(p) not in apart and (four or p.dim() > 1): found[id(p)] = numel(p), four, id(m) in adapted or id(p) in adapted
+            if id(p) not in apart and (four or p.dim() > 1):
+                found[id(p)] = numel(p), four, id(m) in adapted or id(p) in adapted
         if hasattr(m, "packed_numel"): found[id(m)] = m.packed_numel(), True, id(m) in adapted
     total = max(1, sum(n for n, _, _ in found.values()))
-    return sum(n*f for n, f, _ in found.values())/total, sum(n*a for n, _, a in found.values())/total
+    return (sum(n*f for n, f, _ in found.values())/total,
+            sum(n*a for n, _, a in found.values())/total)
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #86b96b1f
 @contextlib.contextmanager
@@ -54,8 +60,10 @@ def undisturbed(trainer):
     "What a block does to the adapters, the random generators, the mode and the metrics is undone."
     model, cuda = trainer.model, torch.cuda.is_available() and torch.cuda.is_initialized()
     mine = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    saved, modes = {n: p.detach().clone() for n, p in mine.items()}, [(m, m.training) for m in model.modules()]
-    metrics, tokens = copy.deepcopy(getattr(trainer, "_metrics", None)), getattr(trainer, "_total_train_tokens", 0)
+    saved, modes = {n: p.detach().clone() for n, p in mine.items()}, [(m, m.training)
+        for m in model.modules()]
+    metrics, tokens = copy.deepcopy(getattr(trainer, "_metrics", None)), getattr(trainer,
+        "_total_train_tokens", 0)
     cards = torch.cuda.get_rng_state_all() if cuda else None
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try: yield mine
@@ -70,26 +78,32 @@ def stir(mine:dict):
     "Give each `B` small numbers, the same in each call."
     draw = torch.Generator().manual_seed(0)
     for n, p in mine.items():
-        if "lora_B" in n: p.data.copy_(torch.randn(p.shape, generator=draw)*.02/max(1, p.shape[-1])**.5)
+        if "lora_B" in n:
+            p.data.copy_(torch.randn(p.shape, generator=draw)*.02/max(1, p.shape[-1])**.5)
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #c1ec4350
 def short_rows(examples:list, longest:int=64) -> list:  # Of `encode_rows`, or packs of such
     "Two short examples, by their last tokens."
-    flat = examples.items if isinstance(examples, Grouped) else examples   # or one read for each pack of a million
-    if isinstance(examples, list): flat = [e for o in examples for e in (o if isinstance(o, list) else [o])]
+    # or one read for each pack of a million
+    flat = examples.items if isinstance(examples, Grouped) else examples
+    if isinstance(examples, list):
+        flat = [e for o in examples for e in (o if isinstance(o, list) else [o])]
     lengths = count(flat, "tokens", lambda e: len(e["input_ids"]))
     two = [flat[i] for i in nsmallest(2, range(len(flat)), key=lengths.__getitem__)]
     return [dict(e, **{k: e[k][-longest:] for k in ("input_ids", "labels")}) for e in two]
 
-def cross_entropy(trainer, batch) -> tuple:  # (nats a token on the model's own logits, what is added for routers)
+def cross_entropy(trainer, batch
+                  ) -> tuple:  # (nats a token on the model's own logits, what is added for routers)
     "The loss that is meant, by the definition."
     more = dict(output_router_logits=True) if getattr(trainer, "aux_loss_enabled", False) else {}
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        out = trainer.model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False, **more)
+        out = trainer.model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False,
+                            **more)
     logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]
     if not out.logits.isfinite().all():
         raise QLoRAError("the logits of the model are not finite before any training.",
-                         cure="Load it in another dtype: float16 overflows where bfloat16 does not.")
+                         cure="Load it in another dtype: float16 overflows "
+                              "where bfloat16 does not.")
     aux = getattr(out, "aux_loss", None)
     aux = 0. if aux is None or not more else trainer.router_aux_loss_coef*float(aux)
     picked = labels != -100
@@ -99,25 +113,30 @@ def cross_entropy(trainer, batch) -> tuple:  # (nats a token on the model's own 
 NEAR = {torch.float32: 1e-3, torch.float16: 5e-3}   # of a loss; bfloat16: 2e-2
 
 def same_losses(trainer, batch, padded, measure) -> float:
-    "The loss of a batch. Raises `QLoRAError` where trainer, logits and evaluation do not agree on it."
+    """The loss of a batch. Raises `QLoRAError` where trainer, logits and evaluation do not agree
+    on it."""
     model, n = trainer.model, (batch["labels"] != -100).sum()
     with trainer.compute_loss_context_manager(), torch.enable_grad():
         loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=n)
     (loss*(128 if model.dtype == torch.float16 else 1)).backward()
     (true, aux), theirs = cross_entropy(trainer, batch), loss.item()
     near = NEAR.get(model.get_input_embeddings().weight.dtype, 2e-2)*max(1., abs(true))
-    cure = "Try fast=False (--no-fast)." if getattr(model, "step_loss", None) else "It cannot be trained here as it is."
+    cure = ("Try fast=False (--no-fast)." if getattr(model, "step_loss", None)
+            else "It cannot be trained here as it is.")
     for who, value, more in (("trainer", theirs, aux), ("evaluation", measure(model, [padded]), 0)):
         if min(abs(value - true), abs(value - true - more)) < near: continue
-        raise QLoRAError(f"the {who}'s loss is {value:.4f}, the cross-entropy on the model's own logits {true:.4f}.",
+        raise QLoRAError(f"the {who}'s loss is {value:.4f}, the cross-entropy on the model's own "
+                         f"logits {true:.4f}.",
                          model.config.model_type, cure)
     return true
 
-def check_gradients(model, mine:dict, called:set) -> list:  # Names of adapters of layers that were not called
+def check_gradients(model, mine:dict, called:set
+                    ) -> list:  # Names of adapters of layers that were not called
     "Raise `QLoRAError` for an adapter without a gradient, or with one that is not finite."
     dead = [n for n, p in mine.items() if p.grad is None or not p.grad.any()]
     if bad := [n for n, p in mine.items() if p.grad is not None and not p.grad.isfinite().all()]:
-        raise QLoRAError(f"the gradient is not finite before any training, in {len(bad)} adapters.", bad[0])
+        raise QLoRAError(f"the gradient is not finite before any training, in {len(bad)} adapters.",
+                         bad[0])
     if lost := [n for n in dead if n.split(".lora_")[0] in called or len(dead) == len(mine)]:
         raise QLoRAError(f"{len(lost)} of {len(mine)} adapter matrices get no gradient.", lost[0],
                          "Leave these layers out with target_modules=[...].")
@@ -125,17 +144,21 @@ def check_gradients(model, mine:dict, called:set) -> list:  # Names of adapters 
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #9951d9fa
 def not_in_file(model, folder, name:str="default") -> list:  # Names of tensors
-    "What differs between an adapter on a model and its file: missing on either side, or of another value."
+    """What differs between an adapter on a model and its file: missing on either side, or of
+    another value."""
     have = {k: v.float() for k, v in load_file(Path(folder)/"adapter_model.safetensors").items()}
     if is_scratch(model): own = adapter_tensors(model, name)
     else: own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     own = {k: v.detach().cpu().float() for k, v in own.items()}
-    others = dict(model.named_parameters())   # trained embeddings, where somebody else has saved such
+    # trained embeddings, where somebody else has saved such
+    others = dict(model.named_parameters())
     own |= {k: others[k].detach().cpu().float() for k in have.keys() - own.keys() if k in others}
     both = have.keys() & own.keys()
-    return sorted({*(have.keys() ^ own.keys()), *(k for k in both if not torch.equal(have[k], own[k]))})
+    return sorted({*(have.keys() ^ own.keys()),
+                   *(k for k in both if not torch.equal(have[k], own[k]))})
 
-def wanted_by_peft(model, folder) -> set|None:  # Names of tensors; None where its config makes no model
+def wanted_by_peft(model, folder
+                   ) -> set|None:  # Names of tensors; None where its config makes no model
     "What PEFT would look for in the file, on a fresh base."
     config = copy.deepcopy(model.config)
     try:
@@ -147,26 +170,34 @@ def wanted_by_peft(model, folder) -> set|None:  # Names of tensors; None where i
     return set(get_peft_model_state_dict(fresh, save_embedding_layers=False))
 
 def check_reload(model, mine:dict, base:str):
-    "Save the adapter and read it back. Raises `QLoRAError` where something is lost, or would go elsewhere."
+    """Save the adapter and read it back. Raises `QLoRAError` where something is lost, or would
+    go elsewhere."""
     want = {n: p.detach().clone() for n, p in mine.items()}
     with tempfile.TemporaryDirectory() as tmp:
         folder = save_adapter(model, Path(tmp)/"adapter", base)
         for p in mine.values(): p.data.zero_()
         if is_scratch(model): read_adapter(model, folder)
-        else: set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), model.active_adapter)
+        else:
+            set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"),
+                                      model.active_adapter)
         lost = [n for n, p in mine.items() if not torch.equal(p.data, want[n])]
-        have, fresh = set(load_file(folder/"adapter_model.safetensors")), wanted_by_peft(model, folder)
+        have, fresh = set(load_file(folder/"adapter_model.safetensors")), wanted_by_peft(model,
+            folder)
         lost = lost or not_in_file(model, folder)
     cure = "Choose other target_modules=[...]."
     if lost:
-        raise QLoRAError(f"{len(lost)} of {len(mine)} matrices are not in the file that is saved.", lost[0], cure)
+        raise QLoRAError(f"{len(lost)} of {len(mine)} matrices are not in the file that is saved.",
+                         lost[0], cure)
     if fresh is not None and (odd := sorted(have ^ fresh)):
-        raise QLoRAError(f"the adapter could not be loaded again: a fresh base has no place for {len(odd)} matrices.",
+        raise QLoRAError(f"the adapter could not be loaded again: a fresh base has no place for "
+                         f"{len(odd)} matrices.",
                          odd[0], cure)
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #dd789bd3
-def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str) -> list:  # Sentences
-    "One step on two short rows that leaves nothing behind. Raises `QLoRAError` for what would go wrong later."
+def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str
+             ) -> list:  # Sentences
+    """One step on two short rows that leaves nothing behind. Raises `QLoRAError` for what would
+    go wrong later."""
     model, two, called = trainer.model, short_rows(examples), set()
     layers = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_A")]
     hooks = [m.register_forward_hook(lambda m, a, o, n=n: called.add(n)) for n, m in layers]
@@ -182,12 +213,15 @@ def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str
     except Exception as e:
         if "memory" in str(e).lower(): raise
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise QLoRAError(f"a first step with this model fails ({why}).", model.config.model_type) from e
+        raise QLoRAError(f"a first step with this model fails ({why}).",
+                         model.config.model_type) from e
     finally:
         for o in hooks: o.remove()
     four, under = coverage(model)
     said = [f"{four:.1%} of the weights of the layers are in 4 bits, {under:.1%} under adapters; "
             f"trainer, logits and evaluation agree on the loss of two rows ({loss:.3f})."]
-    if dead: said.append(f"{len(dead)} of {len(mine)} adapter matrices belong to layers that two rows do not reach, "
-                         f"such as {dead[0]}.")
+    if dead:
+        said.append(f"{len(dead)} of {len(mine)} adapter matrices belong to "
+                    f"layers that two rows do not reach, "
+                    f"such as {dead[0]}.")
     return said

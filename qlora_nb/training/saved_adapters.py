@@ -26,76 +26,97 @@ def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
     "The folder of an adapter itself. Raises `QLoRAError` where there is no complete one."
     folder = Path(folder).expanduser()
     if (folder/"adapter").is_dir(): folder = folder/"adapter"
-    if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors") if not (folder/f).exists()]:
-        raise QLoRAError(f"there is no adapter here: {' and '.join(missing)} missing.", where=str(folder),
-                         cure="Give the folder of a finished run, or of an adapter in PEFT's format.")
+    if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors")
+                   if not (folder/f).exists()]:
+        raise QLoRAError(f"there is no adapter here: {' and '.join(missing)} missing.",
+                         where=str(folder), cure="Give the folder of a finished run, or of an "
+                                                 "adapter in PEFT's format.")
     return folder
 
 def read_notes(folder:Path) -> dict:  # Of an adapter
-    "Our notes beside an adapter, without an example that nobody asked for: older runs wrote a row of the data there."
+    """Our notes beside an adapter, without an example that nobody asked for: older runs wrote a
+    row of the data there."""
     notes = read_json(f) if (f := folder/"qlora_nb.json").exists() else {}
     return {k: v for k, v in notes.items() if k != "example" or notes.get("example_asked")}
 
-def adapter_folder(folder:str|Path) -> tuple:  # (its folder, our notes with `template`, the name of its base)
+def adapter_folder(folder:str|Path
+                   ) -> tuple:  # (its folder, our notes with `template`, the name of its base)
     "Find an adapter, in a run or on its own. Raises `QLoRAError` as `find_folder` does."
     config = read_json((folder := find_folder(folder))/"adapter_config.json")
-    notes = dict(template="auto") | {k: v for k, v in config.items() if k == "revision" and v}   # of the base
+    # of the base
+    notes = dict(template="auto") | {k: v for k, v in config.items() if k == "revision" and v}
     return folder, notes | read_notes(folder), config.get("base_model_name_or_path")
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #a8c8d6dd
 def check_fits(model,              # A base model, or one with adapters
                folder:str|Path):   # Of an adapter in PEFT's format
-    "Raise `QLoRAError` unless each LoRA matrix in the file has a layer of its size in `model`. Changes nothing."
+    """Raise `QLoRAError` unless each LoRA matrix in the file has a layer of its size in `model`.
+    Changes nothing."""
     def plain(n): return n.removeprefix("base_model.model.")
-    layers, lost, odd = {plain(n): getattr(m, "base_layer", m) for n, m in model.named_modules()}, {}, []
+    layers, lost, odd = ({plain(n): getattr(m, "base_layer", m) for n, m in model.named_modules()},
+                         {}, [])
     with open_tensors(Path(folder).expanduser()) as f:
         for key in f.keys():
             name, _, part = plain(key).rpartition(".lora_")
-            if any(len(full_shape(p)) > 2 for p in getattr(layers.get(clean_name(name)), "parameters", list)()): continue   # of experts
+            if any(len(full_shape(p)) > 2 for p in getattr(layers.get(clean_name(name)),
+                                                           # of experts
+                                                           "parameters", list)()): continue
             if part not in ("A.weight", "B.weight"): continue
             size = layer_size(layers[name]) if name in layers else None
-            end, n = "AB".index(part[0]), f.get_slice(key).get_shape()[part[0] == "A"]   # (r, inputs), (outputs, r)
+            # (r, inputs), (outputs, r)
+            end, n = "AB".index(part[0]), f.get_slice(key).get_shape()[part[0] == "A"]
             if size is None: lost[name] = True
-            elif n != size[end]: odd.append(f"{name} has {size[end]} {('inputs', 'outputs')[end]}, the adapter {n}")
+            elif n != size[end]:
+                odd.append(f"{name} has {size[end]} {('inputs', 'outputs')[end]}, the adapter {n}")
     cure = "Load the base that it was trained on; adapter_config.json in its folder names it."
-    if lost: raise QLoRAError(f"{len(lost)} layers of the adapter are not in the model: {next(iter(lost))}.",
-                              str(folder), cure)
+    if lost:
+        raise QLoRAError(f"{len(lost)} layers of the adapter are not in the model: "
+                         f"{next(iter(lost))}.",
+                         str(folder), cure)
     if odd: raise QLoRAError(f"{len(odd)} matrices have another size: {odd[0]}.", str(folder), cure)
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #d86c218d
 def base_for(folder, named:str|None, base:str|None) -> str:
     "The name of the base for an adapter. Raises `QLoRAError` where there is none on this machine."
     cure = "Say where it is: base=... (--model)."
-    if not (base or named): raise QLoRAError("the adapter does not name its base.", str(folder), cure)
+    if not (base or named):
+        raise QLoRAError("the adapter does not name its base.", str(folder), cure)
     try: locate(base or named)
     except QLoRAError as e:
         if base: raise
-        raise QLoRAError(f"the base of this adapter is not on this machine: {named}.", str(folder), cure) from e
+        raise QLoRAError(f"the base of this adapter is not on this machine: {named}.", str(folder),
+                         cure) from e
     return base or named
 
 def revision_for(base:str, named:str|None, notes:dict, revision:str|None=None) -> str|None:
-    "The revision of the base that is asked for or, of the base that the adapter names, the one that it was trained on."
+    """The revision of the base that is asked for or, of the base that the adapter names, the one
+    that it was trained on."""
     if revision or str(base) != str(named) or Path(locate(base)).is_dir(): return revision
     return notes.get("revision")
 
 def revision_of(source) -> str|None:   # Of `read_source`
-    return revision_for(source.base, source.config.get("base_model_name_or_path"), source.config | source.notes)
+    return revision_for(source.base, source.config.get("base_model_name_or_path"),
+                        source.config | source.notes)
 
 def check_base(folder, base:str, notes:dict, revision:str|None=None):
     "Warn where the base is not the one that the adapter was trained on, whatever it is called."
     known, now = notes.get("base_sha256"), content_id(locate(base), revision=revision)
     if known and now and known != now:
         def say(name, at): return f"{name} at {at}" if at else name
-        warnings.warn(f"{folder}: this adapter was trained on another base: {say(base, revision)} has other weights than "
-                      f"{say(notes.get('base', 'that'), notes.get('revision'))} had. Its answers may be noise.", stacklevel=3)
+        warnings.warn(f"{folder}: this adapter was trained on another base: {say(base, revision)} "
+                      f"has other weights than "
+                      f"{say(notes.get('base', 'that'), notes.get('revision'))} had. Its answers "
+                      f"may be noise.", stacklevel=3)
 
 def trained_dtype(notes:dict, device:str|None) -> torch.dtype:
     "The dtype that an adapter was trained in, or the one of this device, which is said."
     device, wanted = pick_device(device), getattr(torch, notes.get("dtype") or "", None)
     own = pick_dtype(device)
-    fits = {torch.float32: True, torch.bfloat16: has_native_bf16(device), torch.float16: device.type == "cuda"}
+    fits = {torch.float32: True, torch.bfloat16: has_native_bf16(device),
+            torch.float16: device.type == "cuda"}
     if wanted in (None, own) or fits.get(wanted): return wanted or own
-    warnings.warn(f"the adapter was trained in {notes['dtype']}; this device computes in {str(own)[6:]}.", stacklevel=3)
+    warnings.warn(f"the adapter was trained in {notes['dtype']}; this device computes in "
+                  f"{str(own)[6:]}.", stacklevel=3)
     return own
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #2c29331b
@@ -103,16 +124,20 @@ Loaded = namedtuple("Loaded", "model tokenizer notes")
 
 def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds one
                  base:str|None=None,    # Instead of the base model that the adapter names
-                 device:str|None=None, dtype:torch.dtype|None=None,  # As in `load_model`; None: as it was trained
+                 # As in `load_model`; None: as it was trained
+                 device:str|None=None, dtype:torch.dtype|None=None,
                  name:str="default",    # What to call it, where several will share a base
-                 revision:str|None=None,  # Of the base, as in `load_model`; None: the one that it was trained on
+                 # Of the base, as in `load_model`; None: the one that it was trained on
+                 revision:str|None=None,
                  backend:str="bnb"      # One of `BACKENDS`
                 ) -> Loaded:
-    "Load an adapter onto its 4-bit base, ready to answer. Raises `QLoRAError` where there is none, or it does not fit."
+    """Load an adapter onto its 4-bit base, ready to answer. Raises `QLoRAError` where there is
+    none, or it does not fit."""
     folder, notes, named = adapter_folder(folder)
     base = base_for(folder, named, base)
     revision = revision_for(base, named, notes, revision)
-    model = BACKENDS[backend](base, device=device, dtype=dtype or trained_dtype(notes, device), revision=revision)
+    model = BACKENDS[backend](base, device=device, dtype=dtype or trained_dtype(notes, device),
+                              revision=revision)
     check_base(folder, base, notes, revision)
     check_fits(model, folder)
     model = attach_adapter(model, folder, name)

@@ -19,20 +19,23 @@ from ..base.mapped import count
 from .data import encode_rows, load_rows, numbered
 from .end_tokens import check_labels
 from ..base.sources import OPTIONS
-from .settings import FIXED, FREE, Settings, check_settings, plain, refuse_unknown, split_names
+from .settings import (FIXED, FREE, Settings, check_settings, plain,
+                                        refuse_unknown, split_names)
 from ..base.notes import number_of
 from .chat_templates import as_messages
 
 # %% ../../nbs/2_training/26_schedule.ipynb #af9976f7
 def steps_a_pass(n:int,                # Rows, or packs
                  batch_size:int, accumulation:int=1) -> int:
-    "Optimizer steps of one pass: its last batch may be smaller, and so may its last group of batches."
+    """Optimizer steps of one pass: its last batch may be smaller, and so may its last group of
+    batches."""
     return math.ceil(math.ceil(n/batch_size)/accumulation)
 
 def count_steps(epochs:float, n:int, batch_size:int, accumulation:int=1) -> int:
     "Optimizer steps of so many passes; a part of a pass is rounded up to a whole step."
     whole, part = int(epochs), epochs - int(epochs)
-    rest = min(math.ceil(part*n/(batch_size*accumulation)), steps_a_pass(n, batch_size, accumulation))
+    rest = min(math.ceil(part*n/(batch_size*accumulation)),
+               steps_a_pass(n, batch_size, accumulation))
     return max(1, whole*steps_a_pass(n, batch_size, accumulation) + rest)
 
 def rows_seen(steps:int, n:int, batch_size:int, accumulation:int=1) -> int:
@@ -43,7 +46,8 @@ def rows_seen(steps:int, n:int, batch_size:int, accumulation:int=1) -> int:
 # %% ../../nbs/2_training/26_schedule.ipynb #9cd20e9f
 def source_of(data) -> str:  # What was given to `load_rows`
     "What messages call the data."
-    return getattr(data, "source", "") or (str(data) if isinstance(data, (str, Path)) else "the rows given")
+    return (getattr(data, "source", "") or (str(data) if isinstance(data, (str, Path))
+                                            else "the rows given"))
 
 class NamedRows(list):
     "Rows that remember where they come from."
@@ -51,20 +55,27 @@ class NamedRows(list):
         super().__init__(rows)
         self.source = source
 
-def run_length(data, max_steps:int|None=None, num_train_epochs:float|None=None, learning_rate:float|None=None) -> dict:
+def run_length(data, max_steps:int|None=None, num_train_epochs:float|None=None,
+               learning_rate:float|None=None) -> dict:
     "How long and how fast to train: the three settings with what is meant where nothing is said."
     demo = source_of(data) == "tickets"
-    if max_steps is None and num_train_epochs is None: max_steps, num_train_epochs = (150, None) if demo else (None, 3)
+    if max_steps is None and num_train_epochs is None:
+        max_steps, num_train_epochs = (150, None) if demo else (None, 3)
     if learning_rate is None: learning_rate = 2e-3 if demo else 2e-4
     return dict(max_steps=max_steps, num_train_epochs=num_train_epochs, learning_rate=learning_rate)
 
 # %% ../../nbs/2_training/26_schedule.ipynb #642a9957
-def settle(data, asked:dict, more=()) -> tuple:  # (what a resume is compared with, what may change, `OPTIONS` of `load_rows`)
-    "What was asked for, checked and made whole. Raises `QLoRAError` for an unknown name; `more`: others that there are."
-    reading, settings = ({k: v for k, v in asked.items() if (k in OPTIONS) == o} for o in (True, False))
+def settle(data, asked:dict, more=()
+           # (what a resume is compared with, what may change, `OPTIONS` of `load_rows`)
+           ) -> tuple:
+    """What was asked for, checked and made whole. Raises `QLoRAError` for an unknown name;
+    `more`: others that there are."""
+    reading, settings = ({k: v for k, v in asked.items() if (k in OPTIONS) == o}
+                         for o in (True, False))
     refuse_unknown(settings, list(dict.fromkeys([*more, *asdict(Settings()), *OPTIONS])))
     check_settings(**settings)
-    s = split_names({k: plain(v) if isinstance(v, Real) else v for k, v in asdict(Settings(**settings)).items()})
+    s = split_names({k: plain(v) if isinstance(v, Real) else v
+                     for k, v in asdict(Settings(**settings)).items()})
     s |= run_length(data, s["max_steps"], s["num_train_epochs"], s["learning_rate"])
     return {k: s[k] for k in FIXED}, {k: s[k] for k in FREE}, reading
 
@@ -73,9 +84,11 @@ def content(row, end:int|None=None) -> int:  # 60 bits of a hash
     "What makes two rows equal: their messages, up to number `end`, and their tools."
     return int(digest([as_messages(row)[:end], row.get("tools")])[:15], 16)
 
-def contents(rows, end:int|None=None) -> np.ndarray: return np.asarray(count(rows, f"content to {end}", lambda o: content(o, end)))
+def contents(rows, end:int|None=None) -> np.ndarray:
+    return np.asarray(count(rows, f"content to {end}", lambda o: content(o, end)))
 
-def pick_rows(rows:list, n:int, seed:int=0) -> tuple:  # (numbers to train on, numbers to set aside), from 1
+def pick_rows(rows:list, n:int, seed:int=0
+              ) -> tuple:  # (numbers to train on, numbers to set aside), from 1
     "Set `n` rows aside, no two of them equal; their twins are in neither part."
     of = contents(rows).tolist()
     held, seen = [], set()
@@ -84,16 +97,20 @@ def pick_rows(rows:list, n:int, seed:int=0) -> tuple:  # (numbers to train on, n
         if of[i] not in seen: held.append(i + 1), seen.add(of[i])
     return [i + 1 for i in range(len(rows)) if of[i] not in seen], held
 
-def take_tenth(rows:list, seed:int=0, most:int=64) -> tuple:  # (numbers to train on, rows to evaluate on)
+def take_tenth(rows:list, seed:int=0, most:int=64
+               ) -> tuple:  # (numbers to train on, rows to evaluate on)
     "Set a tenth of the rows aside. Raises `QLoRAError` where that is less than one."
     if not (n := min(most, len(rows)//10)):
-        raise QLoRAError(f"{len(rows)} rows are too few to set some aside.", cure="Give eval_data, or no eval_steps.")
+        raise QLoRAError(f"{len(rows)} rows are too few to set some aside.",
+                         cure="Give eval_data, or no eval_steps.")
     numbers, held = pick_rows(rows, n, seed)
     return numbers, [rows[i-1] for i in held]
 
 # %% ../../nbs/2_training/26_schedule.ipynb #5c962b1d
-def set_aside(rows:list, eval_data=None, wanted:bool=False, seed:int=0, **reading) -> tuple:  # (numbers from 1, held-out rows)
-    "Which rows to train on, and what to evaluate on while training: `eval_data`, or some of `rows` if that is wanted."
+def set_aside(rows:list, eval_data=None, wanted:bool=False, seed:int=0, **reading
+              ) -> tuple:  # (numbers from 1, held-out rows)
+    """Which rows to train on, and what to evaluate on while training: `eval_data`, or some of
+    `rows` if that is wanted."""
     if eval_data is None and wanted: return take_tenth(rows, seed)
     return range(1, len(rows) + 1), [] if eval_data is None else load_rows(eval_data, **reading)
 
@@ -104,16 +121,20 @@ def repetitions(rows:list) -> int:
 
 def overlap(rows:list, others:list) -> tuple:  # (as a whole, the question only)
     "How many of `others` are among `rows`."
-    same, asked = (int(np.isin(contents(others, end), contents(rows, end)).sum()) for end in (None, -1))
+    same, asked = (int(np.isin(contents(others, end), contents(rows, end)).sum())
+                   for end in (None, -1))
     return same, asked - same
 
 # %% ../../nbs/2_training/26_schedule.ipynb #4d220cad
-def say_schedule(steps:int, n:int, batch_size:int, accumulation:int=1, unit:str="rows", again:int=0) -> str:
+def say_schedule(steps:int, n:int, batch_size:int, accumulation:int=1, unit:str="rows",
+                 again:int=0) -> str:
     "How much of the data a run will see."
     seen, a_step = rows_seen(steps, n, batch_size, accumulation), batch_size*accumulation
     said = f"{steps} steps of up to {a_step} {unit}: {seen/n:.3g} passes over {n:,} {unit}"
     if seen < n: said += f", of which {n - seen:,} will not be seen"
-    if again: said += f"; {again:,} of them repeat an earlier one, and are trained on as often as they stand there"
+    if again:
+        said += (f"; {again:,} of them repeat an earlier one, and are trained "
+                 f"on as often as they stand there")
     return said + "."
 
 def say_overlap(rows:list, others:list, what:str="evaluation rows") -> str|None:
@@ -121,7 +142,8 @@ def say_overlap(rows:list, others:list, what:str="evaluation rows") -> str|None:
     same, asked = overlap(rows, others)
     if not same: return None
     more = f", and {asked} more share a question with one" if asked else ""
-    said = f"{same} of {len(others)} {what} are training rows too{more}: the scores will be too good."
+    said = (f"{same} of {len(others)} {what} are training rows too{more}: the "
+            f"scores will be too good.")
     warnings.warn(said)
     return said
 
@@ -139,7 +161,8 @@ def told_of(source:str):  # A file, or "eval_data"
         try: yield
         except QLoRAError as e:
             known = source in (e.where or "")   # rows that come from a file know it themselves
-            raise QLoRAError(e.what, e.where if known else ", ".join(filter(None, [source, e.where])), e.cure) from e
+            raise QLoRAError(e.what, e.where if known
+                             else ", ".join(filter(None, [source, e.where])), e.cure) from e
     for w in caught:
         said = str(w.message)
         warnings.warn(said if source in said else f"{source}: {said}", w.category, stacklevel=3)
@@ -152,10 +175,12 @@ def name_rows(drawn:list, examples:list, rows:list) -> str:
     def end(i): return " ".join(as_messages(rows[i-1])[-2]["content"].split())[-30:]
     own = {i: number_of(rows[i-1], i) for i in numbers}   # in the user's file
     said = [f"{own[i]} (…{end(i)!r})" for i in numbers[:4]] + [own[i] for i in numbers[4:12]]
-    return f"rows {', '.join(map(str, said))}" + f" and {len(numbers) - 12} more"*(len(numbers) > 12)
+    return f"rows {', '.join(map(str, said))}" + f" and {len(numbers) - 12} more"*(len(numbers)
+        > 12)
 
 # %% ../../nbs/2_training/26_schedule.ipynb #fdbd7b25
-def number_rows(rows:list, numbers:list, tokenizer, template:str, max_length:int, long:str="drop") -> list:
+def number_rows(rows:list, numbers:list, tokenizer, template:str, max_length:int,
+                long:str="drop") -> list:
     "Encode the rows of these numbers; each example keeps its number as `row`."
     examples = numbered(encode_rows(rows, tokenizer, template, max_length, long), rows, numbers)
     check_labels(examples)

@@ -17,22 +17,26 @@ PRIORITIES = ["low", "normal", "high"]
 INSTRUCTION = "Turn this support ticket into a JSON record."
 
 # %% ../../nbs/2_training/16_tickets.ipynb #d7307bbe
-WORDS = tomllib.loads((files("qlora_nb")/"tickets.toml").read_text(encoding="utf-8"))  # split → kind → words
+# split → kind → words
+WORDS = tomllib.loads((files("qlora_nb")/"tickets.toml").read_text(encoding="utf-8"))
 
 # %% ../../nbs/2_training/16_tickets.ipynb #912c2742
-SYLLABLES = "ba do fen gor hil jun kal lem mor nop pra ril sto tav ul vin wex yor zan che tri quo mi se".split()
+SYLLABLES = ("ba do fen gor hil jun kal lem mor nop pra ril sto tav ul vin wex "
+             "yor zan che tri quo mi se".split())
 
 def _invented(pick):
-    "A product that nobody has heard of: syllables or words of other names, and now and then a number or a noun."
-    pairs = [o.split() for o in WORDS["train"]["products"] if o.count(" ") == 1 and o.split()[1].isalpha()]
+    """A product that nobody has heard of: syllables or words of other names, and now and then a
+    number or a noun."""
+    pairs = [o.split() for o in WORDS["train"]["products"] if o.count(" ") == 1
+             and o.split()[1].isalpha()]
     noun = pick(pairs)[1]
     if pick([0, 1]): return f"{pick(pairs)[0]} {noun}"
     name = "".join(pick(SYLLABLES) for _ in range(pick([2, 3]))).capitalize()
     return name + pick(["", f" {pick('23456789')}{pick(['', '0', '00'])}", f" {noun}"])
 
 # %% ../../nbs/2_training/16_tickets.ipynb #bf649c47
-SLIPS = [("please", "pls"), ("received", "recieved"), ("not", "nto"), ("the ", "teh "), ("and", "adn"), ("I am", "Im"),
-         ("order", "ordr"), (" is ", " si ")]
+SLIPS = [("please", "pls"), ("received", "recieved"), ("not", "nto"), ("the ", "teh "),
+         ("and", "adn"), ("I am", "Im"), ("order", "ordr"), (" is ", " si ")]
 
 def _say(pick, text):
     "Make each [choice|in|brackets]."
@@ -47,7 +51,8 @@ def _ticket(rng, split):
     "One (ticket, record) pair in the words of `split`."
     pick = lambda xs: xs[int(rng.random()*len(xs))]
     words = WORDS[split]
-    rec = dict(product=pick(words["products"]), category=pick(CATEGORIES), priority=pick(PRIORITIES), order_id=None)
+    rec = dict(product=pick(words["products"]), category=pick(CATEGORIES),
+               priority=pick(PRIORITIES), order_id=None)
     if split == "train" and rng.random() < 0.6: rec["product"] = _invented(pick)
     parts = [_say(pick, pick(words["issues"][rec["category"]]))]
     if rec["priority"] != "normal" or rng.random() < 0.5:
@@ -69,9 +74,11 @@ def _ticket(rng, split):
 def make_tickets(split:str="train",  # "train" or "test": they share no product, sentence or order number
                  n:int=800,          # Rows; no two are equal
                  seed:int=0          # Another seed draws other rows from the same words
-                ) -> list:           # Dicts of `prompt` (instruction and ticket) and `response` (one line of JSON)
+                # Dicts of `prompt` (instruction and ticket) and `response` (one line of JSON)
+                ) -> list:
     "Write support tickets with their records. Raises `QLoRAError` for a split that does not exist."
-    if split not in WORDS: raise QLoRAError(f"tickets have no split '{split}'.", cure="Choose 'train' or 'test'.")
+    if split not in WORDS:
+        raise QLoRAError(f"tickets have no split '{split}'.", cure="Choose 'train' or 'test'.")
     rng, rows = Random(2*seed + (split == "test")), {}
     while len(rows) < n:
         text, rec = _ticket(rng, split)

@@ -13,7 +13,8 @@ from ..base.errors import QLoRAError
 # %% ../../nbs/2_training/18_tokenizer_checks.ipynb #ad8f04e0
 CANNOT, CONTROL = "text that the tokenizer cannot write", "control tokens within the text"
 
-def _decode(ids, tokenizer): return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _decode(ids, tokenizer):
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 def answers_of(example:dict,  # `input_ids` and `labels`
                tokenizer
@@ -28,7 +29,8 @@ def unwritten(messages:list,  # Of {role, content}, as they were encoded
               tokenizer
              ) -> str:        # The first text that the ids do not hold; None when all are there
     "A text of the chat that was lost on the way into ids."
-    taught = [m["content"].strip() for m in messages if m["role"] == "assistant" and "weight" not in m]
+    taught = [m["content"].strip() for m in messages if m["role"] == "assistant"
+              and "weight" not in m]
     runs = answers_of(example, tokenizer)
     if len(runs) == len(taught):
         if lost := next((o for o, run in zip(taught, runs) if o not in run), None): return lost
@@ -36,28 +38,35 @@ def unwritten(messages:list,  # Of {role, content}, as they were encoded
     for m in messages:
         text = m["content"].strip()
         if text in whole: continue
-        again = _decode(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], tokenizer)
+        again = _decode(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
+                        tokenizer)
         if again.strip() != text: return text
 
 # %% ../../nbs/2_training/18_tokenizer_checks.ipynb #89ff212f
 def control_tokens(tokenizer) -> re.Pattern:
-    "Matches each control token of a tokenizer: the special ones, and added ones that its chat template writes."
+    """Matches each control token of a tokenizer: the special ones, and added ones that its chat
+    template writes."""
     added = {o.content: o.special for o in tokenizer.added_tokens_decoder.values()}
     frame = str(tokenizer.chat_template or "")
-    names = {o for o, special in added.items() if special or o.strip() and o in frame} | {*tokenizer.all_special_tokens}
-    return re.compile("|".join(map(re.escape, sorted(names - {""}, key=len, reverse=True))) or r"(?!)")
+    names = {o for o, special in added.items() if special or o.strip()
+             and o in frame} | {*tokenizer.all_special_tokens}
+    return re.compile("|".join(map(re.escape, sorted(names - {""}, key=len, reverse=True)))
+                      or r"(?!)")
 
-def text_notes(messages:list, example:dict, tokenizer, control:re.Pattern) -> dict:  # Of `control_tokens`
+def text_notes(messages:list, example:dict, tokenizer, control:re.Pattern
+               ) -> dict:  # Of `control_tokens`
     "What to say of a chat: which of the two troubles it has, each with an example."
     found = next((hit[0] for m in messages if (hit := control.search(m["content"]))), None)
     lost = unwritten(messages, example, tokenizer)
     return {k: v for k, v in ((CANNOT, lost), (CONTROL, found)) if v}
 
 # %% ../../nbs/2_training/18_tokenizer_checks.ipynb #6c1828a6
-TOOLS = "Use a model whose chat template writes them, or a template of your own: --chat-template FILE."
+TOOLS = ("Use a model whose chat template writes them, or a template of your "
+         "own: --chat-template FILE.")
 
 def check_nothing_lost(messages:list, full:str, write, tools):
-    "Raise `QLoRAError` for a part of the chat without which `write(messages, tools)` writes the same text."
+    """Raise `QLoRAError` for a part of the chat without which `write(messages, tools)` writes
+    the same text."""
     def same(changed, tools=tools):
         try: return write(changed, tools) == full
         except QLoRAError: return False
@@ -69,7 +78,10 @@ def check_nothing_lost(messages:list, full:str, write, tools):
         if m.get("reasoning_content") and same([*before, silent, *after]):
             lost(f"the reasoning of message {i + 1}", TOOLS)
         text = m["content"].strip()
-        seen = m["role"] != "system" and len(text) > 15 and text in full   # a short text may stand there by chance
+        # a short text may stand there by chance
+        seen = m["role"] != "system" and len(text) > 15 and text in full
         if m["role"] != "assistant" and not seen and same([*before, *after]):
-            lost(f"message {i + 1}, the {m['role']}'s", "Put its text into the question, or use template='article', "
-                                                        "or a template of your own: --chat-template FILE.")
+            lost(f"message {i + 1}, the {m['role']}'s",
+                 "Put its text into the question, or use template='article', "
+                                                        "or a template of your own: "
+                                                        "--chat-template FILE.")

@@ -11,7 +11,8 @@ __all__ = ['SUPPORTED', 'CONVERTER', 'F32', 'F16', 'Q8', 'FORMATS', 'FORMS', 'ad
 import json, warnings
 from pathlib import Path
 from ..base.new_folder import check_room, new_folder
-from .model_card import export_adapter, license_of, model_card, public_name, read_source
+from .model_card import (export_adapter, license_of, model_card, public_name,
+                                       read_source)
 from ..base.errors import QLoRAError
 from ..base.core import count_params, free_memory
 from .merge import merge_and_save, merge_words, merged
@@ -19,7 +20,8 @@ from ..base.nf4_config import quiet
 from ..training.end_tokens import stop_ids, template_end
 from ..training.chat_templates import begins_with_bos
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, MODEL_ARCH, TokenType, get_tensor_name_map, quants
+from gguf import (GGMLQuantizationType, GGUFWriter, LlamaFileType, MODEL_ARCH, TokenType,
+                  get_tensor_name_map, quants)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # %% ../../nbs/4_using/46_gguf.ipynb #36aa024f
@@ -35,13 +37,15 @@ def add_settings(w:GGUFWriter, config):   # Of a Llama in transformers
     for name, value in sizes.items(): getattr(w, f"add_{name}")(value)
 
 SUPPORTED = {"LlamaForCausalLM": MODEL_ARCH.LLAMA}
-CONVERTER = "llama.cpp's convert_hf_to_gguf.py knows more: give it the folder that merge_and_save wrote."
+CONVERTER = ("llama.cpp's convert_hf_to_gguf.py knows more: give it the folder "
+             "that merge_and_save wrote.")
 
 def check_supported(model):   # Of transformers
     "Raise `QLoRAError` for a model that this page cannot write."
     arch, rope = type(model).__name__, getattr(model.config, "rope_parameters", None) or {}
     if arch not in SUPPORTED:
-        raise QLoRAError(f"{arch} is not written as GGUF here, only {', '.join(SUPPORTED)}.", cure=CONVERTER)
+        raise QLoRAError(f"{arch} is not written as GGUF here, only {', '.join(SUPPORTED)}.",
+                         cure=CONVERTER)
     if (kind := rope.get("rope_type", "default")) != "default":
         raise QLoRAError(f"positions of the type '{kind}' are not written here.", cure=CONVERTER)
 
@@ -67,7 +71,9 @@ def stored_as(W:torch.Tensor, dtype:str, name:str):   # A weight; "f32", "f16" o
 
 def check_format(dtype:str):
     "Raise `QLoRAError` for a format that is not on offer."
-    if dtype not in FORMATS: raise QLoRAError(f"there is no format '{dtype}'.", cure=f"Choose from: {', '.join(FORMATS)}.")
+    if dtype not in FORMATS:
+        raise QLoRAError(f"there is no format '{dtype}'.",
+                         cure=f"Choose from: {', '.join(FORMATS)}.")
 
 def add_tensors(w:GGUFWriter, model, dtype:str):   # "f32", "f16" or "q8_0"
     "All weights under llama.cpp's names, rows of queries and keys in its order."
@@ -75,24 +81,30 @@ def add_tensors(w:GGUFWriter, model, dtype:str):   # "f32", "f16" or "q8_0"
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, c.num_hidden_layers)
     heads = dict(q_proj=c.num_attention_heads, k_proj=c.num_key_value_heads)
     for n, p in model.named_parameters():   # tied weights come once
-        W, layer, name = p.detach().float().cpu(), n.split(".")[-2], names.get_name(n, (".weight", ".bias"))
-        if not name: raise QLoRAError("llama.cpp has no name for this tensor.", where=n, cure=CONVERTER)
+        W, layer, name = p.detach().float().cpu(), n.split(".")[-2], names.get_name(n,
+            (".weight", ".bias"))
+        if not name:
+            raise QLoRAError("llama.cpp has no name for this tensor.", where=n, cure=CONVERTER)
         if layer in heads: W = pair_neighbours(W, heads[layer])
         kind = stored_as(W, dtype, n)
         w.add_tensor(name, quants.quantize(W.numpy(), kind), raw_dtype=kind)
 
 # %% ../../nbs/4_using/46_gguf.ipynb #3310f8b0
 def pre_name(tokenizer) -> str:   # A byte-level BPE tokenizer of transformers
-    "llama.cpp's name for how a tokenizer splits a text. Raises `QLoRAError` for a rule that it cannot name."
+    """llama.cpp's name for how a tokenizer splits a text. Raises `QLoRAError` for a rule that it
+    cannot name."""
     plan = json.loads(tokenizer.backend_tokenizer.to_str())
     steps = plan["pre_tokenizer"] or {}
-    steps = [{k: v for k, v in o.items() if k != "trim_offsets"} for o in steps.get("pretokenizers", [steps])]
+    steps = [{k: v for k, v in o.items() if k != "trim_offsets"} for o in steps.get("pretokenizers",
+        [steps])]
     byte = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
-    unchanged = plan["normalizer"] in (None, dict(type="Sequence", normalizers=[]))   # transformers 5.17 writes the second
+    # transformers 5.17 writes the second
+    unchanged = plan["normalizer"] in (None, dict(type="Sequence", normalizers=[]))
     known = {"gpt-2": [byte], "smollm": [dict(type="Digits", individual_digits=True), byte]}
     for name, rule in known.items():
         if plan["model"]["type"] == "BPE" and unchanged and steps == rule: return name
-    raise QLoRAError(f"only tokenizers of byte-level BPE, split as {' or '.join(known)}, are written here.",
+    raise QLoRAError(f"only tokenizers of byte-level BPE, split as {' or '.join(known)}, are "
+                     f"written here.",
                      cure=CONVERTER)
 
 # %% ../../nbs/4_using/46_gguf.ipynb #b71ea7cf
@@ -101,7 +113,8 @@ def token_kinds(tokenizer, size:int) -> list:   # Rows of the embedding
     added, vocab = tokenizer.added_tokens_decoder, {i: t for t, i in tokenizer.get_vocab().items()}
     def kind(i):
         if i not in vocab: return TokenType.UNUSED
-        return TokenType.NORMAL if i not in added else TokenType.CONTROL if added[i].special else TokenType.USER_DEFINED
+        return (TokenType.NORMAL if i not in added else TokenType.CONTROL if added[i].special
+                else TokenType.USER_DEFINED)
     return [(vocab.get(i, f"[PAD{i}]"), kind(i)) for i in range(size)]
 
 def add_tokenizer(w:GGUFWriter, tokenizer, size:int,  # Rows of the embedding
@@ -133,7 +146,8 @@ def write_gguf(model, tokenizer,
                name:str="model",     # What the file calls itself
                base:str|None=None,   # The base model's name
                license:str|None=None) -> Path:   # Such as "apache-2.0"
-    "Write a Llama-type model as GGUF. Raises `QLoRAError` for models and tokenizers that are not supported."
+    """Write a Llama-type model as GGUF. Raises `QLoRAError` for models and tokenizers that are
+    not supported."""
     check_format(dtype), check_supported(model)
     w = GGUFWriter(path, "llama")
     w.add_type("model"), w.add_name(name), w.add_size_label(f"{count_params(model).total/1e6:.0f}M")
@@ -141,16 +155,20 @@ def write_gguf(model, tokenizer,
     if license: w.add_license(license)
     w.add_file_type(FORMATS[dtype][1]), w.add_quantization_version(2)
     stops, size = stop_ids(model, tokenizer), model.config.vocab_size
-    add_settings(w, model.config), add_tokenizer(w, tokenizer, size, stops), add_tensors(w, model, dtype)
+    add_settings(w, model.config), add_tokenizer(w, tokenizer, size, stops), add_tensors(w, model,
+        dtype)
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
     return path
 
 # %% ../../nbs/4_using/46_gguf.ipynb #4f984825
-def gguf_source(folder, how:dict) -> tuple:   # (model, tokenizer, source of the adapter or None, words for the card)
+def gguf_source(folder, how:dict
+                ) -> tuple:  # (model, tokenizer, source of the adapter or None, words for the card)
     "What is to be written: a merged folder as it is, or an adapter merged now, in float32."
     folder = Path(folder).expanduser()
     if (folder/"config.json").exists():
-        with quiet(): model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto",
+                                                         trust_remote_code=False)
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), None, ""
     m = merged(folder, dtype="float32", **how)
     return m.model, m.tokenizer, read_source(folder, how.get("base")), merge_words(m.facts)
@@ -169,12 +187,14 @@ def export_gguf(folder:str|Path,      # Of a run, of an adapter, or of a merged 
                 dtype:str="f16",      # "f32", "f16" or "q8_0"
                 **how                 # Of `merged`: onto, base, trained_in, device
                ) -> Path:             # The file, OUT/NAME-F16.gguf
-    "Write a model as GGUF, with a card. Raises `QLoRAError`, and leaves nothing, where that cannot be done."
+    """Write a model as GGUF, with a card. Raises `QLoRAError`, and leaves nothing, where that
+    cannot be done."""
     check_room(out := Path(out).expanduser()), check_format(dtype)
     model, tok, source, made = gguf_source(folder, how)
     name, bits = out.name, dict(f32=4, f16=2, q8_0=34/32)   # bytes a weight
     made += f" Its matrices are stored as GGUF in {dtype}; tokens are split as '{pre_name(tok)}'."
-    with new_folder(out, int(sum(p.numel() for p in model.parameters())*bits[dtype]) + 2**24) as new:
+    with new_folder(out, int(sum(p.numel() for p in model.parameters())*bits[dtype])
+                    + 2**24) as new:
         about = (public_name(source.base)[0], license_of(source.base)) if source else ()
         file = write_gguf(model, tok, new/f"{name}-{dtype.upper()}.gguf", dtype, name, *about).name
         card = gguf_card(folder, name, file, tok, source, made.strip())
@@ -187,12 +207,15 @@ FORMS = ("safetensors", "adapter", "gguf")
 
 def export_run(folder:str|Path,           # Of a run, or of an adapter in PEFT's format
                out:str|Path,              # A new folder, or an empty one
-               form:str="safetensors",    # "safetensors": merged; "adapter": alone; "gguf": merged, for llama.cpp
+               # "safetensors": merged; "adapter": alone; "gguf": merged, for llama.cpp
+               form:str="safetensors",
                onto:str="dequantized",    # See `merged`
-               dtype:str|None=None,       # Of the weights: see `merged`, or `export_gguf`; None: their default
+               # Of the weights: see `merged`, or `export_gguf`; None: their default
+               dtype:str|None=None,
                base:str|None=None,        # Instead of the base that the adapter names
                trained_in:str|None=None, device:str|None="cpu") -> Path:   # See `merged`
-    "Export a fine-tune, with a card. Raises `QLoRAError`, and leaves nothing, where that cannot be done."
+    """Export a fine-tune, with a card. Raises `QLoRAError`, and leaves nothing, where that
+    cannot be done."""
     how = dict(onto=onto, base=base, trained_in=trained_in, device=device)
     if form == "safetensors": return merge_and_save(folder, out, dtype=dtype, **how)
     if form == "gguf": return export_gguf(folder, out, dtype or "f16", **how)

@@ -19,38 +19,46 @@ from tqdm import tqdm
 from transformers import TextIteratorStreamer
 
 # %% ../../nbs/4_using/42_inference.ipynb #64d1f3a1
-PAD_NOISE = {torch.float32: 1e-3, torch.float16: .05}   # of the scores' spread; bfloat16, which rounds more: a quarter
+# of the scores' spread; bfloat16, which rounds more: a quarter
+PAD_NOISE = {torch.float32: 1e-3, torch.float16: .05}
 
 @torch.no_grad()
 def padding_error(model) -> float:
-    "How much padding on the left changes the next two scores, as a part of their spread; 0 is not at all."
+    """How much padding on the left changes the next two scores, as a part of their spread; 0 is
+    not at all."""
     words = model.get_input_embeddings().num_embeddings
-    ids, how = torch.arange(6)*(words//9) + words//4, dict(max_new_tokens=2, do_sample=False, pad_token_id=0)
+    ids, how = torch.arange(6)*(words//9) + words//4, dict(max_new_tokens=2, do_sample=False,
+                                                           pad_token_id=0)
     ids = ids[None].to(model.device)   # words of every frequency
     def scores(n):
         row, mask = F.pad(ids, (n, 0)), F.pad(torch.ones_like(ids), (n, 0))
-        return model.generate(input_ids=row, attention_mask=mask, eos_token_id=None, return_dict_in_generate=True,
-                              output_logits=True, **how)
+        return model.generate(input_ids=row, attention_mask=mask, eos_token_id=None,
+                              return_dict_in_generate=True, output_logits=True, **how)
     a, b = scores(0), scores(5)
-    same = [*a.sequences[0, -2:-1]] == [*b.sequences[0, -2:-1]]   # only then are the second scores comparable
+    # only then are the second scores comparable
+    same = [*a.sequences[0, -2:-1]] == [*b.sequences[0, -2:-1]]
     pairs = [(x[0].float(), y[0].float()) for x, y in zip(a.logits, b.logits)][:2 if same else 1]
     return max(((x - y).norm()/(x - x.mean()).norm()).item() for x, y in pairs)
 
 # %% ../../nbs/4_using/42_inference.ipynb #8c7da78c
 def pads_safely(model) -> bool:  # Asked once for each model, then remembered
     "May prompts of different lengths be answered in one batch?"
-    if not hasattr(model, "qlora_nb_pads"): model.qlora_nb_pads = padding_error(model) < PAD_NOISE.get(model.dtype, .25)
+    if not hasattr(model, "qlora_nb_pads"):
+        model.qlora_nb_pads = padding_error(model) < PAD_NOISE.get(model.dtype, .25)
     return model.qlora_nb_pads
 
 # %% ../../nbs/4_using/42_inference.ipynb #7a77a321
-def batches(model, tokenizer, prompts:list, batch_size:int) -> list:  # Lists of indices into `prompts`
-    "Which prompts to answer together: neighbours in length; of one length only where the model takes padding for text."
+def batches(model, tokenizer, prompts:list, batch_size:int
+            ) -> list:  # Lists of indices into `prompts`
+    """Which prompts to answer together: neighbours in length; of one length only where the model
+    takes padding for text."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     groups = [order]
     if len(order) > 1 and not pads_safely(model):
         def size(i): return -len(tokenizer(prompts[i], add_special_tokens=False).input_ids)
         groups = [list(g) for _, g in groupby(sorted(order, key=size), size)]
-        warnings.warn(f"{type(model).__name__} takes padding for text, so only prompts of one length are answered "
+        warnings.warn(f"{type(model).__name__} takes padding for text, so only prompts of one "
+                      f"length are answered "
                       "together.", stacklevel=3)
     return [g[k:k+batch_size] for g in groups for k in range(0, len(g), batch_size)]
 
@@ -70,50 +78,60 @@ def generate(model,                  # From `load_model`, `finetune` or `load_ad
              prompts:str|list,       # Text of `encode_prompt`, or a list of such
              max_new_tokens:int=128, # At most so many tokens an answer
              temperature:float=0.,   # 0: greedy; 1: the model's own distribution
-             top_p:float=1.,         # Sample from the likeliest tokens that make up this probability
+             # Sample from the likeliest tokens that make up this probability
+             top_p:float=1.,
              batch_size:int=16,      # Prompts at a time
              progress:bool=False,    # Show a bar?
              top_k:int=0,            # Sample from so many of the likeliest tokens; 0: from all
-             min_p:float=0.,         # Sample from tokens with at least this times the top probability
+             # Sample from tokens with at least this times the top probability
+             min_p:float=0.,
              repetition_penalty:float=1.,  # Above 1: what was said already is less likely
              seed:int|None=None,     # Of the draws; None: as the random state has it
-             ended:list|None=None    # Filled with a bool for each prompt: did the model end its answer itself?
+             # Filled with a bool for each prompt: did the model end its answer itself?
+             ended:list|None=None
             ) -> str|list:           # An answer for each prompt, without special tokens
-    "Answer prompts in batches. The model is left in eval mode. Raises `QLoRAError` for settings that make no sense."
-    how = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
+    """Answer prompts in batches. The model is left in eval mode. Raises `QLoRAError` for
+    settings that make no sense."""
+    how = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+               repetition_penalty=repetition_penalty)
     check_sampling(seed=seed, **how)
     close_gaps(model).eval()
     texts = [prompts] if isinstance(prompts, str) else prompts
-    plan, answers, ends = batches(model, tokenizer, texts, batch_size), [None]*len(texts), [None]*len(texts)
+    plan, answers, ends = (batches(model, tokenizer, texts, batch_size), [None]*len(texts),
+                           [None]*len(texts))
     stops = set(stop_ids(model, tokenizer))
     with seeded(seed, model.device):
         for idx in tqdm(plan, desc="answering", disable=not progress, unit="batch", leave=False):
             out = write(model, tokenizer, [texts[i] for i in idx], max_new_tokens, **how).tolist()
             for i, ids in zip(idx, out):   # up to the end token, which need not be a special one
                 n = next((k for k, t in enumerate(ids) if t in stops), None)
-                answers[i], ends[i] = tokenizer.decode(ids[:n], skip_special_tokens=True).strip(), n is not None
+                answers[i], ends[i] = (tokenizer.decode(ids[:n], skip_special_tokens=True).strip(),
+                                       n is not None)
     if ended is not None: ended[:] = ends
     return answers[0] if isinstance(prompts, str) else answers
 
 # %% ../../nbs/4_using/42_inference.ipynb #17a250bd
-def sampling(tokenizer, temperature=0., top_p=1., top_k=0, min_p=0., repetition_penalty=1., mask=None):
+def sampling(tokenizer, temperature=0., top_p=1., top_k=0, min_p=0., repetition_penalty=1.,
+             mask=None):
     "Arguments for transformers' `generate`."
     check_sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     cuts = dict(temperature=float(temperature), top_k=top_k, top_p=float(top_p), min_p=float(min_p))
     how = dict(do_sample=True, **cuts) if temperature else dict(do_sample=False)
     if repetition_penalty != 1:
-        how["logits_processor"] = [lambda ids, scores: penalize(scores, ids, repetition_penalty, mask)]
+        how["logits_processor"] = [lambda ids, scores: penalize(scores, ids, repetition_penalty,
+            mask)]
     return dict(use_cache=True, num_beams=1, repetition_penalty=1., no_repeat_ngram_size=0,
                 pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **how)
 
 def write(model, tokenizer, texts, max_new_tokens, streamer=None, stopping_criteria=None, **how):
     "Ids of the answers to one batch."
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left",
+                      add_special_tokens=False)
     batch = batch.to(model.device)
     how = sampling(tokenizer, **how, mask=batch["attention_mask"])
     how["eos_token_id"] = stop_ids(model, tokenizer) or None
-    out = model.generate(**batch, max_new_tokens=max_new_tokens, streamer=streamer, stopping_criteria=stopping_criteria,
-                         **how)
+    out = model.generate(**batch, max_new_tokens=max_new_tokens, streamer=streamer,
+                         stopping_criteria=stopping_criteria, **how)
     return out[:, batch["input_ids"].shape[1]:]
 
 # %% ../../nbs/4_using/42_inference.ipynb #e14a5ae1
@@ -123,14 +141,17 @@ class Pieces(TextIteratorStreamer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stops = set(stops)
     def put(self, value):
-        if self.next_tokens_are_prompt or not {*value.flatten().tolist()} <= self.stops: super().put(value)
+        if self.next_tokens_are_prompt or not {*value.flatten().tolist()} <= self.stops:
+            super().put(value)
 
 def stream(model, tokenizer,
            prompt:str,             # Text of `encode_prompt`
            max_new_tokens:int=256, temperature:float=0., top_p:float=1.,
-           top_k:int=0, min_p:float=0., repetition_penalty:float=1., seed:int|None=None):  # As in `generate`
+           # As in `generate`
+           top_k:int=0, min_p:float=0., repetition_penalty:float=1., seed:int|None=None):
     "Yield an answer piece by piece. Abandoning the iterator stops the model at its next token."
-    how = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty)
+    how = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+               repetition_penalty=repetition_penalty)
     check_sampling(seed=seed, **how)
     pieces = Pieces(tokenizer, stop_ids(model, tokenizer))
     failure, stop = [], threading.Event()
@@ -138,7 +159,8 @@ def stream(model, tokenizer,
     def work():
         try:
             with torch.no_grad(), seeded(seed, model.device):
-                write(close_gaps(model).eval(), tokenizer, [prompt], max_new_tokens, pieces, [stopped], **how)
+                write(close_gaps(model).eval(), tokenizer, [prompt], max_new_tokens, pieces,
+                      [stopped], **how)
         except BaseException as e: failure.append(e), pieces.end()
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -25,25 +25,32 @@ Source = namedtuple("Source", "folder config notes run base")
 
 def read_source(folder:str|Path,      # Of a run, or of an adapter in PEFT's format
                 base:str|None=None    # Instead of the base model that the adapter names
-               ) -> Source:           # The adapter's folder, PEFT's settings, our notes, `run.json`, the base's name
+               # The adapter's folder, PEFT's settings, our notes, `run.json`, the base's name
+               ) -> Source:
     "All that is known about an adapter. Raises `QLoRAError` for a folder without one."
     folder = find_folder(folder)
     def read(path): return read_json(path) if path.exists() else {}
     config, notes = read(folder/"adapter_config.json"), read_notes(folder)
     base = base or config.get("base_model_name_or_path") or notes.get("base")
-    if not base: raise QLoRAError("the adapter does not name its base.", where=str(folder), cure="Say which: base=...")
-    return Source(folder, config, notes, read(folder.parent/"run.json") if folder.name == "adapter" else {}, str(base))
+    if not base:
+        raise QLoRAError("the adapter does not name its base.", where=str(folder),
+                         cure="Say which: base=...")
+    return Source(folder, config, notes, read(folder.parent/"run.json") if folder.name == "adapter"
+                  else {}, str(base))
 
 # %% ../../nbs/4_using/44_model_card.ipynb #9042fe6f
-KNOWN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}   # our names → (Hub id, license)
+# our names → (Hub id, license)
+KNOWN = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 
 def public_name(name:str  # Of a model or data set: a path, a Hub id, or one of our own names
                ) -> tuple:  # (what to call it, its Hub id or None)
     "A name without the path of this machine."
     if name in KNOWN: return KNOWN[name][0], KNOWN[name][0]
     path = Path(name)
-    local = path.is_absolute() or path.exists() or path.suffix in (".jsonl", ".json", ".csv", ".parquet")
-    return (path.name, None) if local or name.startswith((".", "~")) or name.count("/") != 1 else (name, name)
+    local = (path.is_absolute() or path.exists() or path.suffix in (".jsonl", ".json", ".csv",
+        ".parquet"))
+    return ((path.name, None) if local or name.startswith((".", "~")) or name.count("/") != 1
+            else (name, name))
 
 def license_of(base:str   # As the adapter names it
               ) -> str|None:  # Such as "apache-2.0"; None where it is not known here
@@ -83,7 +90,8 @@ def snippet(form:str,         # "adapter", "safetensors" or "gguf"
     return LOAD.format(how=f', gguf_file="{file}"' if form == "gguf" else "", ids=ids)
 
 # %% ../../nbs/4_using/44_model_card.ipynb #f033ca0c
-def _table(rows, *head): return "\n".join(f"| {' | '.join(map(str, r))} |" for r in [head, ["---"]*len(head), *rows])
+def _table(rows, *head):
+    return "\n".join(f"| {' | '.join(map(str, r))} |" for r in [head, ["---"]*len(head), *rows])
 
 def score_lines(run:dict) -> str:   # `run.json`
     "The scores before and after, as a table."
@@ -101,36 +109,44 @@ def data_lines(run:dict) -> str:   # `run.json`
     "What it was trained on: name, rows, checksum."
     s, name = run.get("settings"), public_name(str(run.get("data", "rows")))[0]
     if not s: return "Not known: the adapter came without the notes of its training run."
-    ours = {"tickets": "Support tickets that `qlora_nb.training.tickets` makes up", "rows": "Rows given in Python"}
+    ours = {"tickets": "Support tickets that `qlora_nb.training.tickets` makes up",
+            "rows": "Rows given in Python"}
     what = ours.get(name, f"`{name}`")
-    return f"{what}: {s['rows']:,} rows, SHA-256 of their JSON `{s['rows_sha256']}`. Only the answers were trained."
+    return (f"{what}: {s['rows']:,} rows, SHA-256 of their JSON `{s['rows_sha256']}`. Only the "
+            f"answers were trained.")
 
-PLACES = ("model", "adapter", "base_model_name_or_path")   # where something lies: only its name is said
+# where something lies: only its name is said
+PLACES = ("model", "adapter", "base_model_name_or_path")
 
 def setting_lines(source:Source) -> str:
     "Every setting of the run or, failing that, of the adapter."
-    shown = source.run.get("settings") or {k: v for k, v in source.config.items() if v not in (None, {}, [], False)}
-    shown = {k: public_name(str(v))[0] if k in PLACES else v for k, v in shown.items() if k != "rows_sha256"}
+    shown = (source.run.get("settings") or {k: v for k, v in source.config.items()
+                                            if v not in (None, {}, [], False)})
+    shown = {k: public_name(str(v))[0] if k in PLACES else v for k, v in shown.items()
+             if k != "rows_sha256"}
     def say(v): return ", ".join(map(str, v)) if isinstance(v, list) else v
     return _table([[f"`{k}`", say(v)] for k, v in shown.items()], "setting", "value")
 
 def version_lines(run:dict) -> str:
     "Versions at training, and at export where they differ."
     then, now = run.get("versions", {}), versions()
-    return _table([[k, then.get(k, "?"), v] for k, v in now.items() if v or then.get(k)], "", "training", "export")
+    return _table([[k, then.get(k, "?"), v] for k, v in now.items() if v or then.get(k)], "",
+                  "training", "export")
 
 # %% ../../nbs/4_using/44_model_card.ipynb #c3c51efe
 LIMITS = """- It was trained for one narrow task; what it says about anything else is the base model's word, or worse.
 - The scores above come from few rows of the same origin as the training rows. Other rows may score lower.
 - It may be wrong in fluent sentences and in valid JSON. Check what you act on."""
-PACKAGED = "\n- The base's weights were read from a 4-bit GGUF file (Q4_1) of that model, not from its original files."
+PACKAGED = ("\n- The base's weights were read from a 4-bit GGUF file (Q4_1) of that model, not "
+            "from its original files.")
 
 def card_header(source:Source, form:str) -> str:
     "The YAML that the Hugging Face Hub reads."
     data = public_name(str(source.run.get("data", "")))[1]
     library = dict(adapter="peft", gguf="gguf").get(form, "transformers")
-    head = dict(base_model=public_name(source.base)[1], license=license_of(source.base), library_name=library,
-                base_model_relation="adapter" if form == "adapter" else "finetune", datasets=data and [data],
+    head = dict(base_model=public_name(source.base)[1], license=license_of(source.base),
+                library_name=library, base_model_relation="adapter" if form == "adapter"
+                else "finetune", datasets=data and [data],
                 pipeline_tag="text-generation", tags=["qlora", "lora", "qlora_nb"])
     return f"---\n{yaml.safe_dump({k: v for k, v in head.items() if v}, sort_keys=False)}---\n"
 
@@ -143,19 +159,24 @@ def fenced(code:str) -> str:
 def model_card(source:Source,     # Of `read_source`
                name:str,          # Of the export
                form:str="adapter",  # "adapter", "safetensors" or "gguf"
-               made:str="",       # How it was exported, in a sentence or more, with the errors measured
+               # How it was exported, in a sentence or more, with the errors measured
+               made:str="",
                chat:bool=True,    # Was the prompt template saved with the tokenizer?
                file:str="",       # Of a GGUF
-               prompt:str|None=None  # In the code; None: the example that the adapter brings, if any
+               # In the code; None: the example that the adapter brings, if any
+               prompt:str|None=None
               ) -> str:           # The text of README.md
     "Describe an export: data, settings, scores, versions, how to load it, limits."
     shown = public_name(source.base)[0]
     prompt = prompt or source.notes.get("example") or "What is the capital of France?"
-    what = dict(adapter="A LoRA adapter for", gguf="A fine-tune, in one GGUF file, of").get(form, "A fine-tune of")
-    parts = {"": f"{what} `{shown}`, trained with QLoRA: a frozen base in 4 bits (NF4), low-rank adapters on top.",
-             "How to load it": fenced(snippet(form, prompt, chat, file)), "Data": data_lines(source.run),
-             "Scores": score_lines(source.run), "Settings": setting_lines(source), "How it was exported": made,
-             "Limits": LIMITS + PACKAGED*(source.base == "smollm2") + "\n- The license of the base model applies.",
+    what = dict(adapter="A LoRA adapter for", gguf="A fine-tune, in one GGUF file, of").get(form,
+        "A fine-tune of")
+    parts = {"": f"{what} `{shown}`, trained with QLoRA: a frozen base in 4 bits (NF4), low-rank "
+                 f"adapters on top.",
+             "How to load it": fenced(snippet(form, prompt, chat, file)),
+             "Data": data_lines(source.run), "Scores": score_lines(source.run),
+             "Settings": setting_lines(source), "How it was exported": made, "Limits": LIMITS
+             + PACKAGED*(source.base == "smollm2") + "\n- The license of the base model applies.",
              "Versions": version_lines(source.run)}
     body = "\n\n".join((f"## {k}\n\n" if k else "") + v for k, v in parts.items() if v)
     return f"{card_header(source, form)}\n# {name}\n\n{body}\n"
@@ -179,15 +200,17 @@ def export_tokenizer(source) -> tuple:   # (tokenizer, is the chat template know
 def generation_ids(tokenizer, stops:list) -> GenerationConfig:   # Of `stop_ids`
     "Generation settings that hold token ids alone; the tokenizer's own end comes first."
     ends = sorted(stops, key=lambda i: i != tokenizer.eos_token_id)
-    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-                            eos_token_id=ends[0] if len(ends) == 1 else ends or None)
+    return GenerationConfig(bos_token_id=tokenizer.bos_token_id,
+                            pad_token_id=tokenizer.pad_token_id, eos_token_id=ends[0]
+                            if len(ends) == 1 else ends or None)
 
 # %% ../../nbs/4_using/44_model_card.ipynb #4a6e913e
 def export_adapter(folder:str|Path,     # Of a run, or of an adapter in PEFT's format
                    out:str|Path,        # New, or empty
                    base:str|None=None   # Instead of the base that the adapter names
                   ) -> Path:
-    "Copy an adapter and write its card. Raises `QLoRAError` when that fails, and then leaves nothing behind."
+    """Copy an adapter and write its card. Raises `QLoRAError` when that fails, and then leaves
+    nothing behind."""
     source, out = read_source(folder, base), Path(out).expanduser()
     files = [o for o in source.folder.iterdir() if o.is_file() and o.name != "README.md"]
     with new_folder(out, sum(o.stat().st_size for o in files)) as new:
@@ -196,7 +219,8 @@ def export_adapter(folder:str|Path,     # Of a run, or of an adapter in PEFT's f
         (new/"adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         made = "As it was trained, in PEFT's format. It belongs on the base in the same 4 bits."
         notes = json.dumps(source.notes, indent=1, ensure_ascii=False)
-        if source.notes: (new/"qlora_nb.json").write_text(notes, encoding="utf-8", errors="surrogateescape")
-        (new/"README.md").write_text(model_card(source, out.name, "adapter", made), encoding="utf-8",
-                                     errors="surrogateescape")
+        if source.notes:
+            (new/"qlora_nb.json").write_text(notes, encoding="utf-8", errors="surrogateescape")
+        (new/"README.md").write_text(model_card(source, out.name, "adapter", made),
+                                     encoding="utf-8", errors="surrogateescape")
     return out

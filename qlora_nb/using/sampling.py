@@ -48,7 +48,8 @@ def keep_min_p(scores:torch.Tensor,  # (batch, vocabulary)
 def penalize(scores:torch.Tensor,          # (batch, vocabulary)
              ids:torch.Tensor,             # What was read and written so far: (batch, tokens)
              penalty:float,                # Above 1 discourages what occurs, below 1 encourages it
-             mask:torch.Tensor|None=None   # Of the prompt: 0 at padding on the left, (batch, tokens of the prompt)
+             # Of the prompt: 0 at padding on the left, (batch, tokens of the prompt)
+             mask:torch.Tensor|None=None
             ) -> torch.Tensor:
     "Lower the scores of the tokens in `ids`, the padding left out."
     if mask is not None:
@@ -58,26 +59,34 @@ def penalize(scores:torch.Tensor,          # (batch, vocabulary)
     return scores.scatter(1, ids, torch.where(seen < 0, seen*penalty, seen/penalty))
 
 # %% ../../nbs/4_using/41_sampling.ipynb #0f61f59d
-def check_sampling(temperature:float=0., top_k:int=0, top_p:float=1., min_p:float=0., repetition_penalty:float=1.,
-                   seed:int|None=None):
+def check_sampling(temperature:float=0., top_k:int=0, top_p:float=1., min_p:float=0.,
+                   repetition_penalty:float=1., seed:int|None=None):
     "Raise `QLoRAError` for a setting that makes no sense, saying which values do."
-    def number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    def number(v):
+        return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
     def whole(v): return isinstance(v, int) and not isinstance(v, bool)
     for name, v, good, cure in [
-        ("temperature", temperature, number(temperature) and temperature >= 0, "0 (greedy) or a number above it"),
-        ("top_k", top_k, whole(top_k) and top_k >= 0, "a whole number of tokens, or 0 to leave it off"),
-        ("top_p", top_p, number(top_p) and 0 <= top_p <= 1, "a probability from 0 to 1; 1 leaves it off"),
-        ("min_p", min_p, number(min_p) and 0 <= min_p <= 1, "a fraction from 0 to 1; 0 leaves it off"),
-        ("repetition_penalty", repetition_penalty, number(repetition_penalty) and repetition_penalty > 0,
+        ("temperature", temperature, number(temperature) and temperature >= 0,
+         "0 (greedy) or a number above it"),
+        ("top_k", top_k, whole(top_k) and top_k >= 0, "a whole number of "
+                                                      "tokens, or 0 to leave it off"),
+        ("top_p", top_p, number(top_p) and 0 <= top_p <= 1, "a probability "
+                                                            "from 0 to 1; 1 leaves it off"),
+        ("min_p", min_p, number(min_p) and 0 <= min_p <= 1, "a fraction from 0 "
+                                                            "to 1; 0 leaves it off"),
+        ("repetition_penalty", repetition_penalty, number(repetition_penalty)
+         and repetition_penalty > 0,
          "a number above 0; 1 leaves it off, 1.1 is mild"),
-        ("seed", seed, seed is None or whole(seed) and 0 <= seed < 2**32, "a whole number below 2**32, or None")]:
+        ("seed", seed, seed is None or whole(seed) and 0 <= seed < 2**32,
+         "a whole number below 2**32, or None")]:
         if not good: raise QLoRAError(f"the {name} is {v}.", cure=f"Choose {cure}.")
 
 # %% ../../nbs/4_using/41_sampling.ipynb #78acd598
 def bend(scores:torch.Tensor,               # Of the model, float32: (batch, vocabulary)
          ids:torch.Tensor,                  # So far: (batch, tokens)
          mask:torch.Tensor|None=None,       # Of the prompt, see `penalize`
-         temperature:float=0., top_k:int=0, top_p:float=1., min_p:float=0., repetition_penalty:float=1.):
+         temperature:float=0., top_k:int=0, top_p:float=1., min_p:float=0.,
+         repetition_penalty:float=1.):
     "All settings that are on, in the order of transformers."
     if repetition_penalty != 1: scores = penalize(scores, ids, repetition_penalty, mask)
     if not temperature: return scores
@@ -89,7 +98,8 @@ def bend(scores:torch.Tensor,               # Of the model, float32: (batch, voc
 # %% ../../nbs/4_using/41_sampling.ipynb #ce14df58
 @contextlib.contextmanager
 def seeded(seed:int|None, device="cpu"):  # None: nothing is set
-    "Draw from `seed` for the length of a block; afterwards the random state (CPU, CUDA) is what it was before."
+    """Draw from `seed` for the length of a block; afterwards the random state (CPU, CUDA) is
+    what it was before."""
     if seed is None:
         yield
         return
@@ -100,7 +110,7 @@ def seeded(seed:int|None, device="cpu"):  # None: nothing is set
 
 # %% ../../nbs/4_using/41_sampling.ipynb #8db343a5
 @torch.no_grad()
-def decode(model,                          # A causal language model that takes `position_ids`, as most do
+def decode(model,  # A causal language model that takes `position_ids`, as most do
            ids:torch.Tensor,               # Prompts, padded on the left: (batch, tokens)
            mask:torch.Tensor|None=None,    # 0 at padding, 1 elsewhere
            max_new_tokens:int=20, stop_id:int|None=None,  # The end token; None writes on
@@ -111,12 +121,15 @@ def decode(model,                          # A causal language model that takes 
     "Write tokens one by one, with a KV cache. Equal to transformers' `generate`, token by token."
     check_sampling(seed=seed, **how)
     mask = prompt = torch.ones_like(ids) if mask is None else mask
-    at, past, new, done = (mask.cumsum(-1) - 1).clamp(min=0), None, ids, torch.zeros_like(ids[:, 0], dtype=torch.bool)
+    at, past, new, done = (mask.cumsum(-1) - 1).clamp(min=0), None, ids, torch.zeros_like(ids[:, 0],
+        dtype=torch.bool)
     with seeded(seed, ids.device):
         for _ in range(max_new_tokens):
-            res = model(input_ids=new, attention_mask=mask, position_ids=at, past_key_values=past, use_cache=True)
+            res = model(input_ids=new, attention_mask=mask, position_ids=at, past_key_values=past,
+                        use_cache=True)
             scores, past = bend(res.logits[:, -1].float(), ids, prompt, **how), res.past_key_values
-            new = scores.softmax(-1).multinomial(1) if how.get("temperature") else scores.argmax(-1, keepdim=True)
+            new = (scores.softmax(-1).multinomial(1) if how.get("temperature")
+                   else scores.argmax(-1, keepdim=True))
             new = torch.where(done[:, None], pad_id, new)
             ids, mask, at = torch.cat([ids, new], 1), F.pad(mask, (0, 1), value=1), at[:, -1:] + 1
             done = done | (new[:, 0] == stop_id) if stop_id is not None else done

@@ -32,21 +32,27 @@ def adapter_names(model) -> list:  # Empty for a base model
 def free_name(model, name:str) -> str:
     "`name`, if it can be given to a new adapter. Raises `QLoRAError` otherwise."
     if name in adapter_names(model):
-        raise QLoRAError(f"there is an adapter '{name}' already.", cure="Give the new one another name.")
+        raise QLoRAError(f"there is an adapter '{name}' already.",
+                         cure="Give the new one another name.")
     if not name.isidentifier():   # PEFT makes it the name of a module: no dots
-        raise QLoRAError(f"'{name}' cannot be the name of an adapter.", cure="Use letters and digits.")
+        raise QLoRAError(f"'{name}' cannot be the name of an adapter.",
+                         cure="Use letters and digits.")
     return name
 
 def add_adapter_from(model,               # A base, or a model with PEFT's adapters on it
                      folder:str|Path,     # Of a run or of an adapter
                      name:str) -> tuple:  # (the model with adapters, the notes of this one)
-    "Put one more adapter on a model. Only the first is switched to. Raises `QLoRAError` if it does not fit."
+    """Put one more adapter on a model. Only the first is switched to. Raises `QLoRAError` if it
+    does not fit."""
     folder, notes, base = adapter_folder(folder)
     free_name(model, name), check_fits(model, folder)
-    have, at, known = getattr(model, "qlora_nb_name", base), getattr(model, "qlora_nb_revision", None), notes.get("base_sha256")
-    if have != base: warnings.warn(f"{folder.name} was trained on {base}; this is {have}.", stacklevel=2)
+    have, at, known = getattr(model, "qlora_nb_name", base), getattr(model, "qlora_nb_revision",
+        None), notes.get("base_sha256")
+    if have != base:
+        warnings.warn(f"{folder.name} was trained on {base}; this is {have}.", stacklevel=2)
     elif known and known != (content_id(locate(have), revision=at) or known):
-        warnings.warn(f"{folder.name} was trained on other weights than {have} has now.", stacklevel=2)
+        warnings.warn(f"{folder.name} was trained on other weights than {have} has now.",
+                      stacklevel=2)
     with quiet(): model = attach_adapter(model, folder, name)
     note_loaded(model, name, notes)
     return model.eval(), notes
@@ -62,7 +68,8 @@ def same_trainable(model):
 def find_adapter(model, name:str) -> str:
     "`name`, if it is loaded. Raises `QLoRAError` with the names that are."
     if name not in (have := adapter_names(model)):
-        raise QLoRAError(f"no adapter '{name}' is loaded.", cure=f"There are: {', '.join(have) or 'none'}.")
+        raise QLoRAError(f"no adapter '{name}' is loaded.",
+                         cure=f"There are: {', '.join(have) or 'none'}.")
     return name
 
 def use_adapter(model, name:str):  # One of `adapter_names`
@@ -79,35 +86,43 @@ def active_adapter(model) -> str|None:
 
 @contextlib.contextmanager
 def answering_as(model, name:str|None):  # An adapter on the model; None: the base without any
-    "Answer as one adapter, or as the base, for the length of a block; afterwards the model is as it was."
+    """Answer as one adapter, or as the base, for the length of a block; afterwards the model is
+    as it was."""
     was = active_adapter(model)
     if name is not None: use_adapter(model, name)
     with same_trainable(model):
         try:
-            with model.disable_adapter() if name is None and was else contextlib.nullcontext(): yield model
+            with model.disable_adapter() if name is None and was else contextlib.nullcontext():
+                yield model
         finally:
             if name not in (None, was): use_adapter(model, was)
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #25e1d9a4
 def drop_adapter(model, name:str) -> str:  # The adapter that is in use afterwards
-    "Take one of several adapters off and free its memory. Raises `QLoRAError` for the last one, or an unknown name."
+    """Take one of several adapters off and free its memory. Raises `QLoRAError` for the last
+    one, or an unknown name."""
     if find_adapter(model, name) and len(adapter_names(model)) == 1:
-        raise QLoRAError(f"'{name}' is the only adapter.", cure="Use unload(model), which gives the base back.")
-    if model.active_adapter == name: use_adapter(model, next(o for o in adapter_names(model) if o != name))
+        raise QLoRAError(f"'{name}' is the only adapter.",
+                         cure="Use unload(model), which gives the base back.")
+    if model.active_adapter == name:
+        use_adapter(model, next(o for o in adapter_names(model) if o != name))
     with same_trainable(model): model.delete_adapter(name)
     return model.active_adapter
 
 def unload(model):  # With PEFT's adapters; they are lost unless they are saved
-    "The base model without any adapter, as it was before the first. The model given must not be used any more."
+    """The base model without any adapter, as it was before the first. The model given must not
+    be used any more."""
     return model.unload() if hasattr(model, "peft_config") else model
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #4610c055
 @torch.no_grad()
 def shrink(model, name:str, rank:int):
-    "Replace each update of an adapter, whose scale is 1, by its best approximation of a lower rank."
+    """Replace each update of an adapter, whose scale is 1, by its best approximation of a lower
+    rank."""
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A):
         A, B = layer.lora_A[name], layer.lora_B[name]
-        (P, R), (Q, S) = torch.linalg.qr(B.weight.float()), torch.linalg.qr(A.weight.float().T)   # BA = P(RSᵀ)Qᵀ
+        # BA = P(RSᵀ)Qᵀ
+        (P, R), (Q, S) = torch.linalg.qr(B.weight.float()), torch.linalg.qr(A.weight.float().T)
         U, sizes, V = torch.linalg.svd(R @ S.T)
         A.weight.data = (V[:rank] @ Q.T).to(A.weight)
         B.weight.data = (P @ U[:, :rank] * sizes[:rank]).to(B.weight)
@@ -124,10 +139,12 @@ def scale_one(model, name:str):
 
 @torch.no_grad()
 def sum_error(model, weights:dict, name:str) -> float:  # The largest of the layers, relative
-    "How far the update of `name` is from the weighted sum of the others, on one random input a layer."
+    """How far the update of `name` is from the weighted sum of the others, on one random input a
+    layer."""
     worst = 0.
     for m in (m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A):
-        x = torch.randn(1, m.in_features, generator=torch.Generator().manual_seed(0)).to(m.lora_A[name].weight.device)
+        x = torch.randn(1, m.in_features,
+                        generator=torch.Generator().manual_seed(0)).to(m.lora_A[name].weight.device)
         def update(o):
             if o not in m.lora_A: return torch.zeros_like(x[:, :1])
             return m.scaling[o]*(x @ m.lora_A[o].weight.float().T) @ m.lora_B[o].weight.float().T
@@ -137,30 +154,40 @@ def sum_error(model, weights:dict, name:str) -> float:  # The largest of the lay
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #e0c038c4
 def combine_adapters(model,              # With PEFT's adapters, on linear layers
-                     weights:dict,       # Name of an adapter → its weight, such as {"json": 1, "bold": .5}
+                     # Name of an adapter → its weight, such as {"json": 1, "bold": .5}
+                     weights:dict,
                      name:str,           # Of the new adapter; it is not switched to
-                     how:str="cat",      # "cat": exact, ranks add up; "svd": best of `rank`; "linear": rough
+                     # "cat": exact, ranks add up; "svd": best of `rank`; "linear": rough
+                     how:str="cat",
                      rank:int|None=None):  # For "svd"; None: the largest rank among them
-    "Make one adapter out of several. Raises `QLoRAError` for unknown names and for what cannot be combined."
+    """Make one adapter out of several. Raises `QLoRAError` for unknown names and for what cannot
+    be combined."""
     for o in weights: find_adapter(model, o)
     free_name(model, name)
     ranks = {o: model.peft_config[o].r for o in weights}
     if how not in ("cat", "svd", "linear"):
         raise QLoRAError(f"there is no way '{how}'.", cure="Choose cat, svd or linear.")
-    if odd := [o for o in weights if any(o in getattr(m, "lora_magnitude_vector", ()) for m in model.modules())]:
-        raise QLoRAError(f"the adapters {odd} are DoRA's: their updates do not add up.", cure="Merge one instead.")
-    if not weights: raise QLoRAError("there is nothing to combine.", cure=f"There are: {adapter_names(model)}.")
+    if odd := [o for o in weights if any(o in getattr(m, "lora_magnitude_vector", ())
+                                         for m in model.modules())]:
+        raise QLoRAError(f"the adapters {odd} are DoRA's: their updates do not add up.",
+                         cure="Merge one instead.")
+    if not weights:
+        raise QLoRAError("there is nothing to combine.", cure=f"There are: {adapter_names(model)}.")
     if how == "linear" and len(set(ranks.values())) > 1:
-        raise QLoRAError(f"the ranks differ: {ranks}.", cure="Use how='cat', which keeps all, or how='svd'.")
+        raise QLoRAError(f"the ranks differ: {ranks}.",
+                         cure="Use how='cat', which keeps all, or how='svd'.")
     if rank is not None and (how != "svd" or not 1 <= rank <= sum(ranks.values())):
-        raise QLoRAError(f"rank={rank} is out of range.", cure=f"With how='svd', choose 1 to {sum(ranks.values())}.")
+        raise QLoRAError(f"rank={rank} is out of range.",
+                         cure=f"With how='svd', choose 1 to {sum(ranks.values())}.")
     values = [float(o) for o in weights.values()]
     with same_trainable(model):
-        model.add_weighted_adapter([*weights], values, name, combination_type="cat" if how == "svd" else how)
+        model.add_weighted_adapter([*weights], values, name, combination_type="cat" if how == "svd"
+                                   else how)
         scale_one(model, name)
         if how != "linear" and (error := sum_error(model, weights, name)) > 1e-2:
             model.delete_adapter(name)
-            raise QLoRAError(f"together these adapters would be off by {error:.0%}.", cure="Merge them one by one.")
+            raise QLoRAError(f"together these adapters would be off by {error:.0%}.",
+                             cure="Merge them one by one.")
         if how == "svd": shrink(model, name, rank or max(ranks.values()))
     note_sum(model, weights, name)
 
@@ -172,7 +199,8 @@ def save_one(model, name:str,     # One of `adapter_names`
     folder = Path(folder).expanduser()
     if folder.exists(): raise QLoRAError("this folder exists.", str(folder), "Choose another one.")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="tmp-") as tmp, quiet():
-        model.save_pretrained(tmp, selected_adapters=[find_adapter(model, name)], save_embedding_layers=False)
+        model.save_pretrained(tmp, selected_adapters=[find_adapter(model, name)],
+                              save_embedding_layers=False)
         new = Path(tmp) if name == "default" else Path(tmp)/name
         describe_adapter(new, base, **notes_of(model, name) | notes)
         return Path(shutil.copytree(new, Path(tmp)/"whole")).replace(folder)
