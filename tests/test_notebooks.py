@@ -96,7 +96,7 @@ def test_widget_callback_error_is_reported(tmp_path, capture):
 def test_output_widgets_do_not_stall_the_run(tmp_path):
     many = ["with out:\n    for i in range(5): print(i)"]*150
     start, limit = monotonic(), 120   # one stalled cell takes this long; all of them take a few seconds on a quiet machine
-    run(write(tmp_path, "import ipywidgets as widgets\nout = widgets.Output()", *many), timeout=limit)
+    run(write(tmp_path, "import ipywidgets as widgets\nout = widgets.Output()", *many), timeout=limit, kernel_manager_class=Kernels)
     assert monotonic() - start < limit, "a reply lay unread until the time limit of its cell (see run_notebook.Client)"
 
 
@@ -104,14 +104,14 @@ def test_flagged_cells_are_skipped(tmp_path):
     path = write(tmp_path, "ran = []", "#| eval: false\n1/0", "#| cuda\n1/0", "#| hub\n1/0", "#| slow\n#| hub\n1/0",
                  "#| hide\n#| eval: true\nran.append(1)", "assert ran == [1]")
     assert len(run_or_fail(path).cells) == 4
-    with pytest.raises(CellExecutionError, match="division by zero"): run(path, flags={"slow", "hub"})
-    run(path, flags={"slow"})   # that cell needs both
+    with pytest.raises(CellExecutionError, match="division by zero"): run(path, flags={"slow", "hub"}, kernel_manager_class=Kernels)
+    run(path, flags={"slow"}, kernel_manager_class=Kernels)   # that cell needs both
 
 
 def test_paths_are_hidden(tmp_path):
     path = write(tmp_path, "import warnings, tempfile, numpy\nwarnings.warn_explicit('odd', UserWarning, numpy.__file__, 3)\n"
                            "print(f'kept in {tempfile.gettempdir()}/run')")
-    run(path, save=True)
+    run(path, save=True, kernel_manager_class=Kernels)
     text = "".join(o.text for o in read(path).cells[1].outputs)
     assert "numpy/__init__.py:3: UserWarning: odd" in text and "kept in run" in text
     assert not MACHINE_PATH.search(text)

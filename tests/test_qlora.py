@@ -17,6 +17,7 @@ from qlora_nb.foundations.qlora import NF4Function, NF4Linear, load_scratch, qua
 from qlora_nb.foundations.double_quantization import QuantizedTensor, quantize
 
 import forks
+from common import small_tokenizer
 
 
 def gpt2():
@@ -171,12 +172,16 @@ def test_the_command_trains_with_our_layers(tmp_path):
     rows = [dict(prompt=f"Say {i}.", response=f"{i}!") for i in range(20)]
     (tmp_path/"rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     code = "import sys; from qlora_nb.apps.cli import finetune_main; finetune_main(sys.argv[1:])"
-    how = ["--data", str(tmp_path/"rows.jsonl"), "--output-dir", str(tmp_path/"run"), "--max-steps", "2", "--eval-rows", "2"]
+    tok = small_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2)
+    with quiet(): model.save_pretrained(tmp_path/"base"), tok.save_pretrained(tmp_path/"base")
+    size = sum(16*(m.in_features + m.out_features) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
+    how = ["--model", tmp_path/"base", "--data", tmp_path/"rows.jsonl", "--output-dir", tmp_path/"run", "--max-steps", "2", "--eval-rows", "2"]
     def run(*o): return forks.run(code, *how, *o)
     p = run("--backend", "scratch")
     assert p.returncode == 0, p.stderr
     info = json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))
-    assert info["settings"]["backend"] == "scratch" and info["trainable_parameters"] == 4_884_480
+    assert info["settings"]["backend"] == "scratch" and info["trainable_parameters"] == size
     assert (tmp_path/"run"/"adapter"/"adapter_model.safetensors").exists()
     assert "adapter_model.safetensors" in {o.name for o in (tmp_path/"run"/"checkpoints"/"checkpoint-2").iterdir()}
     p = run("--backend", "bnb", "--resume")

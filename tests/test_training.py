@@ -1,5 +1,5 @@
 "Training runs that are killed, starved, filled up, poisoned and resumed: what is left must be whole, and what follows the same bits."
-import importlib.util, json, math, os, signal, subprocess, sys
+import importlib.util, json, math, os, re, signal, subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from qlora_nb.training.schedule import number_rows, overlap, repetitions
 from qlora_nb.training.finetune import finetune, make_trainer
 
 from common import small_tokenizer
+from forks import Fork
 
 unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 ROWS = 24
@@ -56,7 +57,7 @@ def outcome(folder):
 
 # A process that has imported everything, and forks a child for each attempt: imports would take longer than the runs.
 FORKS = """
-import json, os, random, signal, sys, time, torch
+import gc, json, os, random, signal, sys, time, torch
 import qlora_nb.training.finetune as training
 from qlora_nb.training.data import load_rows
 base, folder, backend, kills, seed, how, rows = json.loads(sys.argv[1])
@@ -65,6 +66,7 @@ real_seal, real_save = training.seal, torch.save
 def slow_seal(f): time.sleep(.15), real_seal(f), time.sleep(.02)       # a save takes longer, so that kills fall into it
 def slow_save(*a, **k): time.sleep(.1), real_save(*a, **k)
 training.seal, torch.save = slow_seal, slow_save
+gc.collect(), gc.freeze()
 def run(resume):
     training.finetune(base, rows, folder, backend=backend, resume=resume, **how)
 def attempt(resume, seconds, sig):
@@ -96,10 +98,10 @@ print(json.dumps(report))
 
 
 def forks(code, *args):
-    env = os.environ | dict(CUDA_VISIBLE_DEVICES="")   # CUDA, once asked whether it is there, refuses all forked children
-    p = subprocess.run([sys.executable, "-c", code, json.dumps(args)], capture_output=True, text=True, timeout=500, env=env)
-    assert p.stdout.strip(), p.stderr[-2000:]
-    return json.loads(p.stdout.splitlines()[-1]), p.stderr
+    p = Fork(code, json.dumps(args), env=dict(CUDA_VISIBLE_DEVICES=""))   # CUDA, once asked whether it is there, refuses all forked children
+    said, err = p.communicate(timeout=500)
+    assert said.strip(), err[-2000:]
+    return json.loads(said.splitlines()[-1]), err
 
 
 @unix
@@ -286,8 +288,8 @@ def test_wrong_settings_fail_before_a_model_is_loaded(more, said, base, rows, tm
     import qlora_nb.training.finetune as training
     monkeypatch.setitem(training.BACKENDS, "bnb", refuse)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
-    with pytest.raises(QLoRAError, match="") as e: finetune(**dict(HOW, model=base, data=rows, output_dir=tmp_path/"run") | more)
-    assert said in str(e.value) and not (tmp_path/"run").exists()
+    with pytest.raises(QLoRAError, match=re.escape(said)): finetune(**dict(HOW, model=base, data=rows, output_dir=tmp_path/"run") | more)
+    assert not (tmp_path/"run").exists()
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="tensorboard is not installed")
