@@ -89,8 +89,7 @@ def test_the_whole_step(folders, kind):
     assert not [r for r in table.rows if "as before" in r[2]] and list(model.state_dict()) == keys
     same(want, gradients(model, lambda: model.step_loss(b)))
     same(wants, gradients(model, lambda: model.step_loss(other)))   # lengths that vary are compiled anew, once
-    if kind == "falcon":   # the model's own loss goes through the same layers; a Llama's have another argument then, and are compiled once more
-        same(wants, gradients(model, lambda: model(**other, use_cache=False).loss))
+    same(wants, gradients(model, lambda: model(**other, use_cache=False).loss))   # the model's own loss goes through the same layers
     make_plain(model)
     assert not hasattr(model, "step_loss") and gradients(model, lambda: model(**b).loss)[0] == want[0]
 

@@ -69,13 +69,15 @@ training.seal, torch.save = slow_seal, slow_save
 gc.collect(), gc.freeze()
 def run(resume):
     training.finetune(base, rows, folder, backend=backend, resume=resume, **how)
-def attempt(resume, seconds, sig):
-    "Exit status of a child, killed after so many seconds of training; -9 where the kill came in time."
+def attempt(resume, seconds, sig, saving=False):
+    "Exit status of a child, killed after so many seconds of it, or of its first new checkpoint; -9 where the kill came in time."
+    there, begun = state(), not saving
     if (pid := os.fork()) == 0:
         try: run(resume); os._exit(0)
         except BaseException as e: sys.stderr.write(f"{type(e).__name__}: {e}\\n"); sys.stderr.flush(); os._exit(1)
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while not begun or time.monotonic() < end:
+        if not begun and set(state()) - set(there): begun, end = True, time.monotonic() + seconds
         if (got := os.waitpid(pid, os.WNOHANG))[0]: return os.waitstatus_to_exitcode(got[1])
         time.sleep(.005)
     os.kill(pid, sig)
@@ -88,7 +90,8 @@ from qlora_nb.base.runs import is_sealed
 from pathlib import Path
 report, length, k = [], 1.5, 0
 while k < kills:
-    status = attempt(k > 0, rng.uniform(.3, 1)*length, signal.SIGKILL)
+    saving = k % 2 == 1   # every other kill falls into a save, however busy the machine is
+    status = attempt(k > 0, rng.uniform(0, .1) if saving else rng.uniform(.3, 1)*length, signal.SIGKILL, saving)
     if status == 0: break
     torn = [o.name for o in Path(folder).glob("checkpoints/checkpoint-*") if not is_sealed(o)]
     report.append((status, state(), torn)); k += 1; length *= 1.5
@@ -113,6 +116,7 @@ def test_killed_again_and_again(backend, seed, base, whole, tmp_path):
     report, err = forks(KILLED, str(base), str(run), backend, KILLS, seed, HOW, ROWS)
     statuses = [o[0] for o in report]
     assert set(statuses) <= {0, -signal.SIGKILL} and statuses.count(-signal.SIGKILL) >= 2, (report, err[-2000:])
+    assert any(o[2] for o in report), report   # in the middle of a save
     assert outcome(run) == outcome(whole/backend), report
     print(f"{backend}: {statuses.count(-signal.SIGKILL)} kills, {sum(bool(o[2]) for o in report)} in the middle of a save")
 
@@ -120,10 +124,10 @@ def test_killed_again_and_again(backend, seed, base, whole, tmp_path):
 @unix
 def test_ctrl_c_at_any_moment(base, whole, tmp_path):
     "SIGINT, as a terminal sends it: one message that names what is complete, and a resume to the same bits."
-    code = FORKS + "print(json.dumps([attempt(False, 1.9, signal.SIGINT), attempt(True, 300, signal.SIGINT)]))"
+    code = FORKS + "print(json.dumps([attempt(False, .3, signal.SIGINT, True), attempt(True, 300, signal.SIGINT)]))"
     statuses, err = forks(code, str(base), str(tmp_path/"run"), "bnb", 1, 0, HOW, ROWS)
     assert statuses[1] == 0, err[-2000:]
-    if statuses[0]: assert "KeyboardInterrupt: " in err and ("is complete: go on from it" in err or "No checkpoint was complete" in err)
+    assert statuses[0] and "KeyboardInterrupt: " in err and ("is complete: go on from it" in err or "No checkpoint was complete" in err), err
     assert outcome(tmp_path/"run") == outcome(whole/"bnb")
 
 
