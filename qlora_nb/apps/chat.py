@@ -6,10 +6,10 @@
 __all__ = ['BUBBLE', 'SHADES', 'bubble', 'turn_html', 'turn_text', 'conversation', 'Chat', 'chat']
 
 # %% ../../nbs/apps/chat.ipynb #2a835c97
-import threading
 from contextlib import closing
 from html import escape
 from pathlib import Path
+from threading import Event, Lock, Thread
 import ipywidgets as W
 from fastcore.basics import patch
 from ..base.errors import QLoRAError
@@ -21,42 +21,38 @@ from ..using.sampling import check_sampling
 from ..using.several_adapters import active_adapter, adapter_names, answering_as
 
 # %% ../../nbs/apps/chat.ipynb #018595de
-BUBBLE = ("white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0;padding:6px "
-          "10px;border-radius:8px;line-height:1.4;"
-          "color:#111;border:1px solid #bbb;flex:1 1 0;min-width:12em;")
+BUBBLE = ("white-space:pre-wrap;overflow-wrap:anywhere;margin:4px 0;padding:6px 10px;flex:1 1 0;"
+          "border-radius:8px;line-height:1.4;color:#111;border:1px solid #bbb;min-width:12em;")
 SHADES = dict(you="background:#e3eefb", error="background:#fff;border:2px solid #a00;color:#a00")
 
-def bubble(who:str,          # "you", "error", or the name of who answers
-           text:str,         # As it was typed or written; escaped here
+def bubble(who:str,            # "you", "error", or the name of who answers
+           text:str,           # As it was typed or written; escaped here
            waiting:bool=False  # Is more to come?
           ) -> str:
     "One piece of a conversation as HTML."
-    shade = SHADES.get(who, "background:#f4f4f0")
-    return (
-        f'<div style="{BUBBLE}{shade}"><b>{escape(who)}</b><br>{escape(text)}{" ▌" if waiting else ""}</div>')
+    style = BUBBLE + SHADES.get(who, "background:#f4f4f0")
+    return f'<div style="{style}"><b>{escape(who)}</b><br>{escape(text)}{" ▌"*waiting}</div>'
 
 # %% ../../nbs/apps/chat.ipynb #548c1df3
-def turn_html(turn:dict,           # `user`, `answers` (who → text), `error`, `stopped`
+def turn_html(turn:dict,             # `user`, `answers` (who → text), `error`, `stopped`
               waiting:str|None=None  # Who is writing just now
              ) -> str:
     "A question with its answers as HTML."
     answers = "".join(bubble(who, text, who == waiting) for who, text in turn["answers"].items())
-    after = (bubble("error", turn["error"]) if turn["error"] else "<i>stopped</i>"
-             if turn["stopped"] else "")
-    return (f'{bubble("you", turn["user"])}<div '
-            f'style="display:flex;flex-wrap:wrap;gap:8px">{answers}</div>{after}')
+    after = bubble("error", turn["error"]) if turn["error"] else "<i>stopped</i>"*turn["stopped"]
+    row = f'<div style="display:flex;flex-wrap:wrap;gap:8px">{answers}</div>'
+    return bubble("you", turn["user"]) + row + after
 
 def turn_text(turn:dict) -> str:
     "The same as plain text, for a terminal."
     lines = [f"you: {turn['user']}", *(f"{who}: {text}" for who, text in turn["answers"].items())]
-    return "\n".join(lines + [f"error: {turn['error']}"]*bool(turn["error"])
-                     + ["(stopped)"]*turn["stopped"])
+    if turn["error"]: lines.append(f"error: {turn['error']}")
+    return "\n".join(lines + ["(stopped)"]*turn["stopped"])
 
 # %% ../../nbs/apps/chat.ipynb #b415c893
-def conversation(turns:list,    # Earlier ones
-                 question:str, who:str,  # Whose answers to repeat
-                 remember:bool  # Was the model trained on conversations?
-                ) -> list:      # Of {role, content}
+def conversation(turns:list,              # Earlier ones
+                 question:str, who:str,   # Whose answers to repeat
+                 remember:bool) -> list:  # Was the model trained on them? Of {role, content}
     "What to ask a model, as messages."
     told = []
     for t in turns if remember else []:
@@ -70,41 +66,42 @@ class Chat:
     "A conversation with a model: widgets in a notebook, HTML without a kernel, text in a terminal."
     def __init__(self, model, tokenizer,
                  notes:dict|None=None,  # Of `load_adapter`: `template`, `turns`, `example`
-                 # Where the sliders start
-                 max_new_tokens:int=256, temperature:float=0., top_p:float=1.,
+                 max_new_tokens:int=256, temperature:float=0., top_p:float=1.,  # First settings
                  **how):                # More of `stream`: top_k, min_p, repetition_penalty, seed
         check_sampling(temperature, top_p=top_p, **how)
         self.model, self.tokenizer, self.notes, self.how = model, tokenizer, notes or {}, how
-        self.turns, self.busy, self.halt, self.thread = [], False, threading.Event(), None
-        self.lock, names = threading.Lock(), adapter_names(model)
-        who = [(n, (n,)) for n in names] + [("base", (None,))] + [(f"base and {n}", (None, n))
-            for n in names]
-        slide = dict(continuous_update=False, style=dict(description_width="7em"))
-        self.who = W.Dropdown(options=who, value=(active_adapter(model),), description="ask",
-                              style=slide["style"])
-        self.temperature = W.FloatSlider(value=temperature, min=0, max=max(2, temperature),
-                                         step=.05, description="temperature", **slide)
-        self.top_p = W.FloatSlider(value=top_p, min=0, max=1, step=.01, description="top-p",
-                                   **slide)
-        self.longest = W.IntSlider(value=max_new_tokens, min=1, max=max(1024, max_new_tokens),
-                                   description="max tokens", **slide)
-        self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3,
-                               layout=W.Layout(width="auto"))
-        self.send, self.stop, self.clear = (W.Button(description=o)
-                                            for o in ("Send", "Stop", "Clear"))
-        for button, handler in ((self.send, self.ask), (self.stop, self.end),
-                                (self.clear, self.forget)):
-            button.on_click(handler)
-        self.stop.disabled, self.status, self.log = True, W.HTML(), W.VBox()
-        rows = [self.send, self.stop, self.clear, self.status], [self.who,
-            self.longest], [self.temperature, self.top_p]
-        rows = [W.HBox(o, layout=W.Layout(flex_flow="row wrap")) for o in rows]
-        self.box = W.VBox([W.HTML(self.hello()), self.log, self.text, *rows])
+        self.turns, self.busy, self.thread = [], False, None
+        self.halt, self.lock = Event(), Lock()
+        self.widgets(max_new_tokens, temperature, top_p)
+
+# %% ../../nbs/apps/chat.ipynb #587eca42
+@patch
+def widgets(self:Chat, max_new_tokens, temperature, top_p):
+    "Whom to ask, and how; buttons, the text, and everything in one box."
+    names, style = adapter_names(self.model), dict(description_width="7em")
+    who = [*((n, (n,)) for n in names), ("base", (None,)),
+           *((f"base and {n}", (None, n)) for n in names)]
+    how = dict(continuous_update=False, style=style)
+    self.who = W.Dropdown(options=who, value=(active_adapter(self.model),), description="ask",
+                          style=style)
+    self.temperature = W.FloatSlider(temperature, min=0, max=max(2, temperature), step=.05,
+                                     description="temperature", **how)
+    self.top_p = W.FloatSlider(top_p, min=0, max=1, step=.01, description="top-p", **how)
+    self.longest = W.IntSlider(max_new_tokens, min=1, max=max(1024, max_new_tokens),
+                               description="max tokens", **how)
+    self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3,
+                           layout=W.Layout(width="auto"))
+    self.send, self.stop, self.clear = (W.Button(description=o) for o in ("Send", "Stop", "Clear"))
+    self.send.on_click(self.ask), self.stop.on_click(self.end), self.clear.on_click(self.forget)
+    self.stop.disabled, self.status, self.log = True, W.HTML(), W.VBox()
+    rows = ([self.send, self.stop, self.clear, self.status], [self.who, self.longest],
+            [self.temperature, self.top_p])
+    rows = [W.HBox(o, layout=W.Layout(flex_flow="row wrap")) for o in rows]
+    self.box = W.VBox([W.HTML(self.hello()), self.log, self.text, *rows])
 
 # %% ../../nbs/apps/chat.ipynb #552e68e5
 @patch(as_prop=True)
-# a model as it is was trained on conversations
-def remember(self:Chat): return self.notes.get("turns", 2) > 1
+def remember(self:Chat): return self.notes.get("turns", 2) > 1   # as it is: conversations
 
 @patch
 def hello(self:Chat) -> str:
@@ -121,29 +118,28 @@ def ask(self:Chat, _=None):
     "Send: put the question, and let a thread answer it."
     question = self.text.value.strip()
     with self.lock:
-        if self.busy or not question:
-            self.status.value = ("Still answering; press Stop first." if self.busy
-                                 else "There is nothing to send.")
+        why = ("Still answering; press Stop first." if self.busy
+               else "" if question else "There is nothing to send.")
+        if why:
+            self.status.value = why
             return
         self.busy = True
     self.halt.clear()
-    self.text.value, self.status.value, self.send.disabled, self.stop.disabled = ("",
-        "answering ...", True, False)
+    self.text.value, self.status.value = "", "answering ..."
+    self.send.disabled, self.stop.disabled = True, False
     turn, view = dict(user=question, answers={}, error=None, stopped=False), W.HTML()
     how = dict(self.how, max_new_tokens=self.longest.value, temperature=self.temperature.value,
                top_p=self.top_p.value)
     earlier, view.value = list(self.turns), turn_html(turn)
     self.turns.append(turn)
     self.log.children += (view,)
-    self.thread = threading.Thread(target=self.work, args=(turn, view, earlier, self.who.value,
-                                                           how), daemon=True)
+    self.thread = Thread(target=self.work, args=(turn, view, earlier, self.who.value, how),
+                         daemon=True)
     self.thread.start()
 
 # %% ../../nbs/apps/chat.ipynb #7e00f90d
 @patch
-def end(self:Chat, _=None):
-    "Stop: no more pieces."
-    self.halt.set()
+def end(self:Chat, _=None): self.halt.set()   # Stop: no more pieces
 
 @patch
 def forget(self:Chat, _=None):
@@ -185,7 +181,8 @@ def work(self:Chat, turn, view, *args):
         turn["error"] = str(e) if isinstance(e, QLoRAError) else f"{type(e).__name__}: {e}"
     finally:
         view.value = turn_html(turn)
-        self.status.value, self.send.disabled, self.stop.disabled, self.busy = "", False, True, False
+        self.status.value, self.busy = "", False
+        self.send.disabled, self.stop.disabled = False, True
 
 # %% ../../nbs/apps/chat.ipynb #b303426c
 @patch
@@ -205,7 +202,7 @@ def _repr_mimebundle_(self:Chat, include=None, exclude=None) -> dict:
             "text/plain": repr(self)}
 
 # %% ../../nbs/apps/chat.ipynb #5701ce53
-def chat(folder:str|Path|None=None,  # Of a run or an adapter; None: the latest finished run under runs/
+def chat(folder:str|Path|None=None,  # Of a run or an adapter; None: the latest finished run
          base:str|None=None, device:str|None=None,  # As in `load_adapter`
          **how) -> Chat:             # Of `Chat`
     "Talk to an adapter in a notebook. Raises `QLoRAError` when there is none."

@@ -23,33 +23,29 @@ class RunOptions:
                                    "base of adapter)")
     data: list[str] = field(default_factory=lambda: ["tickets"], metadata=dict(
         help="'tickets', a .jsonl, .json, .csv, .tsv or .parquet file, or a Hub data set id; "
-             "several, each perhaps with a weight: "
-             "a.jsonl b.jsonl:0.5"))
+             "several, each perhaps with a weight: a.jsonl b.jsonl:0.5"))
     eval_data: str|None = option(None, "rows to evaluate on while it trains, which choose the best "
-                                       "step (None: with eval_steps or "
-                                 "early_stopping_patience, a tenth of the training rows is set "
-                                 "aside, 64 at the most)")
+        "step (None: with eval_steps or early_stopping_patience, a tenth of the training rows is "
+        "set aside, 64 at the most)")
     test_data: str|None = option(None, "rows for the scores before and after (None: eval_data, or "
-                                       "the tickets' held-out split, or a "
-                                 "tenth of the data)")
+        "the tickets' held-out split, or a tenth of the data)")
     eval_rows: int = option(64, "score at most so many rows; 0: no scores")
-    output_dir: str|None = option(None, "folder of the run (None: "
-                                        "runs/DATE-TIME; with resume, the latest run)")
+    output_dir: str|None = option(None, "folder of the run (None: runs/DATE-TIME; with resume, the "
+                                        "latest run)")
     device: str|None = option(None, "cuda, mps or cpu (None: the best one here)")
     resume: bool = option(False, "go on from the last complete checkpoint of the run")
     backend: str = option("bnb", "bitsandbytes and PEFT, or this course's own layers",
                           choices=["bnb", "scratch"])
-    example: str|None = option(None, "a prompt to show to those who use the "
-                                     "adapter; none is taken from your rows")
+    example: str|None = option(None, "a prompt to show to those who use the adapter; none is taken "
+                                     "from your rows")
 
 # %% ../../nbs/apps/cli.ipynb #927c0f30
 def finetune_parser() -> TrlParser:
     "The options of `qlora_finetune`."
     p = TrlParser([RunOptions, DataOptions, Settings], prog="qlora_finetune",
         description="Fine-tune a language model with QLoRA: a frozen base in 4 bits (NF4, double "
-                    "quantization), "
-                    "LoRA adapters on top. Scores it on held-out rows "
-                    "without and with the adapter.")
+                    "quantization), LoRA adapters on top. Scores it on held-out rows without and "
+                    "with the adapter.")
     p.add_argument("--config", default=None,
                    help="a YAML file with options, such as config.yaml of a run")
     return p
@@ -74,12 +70,10 @@ def one_line_errors(interrupted:str=""):  # What to say after Ctrl-C
         os.environ.setdefault(k, v)
     from qlora_nb.base.errors import QLoRAError
     # a terminal that cannot show a letter shows something else for it
-    for o in (sys.stdout, sys.stderr):
-        if hasattr(o, "reconfigure"):
-            o.reconfigure(errors="replace" if o is sys.stdout else "backslashreplace")
-    usual, warnings.showwarning = (warnings.showwarning,
-                                   lambda message, *a, **k: print(f"note: {message}",
-                                   file=sys.stderr))
+    for o, instead in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if hasattr(o, "reconfigure"): o.reconfigure(errors=instead)
+    def note(message, *a, **k): print(f"note: {message}", file=sys.stderr)
+    usual, warnings.showwarning = warnings.showwarning, note
     try: yield
     except QLoRAError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -107,8 +101,8 @@ def finetune_options(argv) -> dict:  # For `finetune_and_evaluate`
 def finetune_main(argv:list|None=None):  # None: the options that the command was called with
     "Fine-tune, evaluate, report: the console command `qlora_finetune`."
     o = finetune_options(sys.argv[1:] if argv is None else argv)
-    with one_line_errors(f"Give the same options again, with --resume --output-dir "
-                         f"{o['output_dir']}"):
+    again = f"Give the same options again, with --resume --output-dir {o['output_dir']}"
+    with one_line_errors(again):
         from qlora_nb.evaluation.evaluation import finetune_and_evaluate
         print(finetune_and_evaluate(**o))
 
@@ -138,9 +132,8 @@ def chat_loop(model, tokenizer, notes:dict,  # Of `load_adapter`, or {} for a mo
     if "example" in notes: print(f"Trained on prompts such as:\n{notes['example']}")
     said = start = [dict(role="system", content=system)] if system else []
     while True:
-        try: text = input("\n> ").strip()
+        try: text = typed(input("\n> ").strip())   # it may be bytes that are not text
         except (EOFError, KeyboardInterrupt): return print()
-        text = typed(text)   # it may be bytes that are not text
         if text == "/exit": return
         if text == "/new" or not remember: said = start
         if text in ("", "/new"): continue
@@ -151,30 +144,22 @@ def chat_loop(model, tokenizer, notes:dict,  # Of `load_adapter`, or {} for a mo
 # %% ../../nbs/apps/cli.ipynb #b8bba070
 def chat_parser() -> argparse.ArgumentParser:
     "The options of `qlora_chat`."
-    p = argparse.ArgumentParser("qlora_chat",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                description="Talk to a fine-tuned model; by default to the adapter "
-                                            "of the latest run.")
-    p.add_argument("--adapter", default=None,
-                   help="folder of a run or of a PEFT adapter (none: the latest finished run)")
-    p.add_argument("--model", default=None,
-                   help="a base model: on its own, or with --adapter instead of the one it names")
-    p.add_argument("--revision", default=None,
-                   help="branch, tag or commit of a Hub model (none: the one trained on)")
-    p.add_argument("--system", type=typed, default=None,
-                   help="a system prompt, such as that of its training")
-    p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
-    p.add_argument("--temperature", type=float, default=0., help="0: always the likeliest token")
-    p.add_argument("--top-p", type=float, default=1.,
-                   help="sample from the tokens that make up this probability")
-    p.add_argument("--top-k", type=int, default=0,
-                   help="sample from so many likeliest tokens (0: from all)")
-    p.add_argument("--min-p", type=float, default=0.,
-                   help="leave out tokens below this share of the likeliest one")
-    p.add_argument("--repetition-penalty", type=float, default=1.,
-                   help="above 1: repeat less of what was said")
-    p.add_argument("--seed", type=int, default=None, help="draw the same answers again")
-    p.add_argument("--device", default=None, help="cuda, mps or cpu (none: the best one here)")
+    p = argparse.ArgumentParser(
+        "qlora_chat", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Talk to a fine-tuned model; by default to the adapter of the latest run.")
+    def add(o, default, help, type=str): p.add_argument(o, default=default, help=help, type=type)
+    add("--adapter", None, "folder of a run or of a PEFT adapter (none: the latest finished run)")
+    add("--model", None, "a base model: on its own, or with --adapter instead of the one it names")
+    add("--revision", None, "branch, tag or commit of a Hub model (none: the one trained on)")
+    add("--system", None, "a system prompt, such as that of its training", typed)
+    add("--max-new-tokens", 256, "longest answer, in tokens", int)
+    add("--temperature", 0., "0: always the likeliest token", float)
+    add("--top-p", 1., "sample from the tokens that make up this probability", float)
+    add("--top-k", 0, "sample from so many likeliest tokens (0: from all)", int)
+    add("--min-p", 0., "leave out tokens below this share of the likeliest one", float)
+    add("--repetition-penalty", 1., "above 1: repeat less of what was said", float)
+    add("--seed", None, "draw the same answers again", int)
+    add("--device", None, "cuda, mps or cpu (none: the best one here)")
     return p
 
 # %% ../../nbs/apps/cli.ipynb #ad7fbac4
@@ -186,20 +171,19 @@ def load_chat(adapter, base, device, revision=None) -> tuple:  # (model, tokeniz
     from qlora_nb.foundations.loading import load_model
     from qlora_nb.base.runs import finished_run
     if base and not adapter:
-        return load_model(base, device=device, revision=revision), load_tokenizer(base,
-            revision), {}, base
+        model = load_model(base, device=device, revision=revision)
+        return model, load_tokenizer(base, revision), {}, base
     folder = adapter or finished_run("Run qlora_finetune first, give --adapter FOLDER, or chat "
-                                     "with a model as it is: "
-                                     "--model smollm2.")
+                                     "with a model as it is: --model smollm2.")
     return *load_adapter(folder, base=base, device=device, revision=revision), folder
 
 # %% ../../nbs/apps/cli.ipynb #0aae17e9
 def chat_main(argv:list|None=None):  # None: the options that the command was called with
     "Chat with an adapter on its base: the console command `qlora_chat`."
     o = vars(chat_parser().parse_args(argv))
+    which = map(o.pop, ("adapter", "model", "device", "revision"))
     with one_line_errors():
-        model, tokenizer, notes, name = (load_chat(*map(o.pop, ("adapter", "model", "device",
-            "revision"))))
+        model, tokenizer, notes, name = load_chat(*which)
         print(f"{name} on {model.device}")
         chat_loop(model, tokenizer, notes, **o)
 

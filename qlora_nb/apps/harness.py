@@ -28,9 +28,9 @@ def harness_model(model, tokenizer, batch_size:int=8):  # Requests at a time
     if settings is not None: settings.eos_token_id = stop_ids(model, tokenizer)
     with quiet(): return HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size)
 
+# %% ../../nbs/apps/harness.ipynb #f36b6f44
 def benchmark(model, tokenizer,
-              # Names of lm-evaluation-harness such as "arc_easy", or tasks of `rows_task`
-              tasks:list,
+              tasks:list,           # Names of the harness, as "arc_easy", or tasks of `rows_task`
               limit:int|None=None,  # Only so many rows of each, for a try
               batch_size:int=8      # Requests at a time
              ) -> Table:            # Task, metric, value and its standard error

@@ -13,14 +13,13 @@ from ..training.settings import split_names
 # %% ../../nbs/apps/tools.ipynb #cdf53a8a
 def plan_parser() -> argparse.ArgumentParser:
     "The options of `qlora_plan`."
-    p = argparse.ArgumentParser("qlora_plan",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                description="What a training step has in use at its highest, and "
-                                            "whether that fits.")
+    p = argparse.ArgumentParser(
+        "qlora_plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="What a training step has in use at its highest, and whether that fits.")
     add = p.add_argument
     add("model", help="'smollm2', a local folder or a Hub id; only its config is read")
-    add("--gpu", default="T4", help="a card by name, such as T4, RTX4090 or "
-                                    "A100-80, or its memory in GB")
+    add("--gpu", default="T4",
+        help="a card by name, such as T4, RTX4090 or A100-80, or its memory in GB")
     add("--per-device-train-batch-size", type=int, default=1, help="rows of a forward pass")
     add("--max-length", type=int, default=2048, help="tokens of a row")
     add("--method", default="qlora", choices=["qlora", "lora", "full"],
@@ -28,8 +27,8 @@ def plan_parser() -> argparse.ArgumentParser:
     add("--r", type=int, default=16, help="r, the inner size of the adapters")
     add("--target-modules", default="all-linear",
         help="names of layers, separated by commas, or all-linear")
-    add("--target-parameters", default=None, help="stacks of experts that get adapters too, such "
-                                                  "as experts.down_proj (None: no experts)")
+    add("--target-parameters", default=None,
+        help="stacks of experts that get adapters too, such as experts.down_proj (None: none)")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations instead of keeping them")
     add("--optim", default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"],
@@ -49,10 +48,9 @@ def plan_main(argv:list|None=None):  # None: the options that the command was ca
 # %% ../../nbs/apps/tools.ipynb #e85538aa
 def export_parser() -> argparse.ArgumentParser:
     "The options of `qlora_export`."
-    p = argparse.ArgumentParser("qlora_export",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                description="Write a fine-tune as others read it, with a model "
-                                            "card beside it.")
+    p = argparse.ArgumentParser(
+        "qlora_export", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Write a fine-tune as others read it, with a model card beside it.")
     add = p.add_argument
     add("folder", nargs="?", default=None,
         help="of a run or of a PEFT adapter (none: the latest finished run)")
@@ -61,8 +59,8 @@ def export_parser() -> argparse.ArgumentParser:
         help="merged; the adapter alone; merged, for llama.cpp")
     add("--onto", default="dequantized", choices=["dequantized", "original", "4bit"],
         help="which weights the adapter is added to")
-    add("--dtype", default=None, help="of the weights; for gguf: f32, f16 or q8_0 (none: what "
-                                      "suits the form)")
+    add("--dtype", default=None,
+        help="of the weights; for gguf: f32, f16 or q8_0 (none: what suits the form)")
     add("--base", default=None, help="a base model instead of the one that the adapter names")
     add("--device", default="cpu", help="where to merge")
     return p
@@ -74,5 +72,5 @@ def export_main(argv:list|None=None):  # None: the options that the command was 
     with one_line_errors():
         from qlora_nb.using.gguf import export_run
         from qlora_nb.base.runs import finished_run
-        print(export_run(o.pop("folder") or finished_run("Run qlora_finetune, or give a FOLDER."),
-                         **o))
+        folder = o.pop("folder") or finished_run("Run qlora_finetune, or give a FOLDER.")
+        print(export_run(folder, **o))

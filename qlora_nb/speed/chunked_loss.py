@@ -23,10 +23,11 @@ def logits_gradient(s, y):  # (n, V) logits, (n,) labels → sum of the losses, 
 class ChunkedLoss(torch.autograd.Function):
     "Sum of the cross-entropies; the gradient of the hidden states is made in the forward pass."
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, chunk_size, gradient):  # (N, D), (V, D), (V,) or None, (N,)
+    def forward(ctx, hidden, weight, bias, labels,   # (N, D), (V, D), (V,) or None, (N,)
+                chunk_size, gradient):
         total, d_hidden = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
-        for h, y, g in zip(hidden.split(chunk_size), labels.split(chunk_size),
-                           d_hidden.split(chunk_size)):
+        chunks = (t.split(chunk_size) for t in (hidden, labels, d_hidden))
+        for h, y, g in zip(*chunks):
             loss, p = gradient(F.linear(h, weight, bias), y)
             total += loss
             torch.mm(p, weight, out=g)
@@ -37,29 +38,26 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad): return ctx.saved_tensors[0]*grad, None, None, None, None, None
 
 # %% ../../nbs/7_speed/75_chunked_loss.ipynb #2f247b26
-def chunked_loss(hidden:torch.Tensor,       # (B, T, D), the input of the output head
-               weight:torch.Tensor,       # (V, D), of the head; frozen
-               labels:torch.Tensor,       # (B, T), not shifted; -100 where there is none
-               bias:torch.Tensor|None=None,  # (V,), of the head
-               # Labels to divide by, with accumulation; None: those of this batch
-               n:int|torch.Tensor|None=None,
-               # Positions at a time: chunk_size*V*4 bytes are in use
-               chunk_size:int=1024,
-               gradient=logits_gradient    # Or `fused_gradient`, on a GPU
-              ) -> torch.Tensor:          # Nats a token
+def chunked_loss(hidden:torch.Tensor,          # (B, T, D), the input of the output head
+                 weight:torch.Tensor,          # (V, D), of the head; frozen
+                 labels:torch.Tensor,          # (B, T), not shifted; -100 where there is none
+                 bias:torch.Tensor|None=None,  # (V,), of the head
+                 n:int|torch.Tensor|None=None, # Labels to divide by; None: those of this batch
+                 chunk_size:int=1024,          # Positions at a time, chunk_size*V*4 bytes
+                 gradient=logits_gradient      # Or `fused_gradient`, on a GPU
+                ) -> torch.Tensor:             # Nats a token
     """Cross-entropy of the next token. Raises `QLoRAError` for a head that is trained, and
     without any label."""
     if weight.requires_grad:
-        raise QLoRAError("the output head is trained, and the chunked loss "
-                         "makes no gradient for it.",
-                         cure="Freeze it, or use the model's own loss.")
+        raise QLoRAError("the output head is trained, and the chunked loss makes no gradient for "
+                         "it.", cure="Freeze it, or use the model's own loss.")
     labels = labels[:, 1:].reshape(-1)
     keep = (labels != -100).nonzero().squeeze(1)
     if not len(keep):
         raise QLoRAError("no position of this batch has a label.", cure="Drop such rows.")
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep].to(weight.dtype)
-    return ChunkedLoss.apply(hidden, weight, bias, labels[keep], chunk_size, gradient)/(len(keep)
-        if n is None else n)
+    total = ChunkedLoss.apply(hidden, weight, bias, labels[keep], chunk_size, gradient)
+    return total/(len(keep) if n is None else n)
 
 # %% ../../nbs/7_speed/75_chunked_loss.ipynb #17f0e015
 def plain_gradient(s, y):
@@ -67,11 +65,10 @@ def plain_gradient(s, y):
     dtype, s = s.dtype, s.float()
     log_sum = s.logsumexp(1)
     hit = torch.arange(s.shape[1], device=s.device) == y[:, None]
-    return ((log_sum - s.gather(1, y[:, None]).squeeze(1)).sum(),
-            ((s - log_sum[:, None]).exp() - hit.float()).to(dtype))
+    loss = (log_sum - s.gather(1, y[:, None]).squeeze(1)).sum()
+    return loss, ((s - log_sum[:, None]).exp() - hit.float()).to(dtype)
 
-@cache
-# which imports PyTorch's compiler, and takes seconds
+@cache   # importing PyTorch's compiler takes seconds
 def compiled_gradient(): return torch.compile(plain_gradient)
 
 def fused_gradient(s, y):

@@ -18,8 +18,8 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, eps):  # (..., n), (n,)
         h = x.to(torch.promote_types(x.dtype, torch.float32))
-        r = torch.linalg.vector_norm(h, dim=-1,
-                                     keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        r = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_()
+        r = r.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, w, r)
         return (h*r).to(x.dtype)*w
     @staticmethod
@@ -32,31 +32,32 @@ class RMSNorm(torch.autograd.Function):
         return g.addcmul_(h, mean, value=-1).mul_(r).to(x.dtype), dw, None
 
 # %% ../../nbs/7_speed/79_cpu.ipynb #8528b905
-def attention_float32(module, q, k, v, mask, scaling=None, dropout=0., **kw):  # (B, H, T, D), (B, KV, T, D) twice
+def attention_float32(module, q, k, v, mask,   # (B, H, T, D), (B, KV, T, D) twice
+                      scaling=None, dropout=0., **kw):
     """transformers' `sdpa`, in training computed in float32, whose backward pass is faster on a
     CPU than bfloat16's."""
-    odd = mask is not None and mask.dtype != torch.bool or q.shape[2] != k.shape[2] or any(
-        kw.get(o) is not None for o in ("position_bias", "softcap", "cache", "is_causal"))
+    named = "position_bias", "softcap", "cache", "is_causal"
+    odd = (mask is not None and mask.dtype != torch.bool or q.shape[2] != k.shape[2]
+           or any(kw.get(o) is not None for o in named))
     if odd or not (module.training and torch.is_grad_enabled()):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v, mask, scaling=scaling,
                                                dropout=dropout, **kw)
+    causal = mask is None and getattr(module, "is_causal", True)
     y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, dropout,
-                                       scale=scaling, enable_gqa=True, is_causal=mask is None
-                                       and getattr(module, "is_causal", True))
+                                       scale=scaling, enable_gqa=True, is_causal=causal)
     return y.to(q.dtype).transpose(1, 2).contiguous(), None
 
 ALL_ATTENTION_FUNCTIONS.register("sdpa_float32", attention_float32)
 ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa_float32", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 # %% ../../nbs/7_speed/79_cpu.ipynb #29c1b948
-# transformers', `w*x/√(mean(x²) + eps)`
-NORMS = "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"
+NORMS = "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"   # of transformers
 
 @torch.no_grad()
 def why_not_norm(m, dtype) -> str|None:  # One of `NORMS`, and what the model computes in
     "The reason for which this norm cannot be computed by `RMSNorm`, or None."
-    x = torch.randn(4, len(m.weight),
-                    generator=torch.Generator().manual_seed(0)).to(m.weight.device, dtype)
+    x = torch.randn(4, len(m.weight), generator=torch.Generator().manual_seed(0))
+    x = x.to(m.weight.device, dtype)
     theirs, ours = m(x), RMSNorm.apply(x, m.weight, m.variance_epsilon)
     if theirs.dtype != ours.dtype: return f"it answers in {theirs.dtype}"
     if (theirs - ours).abs().max() > 4*torch.finfo(dtype).eps*theirs.abs().max():
@@ -78,16 +79,16 @@ def cpu_pieces_undo(model):
     config = model.get_decoder().config
     if config._attn_implementation == "sdpa_float32": config._attn_implementation = "sdpa"
 
+# %% ../../nbs/7_speed/79_cpu.ipynb #2a3c07cf
 def cpu_pieces(model) -> list:  # Changed in place. Result: (part, number, what it is now)
     """Train with fewer and faster small operations on a CPU: `RMSNorm`, and attention in float32
     for 16-bit models."""
     cpu_pieces_undo(model)
     decoder, dtype, rows = model.get_decoder(), model.get_input_embeddings().weight.dtype, []
     why = {m: why_not_norm(m, dtype) for m in model.modules() if type(m).__name__ in NORMS}
-    for m, reason in why.items():
-        if reason is None:
-            m.usual, m.forward = (m.forward, "forward" in vars(m)), types.MethodType(norm_forward,
-                m)
+    for m in (m for m, reason in why.items() if reason is None):
+        m.usual = m.forward, "forward" in vars(m)
+        m.forward = types.MethodType(norm_forward, m)
     for reason in dict.fromkeys(why.values()):
         rows.append(("norm", [*why.values()].count(reason), f"as before: {reason}" if reason
                      else "fused function"))

@@ -16,10 +16,11 @@ from ..base.errors import QLoRAError
 def clean_up(stream):  # The current one before the capture
     "Put right what PyTorch leaves behind when CUDA has broken off a capture."
     torch.cuda.set_stream(stream)
-    # one that ends unlocks the generator
-    with torch.cuda.graph(torch.cuda.CUDAGraph()): torch.zeros(1, device=stream.device)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):   # one that ends unlocks the generator
+        torch.zeros(1, device=stream.device)
 
-def capture(work, pool=None):  # A function that returns tensors; where a GPU captures into, of `torch.cuda.graph_pool_handle()`
+def capture(work,         # A function that returns tensors
+            pool=None):   # Where a GPU captures into, of `torch.cuda.graph_pool_handle()`
     """A list for what `work` returns, and a function that does it again; on a GPU as a CUDA
     graph, always into the same memory."""
     if pool is None:
@@ -37,10 +38,11 @@ def capture(work, pool=None):  # A function that returns tensors; where a GPU ca
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #5d745413
 class GraphedPasses:
     "The forward and the backward pass of `call`, captured for arguments of one shape."
-    def __init__(self, call, leaves, spec, params, pool, homes={}):  # Arguments, flat; what is trained, and by its id, where gradients go
+    def __init__(self, call, leaves, spec,   # What to capture, its arguments, flat
+                 params, pool, homes={}):    # What is trained; by its id, where gradients go
         def own(t):
-            return (t.detach().clone().requires_grad_(t.requires_grad)
-                    if isinstance(t, torch.Tensor) else t)
+            if not isinstance(t, torch.Tensor): return t
+            return t.detach().clone().requires_grad_(t.requires_grad)
         self.slots, self.params = list(map(own, leaves)), params
         (hidden, *args), kwargs = tree_unflatten(self.slots, spec)
         self.wanted = [*params, hidden] if hidden.requires_grad else params
@@ -58,10 +60,9 @@ class GraphedPasses:
 
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #21b44974
 class Replay(torch.autograd.Function):
-    """One function in the place of all layers; the parameters' gradients are set in its backward
-    pass."""
+    "One function in the place of all layers; its backward pass sets the parameters' gradients."
     @staticmethod
-    def forward(ctx, stack, passes, anchor, *leaves):  # `anchor` needs a gradient, or autograd would see nothing to train
+    def forward(ctx, stack, passes, anchor, *leaves):  # `anchor`: something that needs a gradient
         for slot, leaf in zip(passes.slots, leaves):
             if isinstance(slot, torch.Tensor): slot.copy_(leaf)
         passes.forward()
@@ -74,17 +75,17 @@ class Replay(torch.autograd.Function):
         p, ctx.passes = ctx.passes, None   # a loss that is kept keeps nothing else
         if p is None or ctx.generation != ctx.stack.generation:
             raise QLoRAError("another forward pass came before the backward pass of this one.",
-                             "layers in CUDA graphs", "Call backward() after each loss, or "
-                                                      "make_fast(..., cuda_graphs=False).")
+                             "layers in CUDA graphs",
+                             "Call backward() after each loss, or "
+                             "make_fast(..., cuda_graphs=False).")
         held = {i: q.grad.clone() for i, q in enumerate(p.params) if q.grad is not None}
         p.d_out.copy_(d_out)
         p.backward()
-        # None: a parameter that these layers did not use
-        both = [i for i in held if p.grads[i] is not None]
+        both = [i for i in held if p.grads[i] is not None]   # None: not used by these layers
         if both: torch._foreach_add_([p.grads[i] for i in both], [held[i] for i in both])
         for q, g in zip(p.params, p.grads): q.grad = q.grad if g is None else g
-        return (None, None, None, p.grads[-1] if len(p.wanted) > len(p.params) else None,
-                *[None]*(len(p.slots) - 1))
+        d_hidden = p.grads[-1] if len(p.wanted) > len(p.params) else None
+        return None, None, None, d_hidden, *[None]*(len(p.slots) - 1)
 
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #c2d3f7d0
 def decoder_layers(model) -> torch.nn.ModuleList:
@@ -100,16 +101,15 @@ def decoder_layers(model) -> torch.nn.ModuleList:
 
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #59f4b991
 class GraphCache:
-    """GraphedPasses of `call` for each shape of its arguments, captured when it comes for the
-    third time."""
+    "`GraphedPasses` for each shape of arguments, captured when it comes for the third time."
     def __init__(self, call, params, device, after:int=2, most:int=16):
         self.call, self.params, self.after, self.most = call, params, after, most
         self.passes, self.seen, self.why = {}, Counter(), None
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     def find(self, leaves, spec, state=None):
         "The passes for these arguments, captured now if it is time, or None."
-        if not all(isinstance(t, (torch.Tensor, type(None), bool, int, float, str))
-                   for t in leaves): return None   # a cache
+        plain = torch.Tensor, type(None), bool, int, float, str
+        if not all(isinstance(t, plain) for t in leaves): return None   # a cache
         def shape(t):
             return (t.shape, t.dtype, t.requires_grad) if isinstance(t, torch.Tensor) else str(t)
         key = (*map(shape, leaves), str(spec), state)
@@ -118,28 +118,33 @@ class GraphCache:
         if self.why or self.seen[key] < self.after or len(self.passes) >= self.most: return None
         if self.seen[key] == self.after:
             return GraphedPasses(self.call, leaves, spec, self.params(), None)   # a warm-up
-        gc.collect()   # what the warm-up leaves behind would count
-        homes = {id(p): g for o in [*self.passes.values()][:1] for p, g in zip(o.params, o.grads)
-                 if g is not None}
-        try:
-            self.passes[key] = GraphedPasses(self.call, leaves, spec, self.params(), self.pool,
-                                             homes)
-        except Exception as e:   # whatever a layer does that cannot be captured
-            while e.__context__: e = e.__context__   # what came first says most
-            self.why = f"capture failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
-            if "legacy stream" in self.why:
-                self.why += ". Is a loss from before still held? Keep loss.detach() of it"
-            warnings.warn(f"the layers run eagerly: {self.why}")
-        return self.passes.get(key)
+        return self.captured(key, leaves, spec)
+
+# %% ../../nbs/7_speed/76_cuda_graphs.ipynb #51b9fc99
+@patch
+def captured(self:GraphCache, key, leaves, spec):
+    "The passes for these arguments in graphs of their own, or None."
+    gc.collect()   # what the warm-up leaves behind would count
+    first = [*self.passes.values()][:1]
+    homes = {id(p): g for o in first for p, g in zip(o.params, o.grads) if g is not None}
+    try:
+        self.passes[key] = GraphedPasses(self.call, leaves, spec, self.params(), self.pool, homes)
+    except Exception as e:   # whatever a layer does that cannot be captured
+        while e.__context__: e = e.__context__   # what came first says most
+        self.why = f"capture failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        if "legacy stream" in self.why:
+            self.why += ". Is a loss from before still held? Keep loss.detach() of it"
+        warnings.warn(f"the layers run eagerly: {self.why}")
+    return self.passes.get(key)
 
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #0ec4e3fb
 class GraphedLayers(GraphCache):
     "Decoder layers, the first of which answers for all when there is a graph."
-    def __init__(self, layers, state=lambda: None, end=lambda: None, **how):  # What else tells calls apart; called at the end
-        self.layers, self.calls, self.state, self.end = list(layers), [m.forward
-            for m in layers], state, end
-        self.generation, self.now, self.n_out, device = (0, None, None,
-                                                         next(self.layers[0].parameters()).device)
+    def __init__(self, layers, state=lambda: None,   # What else tells calls apart
+                 end=lambda: None, **how):           # Called at the end
+        self.layers, self.state, self.end = list(layers), state, end
+        self.calls, device = [m.forward for m in layers], next(layers[0].parameters()).device
+        self.generation, self.now, self.n_out = 0, None, None
         # no parameter: a kept loss would hold on to it
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         super().__init__(self.chain, self.trained, device, **how)
@@ -151,27 +156,30 @@ class GraphedLayers(GraphCache):
             hidden = out[0] if isinstance(out, tuple) else out
         self.end()
         return hidden
-    def layer(self, i):
-        def forward(hidden, *args, **kwargs):
-            m = self.layers[i]
-            off = (not m.training or not torch.is_grad_enabled()
-                   or getattr(m, "gradient_checkpointing", False))
-            if off: return self.calls[i](hidden, *args, **kwargs)
-            leaves, spec = tree_flatten(((hidden, *args), kwargs))
-            if i == 0: self.now = None   # and with it, the warm-up's memory
-            if i == 0: self.now = self.find(leaves, spec, self.state())
-            if self.now is None: return self.usual(i, leaves, hidden, *args, **kwargs)
-            if i == 0: hidden = Replay.apply(self, self.now, self.anchor, *leaves)
-            return hidden if self.n_out is None else (hidden, *[None]*(self.n_out - 1))
-        return forward
+
+# %% ../../nbs/7_speed/76_cuda_graphs.ipynb #7b6a6d60
+@patch
+def layer(self:GraphedLayers, i):
+    "What stands in the place of layer `i`."
+    def forward(hidden, *args, **kwargs):
+        m, eager = self.layers[i], self.calls[i]
+        off = not m.training or not torch.is_grad_enabled()
+        if off or getattr(m, "gradient_checkpointing", False): return eager(hidden, *args, **kwargs)
+        leaves, spec = tree_flatten(((hidden, *args), kwargs))
+        if i == 0: self.now = None   # and with it, the warm-up's memory
+        if i == 0: self.now = self.find(leaves, spec, self.state())
+        if self.now is None: return self.usual(i, leaves, hidden, *args, **kwargs)
+        if i == 0: hidden = Replay.apply(self, self.now, self.anchor, *leaves)
+        return hidden if self.n_out is None else (hidden, *[None]*(self.n_out - 1))
+    return forward
 
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #49f7d8cc
 @patch
 def usual(self:GraphedLayers, i, leaves, *args, **kwargs):
     "A layer as it was; one with arguments of its own could not be called with those of the first."
-    if i and not (len(leaves) == len(self.others) + 1 and all(
-            a is b or not isinstance(a, torch.Tensor) and a == b
-            for a, b in zip(leaves[1:], self.others))):
+    def same(a, b): return a is b or not isinstance(a, torch.Tensor) and a == b
+    if i and not (len(leaves) == len(self.others) + 1
+                  and all(map(same, leaves[1:], self.others))):
         self.why = "its layers get different arguments"
     out = self.calls[i](*args, **kwargs)
     self.n_out, self.others = len(out) if isinstance(out, tuple) else None, leaves[1:]
@@ -180,11 +188,9 @@ def usual(self:GraphedLayers, i, leaves, *args, **kwargs):
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #49e9b466
 @patch
 def forget(self:GraphedLayers):
-    """Give back the memory of all graphs; the layers go on, and are captured anew when their
-    shapes come again."""
+    "Give the memory of all graphs back; shapes that come again are captured anew."
     self.passes, self.seen, self.now = {}, Counter(), None
-    # one that was given up cannot be captured into again
-    self.pool = self.pool and torch.cuda.graph_pool_handle()
+    self.pool = self.pool and torch.cuda.graph_pool_handle()   # the old one is given up
 
 @patch
 def undo(self:GraphedLayers):

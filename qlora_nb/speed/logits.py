@@ -25,16 +25,13 @@ def evaluating(model):
         for m, mode in modes: m.training = mode
 
 # %% ../../nbs/7_speed/74_logits.ipynb #770b47b8
-def through_head(model, ids
-                 # (head's input, numbers put in place of its output, logits); the first two None:
-                 # it is not called
-                 ) -> tuple:
-    "One forward pass in which the output head answers with known numbers."
+def through_head(model, ids) -> tuple:  # (head's input, what replaced its output, logits)
+    """One forward pass in which the output head answers with known numbers. The first two are
+    None where it is not called."""
     seen = {}
     def swap(m, args, out):
-        seen["input"] = args[0]
-        seen["put"] = torch.linspace(-200, 200, out.numel(),
-                                     device=out.device).view_as(out).to(out.dtype)
+        known = torch.linspace(-200, 200, out.numel(), device=out.device)
+        seen.update(input=args[0], put=known.view_as(out).to(out.dtype))
         return seen["put"]
     hook = model.get_output_embeddings().register_forward_hook(swap)
     try: logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -93,31 +90,28 @@ def own_logits(model, inputs:dict,       # What the model takes, without labels
     try: kept = ask(logits_to_keep=torch.cat([positions, positions[-1:]]))   # the last one twice
     except TypeError: return ask()[:, positions]
     last = kept[:, -2:].float()
-    if kept.shape[1] == len(positions) + 1 and (last[:, 0] - last[:,
-        1]).abs().max() <= .01*last.abs().max(): return kept[:, :-1]
+    twice = (last[:, 0] - last[:, 1]).abs().max() <= .01*last.abs().max()
+    if kept.shape[1] == len(positions) + 1 and twice: return kept[:, :-1]
     return (kept if kept.shape[1] == inputs["input_ids"].shape[1] else ask())[:, positions]
 
 def picked_logits(model, inputs:dict,    # As for `own_logits`
-                  # (B, T - 1) or (B, T), true where logits are wanted → (their number, V)
-                  picked:torch.Tensor):
+                  picked:torch.Tensor):  # (B, T - 1) or (B, T), true where wanted → (number, V)
     "The model's own logits where `picked` is true, row by row."
     where = picked.any(0).nonzero()[:, 0]
     return own_logits(model, inputs, where)[picked[:, where]]
 
 # %% ../../nbs/7_speed/74_logits.ipynb #225c8451
-def own_loss(model, batch:dict,  # `input_ids`, `labels` (-100: none), and what else the model takes
-             # Labels to divide by, with accumulation; None: those of this batch
-             n=None,
-             # Positions whose logits exist at a time, where the head is plain
-             chunk_size:int=512):
+def own_loss(model, batch:dict,    # `input_ids`, `labels` (-100: none), and what else it takes
+             n=None,               # Labels to divide by, with accumulation; None: of this batch
+             chunk_size:int=512):  # Positions whose logits exist at a time, where the head is plain
     "Cross-entropy of the next token in nats, on the model's own logits."
     inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"][:, 1:]
-    picked, plain = labels != -100, plain_head(model)
-    if plain:
-        hidden, head = model.get_decoder()(**inputs, use_cache=False)[0][:,
-            :-1][picked], model.get_output_embeddings()
-        pairs = ((head(h), y) for h, y in zip(hidden.split(chunk_size),
-                                              labels[picked].split(chunk_size)))
+    picked = labels != -100
+    if plain_head(model):
+        head = model.get_output_embeddings()
+        hidden = model.get_decoder()(**inputs, use_cache=False)[0][:, :-1][picked]
+        chunks = zip(hidden.split(chunk_size), labels[picked].split(chunk_size))
+        pairs = ((head(h), y) for h, y in chunks)
     else:
         rows = [{k: v[i:i+1] for k, v in inputs.items()} for i in range(len(labels))]
         pairs = ((picked_logits(model, r, p[None]), y[p]) for r, p, y in zip(rows, picked, labels)
@@ -133,7 +127,9 @@ def probe(model) -> torch.Tensor:  # (24, V) in float32
     with evaluating(model):
         return model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu()
 
-def same_logits(have, want, dtype:torch.dtype|None, what:str, where=""):  # Of `probe`; the coarsest format that takes part, None: the same weights
+def same_logits(have, want,              # Of `probe`
+                dtype:torch.dtype|None,  # The coarsest format that takes part; None: same weights
+                what:str, where=""):
     "Raise `QLoRAError` where logits differ by more than a format explains."
     finite = have.isfinite() & want.isfinite()
     near = max(1e-4, 8*torch.finfo(dtype).eps if dtype else 0)

@@ -17,21 +17,17 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #b34f98f2
-def shared_prefix(batch:dict
-                  ) -> int:  # `input_ids`, `labels`, `attention_mask` padded on the right: (B, T)
+def shared_prefix(batch:dict) -> int:  # With an `attention_mask`, padded on the right: (B, T)
     "Tokens with which all rows begin, and from which no label is predicted."
-    same = ((batch["input_ids"] == batch["input_ids"][:1]).all(0) & batch[
-        "attention_mask"].bool().all(0))
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    same = (ids == ids[:1]).all(0) & mask.all(0)
     n, labelled = int(same.int().cummin(0).values.sum()), (batch["labels"] != -100).any(0)
     return max(0, min(n, int(labelled.int().argmax()) - 1)) if labelled.any() else n
 
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #c43b3483
 Folded = namedtuple("Folded", "inputs labels rows")
 
-def fold(batch:dict  # As for `shared_prefix`
-        # What the decoder takes, labels (1, N), and the row of the batch that each token belongs to
-        # (N,)
-        ) -> Folded:
+def fold(batch:dict) -> Folded:  # What the decoder takes, labels (1, N), each token's row (N,)
     "The batch as one row: what its rows share once, then the rest of each, without padding."
     n, mask = shared_prefix(batch), batch["attention_mask"].bool()
     keep = mask.clone()
@@ -69,10 +65,10 @@ def dropout_in(model) -> bool:
     config = model.get_decoder().config
     named = any(getattr(config, o, 0) for o in ("attention_dropout", "attn_pdrop", "hidden_dropout",
                                                 "resid_pdrop", "embd_pdrop"))
-    # of `05_lora`
-    ours = (o["lora_dropout"] for m in model.modules() for o in getattr(m, "hyper", {}).values())
-    return (named or any(ours) or any(isinstance(m, torch.nn.Dropout) and m.p
-                                      for m in model.modules()))
+    ours = [o["lora_dropout"] for m in model.modules()   # of `05_lora`
+            for o in getattr(m, "hyper", {}).values()]
+    layers = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    return named or any(ours) or any(layers)
 
 def windowed(config) -> bool:
     "Do some layers of this architecture see a part of the row only?"
@@ -84,23 +80,20 @@ def windowed(config) -> bool:
 def folding_error(model) -> float:  # With its attention by name `..._folded`
     """How far the last states of a folded batch are from those of the ordinary one (relative);
     infinite where rows meet."""
-    g = torch.Generator().manual_seed(0)
+    g, device, decoder = torch.Generator().manual_seed(0), model.device, model.get_decoder()
     ids = torch.randint(model.get_input_embeddings().weight.shape[0], (2, 14), generator=g)
     ids[1, :6] = ids[0, :6]
     mask = torch.ones_like(ids)
     mask[1, 11:] = 0
-    rows = dict(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(torch.arange(14) < 8,
-        -100))
-    changed = rows | dict(input_ids=ids.clone())
-    changed["input_ids"][0, 10] = (ids[0, 10] + 1) % 7
-    decoder, device = model.get_decoder(), model.device
-    def folded(batch):
-        return decoder(**fold({k: v.to(device) for k, v in batch.items()}).inputs,
-                       use_cache=False)[0][0]
+    labels, other = ids.masked_fill(torch.arange(14) < 8, -100), ids.clone()
+    other[0, 10] = (ids[0, 10] + 1) % 7
+    def folded(ids):
+        rows = dict(input_ids=ids, attention_mask=mask, labels=labels)
+        inputs = fold({k: v.to(device) for k, v in rows.items()}).inputs
+        return decoder(**inputs, use_cache=False)[0][0]
     usual = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)[0]
-    ours, moved, right = folded(rows), folded(changed), usual[mask.bool().to(device)]
-    # the second row's first six tokens are the shared ones
-    right = torch.cat([right[:14], right[14 + 6:]])
+    ours, moved, right = folded(ids), folded(other), usual[mask.bool().to(device)]
+    right = torch.cat([right[:14], right[14 + 6:]])   # the second row's first six are shared
     if not torch.equal(ours[14:], moved[14:]): return float("inf")
     return ((ours - right).float().norm()/right.float().norm()).item()
 
@@ -115,17 +108,15 @@ def why_not_fold(model) -> str|None:  # With its attention by name `..._folded`
     "The reason for which batches of this model are not folded, or None."
     if dropout_in(model): return "it has dropout"
     if windowed(model.get_decoder().config): return "its attention has a window"
-    was, tolerance = (model.training,
-                      max(1e-4, 8*torch.finfo(model.get_input_embeddings().weight.dtype).eps))
-    try: return None if folding_error(model.eval()) < tolerance else "its states are others"
+    was, dtype = model.training, model.get_input_embeddings().weight.dtype
+    near = max(1e-4, 8*torch.finfo(dtype).eps)
+    try: return None if folding_error(model.eval()) < near else "its states are others"
     except (TypeError, RuntimeError, ValueError, IndexError) as e:
         return f"it cannot ({type(e).__name__})"
     finally: model.train(was)
 
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #897395b2
-def fold_prefixes(model
-                  # Changed in place: `hidden_states` folds its batches. Result: see `why_not_fold`
-                  ) -> str|None:
+def fold_prefixes(model) -> str|None:  # Changed in place. Result: see `why_not_fold`
     "Let rows that begin alike share what they have in common, where that is proven to be the same."
     unfold_prefixes(model)
     decoder, config = model.get_decoder(), model.get_decoder().config
@@ -150,10 +141,9 @@ def worth_folding(batch:dict) -> bool:
         return False
     return shared_prefix(batch)*(len(mask) - 1) + int((mask == 0).sum()) > .02*mask.numel()
 
-def hidden_states(model, batch:dict
-                  # (last states (B, T, D), labels (B, T), row of each token (N,) or None)
-                  ) -> tuple:
-    "What the decoder makes of a batch, which may come back folded into one row; see `fold`."
+def hidden_states(model, batch:dict) -> tuple:  # (states (B, T, D), labels (B, T), rows or None)
+    """What the decoder makes of a batch, which may come back folded into one row, with the row of
+    each token; see `fold`."""
     rest = {k: v for k, v in batch.items() if k != "labels"}
     if not getattr(model, "folds", False) or not worth_folding(batch):
         return model.get_decoder()(**rest, use_cache=False)[0], batch["labels"], None
