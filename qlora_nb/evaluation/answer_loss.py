@@ -19,10 +19,8 @@ def mark_rows(model, tokenizer,
               template:str="auto",  # As in training
               max_length:int=512,   # As in training
               batch_size:int=8      # Examples a forward pass
-             # Place of a row that fits → (nats, answer tokens, are all of them the likeliest?,
-             # example)
              ) -> dict:
-    "Cross-entropy on the answers, row by row."
+    "Place of a row that fits → (nats, answer tokens, are all of them the likeliest?, example)."
     model.eval()
     found = encode_rows(rows, tokenizer, template, max_length)
     found = sorted(zip(found.rows, found), key=lambda o: len(o[1]["input_ids"]))
@@ -36,8 +34,8 @@ def mark_rows(model, tokenizer,
 def answer_losses(model, tokenizer, rows:list, template:str="auto", max_length:int=512,
                   batch_size:int=8) -> list:
     "(nats, answer tokens) of each row that fits."
-    return [tuple(o[:2]) for _, o in sorted(mark_rows(model, tokenizer, rows, template, max_length,
-                                                      batch_size).items())]
+    marks = mark_rows(model, tokenizer, rows, template, max_length, batch_size)
+    return [tuple(o[:2]) for _, o in sorted(marks.items())]
 
 def answer_loss(model, tokenizer, rows:list, template:str="auto", max_length:int=512,
                 batch_size:int=8) -> float:
@@ -55,16 +53,16 @@ def fit_rows(rows:list, tokenizer, template:str="auto", max_length:int=512,
     for i, row in enumerate(rows, 1):
         try:
             whole = len(encode(row, tokenizer, template)["input_ids"]) <= max_length
-            short = (row if whole else shorten(row, tokenizer, template, max_length)
-                     if long == "cut" else None)
+            short = row if whole else None
+            if not whole and long == "cut": short = shorten(row, tokenizer, template, max_length)
         except QLoRAError: whole, short = False, None   # the template refuses it
         kept += [short] if short else []
         if not whole: (cut if short else left).append(i)
     for what, numbers in (("cut in their questions", cut), ("left out", left)):
         if numbers:
-            warnings.warn(f"{len(numbers)} of {len(rows)} rows to evaluate "
-                          f"on are {what}, as max_length is "
-                          f"{max_length}: the first is row {numbers[0]} of them.", stacklevel=2)
+            warnings.warn(f"{len(numbers)} of {len(rows)} rows to evaluate on are {what}, as "
+                          f"max_length is {max_length}: the first is row {numbers[0]} of them.",
+                          stacklevel=2)
     return kept
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #4dce51ea

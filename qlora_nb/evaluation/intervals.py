@@ -20,8 +20,7 @@ def bootstrap(sums,               # One number a row: right or wrong, or the sum
     if not len(sums):
         raise QLoRAError("there are no rows, so there is no interval.",
                          cure="Evaluate at least one row.")
-    counts = (torch.ones_like(sums) if counts is None else torch.as_tensor(list(counts),
-        dtype=torch.float64))
+    counts = torch.as_tensor([1]*len(sums) if counts is None else list(counts)).double()
     random, n = torch.Generator().manual_seed(seed), len(sums)
     def means(k):
         pick = torch.randint(n, (k, n), generator=random)
@@ -47,8 +46,7 @@ def _binary(*values): return all(values) and set().union(*values) <= {0., 1.}
 
 def interval(sums, counts=None,   # As in `bootstrap`
              level:float=.95, **how) -> tuple:   # (low, high) of sum(sums)/sum(counts)
-    """Wilson's interval where each row is right or wrong, the bootstrap elsewhere. Raises
-    `QLoRAError` without rows."""
+    "Wilson's interval where each row is right or wrong, the bootstrap elsewhere."
     values = [float(o) for o in sums]
     if counts is None and _binary(values): return wilson(sum(values), len(values), level)
     return bootstrap(values, counts, level, **how)
@@ -56,10 +54,9 @@ def interval(sums, counts=None,   # As in `bootstrap`
 # %% ../../nbs/5_evaluation/52_intervals.ipynb #iv0000c8
 def paired_interval(before, after,   # One number a row each, of the same rows in the same order
                     counts=None,     # What each is a sum over; None: one
-                    # (low, high) of the mean of `after` less that of `before`
-                    level:float=.95, **how) -> tuple:
-    """The interval of a change: Newcombe (1998) where rows are right or wrong, else the
-    bootstrap over rows."""
+                    level:float=.95, **how   # As in `interval`
+                   ) -> tuple:       # (low, high) of the mean of `after` less that of `before`
+    "The interval of a change: Newcombe (1998) where rows are right or wrong, else the bootstrap."
     a, b = ([float(o) for o in v] for v in (before, after))
     if len(a) != len(b):
         raise QLoRAError(f"{len(a)} rows before and {len(b)} after are not the same rows.")
@@ -78,5 +75,5 @@ def spread(values,                # One number a run
     "The mean of a few runs, with the smallest and the largest one."
     values = [float(v) for v in values]
     if not values: raise QLoRAError("there are no runs to take a mean of.")
-    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(sum(values)/len(values), min(values),
-                                                    max(values), d=digits)
+    three = sum(values)/len(values), min(values), max(values)
+    return "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(*three, d=digits)

@@ -31,5 +31,5 @@ def field_scores(pred:str,  # What the model wrote
                 ) -> dict:  # Field of `gold` → is it right? Empty where `gold` is no JSON object
     "Which fields of a record are right? An answer that is not JSON has none right."
     a, b = _record(pred), _record(gold)
-    return ({} if b is None else {k: a is not None and k in a and _same(a[k], v)
-                                  for k, v in b.items()})
+    if b is None: return {}
+    return {k: a is not None and k in a and _same(a[k], v) for k, v in b.items()}

@@ -48,8 +48,7 @@ def keep_min_p(scores:torch.Tensor,  # (batch, vocabulary)
 def penalize(scores:torch.Tensor,          # (batch, vocabulary)
              ids:torch.Tensor,             # What was read and written so far: (batch, tokens)
              penalty:float,                # Above 1 discourages what occurs, below 1 encourages it
-             # Of the prompt: 0 at padding on the left, (batch, tokens of the prompt)
-             mask:torch.Tensor|None=None
+             mask:torch.Tensor|None=None   # Of the prompt, 0 at padding: (batch, its tokens)
             ) -> torch.Tensor:
     "Lower the scores of the tokens in `ids`, the padding left out."
     if mask is not None:
@@ -65,17 +64,16 @@ def check_sampling(temperature:float=0., top_k:int=0, top_p:float=1., min_p:floa
     def number(v):
         return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
     def whole(v): return isinstance(v, int) and not isinstance(v, bool)
+    def share(v): return number(v) and 0 <= v <= 1
     for name, v, good, cure in [
         ("temperature", temperature, number(temperature) and temperature >= 0,
          "0 (greedy) or a number above it"),
-        ("top_k", top_k, whole(top_k) and top_k >= 0, "a whole number of "
-                                                      "tokens, or 0 to leave it off"),
-        ("top_p", top_p, number(top_p) and 0 <= top_p <= 1, "a probability "
-                                                            "from 0 to 1; 1 leaves it off"),
-        ("min_p", min_p, number(min_p) and 0 <= min_p <= 1, "a fraction from 0 "
-                                                            "to 1; 0 leaves it off"),
-        ("repetition_penalty", repetition_penalty, number(repetition_penalty)
-         and repetition_penalty > 0,
+        ("top_k", top_k, whole(top_k) and top_k >= 0,
+         "a whole number of tokens, or 0 to leave it off"),
+        ("top_p", top_p, share(top_p), "a probability from 0 to 1; 1 leaves it off"),
+        ("min_p", min_p, share(min_p), "a fraction from 0 to 1; 0 leaves it off"),
+        ("repetition_penalty", repetition_penalty,
+         number(repetition_penalty) and repetition_penalty > 0,
          "a number above 0; 1 leaves it off, 1.1 is mild"),
         ("seed", seed, seed is None or whole(seed) and 0 <= seed < 2**32,
          "a whole number below 2**32, or None")]:
@@ -121,8 +119,8 @@ def decode(model,  # A causal language model that takes `position_ids`, as most 
     "Write tokens one by one, with a KV cache. Equal to transformers' `generate`, token by token."
     check_sampling(seed=seed, **how)
     mask = prompt = torch.ones_like(ids) if mask is None else mask
-    at, past, new, done = (mask.cumsum(-1) - 1).clamp(min=0), None, ids, torch.zeros_like(ids[:, 0],
-        dtype=torch.bool)
+    at, past, new = (mask.cumsum(-1) - 1).clamp(min=0), None, ids
+    done = torch.zeros_like(ids[:, 0], dtype=torch.bool)
     with seeded(seed, ids.device):
         for _ in range(max_new_tokens):
             res = model(input_ids=new, attention_mask=mask, position_ids=at, past_key_values=past,
