@@ -37,8 +37,8 @@ def skeleton(cfg, method:str, r:int, target_modules, dtype:torch.dtype, keep:lis
                                                        for t in target_parameters))
             if type(m) not in (nn.Linear, Conv1D) or m is model.get_output_embeddings(): continue
             parent, _, child = name.rpartition(".")
-            hit = (target_modules == "all-linear" or any(name == t or name.endswith(f".{t}")
-                                                         for t in target_modules))
+            hit = target_modules == "all-linear" or any(f".{name}".endswith(f".{t}")
+                                                        for t in target_modules)
             setattr(model.get_submodule(parent), child,
                     Planned(m, method == "qlora", r if hit else 0, dtype))
     return model
@@ -176,8 +176,8 @@ class Plan:
         self.when = max(moments, key=lambda k: moments[k][0])
         self.peak, kept = moments[self.when][0], max(0, moments["forward"][1] - fixed)
         if self.when == "optimizer": kept = 0
-        name = dict(loss="logits and loss", optimizer="gradients and roots").get(self.when,
-            f"in passing ({self.when})")
+        names = dict(loss="logits and loss", optimizer="gradients and roots")
+        name = names.get(self.when, f"in passing ({self.when})")
         self.parts = parts | {"kept for backward": kept, name: self.peak - fixed - kept}
     def needs(self, context:float=0.95e9, spare:float=0.06) -> float:
         "Bytes of a card's memory: with CUDA's own part, and a share lost to gaps between tensors."
@@ -187,8 +187,8 @@ class Plan:
         return Table([*rows, ["peak", self.peak/1e9, 1.]], [self.title(), "GB", "share"])
     def title(self):
         s = self.settings
-        return (f"{s['method']}, {s['per_device_train_batch_size']} x {s['max_length']} tokens"
-                + (", checkpointing" if s["gradient_checkpointing"] else ""))
+        more = ", checkpointing" if s["gradient_checkpointing"] else ""
+        return f"{s['method']}, {s['per_device_train_batch_size']} x {s['max_length']} tokens{more}"
     def __str__(self): return str(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
     def _repr_markdown_(self): return self.table()._repr_markdown_()
@@ -201,34 +201,30 @@ def _check(name, value, allowed):
 
 # %% ../../nbs/3_memory/37_planner.ipynb #d2b70aec
 def plan(model,                # A Hub id, a folder, "smollm2", a config, or a model
-         # Rows of a forward pass, tokens of a row
-         per_device_train_batch_size:int=1, max_length:int=2048,
-         # "qlora", "lora" (16-bit base) or "full" (float32 weights, mixed precision)
-         method:str="qlora",
+         per_device_train_batch_size:int=1, max_length:int=2048,  # Rows, and tokens of a row
+         method:str="qlora",   # "qlora", "lora" (16-bit base) or "full" (float32 weights)
          r:int=16, target_modules="all-linear",  # As in `add_adapters`
-         gradient_checkpointing:bool=False,     # Recompute activations in the backward pass?
+         gradient_checkpointing:bool=False,      # Recompute activations in the backward pass?
          optim:str="adamw",    # "adamw", "adamw_8bit" or "paged_adamw_8bit"
          loss:str="chunked",   # "chunked", as TRL 1.x computes it, or "full": all logits at once
-         # Computed in; stacks of experts with adapters
-         dtype:torch.dtype=torch.bfloat16, target_parameters=None) -> Plan:
+         dtype:torch.dtype=torch.bfloat16,       # Computed in
+         target_parameters=None) -> Plan:        # Stacks of experts with adapters
     """Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError`
     for unknown settings."""
-    _check("method", method, METHODS), _check("optimizer", optim, OPTIMIZERS), _check("loss", loss,
-        ("chunked", "full"))
-    for k, v in dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length,
-                     r=r).items():
+    _check("method", method, METHODS), _check("optimizer", optim, OPTIMIZERS)
+    _check("loss", loss, ("chunked", "full"))
+    how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, r=r)
+    for k, v in how.items():
         if v < 1: raise QLoRAError(f"{k} is {v}.", cure="It has to be 1 or more.")
-    cfg = config_of(model)
+    cfg, named = config_of(model), isinstance(target_modules, str)
     check_stacks(cfg, method, target_parameters, dtype)
-    how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length,
-               method=method, r=r, gradient_checkpointing=gradient_checkpointing, optim=optim,
-               loss=loss, dtype=dtype, target_modules=target_modules if isinstance(target_modules,
-               str) else tuple(target_modules), target_parameters=tuple(target_parameters or ()))
+    how |= dict(method=method, gradient_checkpointing=gradient_checkpointing, optim=optim,
+                loss=loss, dtype=dtype, target_parameters=tuple(target_parameters or ()),
+                target_modules=target_modules if named else tuple(target_modules))
     try: return Plan(cfg, how, *grow(cfg, **how))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError,
-            KeyError) as e:
-        why = " ".join(str(e).split())[:120]
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError,
+            AttributeError) as e:
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+        cure = "Try method='lora' or another loss, or measure a step on a card."
         raise QLoRAError(f"a step of this architecture cannot be rehearsed without weights "
-                         f"({type(e).__name__}: {why}).", cfg.model_type,
-                         "Try one with method='lora' or another loss, or "
-                         "measure a step on a card.") from e
+                         f"({why}).", cfg.model_type, cure) from e
