@@ -64,9 +64,8 @@ def in_use(folder:Path) -> bool:  # Of a run
         with run_lock(folder): return False
     except Timeout: return True
 
-def last_checkpoint(folder:str|Path  # The `checkpoints` folder of a run
-                   ) -> Path|None:   # The sealed checkpoint with the highest step, or None
-    "The checkpoint to resume from; half-written ones of ours are removed."
+def last_checkpoint(folder:str|Path) -> Path|None:  # The `checkpoints` folder of a run
+    "The sealed checkpoint with the highest step; half-written ones of ours are removed."
     folder = Path(folder).expanduser()
     found = {int(o.name[11:]): o for o in folder.glob("checkpoint-*") if o.name[11:].isdigit()}
     whole = {n: f for n, f in found.items() if is_sealed(f)}
@@ -185,16 +184,15 @@ def content_id(place:str|Path,     # A folder with *.safetensors, or an id in th
 class Run(namedtuple("Run", "model tokenizer folder info")):
     "What `finetune` returns; shows itself as a table."
     def __repr__(self):
-        keys = ("steps train_seconds trainable_parameters best_step "
-                "best_eval_loss adapter loss_curve".split())
-        return Table([[k.replace("_", " "), self.info[k]] for k in keys if k in self.info],
-                     ["run", ""])._as("plain")
+        keys = ["steps", "train_seconds", "trainable_parameters", "best_step", "best_eval_loss",
+                "adapter", "loss_curve"]
+        rows = [[k.replace("_", " "), self.info[k]] for k in keys if k in self.info]
+        return Table(rows, ["run", ""])._as("plain")
     def _repr_markdown_(self): return f"```\n{self!r}\n```"
 
 # %% ../../nbs/base/runs.ipynb #1c33154d
 def latest_run(root:str|Path="runs",  # Where runs are kept
-               finished:bool=False    # Only runs with an adapter?
-              ) -> Path|None:
+               finished:bool=False) -> Path|None:   # Only runs with an adapter?
     "The run that was started last."
     runs = [o.parent for o in Path(root).expanduser().glob("*/settings.json")]
     runs = [o for o in runs if not finished or (o/"adapter").is_dir()]

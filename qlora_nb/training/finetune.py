@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 # %% ../../nbs/2_training/29_finetune.ipynb #73eff3be
 from ..base.errors import QLoRAError
 from ..base.core import count_params, free_memory, set_seed, versions
-from ..foundations.adapters import BACKENDS, add_adapters, save_adapter
+from ..foundations.adapters import save_adapter
 from .data import as_messages, collate, digest, encode_rows, load_rows
 from ..base.failures import Guard, explain_failure
 from ..base.mapped import count, take
@@ -168,7 +168,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
 
 # %% ../../nbs/2_training/29_finetune.ipynb #ac9bf7fa
 @delegates(Settings)
-def finetune(model=None,            # A name for `load_model`, a loaded model or a `Run`; None: "smollm2"
+def finetune(model=None,            # A name, a loaded model or a `Run`; None: "smollm2"
              data="tickets",        # A name for `load_rows`, or its rows
              output_dir:str|Path="runs/latest",  # The folder of the run
              tokenizer=None,        # Of a model that is loaded; None: the one of its base
