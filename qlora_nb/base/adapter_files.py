@@ -17,11 +17,9 @@ def describe_adapter(folder:Path,  # That PEFT, or `save_lora`, has written
     "Put the name of the base and our notes beside an adapter, in place of PEFT's unfilled card."
     (folder/"README.md").unlink(missing_ok=True)
     cfg = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
-    # older files hold a row of the data there, unasked
-    if notes.get("example"): notes["example_asked"] = True
-    files = dict(adapter_config=cfg | dict(base_model_name_or_path=base,
-                                           revision=notes.get("revision")), qlora_nb=dict(base=base)
-                 | notes)
+    cfg |= dict(base_model_name_or_path=base, revision=notes.get("revision"))
+    if notes.get("example"): notes["example_asked"] = True   # older files hold a row of the data
+    files = dict(adapter_config=cfg, qlora_nb=dict(base=base) | notes)
     for name, obj in files.items():
         text = json.dumps(obj, indent=1, ensure_ascii=False)
         (folder/f"{name}.json").write_text(text, encoding="utf-8", errors="surrogateescape")

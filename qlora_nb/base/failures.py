@@ -20,8 +20,8 @@ def broken_gradients(model:torch.nn.Module
     "Which gradients hold NaN or infinity?"
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     if not grads: return []
-    fine = (torch.stack([o.float()
-                         for o in torch._foreach_norm(list(grads.values()))]).isfinite().tolist())
+    norms = torch._foreach_norm(list(grads.values()))
+    fine = torch.stack([o.float() for o in norms]).isfinite().tolist()
     return [n for n, ok in zip(grads, fine) if not ok]
 
 # %% ../../nbs/base/failures.ipynb #dd58023c
@@ -51,10 +51,10 @@ def likely_causes(model, seen:list, learning_rate:float, scale:float|None) -> li
 
 # %% ../../nbs/base/failures.ipynb #8164ae1f
 class Guard:
-    """Stops a run whose loss or gradients are NaN or infinite, before the optimizer writes them
-    into the adapters."""
-    def __init__(self, describe=lambda rows: f"rows {', '.join(map(str, rows))}",  # Rows of a batch → words
-                 learning_rate:float=0.):                                          # The highest one
+    "Stops a run whose loss or gradients are NaN or infinite, before the optimizer's step."
+    def __init__(self,
+                 describe=lambda rows: f"rows {', '.join(map(str, rows))}",  # Of a batch → words
+                 learning_rate:float=0.):   # The highest one
         self.describe, self.lr, self.seen = describe, learning_rate, []
     def saw(self, loss, rows, trained:int):
         "Remember a batch of this step."
@@ -69,16 +69,16 @@ class Guard:
         what = (f"the loss is {bad[0][0].item()}" if bad
                 else f"the gradient of {grads[0]} is not finite")
         rows = [r for _, rows, _ in bad or seen for r in rows]
+        likely = "; or ".join(likely_causes(model, bad or seen, self.lr, scale))
         raise QLoRAError(f"{what} at step {step}, in {self.describe(rows)}.",
-                         cure=f"Likely: {'; or '.join(likely_causes(model, bad or seen, self.lr, scale))}.")
+                         cure=f"Likely: {likely}.")
 
 # %% ../../nbs/base/failures.ipynb #b1e80865
 def is_memory_error(e:BaseException) -> bool:
     "Did memory run out, on any device?"
-    said = str(e).lower()
-    return isinstance(e, (torch.OutOfMemoryError, MemoryError)) or isinstance(e,
-        RuntimeError) and any(
-        o in said for o in ("out of memory", "can't allocate memory", "not enough memory"))
+    if isinstance(e, (torch.OutOfMemoryError, MemoryError)): return True
+    words = "out of memory", "can't allocate memory", "not enough memory"
+    return isinstance(e, RuntimeError) and any(o in str(e).lower() for o in words)
 
 # %% ../../nbs/base/failures.ipynb #05626fc8
 FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "quota exceeded",
@@ -86,8 +86,8 @@ FULL = {errno.ENOSPC: "No space left", errno.EDQUOT: "quota exceeded",
 
 def is_disk_error(e:BaseException) -> bool:
     "Was there no room to write?"
-    words = [f"os error {n})" for n in FULL] + [*FULL.values(), "inline_container",
-                                                "PytorchStreamWriter"]
+    words = [*(f"os error {n})" for n in FULL), *FULL.values(), "inline_container",
+             "PytorchStreamWriter"]
     while e is not None:
         if getattr(e, "errno", None) in FULL: return True
         # that one reads a damaged file

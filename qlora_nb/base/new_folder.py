@@ -22,17 +22,15 @@ def check_room(out:str|Path, need:int=0):   # Bytes that are going to be written
                              "Choose another folder, or remove it.")
         place = next(o for o in out.absolute().parents if o.exists())
         first = out.absolute().relative_to(place).parts[0]
-        # may it be written?
-        tempfile.TemporaryDirectory(dir=place, prefix=f"{first}.partial-").cleanup()
+        tempfile.TemporaryDirectory(dir=place, prefix=f"{first}.partial-").cleanup()   # may we?
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or e
         raise QLoRAError(f"the folder cannot be written ({why}).", str(out),
                          "Choose another folder.") from e
     free = shutil.disk_usage(place).free
     if free < need:
-        raise QLoRAError(f"the export takes {fmt_bytes(need)}, and the disk has "
-                         f"{fmt_bytes(free)} left.",
-                         where=str(out), cure="Make room, or choose a folder on another disk.")
+        raise QLoRAError(f"the export takes {fmt_bytes(need)}, and the disk has {fmt_bytes(free)} "
+                         "left.", str(out), "Make room, or choose a folder on another disk.")
 
 # %% ../../nbs/base/new_folder.ipynb #fc9cec36
 @contextlib.contextmanager

@@ -22,8 +22,7 @@ from transformers import TrainerCallback
 class Speed:
     "Tokens a second, over the last ten calls."
     def __init__(self): self.recent = deque(maxlen=10)
-    def __call__(self, tokens:int
-                 ) -> float|None:  # All tokens so far → tokens/s; None at the first call
+    def __call__(self, tokens:int) -> float|None:  # So far → tokens/s; None at the first call
         self.recent.append((tokens, time.perf_counter()))
         (n0, t0), (n1, t1) = self.recent[0], self.recent[-1]
         return (n1 - n0)/(t1 - t0) if t1 > t0 else None
@@ -36,13 +35,12 @@ def long_run(left:float,  # Seconds
     if left < limit: return None
     where = "A GPU would be faster; here, fewer" if device == "cpu" else "Fewer"
     return (f"About {left/60:.0f} minutes to go. {where} steps (--max-steps) or shorter rows "
-            f"(--max-length) end it sooner. "
-            "Ctrl-C is safe: --resume goes on from the last checkpoint.")
+            "(--max-length) end it sooner. Ctrl-C is safe: --resume goes on from the last "
+            "checkpoint.")
 
 # %% ../../nbs/base/progress.ipynb #4ef201cf
 class ProgressBar(TrainerCallback):
-    """One line with loss, evaluation loss, learning rate, tokens/s and the time left; another
-    one where that is long."""
+    "One line with loss, evaluation loss, learning rate, tokens/s and the time left."
     bar = None
     def __init__(self, limit:float=600.): self.limit = limit   # Seconds; a longer run is announced
     def on_train_begin(self, args, state, control, **kw):
@@ -75,10 +73,10 @@ def curve(history:list, key:str) -> tuple:  # Steps and values of the entries th
 
 # %% ../../nbs/base/progress.ipynb #189b652b
 def draw_loss(ax, history:list):
-    """The loss at each step with a running mean of ten, and the loss on held-out rows with its
-    best step."""
+    "The loss at each step with a running mean of ten, and on held-out rows with its best step."
     (x, y), (ex, ey) = curve(history, "loss"), curve(history, "eval_loss")
-    mean = [sum(y[max(0, i-9):i+1])/len(y[max(0, i-9):i+1]) for i in range(len(y))]
+    last_ten = [y[max(0, i-9):i+1] for i in range(len(y))]
+    mean = [sum(o)/len(o) for o in last_ten]
     ax.plot(x, y, color=COLORS[5], lw=1, label="each step")
     ax.plot(x, mean, color=COLORS[0], lw=2, label="mean of 10 steps")
     if ey:
@@ -86,8 +84,8 @@ def draw_loss(ax, history:list):
         ax.plot(ex[k := ey.index(min(ey))], ey[k], "o", ms=9, mfc="none", color=COLORS[3],
                 label=f"best: step {ex[k]}")
     top = max((v for v in y + ey if math.isfinite(v)), default=1)
-    (ax.set(xlabel="step", ylabel="loss on the answers", ylim=(0, 1.05*top)),
-     ax.legend(frameon=False))
+    ax.set(xlabel="step", ylabel="loss on the answers", ylim=(0, 1.05*top))
+    ax.legend(frameon=False)
 
 # %% ../../nbs/base/progress.ipynb #329e28e7
 def plot_loss(history:list) -> Figure:  # A trainer's log: dictionaries with step and loss
@@ -125,11 +123,11 @@ def tell_run(history:list) -> str:
     "What `plot_run` shows, in words."
     (x, y), (ex, ey) = curve(history, "loss"), curve(history, "eval_loss")
     if not y: return "No step has been logged yet."
-    text = (f"Four curves over the steps {x[0]} to {x[-1]}. The loss goes "
-            f"from {y[0]:.3g} to {y[-1]:.3g}.")
+    text = (f"Four curves over the steps {x[0]} to {x[-1]}. The loss goes from {y[0]:.3g} to "
+            f"{y[-1]:.3g}.")
     if ey:
-        text += (f" On held-out rows the best loss is {min(ey):.3g}, at step "
-                 f"{ex[ey.index(min(ey))]}.")
+        best = ex[ey.index(min(ey))]
+        text += f" On held-out rows the best loss is {min(ey):.3g}, at step {best}."
     speed, memory = (curve(history, k)[1] for k in ("tokens_per_s", "memory"))
     if speed: text += f" The last speed is {speed[-1]:.0f} tokens/s."
     return text + (f" The memory reaches {fmt_bytes(max(memory))}." if memory else "")
@@ -141,8 +139,8 @@ def svg_panel(x0:int, y0:int, title:str, curves:list) -> str:  # Of (xs, ys, col
     if not ys: return ""
     (a, b), (lo, hi) = (min(xs), max(xs)), (min(ys), max(ys))
     def at(x, y):
-        return (
-            f"{x0 + 8 + 310*(x - a)/(b - a or 1):.0f},{y0 + 110 - 80*(y - lo)/(hi - lo or 1):.0f}")
+        right, up = 310*(x - a)/(b - a or 1), 80*(y - lo)/(hi - lo or 1)
+        return f"{x0 + 8 + right:.0f},{y0 + 110 - up:.0f}"
     text = f"{title}: {curves[0][1][-1]:.4g} ({lo:.3g} to {hi:.3g})"
     out = [f'<text x="{x0 + 8}" y="{y0 + 16}" font-size="12" fill="currentColor">{text}</text>']
     for x, y, colour in curves:
@@ -150,7 +148,7 @@ def svg_panel(x0:int, y0:int, title:str, curves:list) -> str:  # Of (xs, ys, col
         pairs = list(zip(x, y))[::-max(1, len(x)//200)]
         points = " ".join(at(p, q) for p, q in pairs if math.isfinite(q))
         out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" '
-                   f'stroke-width="1.5"/>')
+                   'stroke-width="1.5"/>')
     return "".join(out)
 
 # %% ../../nbs/base/progress.ipynb #b2d06480
@@ -161,8 +159,8 @@ def svg_run(history:list) -> str:  # HTML
     panels = [svg_panel(0, 0, name, [c for c in loss if c[1]])]
     for k, (key, name, unit) in enumerate(SMALL, 1):
         x, y = curve(history, key)
-        panels.append(svg_panel(k%2*340, k//2*130, name, [(x, [unit*o for o in y], COLORS[2])] if y
-                                else []))
+        line = [(x, [unit*o for o in y], COLORS[2])] if y else []
+        panels.append(svg_panel(k%2*340, k//2*130, name, line))
     return (f'<svg width="680" height="255" role="img" '
             f'aria-label="{tell_run(history)}">{"".join(panels)}</svg>')
 
@@ -175,18 +173,18 @@ def in_notebook() -> bool:
 
 # %% ../../nbs/base/progress.ipynb #1e463c66
 class LivePlot(TrainerCallback):
-    """Draws a run while it goes on, for less than a hundredth of its time, and leaves one figure
-    with alternative text."""
+    "Draws a run for less than a hundredth of its time, and leaves one figure at its end."
+    handle, next, closed = None, 0., False
     def __init__(self, every:float=2.):  # Seconds between two drawings, at the least
-        self.every, self.history, self.handle, self.spent, self.next, self.closed = (every, [],
-            None, [], 0., False)
+        self.every, self.history, self.spent = every, [], []
     def on_train_begin(self, args, state, control, **kw):
         # a resumed run brings its past along
         self.history, self.speed = list(state.log_history), Speed()
     def on_log(self, args, state, control, logs=None, **kw):
-        now = (dict(tokens_per_s=self.speed(logs.get("num_tokens", 0)), memory=memory_now())
-               if "loss" in logs else {})
-        self.history.append({**logs, **now, "step": state.global_step})
+        now = dict(step=state.global_step)
+        if "loss" in logs:
+            now |= dict(tokens_per_s=self.speed(logs.get("num_tokens", 0)), memory=memory_now())
+        self.history.append(logs | now)
         if (start := time.perf_counter()) < self.next: return
         self.show({"text/html": svg_run(self.history), "text/plain": tell_run(self.history)}, {})
         self.spent.append(time.perf_counter() - start)
@@ -202,6 +200,7 @@ class LivePlot(TrainerCallback):
             self.show(*figure_data(plot_run(self.history), tell_run(self.history)))
         self.closed = True
 
+# %% ../../nbs/base/progress.ipynb #5ce9272c
 def close_bars(trainer):
     "Leave bar and plot as they are now, also where nothing has begun."
     for cb in trainer.callback_handler.callbacks:
@@ -210,11 +209,9 @@ def close_bars(trainer):
 # %% ../../nbs/base/progress.ipynb #e5831a3a
 REPORTS = ("tensorboard", "wandb")   # also the names of their packages
 
-def check_reports(report_to:str|list|None="none"  # "none", "tensorboard", "wandb", or a list of the latter two
-                 # For transformers' `TrainingArguments(report_to=...)`
-                 ) -> list:
-    """Where to report to. Raises `QLoRAError` for an unknown name and for a package that is not
-    installed."""
+def check_reports(report_to:str|list|None="none"  # "none", or one or more of `REPORTS`
+                 ) -> list:   # For transformers' `TrainingArguments(report_to=...)`
+    "Where to report to. Raises `QLoRAError` for an unknown name or a package that is missing."
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     names = [o for o in names if o != "none"]
     for name in names:
@@ -222,7 +219,6 @@ def check_reports(report_to:str|list|None="none"  # "none", "tensorboard", "wand
             raise QLoRAError(f"there is no report to '{name}'.",
                              cure=f"Choose from: none, {', '.join(REPORTS)}.")
         if not importlib.util.find_spec(name):
-            raise QLoRAError(f"reporting to {name} needs the package "
-                             f"{name}, which is not installed.",
+            raise QLoRAError(f"reporting to {name} needs the package {name}, which is not there.",
                              cure=f"Run pip install {name}, or leave --report-to out.")
     return names

@@ -16,14 +16,13 @@ from .ledger import whole
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #1a9eef6e
 class Unpacked(nn.Module):
-    """Stands in for a stack of experts in 4 bits: wide while its module computes, and made again
-    in the backward pass."""
+    "Stands in for a stack of experts in 4 bits: wide while its module computes, and no longer."
     wide = None
     def __init__(self, shape, dtype:torch.dtype, r:int=0):
         super().__init__()
         n, self.sizes = len(shape) > 2 and shape[0], (r, *shape[-2:])
-        self.adapter = nn.ParameterList([torch.empty(n*r, shape[-1]), torch.empty(shape[-2], n*r)]
-                                        if r else [])
+        pair = [torch.empty(n*r, shape[-1]), torch.empty(shape[-2], n*r)] if r else []
+        self.adapter = nn.ParameterList(pair)
         self.shape, self.dtype, blocks = shape, dtype, -(-shape.numel()//64)
         self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)),
                        torch.empty(256), torch.empty(16), torch.empty(())]
@@ -38,6 +37,7 @@ class Unpacked(nn.Module):
         if self.wide is None: self.wide = self.read(torch.baddbmm)
         return self.wide
 
+# %% ../../nbs/3_memory/39_expert_memory.ipynb #dd5d93b6
 def unpacked_in(m):
     return [s for o in getattr(m, "parametrizations", {}).values() for s in o
             if isinstance(s, Unpacked)]
@@ -45,14 +45,15 @@ def unpacked_in(m):
 def _keeps_none(m):
     "What autograd keeps of a view into a wide stack: its place."
     def pack(t):
-        mine = [s for s in unpacked_in(m) if s.wide is not None and s.wide.untyped_storage()._cdata
-                == t.untyped_storage()._cdata]
+        def of(o): return o.untyped_storage()._cdata
+        mine = [s for s in unpacked_in(m) if s.wide is not None and of(s.wide) == of(t)]
         return (mine[0], t.size(), t.stride(), t.storage_offset()) if mine else t
     @torch.no_grad()
     def unpack(o):
         return o[0].read(torch.Tensor.baddbmm_).as_strided(*o[1:]) if isinstance(o, tuple) else o
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
+# %% ../../nbs/3_memory/39_expert_memory.ipynb #c34fa83e
 def _before(m, args):
     # of checkpointing, which keeps nothing anyway
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -65,14 +66,16 @@ def _after(m, args, out):
     for s in unpacked_in(m): s.wide = None
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #f4716204
-def pack_experts(m:nn.Module, dtype, rank=lambda k: 0):   # `rank`: of the adapter on a parameter, by its name
-    for name, p in [o for o in m.named_parameters(recurse=False) if o[1].ndim > 2
-                    and not isinstance(m, _ConvNd)]:
+def pack_experts(m:nn.Module, dtype, rank=lambda name: 0):   # Of the adapter on a parameter
+    "Pack the stacks of experts that a module has."
+    stacks = [] if isinstance(m, _ConvNd) else [o for o in m.named_parameters(recurse=False)
+                                                if o[1].ndim > 2]
+    for name, p in stacks:
+        packed = torch.empty(-(-p.numel()//2), dtype=torch.uint8)   # two weights in a byte
+        wide = Unpacked(p.shape, dtype, rank(name))
         delattr(m, name)
-        setattr(m, name, nn.Parameter(torch.empty(-(-p.numel()//2), dtype=torch.uint8),
-                                      requires_grad=False))
-        parametrize.register_parametrization(m, name, Unpacked(p.shape, dtype, rank(name)),
-                                             unsafe=True)
+        setattr(m, name, nn.Parameter(packed, requires_grad=False))
+        parametrize.register_parametrization(m, name, wide, unsafe=True)
     if unpacked_in(m):
         m.register_forward_pre_hook(_before), m.register_forward_hook(_after, always_call=True)
 

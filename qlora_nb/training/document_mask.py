@@ -18,13 +18,9 @@ from ..speed.logits import evaluating, own_logits
 # %% ../../nbs/2_training/31_document_mask.ipynb #006713f8
 def collate_packed(packs:list,       # From `pack`
                    pad_id:int=0,     # Any id of the vocabulary: padding is never attended to
-                   # Rows are filled up to a multiple: 8 for tensor cores, `max_length` for one
-                   # shape
-                   multiple:int=1,
+                   multiple:int=1,   # Fill rows up to a multiple, such as 8 for tensor cores
                    flat:bool=False   # All packs in a single row, as FlashAttention wants it
-                  # `input_ids`, `labels`, `position_ids`: (packs, longest) int64, or (1, all
-                  # tokens)
-                  ) -> dict:
+                  ) -> dict:         # Of int64: (packs, longest), or (1, all tokens)
     """A batch of packs: positions begin again with each document, and its first label is −100.
     There is no mask."""
     rows = [[e for p in packs for e in p]] if flat else packs
@@ -41,8 +37,7 @@ def collate_packed(packs:list,       # From `pack`
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #9a9e67b5
 def document_ids(position_ids:torch.Tensor  # (B, T), as from `collate_packed`
-                # (B, T): 0 for the first document of each row, 1 for the second, ...
-                ) -> torch.Tensor:
+                ) -> torch.Tensor:         # (B, T): 0 in the first document of a row, 1, ...
     "Which document of its row each token belongs to."
     return (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
 
@@ -94,16 +89,16 @@ def _tolerance(model):
 @contextlib.contextmanager
 def _embedded(model, recompute=False):   # Yields a list, whose last element is the embedded batch
     "Let a gradient reach the embedded tokens of the forward passes in this block."
-    seen, lists = ([], [o for o in model.get_decoder().modules()
-                        if isinstance(o, torch.nn.ModuleList) and len(o)])
+    seen, lists = [], [o for o in model.get_decoder().modules()
+                       if isinstance(o, torch.nn.ModuleList) and len(o)]
     def leaf(m, args, out):
         seen.append(out.detach().requires_grad_())
         return seen[-1].clone()   # which some models scale in place
     def again(theirs):
         return lambda *args, **kw: checkpoint(theirs, *args, use_reentrant=False, **kw)
     hook = model.get_input_embeddings().register_forward_hook(leaf)
-    layers = [(m, m.forward, "forward" in vars(m)) for m in max(lists, key=len,
-        default=())]*recompute
+    longest = max(lists, key=len, default=()) if recompute else ()
+    layers = [(m, m.forward, "forward" in vars(m)) for m in longest]
     for m, forward, _ in layers: m.forward = again(forward)
     try:
         with torch.enable_grad(): yield seen
@@ -113,13 +108,20 @@ def _embedded(model, recompute=False):   # Yields a list, whose last element is 
             if own: m.forward = forward
             else: del m.forward
 
+# %% ../../nbs/2_training/31_document_mask.ipynb #91adeec7
+def _share(score, embedded, own:slice, again:bool) -> float:
+    "The gradient of `score` on the other tokens of the first row, as a share of that on its own."
+    norms = torch.autograd.grad(score, embedded, retain_graph=again)[0][0].float().norm(dim=1)
+    mine = norms[own].norm()
+    norms[own] = 0
+    return (norms.norm()/mine).item()
+
 # %% ../../nbs/2_training/31_document_mask.ipynb #793cc51d
 def separation(model, sizes:tuple,  # Tokens of each document of one row; the model is in eval mode
                asked:tuple,         # Which documents' gradients to look at
-               # Keep no activations; so many equal rows in a batch
-               recompute:bool=False, rows:int=1) -> Separation:
-    """How far one document's gradient reaches into the others, and how far its logits are from
-    those alone (relative)."""
+               recompute:bool=False,   # Keep no activations?
+               rows:int=1) -> Separation:   # Equal rows in the batch
+    "How far a document's gradient reaches into others, and its logits are from those alone."
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(model.get_input_embeddings().weight.shape[0], (sum(sizes),),
                         generator=g).tolist()
@@ -136,21 +138,14 @@ def separation(model, sizes:tuple,  # Tokens of each document of one row; the mo
         pieces = packed.split([len(w) for w in places])
         scores = {k: (pieces[k]*torch.randn(pieces[k].shape, generator=g).to(pieces[k])).sum()
                   for k in asked}
-    shares = []
-    for k, score in scores.items():
-        norms = torch.autograd.grad(score, seen[-1],
-                                    retain_graph=k != asked[-1])[0][0].float().norm(dim=1)
-        own = norms[parts[k]].norm()
-        norms[parts[k]] = 0
-        shares.append((norms.norm()/own).item())   # NaN where nothing reaches its own
-    deviation = max(_gap(piece.detach(), logits([ids[p]], w)) for piece, p, w in zip(pieces, parts,
-        places))
+    shares = [_share(score, seen[-1], parts[k], k != asked[-1]) for k, score in scores.items()]
+    deviation = max(_gap(piece.detach(), logits([ids[p]], w))
+                    for piece, p, w in zip(pieces, parts, places))
     return Separation(max(shares, key=lambda o: (o != o, o)), deviation)
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #91cd98b1
 def check_packing(model,      # As it will be trained: with adapters, in 4 bits, on its device
-                  # Of a pack, in tokens; None: short rows are looked at only
-                  max_length:int|None=None
+                  max_length:int|None=None   # Of a pack; None: only short rows are looked at
                  ) -> Separation:  # See `separation`
     """Does a document in a pack get the logits that it gets alone? Raises `QLoRAError` when not.
     Notes in what form it does."""
@@ -183,13 +178,10 @@ def _judge(model, found, tolerance):
                      "training.")
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #16eca0e5
-def separate_documents(model,  # A causal language model of transformers, also with adapters; hooks are put on it
-                       # Of a pack, in tokens: the check looks at rows of this length
-                       max_length:int|None=None
-                      # The same model; batches that are not packed pass through it unchanged
-                      ):
-    """Keep packed documents apart in every forward pass, and check it. Raises `QLoRAError` for a
-    model that cannot."""
+def separate_documents(model,  # Of transformers, also with adapters; hooks are put on it
+                       max_length:int|None=None  # Of a pack, in tokens, for the check
+                      ):               # The same model; other batches pass through it unchanged
+    "Keep packed documents apart, and check it. Raises `QLoRAError` for a model that cannot."
     for m in list(model.modules()):
         if getattr(m, "keeps_documents_apart", False): continue
         layer = type(m).__name__ == "FalconDecoderLayer"

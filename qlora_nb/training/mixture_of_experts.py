@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 BITS = 4 + 8/64 + 32/(64*256)   # of a weight in NF4 with double quantization, in blocks of 64
 
 def expert_sizes(config) -> dict:   # Of a mixture of experts
-    """Numbers in linear layers, in experts and elsewhere, and bytes: all in 16 bits, with
-    experts left in 16, with experts in NF4."""
+    "Numbers in layers, experts and the rest; bytes in 16 bits, and with experts wide or in NF4."
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     dims, n = {k: p.ndim for k,p in model.named_parameters()}, dict(layers=0, experts=0, rest=0)

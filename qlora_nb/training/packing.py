@@ -31,16 +31,14 @@ def pack_stats(packs:list,        # Lists of examples that share a row, as from 
 def _check_lengths(lengths, max_length):
     if not (bad := [i for i, n in enumerate(lengths) if not 0 < n <= max_length]): return
     n, longest = lengths[bad[0]], max(lengths)
+    cure = f"Packing cuts nothing: set max_length={longest}, or leave it out."
     raise QLoRAError(f"the example has {n} tokens, and a pack holds 1 to {max_length}.",
-                     f"example {bad[0] + 1}", f"Packing cuts nothing: set "
-                                              f"max_length={longest}, or leave it out." if n
-                     else "Leave it out.")
+                     f"example {bad[0] + 1}", cure if n else "Leave it out.")
 
 # %% ../../nbs/2_training/30_packing.ipynb #778c4d7c
 def pack_lengths(lengths:list,    # Tokens of each example
                  max_length:int   # Of a pack, in tokens
-                # Packs: sorted lists of indices into `lengths`; the same for the same lengths
-                ) -> list:
+                ) -> list:        # Packs: sorted lists of indices into `lengths`
     """Best fit decreasing, in O(n log n). Raises `QLoRAError` for an example that is empty or
     fits in no pack."""
     _check_lengths(lengths, max_length)
@@ -69,5 +67,5 @@ def pack(examples:list,   # Dicts of `input_ids` and `labels`
     `pack_lengths` does."""
     lengths = [int(n) for n in count(examples, "tokens", lambda e: len(e["input_ids"]))]
     packs = pack_lengths(lengths, max_length)
-    return (Grouped(examples, packs) if isinstance(examples, Mapped)
-            else [[examples[i] for i in p] for p in packs])
+    if isinstance(examples, Mapped): return Grouped(examples, packs)
+    return [[examples[i] for i in p] for p in packs]

@@ -29,13 +29,13 @@ def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
     if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors")
                    if not (folder/f).exists()]:
         raise QLoRAError(f"there is no adapter here: {' and '.join(missing)} missing.",
-                         where=str(folder), cure="Give the folder of a finished run, or of an "
-                                                 "adapter in PEFT's format.")
+                         str(folder),
+                         "Give the folder of a finished run, or of an adapter in PEFT's format.")
     return folder
 
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #93bc151f
 def read_notes(folder:Path) -> dict:  # Of an adapter
-    """Our notes beside an adapter, without an example that nobody asked for: older runs wrote a
-    row of the data there."""
+    "Our notes beside an adapter, without an example that nobody asked for, as older runs wrote."
     notes = read_json(f) if (f := folder/"qlora_nb.json").exists() else {}
     return {k: v for k, v in notes.items() if k != "example" or notes.get("example_asked")}
 
@@ -43,8 +43,8 @@ def adapter_folder(folder:str|Path
                    ) -> tuple:  # (its folder, our notes with `template`, the name of its base)
     "Find an adapter, in a run or on its own. Raises `QLoRAError` as `find_folder` does."
     config = read_json((folder := find_folder(folder))/"adapter_config.json")
-    # of the base
-    notes = dict(template="auto") | {k: v for k, v in config.items() if k == "revision" and v}
+    notes = dict(template="auto")
+    if config.get("revision"): notes["revision"] = config["revision"]   # of the base
     return folder, notes | read_notes(folder), config.get("base_model_name_or_path")
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #a8c8d6dd
@@ -53,15 +53,14 @@ def check_fits(model,              # A base model, or one with adapters
     """Raise `QLoRAError` unless each LoRA matrix in the file has a layer of its size in `model`.
     Changes nothing."""
     def plain(n): return n.removeprefix("base_model.model.")
-    layers, lost, odd = ({plain(n): getattr(m, "base_layer", m) for n, m in model.named_modules()},
-                         {}, [])
+    layers = {plain(n): getattr(m, "base_layer", m) for n, m in model.named_modules()}
+    lost, odd = {}, []
+    def experts(m): return any(len(full_shape(p)) > 2 for p in getattr(m, "parameters", list)())
     with open_tensors(Path(folder).expanduser()) as f:
         for key in f.keys():
             name, _, part = plain(key).rpartition(".lora_")
-            if any(len(full_shape(p)) > 2 for p in getattr(layers.get(clean_name(name)),
-                                                           # of experts
-                                                           "parameters", list)()): continue
-            if part not in ("A.weight", "B.weight"): continue
+            if experts(layers.get(clean_name(name))) or part not in ("A.weight", "B.weight"):
+                continue
             size = layer_size(layers[name]) if name in layers else None
             # (r, inputs), (outputs, r)
             end, n = "AB".index(part[0]), f.get_slice(key).get_shape()[part[0] == "A"]
@@ -70,9 +69,8 @@ def check_fits(model,              # A base model, or one with adapters
                 odd.append(f"{name} has {size[end]} {('inputs', 'outputs')[end]}, the adapter {n}")
     cure = "Load the base that it was trained on; adapter_config.json in its folder names it."
     if lost:
-        raise QLoRAError(f"{len(lost)} layers of the adapter are not in the model: "
-                         f"{next(iter(lost))}.",
-                         str(folder), cure)
+        what = f"{len(lost)} layers of the adapter are not in the model: {next(iter(lost))}."
+        raise QLoRAError(what, str(folder), cure)
     if odd: raise QLoRAError(f"{len(odd)} matrices have another size: {odd[0]}.", str(folder), cure)
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #d86c218d
@@ -88,6 +86,7 @@ def base_for(folder, named:str|None, base:str|None) -> str:
                          cure) from e
     return base or named
 
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #c485047d
 def revision_for(base:str, named:str|None, notes:dict, revision:str|None=None) -> str|None:
     """The revision of the base that is asked for or, of the base that the adapter names, the one
     that it was trained on."""
@@ -98,16 +97,18 @@ def revision_of(source) -> str|None:   # Of `read_source`
     return revision_for(source.base, source.config.get("base_model_name_or_path"),
                         source.config | source.notes)
 
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #7cf5e58a
 def check_base(folder, base:str, notes:dict, revision:str|None=None):
     "Warn where the base is not the one that the adapter was trained on, whatever it is called."
     known, now = notes.get("base_sha256"), content_id(locate(base), revision=revision)
     if known and now and known != now:
         def say(name, at): return f"{name} at {at}" if at else name
+        then = say(notes.get("base", "that"), notes.get("revision"))
         warnings.warn(f"{folder}: this adapter was trained on another base: {say(base, revision)} "
-                      f"has other weights than "
-                      f"{say(notes.get('base', 'that'), notes.get('revision'))} had. Its answers "
-                      f"may be noise.", stacklevel=3)
+                      f"has other weights than {then} had. Its answers may be noise.",
+                      stacklevel=3)
 
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #c23670cc
 def trained_dtype(notes:dict, device:str|None) -> torch.dtype:
     "The dtype that an adapter was trained in, or the one of this device, which is said."
     device, wanted = pick_device(device), getattr(torch, notes.get("dtype") or "", None)

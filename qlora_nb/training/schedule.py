@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['steps_a_pass', 'count_steps', 'rows_seen', 'source_of', 'NamedRows', 'run_length', 'settle', 'content', 'contents',
            'pick_rows', 'take_tenth', 'set_aside', 'repetitions', 'overlap', 'say_schedule', 'say_overlap', 'tell',
-           'told_of', 'name_rows', 'number_rows']
+           'told_of', 'name_rows', 'number_rows', 'encode_checked']
 
 # %% ../../nbs/2_training/26_schedule.ipynb #1c09a65f
 from dataclasses import asdict
@@ -15,9 +15,10 @@ from numbers import Real
 from pathlib import Path
 from ..base.errors import QLoRAError
 from ..base.files import digest
-from ..base.mapped import count
+from ..base.mapped import count, whereabouts
 from .data import encode_rows, load_rows, numbered
-from .end_tokens import check_labels
+from .end_tokens import (check_answers, check_ids, check_labels, end_ids,
+                                          note_ends)
 from ..base.sources import OPTIONS
 from .settings import (FIXED, FREE, Settings, check_settings, plain,
                                         refuse_unknown, split_names)
@@ -46,8 +47,8 @@ def rows_seen(steps:int, n:int, batch_size:int, accumulation:int=1) -> int:
 # %% ../../nbs/2_training/26_schedule.ipynb #9cd20e9f
 def source_of(data) -> str:  # What was given to `load_rows`
     "What messages call the data."
-    return (getattr(data, "source", "") or (str(data) if isinstance(data, (str, Path))
-                                            else "the rows given"))
+    named = str(data) if isinstance(data, (str, Path)) else "the rows given"
+    return getattr(data, "source", "") or named
 
 class NamedRows(list):
     "Rows that remember where they come from."
@@ -65,17 +66,15 @@ def run_length(data, max_steps:int|None=None, num_train_epochs:float|None=None,
     return dict(max_steps=max_steps, num_train_epochs=num_train_epochs, learning_rate=learning_rate)
 
 # %% ../../nbs/2_training/26_schedule.ipynb #642a9957
-def settle(data, asked:dict, more=()
-           # (what a resume is compared with, what may change, `OPTIONS` of `load_rows`)
-           ) -> tuple:
+def settle(data, asked:dict, more=()) -> tuple:   # (`FIXED`, `FREE`, `OPTIONS` of `load_rows`)
     """What was asked for, checked and made whole. Raises `QLoRAError` for an unknown name;
     `more`: others that there are."""
-    reading, settings = ({k: v for k, v in asked.items() if (k in OPTIONS) == o}
-                         for o in (True, False))
+    reading = {k: v for k, v in asked.items() if k in OPTIONS}
+    settings = {k: v for k, v in asked.items() if k not in OPTIONS}
     refuse_unknown(settings, list(dict.fromkeys([*more, *asdict(Settings()), *OPTIONS])))
     check_settings(**settings)
-    s = split_names({k: plain(v) if isinstance(v, Real) else v
-                     for k, v in asdict(Settings(**settings)).items()})
+    given = asdict(Settings(**settings))
+    s = split_names({k: plain(v) if isinstance(v, Real) else v for k, v in given.items()})
     s |= run_length(data, s["max_steps"], s["num_train_epochs"], s["learning_rate"])
     return {k: s[k] for k in FIXED}, {k: s[k] for k in FREE}, reading
 
@@ -121,8 +120,8 @@ def repetitions(rows:list) -> int:
 
 def overlap(rows:list, others:list) -> tuple:  # (as a whole, the question only)
     "How many of `others` are among `rows`."
-    same, asked = (int(np.isin(contents(others, end), contents(rows, end)).sum())
-                   for end in (None, -1))
+    def among(end): return int(np.isin(contents(others, end), contents(rows, end)).sum())
+    same, asked = among(None), among(-1)
     return same, asked - same
 
 # %% ../../nbs/2_training/26_schedule.ipynb #4d220cad
@@ -133,8 +132,8 @@ def say_schedule(steps:int, n:int, batch_size:int, accumulation:int=1, unit:str=
     said = f"{steps} steps of up to {a_step} {unit}: {seen/n:.3g} passes over {n:,} {unit}"
     if seen < n: said += f", of which {n - seen:,} will not be seen"
     if again:
-        said += (f"; {again:,} of them repeat an earlier one, and are trained "
-                 f"on as often as they stand there")
+        said += (f"; {again:,} of them repeat an earlier one, and are trained on as often as they "
+                 f"stand there")
     return said + "."
 
 def say_overlap(rows:list, others:list, what:str="evaluation rows") -> str|None:
@@ -142,8 +141,8 @@ def say_overlap(rows:list, others:list, what:str="evaluation rows") -> str|None:
     same, asked = overlap(rows, others)
     if not same: return None
     more = f", and {asked} more share a question with one" if asked else ""
-    said = (f"{same} of {len(others)} {what} are training rows too{more}: the "
-            f"scores will be too good.")
+    said = (f"{same} of {len(others)} {what} are training rows too{more}: the scores will be too "
+            f"good.")
     warnings.warn(said)
     return said
 
@@ -175,8 +174,8 @@ def name_rows(drawn:list, examples:list, rows:list) -> str:
     def end(i): return " ".join(as_messages(rows[i-1])[-2]["content"].split())[-30:]
     own = {i: number_of(rows[i-1], i) for i in numbers}   # in the user's file
     said = [f"{own[i]} (…{end(i)!r})" for i in numbers[:4]] + [own[i] for i in numbers[4:12]]
-    return f"rows {', '.join(map(str, said))}" + f" and {len(numbers) - 12} more"*(len(numbers)
-        > 12)
+    more = f" and {len(numbers) - 12} more" if len(numbers) > 12 else ""
+    return f"rows {', '.join(map(str, said))}{more}"
 
 # %% ../../nbs/2_training/26_schedule.ipynb #fdbd7b25
 def number_rows(rows:list, numbers:list, tokenizer, template:str, max_length:int,
@@ -185,3 +184,14 @@ def number_rows(rows:list, numbers:list, tokenizer, template:str, max_length:int
     examples = numbered(encode_rows(rows, tokenizer, template, max_length, long), rows, numbers)
     check_labels(examples)
     return examples
+
+# %% ../../nbs/2_training/26_schedule.ipynb #9f91afa3
+def encode_checked(model, tokenizer, rows, numbers, s:dict, source:str
+                   ) -> tuple:  # (examples, sentences to say, end tokens)
+    "The rows of these numbers as examples, held against the model and the tokenizer."
+    with told_of(source):
+        examples = number_rows(rows, numbers, tokenizer, s["template"], s["max_length"], s["long"])
+        check_ids(model, tokenizer, examples)
+        said = [whereabouts(rows), check_answers(examples, rows, tokenizer)]
+    ends = note_ends(model, tokenizer, end_ids(examples), template=s["template"])
+    return examples, said, ends   # generation stops at `ends`

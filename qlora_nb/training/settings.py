@@ -16,46 +16,47 @@ import yaml
 from ..base.errors import QLoRAError
 
 # %% ../../nbs/2_training/25_settings.ipynb #5251392b
-# `more`: for argparse
-def option(default, help, **more): return field(default=default, metadata=dict(help=help, **more))
+def option(default, help:str, **more):   # `more`: for argparse
+    return field(default=default, metadata=dict(help=help, **more))
 
 @dataclass
 class Settings:
     "What makes a run what it is, named as in PEFT and TRL."
-    max_steps: int|None = option(None, "optimizer steps, instead of "
-                                       "num_train_epochs (None: tickets 150)")
-    num_train_epochs: float|None = option(None, "passes over the data (None: "
-                                                "3, unless max_steps is given)")
+    max_steps: int|None = option(
+        None, "optimizer steps, instead of num_train_epochs (None: tickets 150)")
+    num_train_epochs: float|None = option(
+        None, "passes over the data (None: 3, unless max_steps is given)")
     per_device_train_batch_size: int = option(4, "examples a forward pass; packs, with packing")
     gradient_accumulation_steps: int = option(1, "forward passes a step")
-    learning_rate: float|None = option(None, "the highest one (None: 2e-4; "
-                                             "tickets, whose model is small: 2e-3)")
-    r: int|None = option(None, "rank: the inner size of the adapters "
-                               "(None: 16, or that of adapter)")
-    lora_alpha: float|None = option(None, "their update is scaled by lora_alpha / r (None: 32, or "
-                                          "that of adapter)")
+    learning_rate: float|None = option(
+        None, "the highest one (None: 2e-4; tickets, whose model is small: 2e-3)")
+    r: int|None = option(
+        None, "rank: the inner size of the adapters (None: 16, or that of adapter)")
+    lora_alpha: float|None = option(
+        None, "their update is scaled by lora_alpha / r (None: 32, or that of adapter)")
     lora_dropout: float|None = option(None, "on the adapters' input (None: 0, or that of adapter)")
-    target_modules: str = option("all-linear", "names of layers, a list or with commas between "
-                                               "them, or all-linear")
-    target_parameters: str|None = option(None, "stacks of experts that get adapters too, such as "
-                                               "experts.down_proj")
-    adapter: str|None = option(None, "an adapter to train further: the folder of a run or of an "
-                                     "adapter (None: a new one)")
+    target_modules: str = option(
+        "all-linear", "names of layers, a list or with commas between them, or all-linear")
+    target_parameters: str|None = option(
+        None, "stacks of experts that get adapters too, such as experts.down_proj")
+    adapter: str|None = option(
+        None, "an adapter to train further: the folder of a run or of an adapter (None: a new one)")
     model_revision: str|None = option(None, "branch, tag or commit of a base on the Hub",
                                       aliases=["--revision"])
-    template: str = option("auto", "prompt template: auto, chat, article, no-thinking, or the text "
-                                   "of a chat template")
+    template: str = option(
+        "auto", "prompt template: auto, chat, article, no-thinking, or the text of a chat template")
     max_length: int = option(512, "longest example, in tokens")
     long: str = option("drop", "longer examples: leave them out, cut their question, or stop",
                        choices=["drop", "cut", "error"])
     packing: bool = option(False, "fill rows of max_length tokens with whole examples")
-    eval_steps: int|None = option(None, "evaluate every so many steps (None: only with "
-                                        "early_stopping_patience)")
-    early_stopping_patience: int|None = option(None, "end after so many evaluations without a "
-                                                     "better one, keep the best")
+    eval_steps: int|None = option(
+        None, "evaluate every so many steps (None: only with early_stopping_patience)")
+    early_stopping_patience: int|None = option(
+        None, "end after so many evaluations without a better one, keep the best")
     optim: str = option("auto", "adamw_torch, adamw_8bit, paged_adamw_32bit or paged_adamw_8bit")
-    fast: bool|None = option(None, "fused adapters, chunked loss, shared prefixes, compiled layers "
-                                   "(None: where known to be right)")
+    fast: bool|None = option(
+        None, "fused adapters, chunked loss, shared prefixes, compiled layers "
+              "(None: where known to be right)")
     seed: int = option(0, "of the data's order, the adapters and dropout")
     save_steps: int = option(20, "a checkpoint every so many steps")
     gradient_checkpointing: bool = option(False, "save memory: compute activations twice")
@@ -63,8 +64,8 @@ class Settings:
 
 # %% ../../nbs/2_training/25_settings.ipynb #24198d5f
 POSITIVE = set("max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
-               "learning_rate r lora_alpha "
-               "max_length eval_steps early_stopping_patience save_steps".split())
+               "learning_rate r lora_alpha max_length eval_steps early_stopping_patience "
+               "save_steps".split())
 RANGES = dict(lora_dropout=(0, 1), seed=(0, 2**32), eval_rows=(0, math.inf))   # from … to below
 WHOLE = POSITIVE - {"num_train_epochs", "learning_rate", "lora_alpha"} | {"seed", "eval_rows"}
 CHOICES = {f.name: f.metadata["choices"] for f in fields(Settings) if "choices" in f.metadata}
@@ -95,11 +96,11 @@ def refuse_unknown(names, known, who:str="finetune"):
     "Raise `QLoRAError` for a name that is none of the known ones, with the nearest one that is."
     for k in names:
         if k in known: continue
-        near = ([OTHER_NAMES[k]] if k in OTHER_NAMES else [*difflib.get_close_matches(k, known, 1),
-                                                           *(o for o in known if len(k) > 3
-                                                           and k in o)])
-        raise QLoRAError(f"{who} has no argument '{k}'.", cure=f"Did you mean {near[0]}=...?"
-                         if near else f"It has {', '.join(known)}.")
+        near = difflib.get_close_matches(k, known, 1)
+        near += [o for o in known if len(k) > 3 and k in o]
+        if k in OTHER_NAMES: near = [OTHER_NAMES[k]]
+        cure = f"Did you mean {near[0]}=...?" if near else f"It has {', '.join(known)}."
+        raise QLoRAError(f"{who} has no argument '{k}'.", cure=cure)
 
 def check_settings(**settings):
     "Raise `QLoRAError` for a value that makes no sense, and for two lengths at once."
@@ -119,8 +120,7 @@ def split_names(settings:dict) -> dict:
 
 # %% ../../nbs/2_training/25_settings.ipynb #8b4b8b98
 FREE = ("save_steps", "gradient_checkpointing", "report_to")
-# what makes a run what it is
-FIXED = tuple(f.name for f in fields(Settings) if f.name not in FREE)
+FIXED = tuple(f.name for f in fields(Settings) if f.name not in FREE)   # a run is what they say
 
 # %% ../../nbs/2_training/25_settings.ipynb #8de6df76
 def trainer_settings(folder, device, dtype, max_steps=150, per_device_train_batch_size=4,
@@ -140,44 +140,39 @@ def trainer_settings(folder, device, dtype, max_steps=150, per_device_train_batc
         per_device_train_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate,
         lr_scheduler_type="cosine", warmup_steps=max(1, max_steps//20),
-        optim=pick_optimizer(optim, device),
-        max_grad_norm=0.3,   # QLoRA paper, appendix B.2
+        optim=pick_optimizer(optim, device), max_grad_norm=0.3,   # QLoRA paper, appendix B.2
         **mixed_precision(device, dtype), gradient_checkpointing=gradient_checkpointing,
         **evaluation, dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
-        save_strategy="steps",
-        # with the best one, which is never deleted
-        save_steps=save_steps, save_total_limit=3 if eval_steps else 2,
+        save_strategy="steps", save_steps=save_steps,
+        save_total_limit=3 if eval_steps else 2,   # the best one is never deleted
         logging_steps=1, logging_nan_inf_filter=False,   # or the log shows a number in place of NaN
         report_to=list(report_to) or "none", disable_tqdm=True,
         dataset_kwargs=dict(skip_prepare_dataset=True))
 
 # %% ../../nbs/2_training/25_settings.ipynb #ba92b0f4
 def writable(value) -> bool:
-    """Is this a word, a number, or a plain list or table of them? Rows are not, and no row is
-    ever written down."""
-    # of a `Source`
-    def simple(v): return isinstance(v, (Real, str, Path)) and not getattr(v, "options", None)
+    "Is this a word, a number, or a plain list or table of them? Rows are not."
+    def simple(v):   # a `Source` is a word with options
+        return isinstance(v, (Real, str, Path)) and not getattr(v, "options", None)
     if isinstance(value, dict): return all(map(simple, value.values()))
     return all(map(simple, value)) if isinstance(value, (list, tuple)) else simple(value)
 
 def plain(value):
-    """A `writable` value in the types that YAML knows: a number of NumPy is none of them, nor is
-    a path."""
+    "A `writable` value in the types that YAML knows: no number of NumPy's, and no path."
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [plain(v) for v in value]
     if isinstance(value, bool): return value
-    return (int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real)
-            else str(value))
+    if isinstance(value, Integral): return int(value)
+    return float(value) if isinstance(value, Real) else str(value)
 
 # %% ../../nbs/2_training/25_settings.ipynb #89f96727
-# `load_rows`, and the command
+# of `load_rows`, and what the command calls them
 OPTIONS_AS = dict(split="data_split", config="data_config", revision="data_revision")
 
 def write_config(path:Path,
                  settings:dict,   # Those of a call; None is left to its default
                  left=()):        # Names of what was given and is no option of the command
-    """Write settings as YAML for the command, with what they are good for above them, and what
-    could not be written."""
+    "Write settings as YAML for the command, and above them what could not be written."
     given = {OPTIONS_AS.get(k, k): v for k, v in settings.items() if v is not None}
     head = f"# The same run again: qlora_finetune --config {path.name} --output-dir ANOTHER\n"
     if left := [*left, *(k for k, v in given.items() if not writable(v))]:
