@@ -179,9 +179,8 @@ def check_reload(model, mine:dict, base:str):
         raise QLoRAError(f"{len(lost)} of {len(mine)} matrices are not in the file that is saved.",
                          lost[0], cure)
     if fresh is not None and (odd := sorted(have ^ fresh)):
-        raise QLoRAError(f"the adapter could not be loaded again: a fresh base has no place for "
-                         f"{len(odd)} matrices.",
-                         odd[0], cure)
+        raise QLoRAError("the adapter could not be loaded again: a fresh base has no place for "
+                         f"{len(odd)} matrices.", odd[0], cure)
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #dd789bd3
 def _step(trainer, examples, collator, pad, measure, base, called):
