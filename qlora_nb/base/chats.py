@@ -14,8 +14,7 @@ from .fields import (THOUGHTS, brief, carries_meaning, check_text, fail, is_empt
 
 # %% ../../nbs/base/chats.ipynb #f5c9c5da
 def parse_text(value):
-    """What a text holds that was written as JSON, or by Python's `repr`, as in a CSV file; None
-    when it is neither."""
+    "What a text holds that is JSON, or Python's `repr` as in a CSV file; None when it is neither."
     for parse in (json.loads, ast.literal_eval):
         try: return parse(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError): pass
@@ -29,8 +28,8 @@ def read_content(content, name):
         kind = o.get("type") if isinstance(o, dict) else kind_of(o)
         if kind not in ("text", "input_text", "output_text"):
             fail(f"`{name}` holds a part of the kind {kind!r}; {only}.")
-        if more := [k for k, v in o.items() if k not in ("type", "text", "annotations")
-                    and not is_empty(v)]:
+        more = [k for k, v in o.items() if not is_empty(v)]
+        if more := [k for k in more if k not in ("type", "text", "annotations")]:
             fail(f"`{name}` holds a part with {more[0]!r}; {only}.")
     return check_text("".join(check_text(o.get("text"), name) for o in parts), name)
 
@@ -73,8 +72,7 @@ SPEAKERS = dict(human="user", prompter="user", gpt="assistant", chatgpt="assista
                 observation="tool", function="tool")
 ROLES = ("system", "user", "assistant", "tool")
 TURN = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", *THOUGHTS))
-# the same in several programs: 1 or true, 0 or false
-LEARNED = ("weight", "train", "training", "loss")
+LEARNED = ("weight", "train", "training", "loss")   # 1 or true, 0 or false
 JUDGES = re.compile(r".*(mask|train|loss|learn|ignore|weight).*", re.I)
 
 def is_learned(turn, role, name) -> bool:
@@ -86,16 +84,10 @@ def is_learned(turn, role, name) -> bool:
     return role != "assistant" or all(weights.values())
 
 # %% ../../nbs/base/chats.ipynb #2a8cabe4
-def read_message(i:int,     # Its number, from 1
-                 turn,      # As it stands in the row
-                 note=None  # Called with the name and the value of each field that is not used
-                # {role, content}, perhaps `tool_calls`, `reasoning_content`, `name`, `weight` (0)
-                ) -> dict:
-    "One turn in our form. Raises `QLoRAError`."
-    if not isinstance(turn, dict):
-        fail(f"message {i} needs `role` and `content`, and is a {kind_of(turn)}.")
-    role, name = turn.get("role", turn.get("from")), f"message {i}"
-    content, calls = turn.get("content", turn.get("value")), []
+def _speaker(turn, name) -> tuple:
+    "(role, content, calls) of a turn in our words; the content is not read yet."
+    role, calls = turn.get("role", turn.get("from")), []
+    content = turn.get("content", turn.get("value"))
     if role == "function_call":
         role, calls, content = "assistant", read_calls(dict(function_call=content), name), None
     role = SPEAKERS.get(role.lower(), role.lower()) if isinstance(role, str) else role
@@ -104,24 +96,39 @@ def read_message(i:int,     # Its number, from 1
     calls = calls or read_calls(turn, name)
     if calls and role != "assistant":
         fail(f"{name} is the {role}'s and calls a tool, which only the assistant can.")
-    text = ("" if (calls or role == "tool") and is_empty(content) else read_content(content,
-        f"content of {name}"))
+    return role, content, calls
+
+def _rest(turn, role, name, text, note):
+    "Note each field that is not used where it is harmless, and refuse it where it is not."
+    used = {*TURN, *LEARNED, *(("name", "tool_call_id") if role == "tool" else ())}
     for k, v in turn.items():
-        if k in TURN or k in LEARNED or is_empty(v) or role == "tool" and k in ("name",
-            "tool_call_id"): continue
+        if k in used or is_empty(v): continue
         if carries_meaning(k, v, [text]) or JUDGES.fullmatch(k):
             fail(f"the field {k!r} of {name} ({brief(v)}) would be lost.")
         if note: note(f"{k} of a message", v)
+
+# %% ../../nbs/base/chats.ipynb #4ed75fb1
+def read_message(i:int,     # Its number, from 1
+                 turn,      # As it stands in the row
+                 note=None  # Called with the name and the value of each field that is not used
+                ) -> dict:  # {role, content}, and what else it has, such as `tool_calls`
+    "One turn in our form. Raises `QLoRAError`."
+    if not isinstance(turn, dict):
+        fail(f"message {i} needs `role` and `content`, and is a {kind_of(turn)}.")
+    name = f"message {i}"
+    role, content, calls = _speaker(turn, name)
+    silent = (calls or role == "tool") and is_empty(content)
+    text = "" if silent else read_content(content, f"content of {name}")
+    _rest(turn, role, name, text, note)
     thought = next((turn[k] for k in THOUGHTS if not is_empty(turn.get(k))), None)
     if thought and role != "assistant":
         fail(f"{name} is the {role}'s and has reasoning, which only answers have.")
-    more = dict(tool_calls=calls, reasoning_content=thought
-                and check_text(thought, f"reasoning of {name}"),
-                **{k: turn[k] for k in ("name", "tool_call_id") if role == "tool"
-                   and isinstance(turn.get(k), str)})
-    learned = is_learned(turn, role, name)
-    return dict(role=role, content=text) | {k: v for k, v in more.items() if v} | ({} if learned
-        else dict(weight=0))
+    thought = thought and check_text(thought, f"reasoning of {name}")
+    more = dict(tool_calls=calls, reasoning_content=thought)
+    if role == "tool":
+        more |= {k: v for k in ("name", "tool_call_id") if isinstance(v := turn.get(k), str)}
+    out = dict(role=role, content=text) | {k: v for k, v in more.items() if v}
+    return out if is_learned(turn, role, name) else out | dict(weight=0)
 
 # %% ../../nbs/base/chats.ipynb #56f60a4d
 def _objects(text):
@@ -135,6 +142,7 @@ def has_call(message) -> bool:
     if message["role"] != "assistant": return False
     return bool(message.get("tool_calls")) or any("name" in o for o in _objects(message["content"]))
 
+# %% ../../nbs/base/chats.ipynb #cbc1e51d
 def check_order(messages:list):
     "Raise `QLoRAError` for a chat whose turns make no sense in their order."
     roles = [m["role"] for m in messages]
@@ -157,8 +165,7 @@ def check_order(messages:list):
 # %% ../../nbs/base/chats.ipynb #67d660fc
 def read_messages(turns,     # Of a row: a list, or a text that holds one
                   note=None  # As in `read_message`
-                 # Of `read_message`'s dicts; what follows the last answer to be learned is left out
-                 ) -> list:
+                 ) -> list:  # Of `read_message`'s dicts, up to the last answer to be learned
     "A chat in our form. Raises `QLoRAError` naming the message."
     if isinstance(turns, str): turns = parse_text(turns)
     if not isinstance(turns, list) or not turns:
@@ -173,17 +180,14 @@ def call_is_written(call:dict,  # Of `read_call`
                     text:str,   # The rendered chat
                     without:str # The same without the call
                    ) -> bool:
-    """Does the text hold this call, where it differs: its name, and its arguments as JSON or
-    piece by piece?"""
+    "Does the text hold this call, where it differs: name and arguments, as JSON or in pieces?"
     if text == without: return False
     start, end = len(commonprefix([text, without])), len(commonprefix([text[::-1], without[::-1]]))
-    # a quote or a brace may be common to both
-    text = text[max(0, start - 8):len(text) - max(0, end - 8)]
+    text = text[max(0, start - 8):len(text) - max(0, end - 8)]   # a brace may be common to both
     f = call["function"]
     if f["name"] not in text: return False
     arguments = f["arguments"]
     if not arguments or any(o == arguments for o in _objects(text)): return True
     if repr(arguments) in text: return False
-    pieces = [*arguments, *(o if isinstance(o, str) else json.dumps(o, ensure_ascii=False)
-                            for o in arguments.values())]
-    return all(o in text for o in pieces)
+    def written(o): return o if isinstance(o, str) else json.dumps(o, ensure_ascii=False)
+    return all(o in text for o in [*arguments, *map(written, arguments.values())])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HARMLESS', 'MEANING', 'CHOICE', 'SKIP', 'THOUGHTS', 'FIELDS', 'CHATS', 'PARTNERS', 'EXPECTED', 'is_empty',
-           'carries_meaning', 'fail', 'kind_of', 'brief', 'check_text', 'shape_of']
+           'carries_meaning', 'fail', 'kind_of', 'brief', 'check_text', 'shape_of', 'say_columns', 'refuse_kind']
 
 # %% ../../nbs/base/fields.ipynb #03ac9d8c
 import re
@@ -12,25 +12,24 @@ from .errors import QLoRAError
 
 # %% ../../nbs/base/fields.ipynb #391ee67c
 HARMLESS = re.compile(  # names of fields that describe a row and are no part of what it says
-    r"(\w*_)?(u?ids?|idx|index|hash|urls?|uri|links?|sources?|src|dataset|data_source|origin|category|categories|"
-    r"labels?|topics?|tags?|types?|tasks?|task_name|subject|domains?|skills?|lang|languages?|scores?|ratings?|rank|"
-    r"level|difficulty|split|date|time|timestamp|version|license|author|model|model_name|generator|metadata|meta|info|"
-    r"quality|tokens|name|length|count|keywords?)|original_\w+|_\w+|unnamed.*|", re.I)
+    r"(\w*_)?(u?ids?|idx|index|hash|urls?|uri|links?|sources?|src|dataset|data_source|origin|"
+    r"category|categories|labels?|topics?|tags?|types?|tasks?|task_name|subject|domains?|skills?|"
+    r"lang|languages?|scores?|ratings?|rank|level|difficulty|split|date|time|timestamp|version|"
+    r"license|author|model|model_name|generator|metadata|meta|info|quality|tokens|name|length|"
+    r"count|keywords?)|original_\w+|_\w+|unnamed.*|", re.I)
 MEANING = frozenset((
     "prompt instruction question query input response output answer completion messages "
-    "conversations conversation "
-    "system system_prompt context history tools tool_calls function_call functions reasoning "
-    "reasoning_content "
-    "thinking weight mask images image audio video videos documents passage chosen rejected "
-    "choices options").split())
+    "conversations conversation system system_prompt context history tools tool_calls "
+    "function_call functions reasoning reasoning_content thinking weight mask images image audio "
+    "video videos documents passage chosen rejected choices options").split())
 # one of several answers
 CHOICE = re.compile(r"[a-e]|op[a-e]|(option|choice|distractor|answer)_?[a-e\d]", re.I)
 
 # %% ../../nbs/base/fields.ipynb #cd2d4d0d
 def is_empty(value) -> bool:
     "Does this value say nothing: null, NaN, an empty text, list or object?"
-    return (value is None or value != value or isinstance(value, (str, list, tuple, dict))
-            and not value)
+    return (value is None or value != value
+            or isinstance(value, (str, list, tuple, dict)) and not value)
 
 def carries_meaning(name:str,   # Of a field that is not used
                     value,      # What is in it
@@ -66,8 +65,7 @@ def check_text(value, name):
     return value
 
 # %% ../../nbs/base/fields.ipynb #70346cc6
-# names of the reasoning before an answer
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")   # before an answer
 FIELDS = dict(prompt=("prompt", "instruction", "question", "query"),
               response=("response", "output", "answer", "completion"),
               context=("context", "input"), system=("system", "system_prompt"),
@@ -76,12 +74,11 @@ CHATS = ("messages", "conversations", "conversation")
 PARTNERS = dict(prompt="response", instruction="output", question="answer", query="response",
                 input="output")
 EXPECTED = ("Rows hold a question and an answer (prompt/response, instruction/output, "
-            "question/answer ...) or a chat "
-            "(messages, conversations).")
+            "question/answer ...) or a chat (messages, conversations).")
 
-def shape_of(row:dict  # One row, as read
-            # "messages", "prompt/response", "question/answer", ...; None when nothing is known
-            ) -> str:
+# %% ../../nbs/base/fields.ipynb #a0f0c1bb
+def shape_of(row:dict   # One row, as read
+            ) -> str:   # "messages", "prompt/response", ...; None when nothing is known
     "Which fields hold the question and the answer, or the chat? One of them is enough to tell."
     for names in ([k for k, v in row.items() if v is not None], list(row)):
         if chat := next((k for k in CHATS if k in names), None): return chat
@@ -91,3 +88,48 @@ def shape_of(row:dict  # One row, as read
         if asked and said: return f"{asked}/{said}"
     if not asked and said: asked = next((k for k, v in PARTNERS.items() if v == said), "prompt")
     if asked: return f"{asked}/{said or PARTNERS[asked]}"
+
+# %% ../../nbs/base/fields.ipynb #f0705f2a
+def say_columns(**names):
+    "How to name columns, in Python and on the command line."
+    pairs = ", ".join(f"{k}={v!r}" for k, v in names.items())
+    return f"columns=dict({pairs}), or --columns {','.join(f'{k}={v}' for k, v in names.items())}."
+
+def _refuse_unknown(row):
+    "Say which columns may be meant in a row without a field that is known."
+    beside = [k for o in [*FIELDS][2:] for k in FIELDS[o]]   # never question or answer alone
+    texts = [k for k, v in row.items()
+             if isinstance(v, str) and v.strip() and carries_meaning(k, v, [])]
+    cure = EXPECTED + f" Others are mapped by {say_columns(prompt='...', response='...')}"
+    if len(two := [k for k in texts if k not in beside]) == 2:
+        cure = f"Name the columns: {say_columns(**dict(zip(('prompt', 'response'), two)))}"
+    if [*texts, *(k for k in row if k == "text")][:1] == ["text"]:
+        fail(f"the row is plain text ({brief(row['text'])}), in which question and answer cannot "
+             "be told apart.", "Save them as `prompt` and `response`, or as `messages`.")
+    fail(f"the row has none of the known fields; it has "
+         f"{', '.join(map(repr, row))[:100] or 'none at all'}.", cure)
+
+# %% ../../nbs/base/fields.ipynb #a83d94b6
+def refuse_kind(row):
+    "Raise `QLoRAError` for rows that are made for something else, saying what they are."
+    asked = next((k for k in FIELDS["prompt"] if k in row), None)
+    if {"chosen", "rejected"} <= set(row):
+        way = (dict(prompt=asked or "PROMPT", response="chosen") if isinstance(row["chosen"], str)
+               else dict(messages="chosen"))
+        fail("this is a preference pair (`chosen`, `rejected`), made for DPO; "
+             "here one answer is learned (SFT).",
+             f"To learn the chosen answers: {say_columns(**way)}")
+    if isinstance(row.get("label"), bool):
+        shape = shape_of(row) or "PROMPT/completion"
+        ours = ["messages"] if shape in CHATS else ["prompt", "response"]
+        way = say_columns(**dict(zip(ours, shape.split("/"))))
+        fail("this is an answer judged good or bad (`label`), made for KTO; here each answer is "
+             "learned as it stands.", f"Keep the rows whose label is true: {way}")
+    if "role" in row and "content" in row or "from" in row and "value" in row:
+        fail("this is one message, not a chat.",
+             'Save each chat as one row: {"messages": [{"role": ...}, ...]}.')
+    if "parent_id" in row or "message_tree_id" in row:
+        fail("this is one message of a tree (`parent_id`), not a chat.",
+             "Follow each answer up to its root and save the path as one row of `messages`, a list "
+             "of {role, content}.")
+    if not shape_of(row): _refuse_unknown(row)

@@ -37,8 +37,7 @@ def is_file(data:str|Path, # A path, or the id of a Hub data set
     name, path = str(data), as_path(data)
     if path.exists(): return True
     if path.suffix.lower() in FILE_KINDS or name.startswith((".", "/", "~")):
-        raise QLoRAError("there is no such file.", where=name, cure=near(path.name, path.parent)
-                         + cure)
+        raise QLoRAError("there is no such file.", name, near(path.name, path.parent) + cure)
     return False
 
 # %% ../../nbs/base/files.ipynb #24694ef8
@@ -52,8 +51,7 @@ def parts_known(data) -> tuple:
 def choose(several:list,  # Names of data, or data
            **options      # Of `load_rows`
           ) -> list:      # Of (data, its options), with those that it brings itself
-    """Hand options to data, once. Raises `QLoRAError` for one that chooses a part where none can
-    be chosen."""
+    "Hand options to data, once. Raises `QLoRAError` for one that can choose a part of none."
     out, asked, known = [], {}, set()
     for o in several:
         own = options | (getattr(o, "options", {}) if isinstance(o, str) else {})
@@ -75,8 +73,7 @@ def from_hub(name:str,  # Its id
              split:str, # "train", "test[:100]", ...
              config:str|None=None, # The name of one of its configurations
              **how):    # For `datasets.load_dataset`
-    """A Hub data set, as `datasets` loads it. Raises `QLoRAError` with one sentence when it does
-    not."""
+    "A Hub data set, as `datasets` loads it, or a `QLoRAError` of one sentence."
     from datasets import load_dataset
     try: return load_dataset(name, *[config]*bool(config), split=split, **how)
     except Exception as e:
@@ -97,10 +94,10 @@ def _pieces(rows):
     for i, o in enumerate(rows): yield (", "*(i > 0) + json.dumps(o, sort_keys=True)).encode()
     yield b"]"
 
+# %% ../../nbs/base/files.ipynb #9990e238
 def digest(data          # A file, or rows
           ) -> str:      # Hexadecimal SHA-256 of the file's bytes, or of the rows as JSON
-    """The identity of data, in constant memory. Raises `QLoRAError` naming the row of a .jsonl
-    file that is not UTF-8."""
+    "The identity of data, in constant memory. Raises `QLoRAError` for .jsonl that is not UTF-8."
     sha, row = hashlib.sha256(), 0
     if not isinstance(data, (str, Path)):
         for o in _pieces(data): sha.update(o)
@@ -113,8 +110,8 @@ def digest(data          # A file, or rows
             row += not line.isspace()
             try: text and line.decode()
             except UnicodeDecodeError as e:
-                raise QLoRAError(f"byte {line[e.start]:#04x} is not UTF-8.",
-                                 where=f"{data}, row {row}", cure="Save the file as UTF-8.") from e
+                raise QLoRAError(f"byte {line[e.start]:#04x} is not UTF-8.", f"{data}, row {row}",
+                                 "Save the file as UTF-8.") from e
     return sha.hexdigest()
 
 # %% ../../nbs/base/files.ipynb #c2aab5cd
@@ -147,10 +144,11 @@ def _begin(path, kind, skip, named):
     two = _first_two(lines)
     if kind == ".jsonl" and not is_list(two[0], len(two) > 1):
         return json_rows(chain(two, lines), name, skip)
-    raise QLoRAError("the file holds one list, not one row a line, and can "
-                     "only be read as a whole.", name,
+    raise QLoRAError("the file holds one list, not one row a line, and can only be read as a "
+                     "whole.", name,
                      "Save it line by line as .jsonl, or leave out large=True (--large).")
 
+# %% ../../nbs/base/files.ipynb #299a9592
 def each_row(path:Path, skip_bad_rows:bool=False, named:bool=False):  # As in `read_rows`
     "The rows of `read_rows`, one by one, in constant memory."
     n, kind = 0, kind_of_file(path)
@@ -172,16 +170,15 @@ def _opening(path):
 
 def is_large(data,           # What `load_rows` takes
              limit:int=LARGE # Bytes; a packed file counts five times
-            # Should they be mapped from disk? Never rows that are in a list, nor a file that is one
-            ) -> bool:
+            ) -> bool:       # Never for rows that are in a list, nor for a file that is one
     "Are these rows better left on the disk than held in memory?"
-    # a DatasetDict
-    if isinstance(data, dict): return any(is_large(o, limit) for o in data.values())
+    if isinstance(data, dict):   # a DatasetDict
+        return any(is_large(o, limit) for o in data.values())
     if hasattr(data, "column_names"):   # of a table, or of a stream, which has no length
-        return (not hasattr(data, "__len__") or data.data.nbytes*len(data)/max(1,
-            data.data.num_rows) > limit)
+        if not hasattr(data, "__len__"): return True
+        return data.data.nbytes*len(data)/max(1, data.data.num_rows) > limit
     path = as_path(data) if isinstance(data, (str, Path)) else Path()
-    if not path.is_file() or path.stat().st_size*(5 if path.suffix.lower() == ".gz"
-                                                  else 1) <= limit: return False
+    packed = 5 if path.suffix.lower() == ".gz" else 1
+    if not path.is_file() or path.stat().st_size*packed <= limit: return False
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
     return kind in (".csv", ".tsv", ".parquet") or kind == ".jsonl" and not is_list(*_opening(path))

@@ -24,9 +24,8 @@ DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 def _bad_json(e, where):
     what = str(e) if isinstance(e, _Twice) else f"this is not valid JSON ({e})."
-    return QLoRAError(what, where=where, cure=SKIP + " "
-                      "A .jsonl file holds one object a line, such as {\"prompt\": ..., "
-                      "\"response\": ...}.")
+    return QLoRAError(what, where, SKIP + " A .jsonl file holds one object a line, such as "
+                                         '{"prompt": ..., "response": ...}.')
 
 def parse_json(text, where):
     "The value in one line of a .jsonl file, or a `QLoRAError` that says where it breaks."
@@ -37,16 +36,14 @@ def parse_json(text, where):
 def known_names(names): return MEANING & {k.strip().lower() for k in names if isinstance(k, str)}
 
 def undress(row):
-    """A row with the names as `MEANING` writes them, out of whatever it is wrapped in; its other
-    fields stay beside it."""
-    if (isinstance(row, list) and row and all(isinstance(o, dict) and {"role", "from"} & {*o}
-                                              for o in row)):
-        return dict(messages=row)
+    "A row with the names as `MEANING` writes them, out of whatever it is wrapped in."
+    def turn(o): return isinstance(o, dict) and {"role", "from"} & {*o}
+    if isinstance(row, list) and row and all(map(turn, row)): return dict(messages=row)
     if not isinstance(row, dict): return row
     inner = [k for k, v in row.items() if isinstance(v, dict) and known_names(v)]
-    if len(inner) == 1 and not known_names(row):
-        row = {k: v for k, v in row.items() if k != inner[0]
-               and k not in row[inner[0]]} | row[inner[0]]
+    if len(inner) == 1 and not known_names(row):   # its other fields stay beside it
+        within = row[inner[0]]
+        row = {k: v for k, v in row.items() if k != inner[0] and k not in within} | within
     names = {k: k.strip().lower() for k in row if isinstance(k, str)}
     names = {k: v for k, v in names.items() if v in MEANING and (v == k or v not in row)}
     if len({*names.values()}) < len(names): return row   # such as Input and INPUT
@@ -76,9 +73,22 @@ def _lists(row, place=""):
         if isinstance(v, dict): yield from _lists(v, f"{place}{k}.")
         if isinstance(v, list) and v and all(isinstance(o, dict) for o in v): yield place + k, v
 
+
+def _columns(row):
+    "The rows of a table in columns, as pandas writes one by default; None when it is none."
+    columns = list(row.values())
+    def numbered(o):
+        return (isinstance(o, dict) and o and all(map(str.isdigit, o))
+                and o.keys() == columns[0].keys())
+    def listed(o):
+        return isinstance(o, list) and o and isinstance(o[0], str) and len(o) == len(columns[0])
+    if columns and all(map(numbered, columns)):
+        return [{k: v[i] for k, v in row.items()} for i in columns[0]]
+    if columns and all(map(listed, columns)): return [dict(zip(row, o)) for o in zip(*columns)]
+
+# %% ../../nbs/base/json_rows.ipynb #92f5c940
 def _unwrap(row, name):
-    """The rows in one object: those in its only list, or in columns as pandas writes them; else
-    the object is the row."""
+    "The rows in one object, or the object as the only row."
     if not isinstance(row, dict):
         raise QLoRAError(f"the file holds one {type(row).__name__}, not a list of rows.", name,
                          "Save it as .jsonl.")
@@ -90,30 +100,19 @@ def _unwrap(row, name):
         raise QLoRAError(f"the file holds several lists of rows: "
                          f"{', '.join(map(repr, lists))[:100]}.", name,
                          "Save the one that is meant as a .jsonl file.")
-    columns = list(row.values())
-    if not known_names(row) and columns and all(isinstance(o, dict) and known_names(o)
-                                                for o in columns): return columns
-    def numbered(o):
-        return (isinstance(o, dict) and o and all(map(str.isdigit, o))
-                and o.keys() == columns[0].keys())
-    if columns and all(map(numbered, columns)):
-        return [{k: v[i] for k, v in row.items()} for i in columns[0]]
-    def listed(o):
-        return isinstance(o, list) and o and isinstance(o[0], str) and len(o) == len(columns[0])
-    if columns and all(map(listed, columns)):
-        return [dict(zip(row, o)) for o in zip(*columns)]
-    return [row]
+    def is_row(o): return isinstance(o, dict) and known_names(o)
+    values = list(row.values())
+    if not known_names(row) and values and all(map(is_row, values)): return values
+    return _columns(row) or [row]
 
 # %% ../../nbs/base/json_rows.ipynb #66aa457e
 def is_list(first, more=False):   # A line, and whether others follow
-    """Does a file begin as one list, rather than with the first of many rows? A row may be a
-    list of messages, in brackets."""
+    "Does a file begin as one list, rather than with a row, which may be a list of messages?"
     first = first.strip()
     return first[:1] == "[" and not (more and first[-1:] == "]") or len(first) == 1
 
 def json_rows(lines, name, skip=False):
-    """The values of lines of JSON, one by one, without the blank ones; with `skip`, an error in
-    the place of a broken one."""
+    "The values of lines of JSON, one by one; with `skip`, an error in the place of a broken one."
     for i, o in enumerate(filter(str.strip, lines), 1):
         try: yield parse_json(o, f"{name}, row {i}")
         except QLoRAError as e:

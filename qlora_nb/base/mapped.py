@@ -61,8 +61,9 @@ def join(parts:list):  # Lists, or mapped rows of the same columns
     if len({o.source for o in parts}) > 1: out.source = ""
     return out
 
-# to be told
-def whereabouts(rows) -> str|None: return f"{rows!r}." if isinstance(rows, Mapped) else None
+def whereabouts(rows) -> str|None:
+    "A sentence on where mapped rows lie."
+    return f"{rows!r}." if isinstance(rows, Mapped) else None
 
 # %% ../../nbs/base/mapped.ipynb #d29cc07b
 class Grouped(Sequence):

@@ -23,9 +23,15 @@ def _unchecked(data, split, skip, named):
     if isinstance(data, (str, Path)): return each_row(as_path(data), skip, named)
     return data if isinstance(data, Mapped) else rows_given(data, split, whole=False)[0]
 
-def _records(given, name, split, columns, system, skip, key):   # `given`: (data,), as `datasets` would take a list apart
-    """The checked rows as JSON, one by one, with what is to be said of each; a row that is left
-    out is empty."""
+def _as_row(o):
+    "A checked row, from the table."
+    row = Row(json.loads(o["text"]))
+    row.number, row.source = o["number"], o["source"]
+    return row
+
+# %% ../../nbs/base/mapped_rows.ipynb #38b5bf33
+def _records(given, name, split, columns, system, skip, key):
+    "The checked rows of `given`, (data,), as JSON, one by one, with what is to be said of each."
     ahead, rows = itertools.tee(_unchecked(*given, split, skip, bool(columns)))
     shape, i = first_shape(ahead, columns, skip), 0
     del ahead   # or all rows would be kept for it
@@ -41,12 +47,6 @@ def _records(given, name, split, columns, system, skip, key):   # `given`: (data
                    said="\n".join(o.replace("\n", " ") for o in said))
     if not i: raise QLoRAError("there are no rows.", where=name, cure=EXPECTED)
 
-def _as_row(o):
-    "A checked row, from the table."
-    row = Row(json.loads(o["text"]))
-    row.number, row.source = o["number"], o["source"]
-    return row
-
 # %% ../../nbs/base/mapped_rows.ipynb #8ee8c63a
 def _reason(e):
     "Why a table was not written: an error of ours, or of the disk, that `datasets` has wrapped."
@@ -56,14 +56,14 @@ def _reason(e):
                       str(e.filename or ""),
                       "Make room there, or let HF_DATASETS_CACHE name a folder with room.")
 
+# %% ../../nbs/base/mapped_rows.ipynb #09385066
 def map_rows(data,                     # A file, a `Dataset`, a stream, a DataFrame or rows
              split:str="train", columns:dict|None=None, system:str|None=None,
-             skip_bad_rows:bool=False,  # As in `load_rows`
-             name:str|None=None,       # What messages call the data; None: the name of the file
-             cache_dir:str|Path|None=None # Where the table is kept; None is the cache of `datasets`
-            ) -> Mapped:               # Of `Row`s
-    """The rows of `load_rows`, checked one by one and mapped from disk. Raises `QLoRAError`
-    naming the file and the row."""
+             skip_bad_rows:bool=False, # As in `load_rows`
+             name:str|None=None,      # What messages call the data; None: the name of the file
+             cache_dir:str|Path|None=None # Of the table; None is the cache of `datasets`
+            ) -> Mapped:              # Of `Row`s
+    "The rows of `load_rows`, checked one by one and mapped from disk. Raises `QLoRAError`."
     from datasets import Dataset, Features, Value
     path = isinstance(data, (str, Path))
     kind = "rows" if isinstance(data, (list, tuple, Mapped)) else type(data).__name__
@@ -71,8 +71,8 @@ def map_rows(data,                     # A file, a `Dataset`, a stream, a DataFr
     key = repr([versions()["qlora_nb"], digest(data) if path and is_file(data, EXPECTED) else ""])
     how = dict(given=(data,), name=name, split=split, columns=columns, system=system,
                skip=skip_bad_rows, key=key)
-    made = Features({k: Value("int32" if k == "number" else "string") for k in ("number", "source",
-        "text", "said")})
+    number, text = Value("int32"), Value("string")
+    made = Features(dict(number=number, source=text, text=text, said=text))
     try:
         table = Dataset.from_generator(_records, made, str(cache_dir) if cache_dir else None,
                                        gen_kwargs=how)

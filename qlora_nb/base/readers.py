@@ -19,18 +19,16 @@ def _separator(line):
     def names(o): return [k.strip().strip('"') for k in line.split(o)]
     return max(",;\t|", key=lambda o: (len(known_names(names(o))), len(names(o)), o == ","))
 
+# %% ../../nbs/base/readers.ipynb #76a0946a
 def _header(names, name, named):
-    """The names of the columns. Raises `QLoRAError` when one is there twice, or none is known
-    and `columns` names none."""
+    "The names of the columns. Raises `QLoRAError` when one is there twice, or none is known."
     names = [o.strip() for o in names]
     found = ", ".join(map(repr, names))[:100] or "none at all"
     if not named and not known_names(names) and not {"text", "parent_id"} & {*names}:
+        cure = ("The first line must name the columns, such as prompt,response; others are mapped "
+                "by columns=dict(prompt=..., response=...), or --columns prompt=...,response=...")
         raise QLoRAError(f"the header names no known columns (found: {found}).",
-                         where=f"{name}, the header", cure="The first line must name the columns, "
-                                                           "such as prompt,response; others are "
-                                                           "mapped by "
-                              "columns=dict(prompt=..., response=...), or --columns "
-                              "prompt=...,response=...")
+                         f"{name}, the header", cure)
     if twice := [o for i, o in enumerate(names) if o in names[:i]]:
         raise QLoRAError(f"the column {twice[0]!r} is there twice.", f"{name}, the header",
                          "Rename one, such as prompt.")
@@ -38,15 +36,14 @@ def _header(names, name, named):
 
 # %% ../../nbs/base/readers.ipynb #403d828d
 def csv_rows(lines, name, skip=False, named=False):
-    """The rows of lines of CSV as dicts, one by one; with `skip`, an error in the place of a
-    broken one."""
+    "The rows of lines of CSV, one by one; with `skip`, an error in the place of a broken one."
     def next_line(): return next((o for o in lines if o.strip()), "")
     lines, i, limit = iter(lines), 0, csv.field_size_limit(2**26)
     first = next_line()
     said = re.match(r'\s*"?sep=(.)"?\s*$', first, re.I)   # as Excel writes it
     if said: first = next_line()
-    table = csv.reader(chain([first], lines), strict=True, delimiter=said[1] if said
-                       else _separator(first.strip("\r\n")))
+    separator = said[1] if said else _separator(first.strip("\r\n"))
+    table = csv.reader(chain([first], lines), strict=True, delimiter=separator)
     def bad(what, cure): return QLoRAError(what, where=f"{name}, row {i + 1}", cure=cure)
     try:
         header = _header(next((o for o in table if any(map(str.strip, o))), []), name, named)
@@ -54,9 +51,9 @@ def csv_rows(lines, name, skip=False, named=False):
             if not o or not "".join(o).strip() and len(o) == 1: continue  # a blank line
             row = dict(zip(header, o))
             if len(o) != len(header):
+                cure = 'Put "quotes" around text that holds a separator or a line break. '
                 row = bad(f"the row has {len(o)} fields, but the header has {len(header)}.",
-                          'Put "quotes" around text that holds a separator or a line break. '
-                          + SKIP)
+                          cure + SKIP)
             if isinstance(row, QLoRAError) and not skip: raise row
             yield row
             i += 1
@@ -76,11 +73,12 @@ def _row_at(text, kind):
     n = sum(map(bool, rows)) - table
     return f"row {n}" if n else "the header"
 
+# %% ../../nbs/base/readers.ipynb #c4b37e95
 def _read_text(path, kind):
     "The text of a file, perhaps packed: UTF-8 with or without a mark, or UTF-16 with one."
     try:
-        raw = (gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz"
-               else path.read_bytes())
+        raw = path.read_bytes()
+        if path.suffix.lower() == ".gz": raw = gzip.decompress(raw)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path),
                          "Write it again, as .jsonl.") from e
@@ -89,9 +87,9 @@ def _read_text(path, kind):
     try: return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         where = f"{path}, {_row_at(raw[:e.start].decode('utf-8-sig'), kind)}"
+        cure = "Save the file as UTF-8; a spreadsheet offers it as 'CSV UTF-8'."
         raise QLoRAError(f"byte {raw[e.start]:#04x} at position {e.start} is not UTF-8.",
-                         where=where, cure="Save the file as UTF-8; a "
-                                           "spreadsheet offers it as 'CSV UTF-8'.") from e
+                         where, cure) from e
 
 # %% ../../nbs/base/readers.ipynb #b43945a0
 def without_nulls(value):
@@ -119,19 +117,18 @@ def parquet_rows(path):
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 def kind_of_file(path:Path) -> str:
-    """The ending of a file's name that says what it holds, without the .gz of a packed one.
-    Raises `QLoRAError`."""
-    kind, kinds = (Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower(),
-                   f"{', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    "The ending of a file's name, without the .gz of a packed one. Raises `QLoRAError`."
+    kind = Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower()
+    kinds = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
     if path.is_dir():
         raise QLoRAError("this is a folder.", str(path), f"Give one {kinds} file in it.")
     if kind not in KINDS:
         raise QLoRAError(f"files of the kind '{kind}' are not read.", str(path), f"Use {kinds}.")
     return kind
 
+# %% ../../nbs/base/readers.ipynb #960ccba4
 def read_rows(path:Path,                # One of `KINDS`, all but .parquet also packed as .gz
-              # Put an error in the place of a broken row, instead of raising it
-              skip_bad_rows:bool=False,
+              skip_bad_rows:bool=False, # Put an error in the place of a broken row
               named:bool=False          # Are the columns named by the user?
              ) -> list:                 # Its rows, unchecked
     "Read a file. Raises `QLoRAError` for one that cannot be read, is empty, or is of another kind."

@@ -15,22 +15,21 @@ from .readers import from_table
 # %% ../../nbs/base/sources.ipynb #e603a2d6
 def rows_given(data, split,
                whole:bool=True):  # Else the rows of a table come one by one
-    """(rows as plain Python, a name for messages) of a list, a Dataset, a DatasetDict or a
-    DataFrame."""
+    "(rows as plain Python, a name for messages) of a list, a Dataset, DatasetDict or DataFrame."
     if isinstance(data, (list, tuple)): return list(data), "the rows given"
     kind = type(data).__name__
     if isinstance(data, dict) and all(hasattr(o, "column_names") for o in data.values()):
-        if split not in data: raise QLoRAError(f"there is no split '{split}' in the {kind} given.",
-                                               cure=f"Choose one by split=...: {', '.join(data)}.")
+        if split not in data:
+            raise QLoRAError(f"there is no split '{split}' in the {kind} given.",
+                             cure=f"Choose one by split=...: {', '.join(data)}.")
         data = data[split]
     if hasattr(data, "column_names"):
         return (list if whole else iter)(map(from_table, data)), f"the {kind} given"
     if hasattr(data, "columns") and hasattr(data, "to_dict"):
         return list(map(from_table, data.to_dict("records"))), f"the {kind} given"
-    raise QLoRAError(f"data of the type {kind} cannot be read.",
-                     cure="Give a file, a Hub data set id, a datasets.Dataset, "
-                          "a pandas.DataFrame or a "
-                          "list of dicts such as dict(prompt=..., response=...).")
+    cure = ("Give a file, a Hub data set id, a datasets.Dataset, a pandas.DataFrame or a list of "
+            "dicts such as dict(prompt=..., response=...).")
+    raise QLoRAError(f"data of the type {kind} cannot be read.", cure=cure)
 
 # %% ../../nbs/base/sources.ipynb #3fdaafbd
 class Source(str):
@@ -45,27 +44,23 @@ class Source(str):
 OPTIONS = ("columns", "system", "skip_bad_rows", "split", "config", "revision", "large")
 
 def shared_options(options:dict) -> dict:
-    """Those of `OPTIONS` that hold for other rows too, such as those to evaluate on: how to read
-    them, not which."""
+    "Those of `OPTIONS` that say how to read rows, not which, and so hold for other rows too."
     return {k: v for k, v in options.items() if k in OPTIONS[:3]}
 
 # %% ../../nbs/base/sources.ipynb #56f4a9d2
 def is_mixture(data):
     "Is this a list of data sets, rather than of rows?"
     def is_weight(o): return isinstance(o, (int, float))
-    def pair(o):
-        return (isinstance(o, (tuple, list)) and len(o) == 2 and is_weight(o[1])
-                and not is_weight(o[0]))
+    def pair(o): return len(o) == 2 and is_weight(o[1]) and not is_weight(o[0])
     def one(o):
-        return (isinstance(o, (str, Path)) or hasattr(o, "column_names") or hasattr(o, "to_dict")
-                or pair(o))
+        if isinstance(o, (tuple, list)): return pair(o)
+        return isinstance(o, (str, Path)) or hasattr(o, "column_names") or hasattr(o, "to_dict")
     return isinstance(data, (list, tuple)) and len(data) > 0 and all(map(one, data))
 
 def mix(parts:list,  # Of (rows, weight)
         seed:int=0   # Of the choice where a weight is no whole number
        ) -> list:    # The parts one after the other, not shuffled
-    """Rows of several data sets: each row `weight` times, a fraction being a random part of the
-    rows."""
+    "Rows of several data sets: each `weight` times, a fraction being a random part of the rows."
     out, rng = [], random.Random(seed)
     for rows, weight in parts:
         if not weight > 0:
@@ -79,8 +74,7 @@ def mix(parts:list,  # Of (rows, weight)
 NAMES = dict(learning_rate="lr", r="rank", target_modules="targets", max_seq_length="max_length")
 
 def check_options(function, given):  # The keywords that it was called with and hands on
-    """Raise `QLoRAError` for a keyword that `function` and `load_rows` do not know, with the
-    nearest one that is known."""
+    "Raise `QLoRAError` for a keyword that `function` and `load_rows` do not know."
     own = [k for k, p in inspect.signature(function).parameters.items()
            if p.kind is not p.VAR_KEYWORD]
     for k in given:

@@ -15,13 +15,12 @@ from ..base.errors import QLoRAError
 from .tokenizer_checks import TOOLS, check_nothing_lost
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #c9b7bfcb
-def as_messages(row:dict   # Of `prompt` and `response` (which may be missing) and perhaps `system`; or of `messages`
+def as_messages(row:dict   # `prompt`, perhaps `response` and `system`; or `messages`
                ) -> list:  # Of {role, content}, with whatever else a message holds
-    """A row as a chat. Whitespace around an answer is dropped: a tokenizer would fuse it with
-    the template's text."""
+    "A row as a chat, without the space around an answer: it would fuse with the template's text."
     turns = dict(system=row.get("system"), user=row.get("prompt"), assistant=row.get("response"))
-    messages = (row.get("messages") or [dict(role=r, content=c) for r, c in turns.items()
-                                        if c is not None])
+    turns = [dict(role=r, content=c) for r, c in turns.items() if c is not None]
+    messages = row.get("messages") or turns
     return [m | dict(content=m["content"].strip()) if m["role"] == "assistant" else dict(m)
             for m in messages]
 
@@ -35,10 +34,10 @@ def _article(messages, tokenizer, ask):
     "The Alpaca format for any number of turns, each answer closed with EOS."
     text = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
     if not tokenizer.eos_token:
-        known = (", ".join(map(repr, [*tokenizer.all_special_tokens,
-                                      *tokenizer.get_added_vocab()][:4])) or "'</s>'")
+        known = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()][:4] or ["</s>"]
         raise QLoRAError("the tokenizer has no EOS token, so no answer of this template could end.",
-                         cure=f"Set it: tokenizer.eos_token = ..., such as one of {known}.")
+                         cure=f"Set it: tokenizer.eos_token = ..., such as one of "
+                              f"{', '.join(map(repr, known))}.")
     heads = dict(system="", user="### Instruction:\n", assistant="### Response:\n")
     if any(m["role"] not in heads or set(m) & {"tool_calls", "reasoning_content"}
            for m in messages):
@@ -54,8 +53,7 @@ TEMPLATES = ("auto", "chat", "no-thinking", "article")
 # %% ../../nbs/2_training/17_chat_templates.ipynb #17010070
 @lru_cache
 def _own(template):
-    """The source of a template of the user's own: a .jinja file, or its text; None for one of
-    `TEMPLATES`."""
+    "The source of the user's own template, a .jinja file or its text; None for one of `TEMPLATES`."
     try:
         if template.endswith(".jinja"):
             return Path(template).expanduser().read_text(encoding="utf-8")
@@ -64,16 +62,16 @@ def _own(template):
                          "Check its path.") from e
     return template if "{" in template else None
 
+# %% ../../nbs/2_training/17_chat_templates.ipynb #3bb494e3
 def _apply(messages, tokenizer, tools, cure, text=False, **how):
     "What the chat template writes, the arguments of calls being objects or, with `text`, JSON."
     def call(o):
         f = o["function"]
         return o | dict(function=f | dict(arguments=json.dumps(f["arguments"], ensure_ascii=False)))
-    given = messages
     if text:
-        given = [m | {k: list(map(call, m[k])) for k in ("tool_calls",) if m.get(k)}
-                 for m in messages]
-    try: return tokenizer.apply_chat_template(given, tools=tools, tokenize=False, **how)
+        messages = [m | dict(tool_calls=[*map(call, m["tool_calls"])]) if m.get("tool_calls") else m
+                    for m in messages]
+    try: return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how)
     except Exception as e:
         raise QLoRAError(f"the chat template refuses this row ({e}).", cure=cure) from e
 
@@ -89,13 +87,11 @@ def _writes_calls(messages, **how):
 # %% ../../nbs/2_training/17_chat_templates.ipynb #9de2c48d
 def render(messages:list,        # Of {role, content}
            tokenizer,            # Its chat template is used by "chat" and "no-thinking"
-           # One of `TEMPLATES`, or a .jinja file or its text; "auto": "chat" where there is one
-           template:str="auto",
+           template:str="auto",  # One of `TEMPLATES` ("auto": "chat" where there is one), or a file
            ask:bool=False,       # End where the assistant's next answer begins?
            tools:list|None=None  # That the model may call
-          # Text to be tokenized with `add_special_tokens=False`: it holds BOS where there is one
-          ) -> str:
-    "Write a chat as one text."
+          ) -> str:              # With BOS where there is one: tokenize without special tokens
+    "Write a chat as one text. A template may also be given as its text."
     own, has, cure = _own(template), tokenizer.chat_template, "Use template='article'."
     if not own and template not in TEMPLATES:
         raise QLoRAError(f"there is no template '{template}'.",
@@ -117,9 +113,8 @@ def render(messages:list,        # Of {role, content}
 # %% ../../nbs/2_training/17_chat_templates.ipynb #a7621784
 def _fail(why, text):
     raise QLoRAError(why, cure="Use template='no-thinking' or 'article', or a chat template made "
-                               "for training, such as "
-                                f"TRL's `get_training_chat_template` "
-                                f"gives. Rendered text: {text!r}")
+                               "for training, such as TRL's `get_training_chat_template` gives. "
+                               f"Rendered text: {text!r}")
 
 def _ids(text, tokenizer):
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -149,10 +144,8 @@ def answer_spans(messages:list,       # Of {role, content}
                  tokenizer,           # A Hugging Face tokenizer
                  template:str="auto", # One of `TEMPLATES`
                  tools:list|None=None # That the model may call
-                # (ids up to the last answer's end, [(start, end) of each, end token included])
-                ) -> tuple:
-    """Where the answers are, in tokens. Raises `QLoRAError` with the rendered text when one
-    cannot be found."""
+                ) -> tuple:           # (ids, [(start, end) of each answer, end token included])
+    "Where the answers are, in tokens. Raises `QLoRAError` when one cannot be found."
     def write(upto, ask=False): return render(messages[:upto], tokenizer, template, ask, tools)
     full, stops, found, spans = write(len(messages)), _stops(tokenizer), [], []
     for i, m in enumerate(messages, 1):
@@ -165,17 +158,16 @@ def answer_spans(messages:list,       # Of {role, content}
         if ids[:len(a)] != a or ids[:len(b)] != b:
             _fail(f"message {i} shares a token with the text around it.", full)
         spans.append((len(a), len(b)))
-    check_nothing_lost(messages, full, lambda chat, tools: render(chat, tokenizer, template,
-        tools=tools), tools)
+    def again(chat, tools): return render(chat, tokenizer, template, tools=tools)
+    check_nothing_lost(messages, full, again, tools)
     return ids, spans
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #64d233d5
 def encode(row:dict,               # From `load_rows`
            tokenizer,              # A Hugging Face tokenizer
            template:str="auto",    # One of `TEMPLATES`
-           max_length:int|None=None  # Refuse a longer example; None accepts any length
-          # `input_ids` and `labels`, two flat lists; labels are -100 outside the answers
-          ) -> dict:
+           max_length:int|None=None # Refuse a longer example; None accepts any length
+          ) -> dict:               # `input_ids` and `labels`, which are -100 outside the answers
     "Tokens and labels of one row: every answer is trained with its end token, nothing else is."
     ids, spans = answer_spans(as_messages(row), tokenizer, template, row.get("tools"))
     labels = [-100]*len(ids)
@@ -188,8 +180,7 @@ def encode(row:dict,               # From `load_rows`
 def encode_prompt(row:dict,             # A row, with or without its last answer
                   tokenizer,            # As in training
                   template:str="auto"   # As in training
-                 # Tokenize it with `add_special_tokens=False`: BOS is in it where there is one
-                 ) -> str:
+                 ) -> str:              # Of `render`
     "The text up to where the last answer begins: what `generate` should be given."
     messages = as_messages(row)
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages

@@ -18,8 +18,7 @@ from ..base.files import (PARTS, as_path, choose, digest, from_hub, identity, is
 from ..base.mapped import Mapped
 from ..base.mapped_rows import _as_row, map_rows
 from ..base.notes import (FATES, TEXT, Examples, Notes, Row, length_report, number_of,
-                                 place_of)
-from ..base.notes import say_column, say_text, table_report
+                                 place_of, say_column, say_text, table_report)
 from ..base.readers import read_rows
 from ..base.rows import EXPECTED, check_rows
 from ..base.sources import Source, is_mixture, mix, rows_given
@@ -33,54 +32,51 @@ _all_ = ["make_tickets", "TEMPLATES", "answer_of", "as_messages", "encode", "enc
          "render", "map_rows", "Source", "digest", "is_large"]
 
 # %% ../../nbs/2_training/19_data.ipynb #9899b3d4
-def load_rows(data,  # "tickets", a file, a Hub id, a Dataset, a DataFrame, rows; or a list of such
-              # Of the tickets, of a Hub data set or of a DatasetDict; a file is read whole
-              split:str="train",
-              # From our names to those of the columns: dict(prompt="q", response="a")
-              columns:dict|None=None,
-              system:str|None=None,      # A system prompt for rows without one
-              # Leave broken rows out and say how many, instead of raising for the first
-              skip_bad_rows:bool=False,
-              # The configuration and the commit, tag or branch of a Hub data set
-              config:str|None=None, revision:str|None=None,
-              # Map the rows from disk, by `map_rows`; None: those that `is_large` finds large
-              large:bool|None=None
-             # `Row`s of `prompt` and `response` (perhaps `system`), or of `messages`
-             ) -> list:
-    """Get rows from anywhere and check all of them. Raises `QLoRAError` naming the file, the row
-    and what was expected."""
-    how = dict(columns=columns, system=system, skip_bad_rows=skip_bad_rows)
-    several = ([o if isinstance(o, (tuple, list)) else (o, 1) for o in data] if is_mixture(data)
-               else [(data, 1)])
-    if is_mixture(data) and large is None: large = any(is_large(o) for o, _ in several)
-    chosen = choose([o for o, _ in several], **how, large=large, split=split, config=config,
-                    revision=revision)
-    if is_mixture(data):
-        return mix([(load_rows(o, **own), weight) for (o, own), (_, weight) in zip(chosen,
-            several)])
-    (data, how), = chosen
-    hub, split, large = {k: how.pop(k) for k in PARTS[1:] if k in how}, how.pop("split",
-        "train"), how.pop("large")
+def _load(data, split="train", large=None, **how):
+    "The rows of one source, with the options of `check_rows` and those that choose at the Hub."
+    hub = {k: how.pop(k) for k in PARTS[1:] if k in how}
     checked = (isinstance(data, Mapped) or isinstance(data, (list, tuple)) and data
                and all(isinstance(o, Row) for o in data))
     if checked and not how["system"]: return data if isinstance(data, Mapped) else list(data)
     if checked: how["columns"] = None   # they have been mapped
     name, file = str(data) if isinstance(data, (str, Path)) else None, False
-    if name and name != "tickets" and not (file := is_file(data, EXPECTED)):
-        data = from_hub(name, split, **hub)
+    if name == "tickets": data = make_tickets(split)
+    elif name and not (file := is_file(data, EXPECTED)): data = from_hub(name, split, **hub)
     if isinstance(data, Mapped) or large or large is None and is_large(data):
-        return map_rows(make_tickets(split) if name == "tickets" else data, split, name=name, **how)
+        return map_rows(data, split, name=name, **how)
+    given = name
     if file: rows = read_rows(as_path(data), how["skip_bad_rows"], bool(how["columns"]))
-    else:
-        rows, given = (make_tickets(split), name) if name == "tickets" else rows_given(data, split)
+    else: rows, given = rows_given(data, split)
     return check_rows(rows, name or given, **how)
+
+# %% ../../nbs/2_training/19_data.ipynb #0fd8eb81
+def load_rows(data,                     # "tickets", a file, a Hub id, a table, rows; or several
+              split:str="train",        # Of the tickets, a Hub data set or a DatasetDict
+              columns:dict|None=None,   # From our names to theirs: dict(prompt="q", response="a")
+              system:str|None=None,     # A system prompt for rows without one
+              skip_bad_rows:bool=False, # Leave broken rows out and say how many, instead of raising
+              config:str|None=None,     # The configuration of a Hub data set
+              revision:str|None=None,   # Its commit, tag or branch
+              large:bool|None=None      # Map from disk, by `map_rows`? None asks `is_large`
+             ) -> list:                 # Of `Row`s: `prompt` and `response`, or `messages`
+    """Get rows from anywhere and check all of them. Raises `QLoRAError` naming the file, the row
+    and what was expected."""
+    several = [(data, 1)]
+    if is_mixture(data):
+        several = [o if isinstance(o, (tuple, list)) else (o, 1) for o in data]
+        if large is None: large = any(is_large(o) for o, _ in several)
+    chosen = choose([o for o, _ in several], columns=columns, system=system, large=large,
+                    skip_bad_rows=skip_bad_rows, split=split, config=config, revision=revision)
+    if is_mixture(data):
+        return mix([(load_rows(o, **own), w) for (o, own), (_, w) in zip(chosen, several)])
+    (data, how), = chosen
+    return _load(data, **how)
 
 # %% ../../nbs/2_training/19_data.ipynb #0105d92a
 GAP = " […] "
 
 def _most(fits, n):
-    """The largest k in 0..n that fits, or None; what is larger than one that does not fit does
-    not fit either."""
+    "The largest k in 0..n that fits, or None. Whatever is larger does not fit either."
     if not fits(0): return None
     low, high = 0, n
     while low < high:
@@ -93,37 +89,33 @@ def shorten(row:dict,        # From `load_rows`
             tokenizer,       # A Hugging Face tokenizer
             template:str,    # One of `TEMPLATES`
             max_length:int   # In tokens, the answer included
-           # A chat of at most `max_length` tokens; None where the answer alone has more
-           ) -> dict|None:
-    """Leave out the oldest turns, then the middle of the last question. System prompt and last
-    answer stay whole."""
+           ) -> dict|None:  # A chat that fits; None where the answer alone does not
+    "Leave out the oldest turns, then the middle of the last question; the last answer stays whole."
     chat, more = as_messages(row), {k: row[k] for k in ("tools",) if k in row}
     first = chat[0]["role"] == "system"
     starts = [i for i, m in enumerate(chat) if m["role"] == "user"
               and (i == first or chat[i-1]["role"] == "assistant")]
     def fits(turns):
         text = render(chat[:first] + turns, tokenizer, template, **more).rstrip()
-        return len(tokenizer(text, add_special_tokens=False,
-                             verbose=False)["input_ids"]) <= max_length
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return len(ids) <= max_length
     k = _most(lambda k: fits(chat[starts[-1-k]:]), len(starts) - 1)  # turns beside the last one
     if k is not None: return dict(messages=chat[:first] + chat[starts[-1-k]:], **more)
     last = chat[starts[-1]:]
-    q = max((i for i, m in enumerate(last[:-1]) if m["role"] != "assistant"),
-            key=lambda i: len(last[i]["content"]))
+    asked = [i for i, m in enumerate(last[:-1]) if m["role"] != "assistant"]
+    q = max(asked, key=lambda i: len(last[i]["content"]))
     text = last[q]["content"]
     def cut(k):
-        return [*last[:q], last[q] | dict(content=text[:k - k//2] + GAP + text[len(text) - k//2:]),
-                *last[q+1:]]
-    # characters of the longest question
-    k = _most(lambda k: fits(cut(k)), len(text) - 1)
+        short = text[:k - k//2] + GAP + text[len(text) - k//2:]
+        return [*last[:q], last[q] | dict(content=short), *last[q+1:]]
+    k = _most(lambda k: fits(cut(k)), len(text) - 1)  # characters of the longest question
     return None if k is None else dict(messages=chat[:first] + cut(k), **more)
 
 # %% ../../nbs/2_training/19_data.ipynb #f9cdbf93
 LONG = ("drop", "cut", "error")
 
 def _fit(row, tokenizer, template, max_length, long):
-    """(example or None, what became of the row, one of `FATES`; its length). No room: not even
-    for the answer."""
+    "(example or None, one of `FATES`, length). No room: not even for the answer."
     if long not in LONG:
         raise QLoRAError(f"there is no choice long='{long}'.",
                          cure=f"Choose from: {', '.join(LONG)}.")
@@ -139,7 +131,6 @@ def _fit(row, tokenizer, template, max_length, long):
 
 # %% ../../nbs/2_training/19_data.ipynb #47d3c350
 def _turns(row): return sum(m["role"] == "user" for m in as_messages(row))
-def _present(fates): return [0 <= o < FATES.index("dropped") for o in fates]
 
 # %% ../../nbs/2_training/19_data.ipynb #7a7385eb
 def _notes(row, example, fate, tokenizer, control):
@@ -151,14 +142,10 @@ def encode_rows(rows:list,             # From `load_rows`
                 tokenizer,             # A Hugging Face tokenizer
                 template:str="auto",   # One of `TEMPLATES`
                 max_length:int=512,    # In tokens, the answer included
-                # What to do with longer rows: "drop" them, "cut" their prompt, or an "error"
-                long:str="drop",
-                # Processes, for rows that are mapped from disk; None works in this one
-                num_proc:int|None=None
-               # Of `encode`'s dicts; `report` counts what was kept, cut and left out
-               ) -> Examples:
-    """Encode all rows. Raises `QLoRAError` when none fits, or naming the row whose answer cannot
-    be found."""
+                long:str="drop",       # Longer rows: "drop" them, "cut" their prompt, or "error"
+                num_proc:int|None=None # Processes, for rows that are mapped from disk
+               ) -> Examples:          # `encode`'s dicts; `report`: what was kept, cut, left out
+    "Encode all rows. Raises `QLoRAError` when none fits, or naming a row that cannot be encoded."
     if isinstance(rows, Mapped):
         return _encode_mapped(rows, tokenizer, num_proc, template=template, max_length=max_length,
                               long=long)
@@ -173,8 +160,8 @@ def encode_rows(rows:list,             # From `load_rows`
         if fate != "kept": first[fate] = min(number, first.get(fate, number))
         count[fate] += 1
         longest, turns = max(longest, n), max(turns, _turns(row))
-    examples.report, examples.rows = length_report(count, first, longest, max_length,
-                                                   turns), numbers
+    examples.report = length_report(count, first, longest, max_length, turns)
+    examples.rows = numbers
     say_text(notes)
     return examples
 
@@ -194,25 +181,26 @@ def collate(examples:list,  # Of `encode`'s dicts
 def _example(o): return dict(input_ids=o["input_ids"], labels=o["labels"])
 
 def _encode_batch(batch, places, **how):
-    """The examples of a piece of a table, empty where a row was left out, what became of each,
-    and what is to be said."""
+    "The examples of a piece of a table, empty where a row was left out, and what became of each."
     out, control = [], control_tokens(how["tokenizer"])
-    for i, row in zip(places, map(_as_row, (dict(zip(batch, o)) for o in zip(*batch.values())))):
+    rows = (_as_row(dict(zip(batch, o))) for o in zip(*batch.values()))
+    for i, row in zip(places, rows):
         try: example, fate, size = _fit(row, **how)
         except QLoRAError as e:
             raise QLoRAError(e.what, where=place_of(row, i + 1), cure=e.cure) from e
         said = "\n".join(TEXT + k for k in _notes(row, example, fate, how["tokenizer"], control))
-        out.append((example or dict(input_ids=[], labels=[])) | dict(
-            row=i + 1, number=row.number, fate=FATES.index(fate), size=size, turns=_turns(row),
-            said=said))
+        more = dict(row=i + 1, number=row.number, fate=FATES.index(fate), size=size,
+                    turns=_turns(row), said=said)
+        out.append((example or dict(input_ids=[], labels=[])) | more)
     return {k: [o[k] for o in out] for k in out[0]}
 
+# %% ../../nbs/2_training/19_data.ipynb #18ffc087
 def _encode_mapped(rows, tokenizer, num_proc, **how):
     "`encode_rows` of rows that are mapped from disk; so are the examples."
     from datasets import Features, Sequence, Value
     ids, number = Sequence(Value("int32")), Value("int32")
-    made = dict(input_ids=ids, labels=ids,
-                said=Value("string")) | dict.fromkeys("row number fate size turns".split(), number)
+    made = (dict(input_ids=ids, labels=ids, said=Value("string"))
+            | dict.fromkeys("row number fate size turns".split(), number))
     done = rows.table.map(
         _encode_batch, batched=True, with_indices=True, remove_columns=rows.table.column_names,
         num_proc=num_proc, fn_kwargs=how | dict(tokenizer=tokenizer), features=Features(made),

@@ -45,7 +45,8 @@ def note_ends(model, tokenizer, ends,  # Ids, or tokens as text as they stand in
     known, notes = getattr(model, "peft_config", None), notes_of(model, name)
     on = name in known if known else any(name in getattr(m, "hyper", ()) for m in model.modules())
     tokens = [o if isinstance(o, str) else tokenizer.convert_ids_to_tokens(int(o)) for o in ends]
-    notes["end_tokens"] = sorted({*tokens, *(notes.get("end_tokens", ()) if on else ())})
+    earlier = notes.get("end_tokens", ()) if on else ()
+    notes["end_tokens"] = sorted({*tokens, *earlier})
     notes.update(more)
     return notes["end_tokens"]
 
@@ -58,15 +59,14 @@ def taught_ends(model) -> set:  # Tokens as text
     return {e for n, o in noted.items() if n in names or not names for e in o.get("end_tokens", ())}
 
 def stop_ids(model, tokenizer) -> list:
-    """The tokens that end an answer: those that were trained, those of the base, and the
-    tokenizer's."""
+    "The tokens that end an answer: those that were trained, the base's, and the tokenizer's."
     listed = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
-    known = {*getattr(tokenizer, "added_tokens_decoder", {}), *getattr(tokenizer, "all_special_ids",
-        [])}
-    taught = {o: tokenizer.convert_tokens_to_ids(o) for o in taught_ends(model)}
-    taught = {i for o, i in taught.items() if i is not None and tokenizer.convert_ids_to_tokens(i)
-              == o}   # not <unk>
+    known = {*getattr(tokenizer, "added_tokens_decoder", ()),
+             *getattr(tokenizer, "all_special_ids", ())}
+    ids = {o: tokenizer.convert_tokens_to_ids(o) for o in taught_ends(model)}
+    taught = {i for o, i in ids.items()   # not <unk>
+              if i is not None and tokenizer.convert_ids_to_tokens(i) == o}
     own = {tokenizer.eos_token_id, template_end(tokenizer), *taught}
     return sorted({*own, *(o for o in listed if o in known)} - {None})
 
@@ -78,21 +78,21 @@ def note_loaded(model, name:str, notes:dict):  # As they stand beside its file
     note_ends(model, None, notes.get("end_tokens", ()), name, **more)
 
 def note_sum(model, weights:dict, name:str):
-    """What all of several adapters agree on holds for their sum; it ends where any ends. Warns
-    of two templates."""
+    "A sum of adapters has what all agree on, and ends where any ends. Warns of two templates."
     each = [notes_of(model, o) for o in weights]
     if len(kinds := {o["template"] for o in each if "template" in o}) > 1:
         said = ", ".join(sorted(kinds))
         warnings.warn(f"these adapters were trained with different templates: {said}.",
                       stacklevel=3)
     notes_of(model, name).clear()
-    shared = {k: v for k, v in each[0].items() if k != "end_tokens"
-              and all(o.get(k) == v for o in each)}
+    shared = {k: v for k, v in each[0].items()
+              if k != "end_tokens" and all(o.get(k) == v for o in each)}
     note_ends(model, None, {e for o in each for e in o.get("end_tokens", ())}, name, **shared)
 
 # %% ../../nbs/2_training/23_end_tokens.ipynb #809eee97
-# in the user's file, where broken rows may have been left out
-def number(example): return example.get("number", example["row"])
+def number(example):
+    "Of its row in the user's file, where broken rows may have been left out."
+    return example.get("number", example["row"])
 
 def check_labels(examples:list):
     "Raise `QLoRAError` where there is nothing to learn."
@@ -102,24 +102,23 @@ def check_labels(examples:list):
         raise QLoRAError("there is nothing to learn in this row: all of its labels are -100.",
                          where=f"row {empty[0]}")
 
+# %% ../../nbs/2_training/23_end_tokens.ipynb #f1754cd6
 def check_ids(model, tokenizer, examples:list):
-    """Raise `QLoRAError` for an id or a position that is in no table of the model; warn of rows
-    longer than it knows."""
+    "Raise `QLoRAError` for an id or a position that is in no table; warn of rows too long."
     table = model.get_input_embeddings().weight.shape[0]
     worst = max(examples, key=lambda e: max(e["input_ids"]))
     if (top := max(worst["input_ids"])) >= table:
         token = tokenizer.convert_ids_to_tokens(top)
-        raise QLoRAError(f"the token {token!r} has the number {top}, but the "
-                         f"model knows {table} tokens.",
-                         f"row {number(worst)}",
+        raise QLoRAError(f"the token {token!r} has the number {top}, but the model knows {table} "
+                         "tokens.", f"row {number(worst)}",
                          "Use the model's own tokenizer, or a model with a larger table.")
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     longest = max(examples, key=lambda e: len(e["input_ids"]))
     n, limit = len(longest["input_ids"]), getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or n <= limit: return
     what = f"the example has {n} tokens, and the model has {limit} positions."
-    others = [m for m in model.modules() if isinstance(m, Embedding)
-              and m is not model.get_input_embeddings()]
+    others = [m for m in model.modules()
+              if isinstance(m, Embedding) and m is not model.get_input_embeddings()]
     if any(limit <= m.num_embeddings <= limit + 8 for m in others):   # a table of positions
         raise QLoRAError(what, f"row {number(longest)}", f"Set max_length={limit}.")
     warnings.warn(f"row {number(longest)}: {what} It was never trained on more: set "
@@ -135,8 +134,7 @@ def written(example:dict, tokenizer) -> list:
     return parts
 
 def check_answers(examples:list, rows:list, tokenizer, many:int=2000) -> str|None:  # What to say
-    """Does each answer come back from its tokens? Looks at `many` examples. Raises `QLoRAError`
-    where most do not."""
+    "Does each of some answers come back from its tokens? Raises `QLoRAError` where most do not."
     lost, odd, looked = [], [], examples[::len(examples)//many + 1]
     def bare(text): return "".join(text.split())
     for e in looked:
@@ -146,9 +144,8 @@ def check_answers(examples:list, rows:list, tokenizer, many:int=2000) -> str|Non
         (odd if bare(wanted) in bare(said) else lost).append(number(e))
     def some(found): return f"{len(found)} of {len(looked)} answers, the first in row {found[0]}"
     if 2*len(lost) > len(looked):
-        raise QLoRAError(f"the tokenizer cannot write {some(lost)}: their "
-                         f"tokens say something else.",
-                         cure="Choose a base that knows this alphabet.")
+        raise QLoRAError(f"the tokenizer cannot write {some(lost)}: their tokens say something "
+                         "else.", cure="Choose a base that knows this alphabet.")
     if lost:
         return f"The tokenizer cannot write {some(lost)}: the model is taught what is left of them."
     return f"White space changes in {some(odd)}." if odd else None

@@ -19,24 +19,19 @@ def float32_adapters(model:torch.nn.Module):  # With adapters; changed in place
 # %% ../../nbs/2_training/21_optimizers.ipynb #d5c420fb
 def mixed_precision(device:torch.device|str,  # Where the model is
                     dtype:torch.dtype         # What its base computes in
-                   # `bf16` and `fp16`, for transformers' `TrainingArguments`
-                   ) -> dict:
-    """Autocast in the type of the base on CUDA, with a loss scaler for float16; nothing of the
-    kind elsewhere."""
+                   ) -> dict:                 # `bf16` and `fp16` of `TrainingArguments`
+    "On CUDA autocast in the type of the base, for float16 with a loss scaler; else nothing."
     on_gpu = torch.device(device).type == "cuda"
     return dict(bf16=on_gpu and dtype == torch.bfloat16, fp16=on_gpu and dtype == torch.float16)
 
 # %% ../../nbs/2_training/21_optimizers.ipynb #ff38d7ea
-# name → the devices that it works on
-OPTIMIZERS = dict(adamw_torch="cuda mps cpu", adamw_8bit="cuda cpu",
+OPTIMIZERS = dict(adamw_torch="cuda mps cpu", adamw_8bit="cuda cpu",   # and where they work
                   paged_adamw_32bit="cuda", paged_adamw_8bit="cuda")
 
-def pick_optimizer(name:str="auto",                 # One of `OPTIMIZERS`; "auto": paged 8-bit on CUDA, exact elsewhere
-                   device:torch.device|str="cpu"    # Where the model is
-                  # A name for transformers' `TrainingArguments(optim=...)`
-                  ) -> str:
-    """The optimizer to use. Raises `QLoRAError` for an unknown name, and for one that does not
-    work on `device`."""
+def pick_optimizer(name:str="auto", # One of `OPTIMIZERS`; "auto": paged 8-bit on CUDA, else exact
+                   device:torch.device|str="cpu" # Where the model is
+                  ) -> str:         # For transformers' `TrainingArguments(optim=...)`
+    "The optimizer to use. Raises `QLoRAError` for one that is unknown or does not work there."
     kind = torch.device(device).type
     fit = [n for n, devices in OPTIMIZERS.items() if kind in devices.split()]
     if name == "auto": return "paged_adamw_8bit" if kind == "cuda" else "adamw_torch"

@@ -28,20 +28,17 @@ from ..foundations.qlora import is_scratch
 from ..foundations.expert_weights import adapted_tensor
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #21afc1e7
-def numel(p):
-    return p.quant_state.shape.numel() if getattr(p, "quant_state", None) is not None else p.numel()
+def numel(p): return (p if getattr(p, "quant_state", None) is None else p.quant_state.shape).numel()
 
 def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
     "Of the numbers in the matrices of the layers, without embeddings and head."
-    ends = [o for o in (model.get_input_embeddings(), model.get_output_embeddings())
-            if o is not None]
-    apart = {id(p) for o in ends for p in o.parameters()}
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    apart = {id(p) for o in ends if o is not None for p in o.parameters()}
     apart |= {id(p) for n, p in model.named_parameters() if ".lora_" in n}
-    with_one = [m for m in model.modules() if hasattr(m, "lora_A")]
-    on_stacks = [m for m in with_one if hasattr(m, "parameter_name")]
-    adapted = {id(adapted_tensor(m)) for m in on_stacks} | {id(o) for m in with_one
-                                                            if m not in on_stacks
-                                                            for o in m.base_layer.modules()}
+    adapted = set()
+    for m in (o for o in model.modules() if hasattr(o, "lora_A")):
+        held = [adapted_tensor(m)] if hasattr(m, "parameter_name") else m.base_layer.modules()
+        adapted |= {id(o) for o in held}
     found = {}   # what it is → (numbers, in 4 bits?, under an adapter?)
     for m in model.modules():
         if isinstance(m, torch.nn.Embedding): continue
@@ -51,8 +48,7 @@ def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
                 found[id(p)] = numel(p), four, id(m) in adapted or id(p) in adapted
         if hasattr(m, "packed_numel"): found[id(m)] = m.packed_numel(), True, id(m) in adapted
     total = max(1, sum(n for n, _, _ in found.values()))
-    return (sum(n*f for n, f, _ in found.values())/total,
-            sum(n*a for n, _, a in found.values())/total)
+    return tuple(sum(o[0]*o[k] for o in found.values())/total for k in (1, 2))
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #86b96b1f
 @contextlib.contextmanager
@@ -60,10 +56,10 @@ def undisturbed(trainer):
     "What a block does to the adapters, the random generators, the mode and the metrics is undone."
     model, cuda = trainer.model, torch.cuda.is_available() and torch.cuda.is_initialized()
     mine = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    saved, modes = {n: p.detach().clone() for n, p in mine.items()}, [(m, m.training)
-        for m in model.modules()]
-    metrics, tokens = copy.deepcopy(getattr(trainer, "_metrics", None)), getattr(trainer,
-        "_total_train_tokens", 0)
+    saved = {n: p.detach().clone() for n, p in mine.items()}
+    modes = [(m, m.training) for m in model.modules()]
+    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
+    tokens = getattr(trainer, "_total_train_tokens", 0)
     cards = torch.cuda.get_rng_state_all() if cuda else None
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try: yield mine
@@ -74,6 +70,7 @@ def undisturbed(trainer):
         random.setstate(states[0]), np.random.set_state(states[1]), torch.set_rng_state(states[2])
         if cuda: torch.cuda.set_rng_state_all(cards)
 
+# %% ../../nbs/2_training/24_rehearsal.ipynb #0b19a542
 def stir(mine:dict):
     "Give each `B` small numbers, the same in each call."
     draw = torch.Generator().manual_seed(0)
@@ -84,26 +81,24 @@ def stir(mine:dict):
 # %% ../../nbs/2_training/24_rehearsal.ipynb #c1ec4350
 def short_rows(examples:list, longest:int=64) -> list:  # Of `encode_rows`, or packs of such
     "Two short examples, by their last tokens."
-    # or one read for each pack of a million
-    flat = examples.items if isinstance(examples, Grouped) else examples
+    flat = examples.items if isinstance(examples, Grouped) else examples   # packs are not read
     if isinstance(examples, list):
         flat = [e for o in examples for e in (o if isinstance(o, list) else [o])]
     lengths = count(flat, "tokens", lambda e: len(e["input_ids"]))
     two = [flat[i] for i in nsmallest(2, range(len(flat)), key=lengths.__getitem__)]
     return [dict(e, **{k: e[k][-longest:] for k in ("input_ids", "labels")}) for e in two]
 
-def cross_entropy(trainer, batch
-                  ) -> tuple:  # (nats a token on the model's own logits, what is added for routers)
-    "The loss that is meant, by the definition."
+# %% ../../nbs/2_training/24_rehearsal.ipynb #c25c82cd
+def cross_entropy(trainer, batch) -> tuple:  # (nats a token, what is added for routers)
+    "The loss on the model's own logits, by the definition."
     more = dict(output_router_logits=True) if getattr(trainer, "aux_loss_enabled", False) else {}
     with torch.no_grad(), trainer.compute_loss_context_manager():
         out = trainer.model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False,
                             **more)
     logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]
     if not out.logits.isfinite().all():
-        raise QLoRAError("the logits of the model are not finite before any training.",
-                         cure="Load it in another dtype: float16 overflows "
-                              "where bfloat16 does not.")
+        cure = "Load it in another dtype: float16 overflows where bfloat16 does not."
+        raise QLoRAError("the logits of the model are not finite before any training.", cure=cure)
     aux = getattr(out, "aux_loss", None)
     aux = 0. if aux is None or not more else trainer.router_aux_loss_coef*float(aux)
     picked = labels != -100
@@ -113,8 +108,7 @@ def cross_entropy(trainer, batch
 NEAR = {torch.float32: 1e-3, torch.float16: 5e-3}   # of a loss; bfloat16: 2e-2
 
 def same_losses(trainer, batch, padded, measure) -> float:
-    """The loss of a batch. Raises `QLoRAError` where trainer, logits and evaluation do not agree
-    on it."""
+    "The loss of a batch. Raises `QLoRAError` where trainer, logits and evaluation do not agree."
     model, n = trainer.model, (batch["labels"] != -100).sum()
     with trainer.compute_loss_context_manager(), torch.enable_grad():
         loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=n)
@@ -126,12 +120,11 @@ def same_losses(trainer, batch, padded, measure) -> float:
     for who, value, more in (("trainer", theirs, aux), ("evaluation", measure(model, [padded]), 0)):
         if min(abs(value - true), abs(value - true - more)) < near: continue
         raise QLoRAError(f"the {who}'s loss is {value:.4f}, the cross-entropy on the model's own "
-                         f"logits {true:.4f}.",
-                         model.config.model_type, cure)
+                         f"logits {true:.4f}.", model.config.model_type, cure)
     return true
 
-def check_gradients(model, mine:dict, called:set
-                    ) -> list:  # Names of adapters of layers that were not called
+# %% ../../nbs/2_training/24_rehearsal.ipynb #0056faa5
+def check_gradients(model, mine:dict, called:set) -> list:  # Names, of layers that were not called
     "Raise `QLoRAError` for an adapter without a gradient, or with one that is not finite."
     dead = [n for n, p in mine.items() if p.grad is None or not p.grad.any()]
     if bad := [n for n, p in mine.items() if p.grad is not None and not p.grad.isfinite().all()]:
@@ -144,21 +137,18 @@ def check_gradients(model, mine:dict, called:set
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #9951d9fa
 def not_in_file(model, folder, name:str="default") -> list:  # Names of tensors
-    """What differs between an adapter on a model and its file: missing on either side, or of
-    another value."""
+    "What differs between an adapter and its file: missing on either side, or of another value."
     have = {k: v.float() for k, v in load_file(Path(folder)/"adapter_model.safetensors").items()}
     if is_scratch(model): own = adapter_tensors(model, name)
     else: own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     own = {k: v.detach().cpu().float() for k, v in own.items()}
-    # trained embeddings, where somebody else has saved such
-    others = dict(model.named_parameters())
+    others = dict(model.named_parameters())   # trained embeddings, where somebody has saved such
     own |= {k: others[k].detach().cpu().float() for k in have.keys() - own.keys() if k in others}
-    both = have.keys() & own.keys()
-    return sorted({*(have.keys() ^ own.keys()),
-                   *(k for k in both if not torch.equal(have[k], own[k]))})
+    changed = {k for k in have.keys() & own.keys() if not torch.equal(have[k], own[k])}
+    return sorted((have.keys() ^ own.keys()) | changed)
 
-def wanted_by_peft(model, folder
-                   ) -> set|None:  # Names of tensors; None where its config makes no model
+# %% ../../nbs/2_training/24_rehearsal.ipynb #406d9995
+def wanted_by_peft(model, folder) -> set|None:  # Names; None where its config makes no model
     "What PEFT would look for in the file, on a fresh base."
     config = copy.deepcopy(model.config)
     try:
@@ -169,46 +159,50 @@ def wanted_by_peft(model, folder
     except Exception: return None
     return set(get_peft_model_state_dict(fresh, save_embedding_layers=False))
 
+# %% ../../nbs/2_training/24_rehearsal.ipynb #f5548c7f
 def check_reload(model, mine:dict, base:str):
-    """Save the adapter and read it back. Raises `QLoRAError` where something is lost, or would
-    go elsewhere."""
+    "Save the adapter and read it back. Raises `QLoRAError` where something is lost or misplaced."
     want = {n: p.detach().clone() for n, p in mine.items()}
     with tempfile.TemporaryDirectory() as tmp:
         folder = save_adapter(model, Path(tmp)/"adapter", base)
         for p in mine.values(): p.data.zero_()
         if is_scratch(model): read_adapter(model, folder)
         else:
-            set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"),
-                                      model.active_adapter)
+            weights = load_peft_weights(str(folder), device="cpu")
+            set_peft_model_state_dict(model, weights, model.active_adapter)
         lost = [n for n, p in mine.items() if not torch.equal(p.data, want[n])]
-        have, fresh = set(load_file(folder/"adapter_model.safetensors")), wanted_by_peft(model,
-            folder)
         lost = lost or not_in_file(model, folder)
+        have = set(load_file(folder/"adapter_model.safetensors"))
+        fresh = wanted_by_peft(model, folder)
     cure = "Choose other target_modules=[...]."
     if lost:
         raise QLoRAError(f"{len(lost)} of {len(mine)} matrices are not in the file that is saved.",
                          lost[0], cure)
     if fresh is not None and (odd := sorted(have ^ fresh)):
-        raise QLoRAError(f"the adapter could not be loaded again: a fresh base has no place for "
-                         f"{len(odd)} matrices.",
-                         odd[0], cure)
+        raise QLoRAError("the adapter could not be loaded again: a fresh base has no place for "
+                         f"{len(odd)} matrices.", odd[0], cure)
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #dd789bd3
+def _step(trainer, examples, collator, pad, measure, base, called):
+    "(loss, adapters without a gradient, all adapters): what is measured in one step, undone."
+    model, two = trainer.model, short_rows(examples)
+    with undisturbed(trainer) as mine, quiet():
+        model.eval(), stir(mine)
+        batch, padded = collator([two] if isinstance(examples[0], list) else two), pad(two)
+        batch = {k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)}
+        loss = same_losses(trainer, batch, padded, measure)
+        dead = check_gradients(model, mine, called)
+        check_reload(model, mine, base)
+    return loss, dead, mine
+
+# %% ../../nbs/2_training/24_rehearsal.ipynb #264b9423
 def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str
              ) -> list:  # Sentences
-    """One step on two short rows that leaves nothing behind. Raises `QLoRAError` for what would
-    go wrong later."""
-    model, two, called = trainer.model, short_rows(examples), set()
+    "One step on two rows that leaves nothing behind. Raises `QLoRAError` for what would go wrong."
+    model, called = trainer.model, set()
     layers = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_A")]
     hooks = [m.register_forward_hook(lambda m, a, o, n=n: called.add(n)) for n, m in layers]
-    try:
-        with undisturbed(trainer) as mine, quiet():
-            model.eval(), stir(mine)
-            batch, padded = collator([two] if isinstance(examples[0], list) else two), pad(two)
-            batch = {k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)}
-            loss = same_losses(trainer, batch, padded, measure)
-            dead = check_gradients(model, mine, called)
-            check_reload(model, mine, base)
+    try: loss, dead, mine = _step(trainer, examples, collator, pad, measure, base, called)
     except (QLoRAError, MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:
         if "memory" in str(e).lower(): raise
@@ -220,8 +214,6 @@ def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str
     four, under = coverage(model)
     said = [f"{four:.1%} of the weights of the layers are in 4 bits, {under:.1%} under adapters; "
             f"trainer, logits and evaluation agree on the loss of two rows ({loss:.3f})."]
-    if dead:
-        said.append(f"{len(dead)} of {len(mine)} adapter matrices belong to "
-                    f"layers that two rows do not reach, "
-                    f"such as {dead[0]}.")
+    if dead: said.append(f"{len(dead)} of {len(mine)} adapter matrices belong to layers that two "
+                         f"rows do not reach, such as {dead[0]}.")
     return said

@@ -17,7 +17,6 @@ PRIORITIES = ["low", "normal", "high"]
 INSTRUCTION = "Turn this support ticket into a JSON record."
 
 # %% ../../nbs/2_training/16_tickets.ipynb #d7307bbe
-# split → kind → words
 WORDS = tomllib.loads((files("qlora_nb")/"tickets.toml").read_text(encoding="utf-8"))
 
 # %% ../../nbs/2_training/16_tickets.ipynb #912c2742
@@ -25,10 +24,8 @@ SYLLABLES = ("ba do fen gor hil jun kal lem mor nop pra ril sto tav ul vin wex "
              "yor zan che tri quo mi se".split())
 
 def _invented(pick):
-    """A product that nobody has heard of: syllables or words of other names, and now and then a
-    number or a noun."""
-    pairs = [o.split() for o in WORDS["train"]["products"] if o.count(" ") == 1
-             and o.split()[1].isalpha()]
+    "A product that nobody has heard of: of syllables, or of words from other names."
+    pairs = [p for o in WORDS["train"]["products"] if len(p := o.split()) == 2 and p[1].isalpha()]
     noun = pick(pairs)[1]
     if pick([0, 1]): return f"{pick(pairs)[0]} {noun}"
     name = "".join(pick(SYLLABLES) for _ in range(pick([2, 3]))).capitalize()
@@ -71,11 +68,10 @@ def _ticket(rng, split):
     return text.replace("@", rec["product"]).replace("{o}", rec["order_id"] and shown or ""), rec
 
 # %% ../../nbs/2_training/16_tickets.ipynb #40cd47db
-def make_tickets(split:str="train",  # "train" or "test": they share no product, sentence or order number
-                 n:int=800,          # Rows; no two are equal
-                 seed:int=0          # Another seed draws other rows from the same words
-                # Dicts of `prompt` (instruction and ticket) and `response` (one line of JSON)
-                ) -> list:
+def make_tickets(split:str="train", # "train" or "test": no product, sentence or number in common
+                 n:int=800,         # Rows; no two are equal
+                 seed:int=0         # Another seed draws other rows from the same words
+                ) -> list:          # Of `prompt` (instruction and ticket) and `response` (JSON)
     "Write support tickets with their records. Raises `QLoRAError` for a split that does not exist."
     if split not in WORDS:
         raise QLoRAError(f"tickets have no split '{split}'.", cure="Choose 'train' or 'test'.")

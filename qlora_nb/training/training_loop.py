@@ -26,35 +26,30 @@ from ..foundations.qlora import is_scratch
 # %% ../../nbs/2_training/22_training_loop.ipynb #ae51cb5d
 @torch.no_grad()
 def row_marks(model, batch  # `input_ids`, `attention_mask`, `labels`: (rows, tokens)
-             # ((rows,) sums in nats, (rows,) numbers of trained tokens, (rows,) is each of them the
-             # likeliest?)
-             ) -> tuple:
-    """What the model makes of each row, by its own logits. Only the trained tokens go through
-    the output head."""
+             ) -> tuple:    # Three of (rows,): sums in nats, trained tokens, are all the likeliest?
+    "What the model makes of each row. Only the trained tokens go through the output head."
     batch = {k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "labels")}
-    # `rows`: see `fold` of `78_shared_prefix`
     if plain := plain_head(model): hidden, labels, rows = hidden_states(model, batch)
     else: labels, rows = batch["labels"], None
     picked, inputs = labels[:, 1:] != -100, {k: v for k, v in batch.items() if k != "labels"}
     logits = (model.get_output_embeddings()(hidden[:, :-1][picked]) if plain
               else picked_logits(model, inputs, picked))
     losses, missed = torch.zeros(picked.shape, device=labels.device), torch.zeros_like(picked)
-    losses[picked] = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][picked],
-                                                       reduction="none")
-    missed[picked] = logits.argmax(-1) != labels[:, 1:][picked]
-    if rows is not None:
-        # (rows, tokens)
+    right = labels[:, 1:][picked]
+    losses[picked] = torch.nn.functional.cross_entropy(logits.float(), right, reduction="none")
+    missed[picked] = logits.argmax(-1) != right
+    if rows is not None:   # folded by `hidden_states`; `own`: (rows, tokens)
         own = rows[1:] == torch.arange(len(batch["labels"]), device=rows.device)[:, None]
         losses, picked, missed = losses*own, picked & own, missed & own
     return losses.sum(1), picked.sum(1), ~missed.any(1)
 
+# %% ../../nbs/2_training/22_training_loop.ipynb #779c52a8
 def row_losses(model, batch) -> tuple:  # ((rows,) sums in nats, (rows,) numbers of trained tokens)
     "The losses of the rows of a batch."
     return row_marks(model, batch)[:2]
 
 def mean_loss(model, batches) -> float:  # Nats a token, each trained token weighing the same
-    """The loss on `batches`, without dropout; nothing in the model or in the random state is
-    changed."""
+    "The loss on `batches`, without dropout; model and random state stay as they are."
     with evaluating(model):
         sums, counts = zip(*[[o.sum().item() for o in row_losses(model, b)] for b in batches])
     return sum(sums)/sum(counts)
@@ -74,8 +69,7 @@ def out_of_patience(history:list, patience:int|None) -> bool:
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #26ef0e4e
 class KeepBest(TrainerCallback):
-    """Asks for a checkpoint at each new best evaluation and, after `patience` evaluations
-    without one, for the end."""
+    "Asks for a checkpoint at each best evaluation, and for the end when `patience` is over."
     def __init__(self, patience:int|None=None): self.patience = patience
     def on_evaluate(self, args, state, control, **kw):
         stop = out_of_patience(state.log_history, self.patience)
@@ -89,8 +83,7 @@ class AdapterCheckpoints(SFTTrainer):
     def _save(self, output_dir=None, state_dict=None):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        # `MARK` of `runs`: it is ours to remove
-        (folder/".qlora_nb").write_text("begun by qlora_nb", encoding="utf-8")
+        (folder/".qlora_nb").write_text("begun by qlora_nb", encoding="utf-8")   # `MARK` of `runs`
         if is_scratch(self.model): save_lora(self.model, output_dir or self.args.output_dir)
         else: super()._save(output_dir, state_dict)
     def _load_from_checkpoint(self, folder, model=None):
@@ -110,11 +103,10 @@ def triton_everywhere() -> bool:
 
 class SureTrainer(AdapterCheckpoints):
     "TRL's trainer, whose loss is compared with that of the model's own logits on the first batch."
-    # compared? own loss? batches, outside of a loop
-    sure, own, current_gradient_accumulation_steps = False, False, 1
+    sure, own = False, False   # was it compared? is the model's own loss trained on?
+    current_gradient_accumulation_steps = 1   # of transformers, which sets it in its loop
     def models_loss(self, model, inputs, return_outputs, n):
-        """The model's own loss; that of routers counts once a step, as in TRL's, however many
-        batches a step has."""
+        "The model's own loss; that of routers counts once a step, as in TRL's."
         loss, out = Trainer.compute_loss(self, model, inputs, True, n)
         aux, steps = getattr(out, "aux_loss", None), self.current_gradient_accumulation_steps
         if aux is not None and n is not None:
@@ -140,17 +132,15 @@ class SureTrainer(AdapterCheckpoints):
 @patch
 def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
     "What is wrong with TRL's loss of a batch, or None."
-    # without dropout, which would draw random numbers
-    with self.accelerator.autocast(), evaluating(self.model):
+    with self.accelerator.autocast(), evaluating(self.model):   # no dropout: no random numbers
         loss, out = SFTTrainer.compute_loss(self, self.model, dict(batch), True, n)
         want = own_loss(self.model, batch, n).item()
-    # of the routers, which is no part of it
-    if (aux := getattr(out, "aux_loss", None)) is not None:
+    if (aux := getattr(out, "aux_loss", None)) is not None:   # of the routers: no part of it
         steps = self.current_gradient_accumulation_steps if n is not None else 1
         loss = loss - self.router_aux_loss_coef*aux/steps
     half = dict(fp16=torch.float16, bf16=torch.bfloat16).get(self.accelerator.mixed_precision)
-    # or one number's rounding
-    near = max(1e-3, torch.finfo(half or self.model.get_input_embeddings().weight.dtype).eps)
+    dtype = half or self.model.get_input_embeddings().weight.dtype
+    near = max(1e-3, torch.finfo(dtype).eps)   # or one number's rounding
     if not abs(loss.item() - want) <= near*abs(want):
         return f"{loss.item():.4g} instead of {want:.4g}"
 
@@ -163,41 +153,37 @@ class FastTrainer(SureTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = fast(inputs, n=num_items_in_batch)
         spread = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        # which the mean over devices divides by
-        return loss*self.accelerator.num_processes if spread else loss
+        return loss*self.accelerator.num_processes if spread else loss   # a mean follows
     def train(self, *args, **kw):
         try: return super().train(*args, **kw)
         finally:   # what comes next may need the memory of CUDA graphs
             if stack := getattr(self.model, "stack", None): stack.forget()
     def speed_up(self, length:float):  # Mean tokens of a row
-        """Go through `make_fast` of `80_fast_training`; layers are compiled where the run is
-        long enough to be paid back."""
+        "Go through `make_fast`; layers are compiled where the run is long enough to pay for it."
+        from qlora_nb.speed.fast_training import make_fast   # here: who trains as usual needs none
         args = self.args
         tokens = args.max_steps*args.train_batch_size*args.gradient_accumulation_steps*length
-        # multiplications, additions
-        big = self.model.device.type == "cuda" and 6*count_params(self.model).total*tokens > 3e16
-        # only here: its kernels are not needed by who never trains fast
-        from qlora_nb.speed.fast_training import make_fast
+        flops = 6*count_params(self.model).total*tokens
+        big = self.model.device.type == "cuda" and flops > 3e16
         memory = 0. if args.gradient_checkpointing else 1.
-        for part, number, now, first in make_fast(self.model, memory, compile=big,
-                                                  dynamic=True).rows:
+        report = make_fast(self.model, memory, compile=big, dynamic=True)
+        for part, number, now, first in report.rows:
             if "as before" in now:
                 warnings.warn(f"not made faster: {number} x {part}, {now} ({first})")
         args.gradient_checkpointing &= not big   # compiled layers do it themselves
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #c90185a4
 def check_checkpointing(model):
-    """Raise `QLoRAError` for a model that cannot compute its activations twice: it is asked, and
-    left as it was."""
+    "Raise `QLoRAError` for a model that cannot compute its activations twice; it stays as it was."
     try: model.gradient_checkpointing_enable(dict(use_reentrant=False))
     except ValueError as e:
         raise QLoRAError(f"checkpointing is not possible ({e}).",
                          cure="Leave --gradient-checkpointing out.") from e
     model.gradient_checkpointing_disable()
 
+# %% ../../nbs/2_training/22_training_loop.ipynb #903e4162
 class AdapterTrainer(FastTrainer):
-    """TRL's trainer for adapters. `guard` sees each batch, `held_out` are the batches to
-    evaluate on."""
+    "TRL's trainer for adapters: `guard` sees each batch, `held_out` are those to evaluate on."
     guard, held_out, tokens = None, (), 0
     def __init__(self, model, args, **kw):
         if args.gradient_checkpointing: check_checkpointing(model)
@@ -213,14 +199,14 @@ class AdapterTrainer(FastTrainer):
             self.guard.check(self.state.global_step + 1, self.model, scaler and scaler.get_scale())
         return loss
     def log(self, logs, *args, **kw):
-        # TRL counts one row of packed ones
+        # of packed rows, TRL counts one
         if "loss" in logs: self._metrics["train"]["num_tokens"] = [self.tokens]
         super().log(logs, *args, **kw)
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        metrics = {f"{metric_key_prefix}_loss": (loss := mean_loss(self.model, self.held_out))}
+        loss, step = mean_loss(self.model, self.held_out), self.state.global_step
         if not math.isfinite(loss):
-            raise QLoRAError(f"the loss on the held-out rows is {loss} at step "
-                             f"{self.state.global_step}.")
+            raise QLoRAError(f"the loss on the held-out rows is {loss} at step {step}.")
+        metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control,
                                                          metrics)
