@@ -74,12 +74,12 @@ def chosen_layers(model, target_modules:str|list) -> list:
     out = sorted({n.rpartition(".")[2] for n in refused(model, names) + read})
     left = [n for n in names if n.rpartition(".")[2] not in out]
     if out and (target_modules != "all-linear" or not left):
-        raise QLoRAError(f"{', '.join(out)} cannot have an adapter: other code "
-                         f"of this model reads its weight.",
+        raise QLoRAError(f"{', '.join(out)} cannot have an adapter: other code of this model reads "
+                         "its weight.",
                          type(model).__name__, "Leave it out, or use target_modules='all-linear'.")
     if out:
-        warnings.warn(f"{', '.join(out)} of {type(model).__name__} cannot have "
-                      f"an adapter and is left out.", stacklevel=3)
+        warnings.warn(f"{', '.join(out)} of {type(model).__name__} cannot have an adapter and is "
+                      "left out.", stacklevel=3)
     return left
 
 def short_names(model, names:list) -> list:
@@ -213,8 +213,8 @@ def attach_adapter(model,               # A base, or a model with PEFT's adapter
     if odd := keys ^ have:
         raise QLoRAError(f"{len(odd)} matrices of the adapter and the model do not belong "
                          f"together: {min(odd)}.", str(folder),
-                         "Load the base that it was trained on, with the "
-                         "version that it was trained with.")
+                         "Load the base that it was trained on, with the version that it was "
+                         "trained with.")
     return model
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #f25ada7a

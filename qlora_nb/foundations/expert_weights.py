@@ -168,9 +168,8 @@ class ParamWrapper(peft_layer.ParamWrapper):   # PEFT knows it by this name
         return B, A, self.scaling[name]
     def merge(self, *args, **kw):
         raise NotImplementedError(f"an adapter on {self.parameter_name} cannot be merged into a "
-                                  f"stack in 4 bits. "
-                                  "Use qlora_nb.using.merge.merge_and_save, "
-                                  "which writes the stack out.")
+                                  "stack in 4 bits. Use qlora_nb.using.merge.merge_and_save, which "
+                                  "writes the stack out.")
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #342d9038
 @contextlib.contextmanager
