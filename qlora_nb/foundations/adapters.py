@@ -23,8 +23,6 @@ from .qlora import is_scratch, load_scratch, quantize_model
 from .expert_adapters import chosen_parameters, stacks_as_parameters
 from ..base.targets import find_targets, match_targets, outer_modules
 from ..base.weights import clean_name, list_weights
-
-# %% ../../nbs/1_foundations/09_adapters.ipynb #21f96976
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import transformers_weight_conversion as conversion
@@ -73,8 +71,8 @@ def chosen_layers(model, target_modules:str|list) -> list:
     left = [n for n in names if n.rpartition(".")[2] not in out]
     who, told = type(model).__name__, ", ".join(out)
     if out and (target_modules != "all-linear" or not left):
-        raise QLoRAError(f"{told} cannot have an adapter: other code of this model reads its "
-                         "weight.", who, "Leave it out, or use target_modules='all-linear'.")
+        raise QLoRAError(f"{told} cannot have an adapter: other code reads its weight.", who,
+                         "Leave it out, or use target_modules='all-linear'.")
     if out: warnings.warn(f"{told} of {who} cannot have an adapter and is left out.", stacklevel=3)
     return left
 
