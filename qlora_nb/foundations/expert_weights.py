@@ -86,6 +86,7 @@ def pack_stacks(model:nn.Module, how=bnb_stack) -> list:   # Names of what was p
             pack_stack(m, k, how), names.append(f"{n}.{k}")
     return names
 
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #0a041ec0
 def dequantize_stacks(model:nn.Module):
     "Write the stacks out again, in place: what a merge needs."
     for m in list(model.modules()):
@@ -113,6 +114,7 @@ def _keep(stacks):
         return t
     return pack
 
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #e51b0894
 @torch.no_grad()
 def _give(kept):
     "The tensor itself; stacks are written out once in a backward pass, one module's at a time."

@@ -35,6 +35,7 @@ def lora_layers(model:nn.Module,         # A model with adapters
                          cure=f"There are: {known}.")
     return layers
 
+# %% ../../nbs/1_foundations/06_lora_model.ipynb #3056b862
 def set_adapter(model:nn.Module,  # Has adapters, none of them merged
                 adapter:str):     # The one to use, and to train; layers without it act as the base
     "Switch to one adapter; the others are kept, frozen. Raises `QLoRAError` for an unknown name."
@@ -109,6 +110,7 @@ def delta(m:LoRA, adapter:str):
     BA = m.lora_B[adapter].weight @ m.lora_A[adapter].weight
     return (BA.T if isinstance(m.base_layer, Conv1D) else BA) * m.scaling[adapter]
 
+# %% ../../nbs/1_foundations/06_lora_model.ipynb #f7bafa2f
 @no_grad()
 def merge(model:nn.Module):  # Has adapters, on a base that is not quantized
     "Add the active adapter into the weights, or raise `QLoRAError` and change nothing."
@@ -122,6 +124,7 @@ def merge(model:nn.Module):  # Has adapters, on a base that is not quantized
             raise QLoRAError("another layer shares this weight.", where=n)
     for m in layers.values(): m.weight.add_(delta(m, m.active)); m.merged = m.active
 
+# %% ../../nbs/1_foundations/06_lora_model.ipynb #846370c5
 @no_grad()
 def unmerge(model:nn.Module):  # Has a merged adapter, or none
     "Take a merged adapter out of the weights again, up to the rounding of their dtype."
@@ -145,6 +148,7 @@ def adapter_tensors(model, adapter):
     return {f"base_model.model.{n}.lora_{k}.weight": getattr(m, f"lora_{k}")[adapter].weight
             for n,m in lora_layers(model, adapter).items() for k in "AB"}
 
+# %% ../../nbs/1_foundations/06_lora_model.ipynb #505ab33c
 def adapter_config(model, adapter):
     "PEFT's description of an adapter, read off its layers; odd ranks go into `rank_pattern`."
     layers = lora_layers(model, adapter)
