@@ -17,8 +17,8 @@ from threading import Thread
 def directives(source:str  # Of a code cell
               ) -> dict:   # Name → value, "" where there is none
     "The `#|` lines of a cell."
-    return {m[1]: m[2].strip() for m in re.finditer(r"^#\|[ \t]*([\w-]+)[ \t]*:?(.*)$", source,
-                                                    re.M)}
+    lines = re.finditer(r"^#\|[ \t]*([\w-]+)[ \t]*:?(.*)$", source, re.M)
+    return {m[1]: m[2].strip() for m in lines}
 
 # %% ../../nbs/base/cells.ipynb #e31344de
 def no_gpu(_):
@@ -72,8 +72,8 @@ def cell_key(source:str) -> str:
 # %% ../../nbs/base/cells.ipynb #7a7efd1c
 def stored_outputs(source):
     "The stored outputs of a cell, as nbformat has them; [] for a cell that has none."
-    return (json.loads((files("qlora_nb")/"outputs.json").read_text(encoding="utf-8")).get(
-        cell_key(source), []))
+    stored = (files("qlora_nb")/"outputs.json").read_text(encoding="utf-8")
+    return json.loads(stored).get(cell_key(source), [])
 
 def show_output(output):
     from IPython.display import display
@@ -91,8 +91,7 @@ def show_stored(line, cell):
 
 # %% ../../nbs/base/cells.ipynb #a6b34545
 def guard(lines):
-    """An input transformer of IPython: a cell that misses something becomes the argument of
-    `show_stored`."""
+    "An input transformer of IPython: a cell that misses something goes to `show_stored`."
     return ["%%show_stored\n", *lines] if missing("".join(lines)) else lines
 
 # %% ../../nbs/base/cells.ipynb #42561ab7

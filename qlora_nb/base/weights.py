@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Weight', 'WEIGHT_COLUMNS', 'state_bytes', 'four_bit_kind', 'acts_linear', 'full_shape', 'stack_owners', 'routers',
            'list_weights', 'clean_name', 'wide_kinds', 'Noted', 'spy_class', 'read_elsewhere', 'misplaced',
-           'weight_rows', 'too_wide', 'stored_as']
+           'weight_rows', 'too_wide']
 
 # %% ../../nbs/base/weights.ipynb #4a7564e2
 import math, re, bitsandbytes as bnb, torch
@@ -28,16 +28,15 @@ def four_bit_kind(state) -> str:   # A `QuantState` of bitsandbytes
 # %% ../../nbs/base/weights.ipynb #79a8b1c7
 @torch.no_grad()
 def acts_linear(m:nn.Module) -> bool:
-    """Does this module compute `x @ W.T + b` with its weight? Asked with two random rows where
-    the class does not tell."""
+    "Does this module compute `x @ W.T + b`? Asked with two random rows where no class tells."
     if type(m) in (nn.Linear, Conv1D, bnb.nn.Linear4bit): return True
     if not isinstance(m, nn.Linear) or m.weight.is_meta: return isinstance(m, nn.Linear)
     x = torch.randn(2, m.in_features, device=m.weight.device).to(m.weight.dtype)
     try: y = m(x)
     except (RuntimeError, TypeError, ValueError, IndexError): return False
     want = nn.functional.linear(x, m.weight, m.bias)
-    return (torch.is_tensor(y) and y.shape == want.shape and torch.allclose(y, want, rtol=.02,
-        atol=.02*want.std().item()))
+    return (torch.is_tensor(y) and y.shape == want.shape
+            and torch.allclose(y, want, rtol=.02, atol=.02*want.std().item()))
 
 # %% ../../nbs/base/weights.ipynb #cf933c16
 def full_shape(p) -> tuple:   # A parameter, packed or not
@@ -51,40 +50,37 @@ def stack_owners(model:nn.Module) -> dict:   # Name of a module → how many mat
     for n,m in model.named_modules():
         shapes = [full_shape(p) for p in m.parameters(recurse=False) if not isinstance(m, _ConvNd)]
         if hasattr(m, "packed_numel"): shapes.append(m.how["shape"])
-        found |= ({clean_name(n.split(".parametrizations.")[0].removesuffix(
-            ".parametrizations")): s[0] for s in shapes if len(s) > 2})
+        owner = clean_name(n.split(".parametrizations.")[0].removesuffix(".parametrizations"))
+        found |= {owner: s[0] for s in shapes if len(s) > 2}
     return found
 
 def routers(model:nn.Module) -> list:
-    """Names of linear layers that stand beside a stack of experts and have at most one output
-    for each of them."""
+    "Names of linear layers beside a stack of experts with at most one output for each of them."
     sizes = {n.rpartition(".")[0]: k for n,k in stack_owners(model).items()}
-    mods = {n: m for n,m in model.named_modules() if isinstance(getattr(m, "out_features", None),
-        int) and not hasattr(m, "parameter_name")}
-    return [n for n,m in mods.items() if any(clean_name(n).startswith(f"{o}.")
-                                             and m.out_features <= k for o,k in sizes.items())
-            and "lora_" not in n]
+    def routes(n, m):
+        if not isinstance(getattr(m, "out_features", None), int): return False
+        if hasattr(m, "parameter_name") or "lora_" in n: return False
+        return any(clean_name(n).startswith(f"{o}.") and m.out_features <= k
+                   for o,k in sizes.items())
+    return [n for n,m in model.named_modules() if routes(n, m)]
 
 # %% ../../nbs/base/weights.ipynb #04e8dcf3
 def list_weights(model:nn.Module
                  ) -> list:  # Of `Weight`, in the order of the model; a tied one is counted once
-    """Every tensor with its kind: "NF4 + double quantization" or another 4-bit kind, "adapter",
-    "embedding", "head", "vector", "convolution", "router", "small matrix", "read elsewhere", or
-    "wide"."""
+    """Every tensor with its kind: "NF4 + double quantization" or another 4-bit kind, or what
+    `wide_kinds` says of one that is not in 4 bits."""
     kind, seen, out = wide_kinds(model), set(), []
     for n,m in model.named_modules():
         if hasattr(m, "packed_numel"):
-            size = sum(b.nbytes for b in m.buffers(recurse=False)) 
-            out.append(Weight(clean_name(n), m.how["codebook"].upper() + " (ours)",
-                              m.packed_numel(), size))
+            label, size = m.how["codebook"].upper(), sum(b.nbytes for b in m.buffers(recurse=False))
+            out.append(Weight(clean_name(n), f"{label} (ours)", m.packed_numel(), size))
         for k,p in m.named_parameters(recurse=False):
             if id(p) in seen: continue
             seen.add(id(p))
             name, state = clean_name(f"{n}.{k}" if n else k), getattr(p, "quant_state", None)
-            if state is None: out.append(Weight(name, kind(n, m, k, p), p.numel(), p.nbytes))
-            else:
-                out.append(Weight(name, four_bit_kind(state), math.prod(full_shape(p)),
-                                  p.nbytes + state_bytes(state)))
+            what, scales = ((kind(n, m, k, p), 0) if state is None
+                            else (four_bit_kind(state), state_bytes(state)))
+            out.append(Weight(name, what, math.prod(full_shape(p)), p.nbytes + scales))
     return out
 
 # %% ../../nbs/base/weights.ipynb #f4018983
@@ -94,13 +90,14 @@ def clean_name(n:str) -> str:
     return (n.replace(".parametrizations", "").removesuffix(".original").removesuffix(".0")
             if ".parametrizations." in n else n)
 
-def wide_kinds(model:nn.Module):   # → a function of (name of the module, module, name of the parameter, parameter)
-    "What an unpacked tensor is, and so why it may stay wide."
+def wide_kinds(model:nn.Module):   # → kind(name of module, module, name of parameter, parameter)
+    """Why an unpacked tensor may stay wide: "adapter", "embedding", "head", "vector",
+    "convolution", "router", "read elsewhere" or "small matrix"; else it is "wide"."""
     def ask(o): return getattr(model, f"get_{o}_embeddings", lambda: None)()
     tables = {id(m.weight) for m in (ask("input"), *model.modules()) if isinstance(m, nn.Embedding)}
     head, gates = getattr(ask("output"), "weight", None), set(routers(model))
-    width = min((m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)),
-                default=0)
+    widths = [m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)]
+    small = min(widths, default=0)/4
     read = {f"{o}.weight" for o in getattr(model, "qlora_nb_read", ())}
     def kind(n, m, k, p):
         if "lora_" in n or "lora_" in k: return "adapter"
@@ -110,8 +107,8 @@ def wide_kinds(model:nn.Module):   # → a function of (name of the module, modu
         if isinstance(m, _ConvNd): return "convolution"
         if n in gates: return "router"
         if clean_name(f"{n}.{k}") in read: return "read elsewhere"
-        return ("small matrix" if p.ndim == 2 and min(p.shape) <= width/4 and not acts_linear(m)
-                else "wide")
+        if p.ndim == 2 and min(p.shape) <= small and not acts_linear(m): return "small matrix"
+        return "wide"
     return kind
 
 # %% ../../nbs/base/weights.ipynb #9273daf9
@@ -148,14 +145,12 @@ def spy_class(cls, note):   # `note` is called with the layer
 def read_elsewhere(model:nn.Module
                    ) -> tuple:  # (names of layers, the error of the forward pass or None)
     "Linear layers whose weight other code computes with, seen in a forward pass of three tokens."
-    found, layers = (set(), {m: n for n,m in model.named_modules()
-                             if isinstance(m, (nn.Linear, Conv1D))})
+    layers = {m: n for n,m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     layers.pop(getattr(model, "get_output_embeddings", lambda: None)(), None)
-    was, error, training = {m: type(m) for m in layers}, None, model.training
+    found, was, error, training = set(), {m: type(m) for m in layers}, None, model.training
     ids = torch.arange(3, 6, device=next(model.parameters()).device)[None]
     for m in layers: m.__class__ = spy_class(was[m], found.add)
-    # the two may take different ways
-    try: model.train()(input_ids=ids), model.eval()(input_ids=ids)
+    try: model.train()(input_ids=ids), model.eval()(input_ids=ids)   # they may go different ways
     except Exception as e: error = e
     finally:
         model.train(training)
@@ -167,12 +162,10 @@ def read_elsewhere(model:nn.Module
 
 # %% ../../nbs/base/weights.ipynb #0687f3d2
 def misplaced(model:nn.Module
-              # (names of 4-bit layers that should be wide, layers read elsewhere, error)
-              ) -> tuple:
-    """Routers in 4 bits, and layers whose weight other code computes with; the error of the
-    forward pass, if it fails."""
-    read, error = (read_elsewhere(model) if any(isinstance(m, _ConvNd) for m in model.modules())
-                   else ([], None))
+              ) -> tuple:  # (4-bit layers that should be wide, layers read elsewhere, error)
+    "Routers in 4 bits, layers whose weight other code reads, and what a forward pass raises."
+    run = any(isinstance(m, _ConvNd) for m in model.modules())
+    read, error = read_elsewhere(model) if run else ([], None)
     wrong = [n for n in dict.fromkeys([*routers(model), *read])
              if isinstance(model.get_submodule(n), bnb.nn.Linear4bit)]
     return wrong, read, error
@@ -196,23 +189,12 @@ def too_wide(model, found, wide
     layers = {n: type(m).__name__ for w in wide
               if (m := mods.get(n := w.name.removesuffix(".weight"))) is not None
               and hasattr(m, "in_features")}
-    packed = sum(w.name.endswith(".weight") and "NF4" in w.kind for w in found)
-    layers = f"{len(layers)} of {len(layers) + packed} linear layers are not in 4 bits ({', '.join(sorted({*layers.values()}))}): " \
-             f"{', '.join([*layers][:4])}{', ...' if len(layers) > 4 else ''}. " if layers else ""
-    share = sum(w.numel for w in wide)/sum(w.numel for w in found if w in wide or "NF4" in w.kind
-                                           or "ours" in w.kind)
-    return (f"{layers}{share:.0%} of the weights are not in NF4; the largest is {last.name} "
-            f"({last.nbytes:,} bytes).")
-
-# %% ../../nbs/base/weights.ipynb #a971316b
-def stored_as(config) -> str|None:   # A config of transformers
-    """How a checkpoint's weights are stored: None where they are not quantized, `nf4`, or the
-    name of another format."""
-    for c in (config, getattr(config, "text_config", None)):
-        q = getattr(c, "quantization_config", None) or getattr(c, "compression_config", None)
-        if q: break
-    else: return None
-    q = q if isinstance(q, dict) else q.to_dict()
-    if q.get("load_in_4bit") or q.get("_load_in_4bit"): return q.get("bnb_4bit_quant_type", "fp4")
-    if q.get("load_in_8bit") or q.get("_load_in_8bit"): return "int8 (bitsandbytes)"
-    return str(q.get("quant_method") or q.get("format") or "unknown").lower()
+    told = ""
+    if layers:
+        n_all = len(layers) + sum(w.name.endswith(".weight") and "NF4" in w.kind for w in found)
+        first = ", ".join([*layers][:4]) + ", ..."*(len(layers) > 4)
+        told = (f"{len(layers)} of {n_all} linear layers are not in 4 bits "
+                f"({', '.join(sorted({*layers.values()}))}): {first}. ")
+    could = sum(w.numel for w in found if w in wide or "NF4" in w.kind or "ours" in w.kind)
+    return (f"{told}{sum(w.numel for w in wide)/could:.0%} of the weights are not in NF4; "
+            f"the largest is {last.name} ({last.nbytes:,} bytes).")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'as_named', 'refused', 'adapted_layers', 'adapted_parameters', 'chosen_layers', 'short_names',
-           'chosen_parameters', 'add_adapters', 'adapter_coverage', 'save_adapter', 'attach_adapter', 'read_adapter',
+           'add_adapters', 'adapter_coverage', 'save_adapter', 'sizes_explained', 'attach_adapter', 'read_adapter',
            'tiny_qlora']
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #0e572188
-import contextlib, difflib, re, shutil, tempfile, torch, warnings
+import contextlib, re, shutil, tempfile, torch, warnings
 from functools import partial
 from pathlib import Path
 from ..base.errors import QLoRAError
@@ -20,11 +20,9 @@ from ..base.model_files import tiny_model
 from ..base.nf4_config import quiet
 from .loading import load_model
 from .qlora import is_scratch, load_scratch, quantize_model
-from .expert_weights import is_stack, stacks_as_parameters, stacks_of
+from .expert_adapters import chosen_parameters, stacks_as_parameters
 from ..base.targets import find_targets, match_targets, outer_modules
 from ..base.weights import clean_name, list_weights
-
-# %% ../../nbs/1_foundations/09_adapters.ipynb #21f96976
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import transformers_weight_conversion as conversion
@@ -46,8 +44,7 @@ def as_named():
         for n,f in was.items(): setattr(conversion, n, f)
 
 def refused(model, names:list) -> list:
-    """Layers that PEFT does not put an adapter on, such as `out_proj` beside a state space,
-    whose kernel reads its weight."""
+    "Layers that PEFT puts no adapter on, such as Mamba's `out_proj`, which a kernel reads."
     ask, cfg = BaseTuner._check_target_module_compatiblity, LoraConfig()
     def no(n):
         try: ask(None, cfg, model, n.rpartition(".")[2])
@@ -56,9 +53,9 @@ def refused(model, names:list) -> list:
 
 def adapted_layers(model) -> list:   # With adapters of either backend
     "Names of the layers that have an adapter."
-    own = [n for n,_ in model.named_parameters() if ".lora_A" in n]
-    return sorted({clean_name(n.rpartition(".lora_A")[0]) for n in own} - {o.rpartition(".")[0]
-        for o in adapted_parameters(model)})
+    own = {n.rpartition(".lora_A")[0] for n,_ in model.named_parameters() if ".lora_A" in n}
+    stacks = {o.rpartition(".")[0] for o in adapted_parameters(model)}
+    return sorted({clean_name(n) for n in own} - stacks)
 
 def adapted_parameters(model) -> list:   # A PEFT model
     "Names of the parameters that have an adapter."
@@ -67,66 +64,32 @@ def adapted_parameters(model) -> list:   # A PEFT model
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #ef5267b3
 def chosen_layers(model, target_modules:str|list) -> list:
-    """The layers that `targets` means and that can have an adapter. Raises `QLoRAError` where
-    one that was named cannot."""
+    "The layers that are meant and can have an adapter. Raises `QLoRAError` for one that cannot."
     names = match_targets(model, target_modules)   # raises, with near names
     read = [n for n in names if n in getattr(model, "qlora_nb_read", ())]
     out = sorted({n.rpartition(".")[2] for n in refused(model, names) + read})
     left = [n for n in names if n.rpartition(".")[2] not in out]
+    who, told = type(model).__name__, ", ".join(out)
     if out and (target_modules != "all-linear" or not left):
-        raise QLoRAError(f"{', '.join(out)} cannot have an adapter: other code "
-                         f"of this model reads its weight.",
-                         type(model).__name__, "Leave it out, or use target_modules='all-linear'.")
-    if out:
-        warnings.warn(f"{', '.join(out)} of {type(model).__name__} cannot have "
-                      f"an adapter and is left out.", stacklevel=3)
+        raise QLoRAError(f"{told} cannot have an adapter: other code reads its weight.", who,
+                         "Leave it out, or use target_modules='all-linear'.")
+    if out: warnings.warn(f"{told} of {who} cannot have an adapter and is left out.", stacklevel=3)
     return left
 
 def short_names(model, names:list) -> list:
     "The last parts of the names where they mean these layers and no others, else the names."
     short = sorted({n.split(".")[-1] for n in names})
-    return (short if {n for o in find_targets(model, short).values() for n in o} == set(names)
-            else names)
-
-# %% ../../nbs/1_foundations/09_adapters.ipynb #fc7d73f4
-def chosen_parameters(model, wanted:list, lora_dropout:float
-                      ) -> list:  # As PEFT's `target_parameters`
-    """Full names of the stacks of matrices that are wanted. Raises `QLoRAError` for what cannot
-    have an adapter."""
-    who, stacks = type(model).__name__, []
-    for n,m in model.named_modules():
-        have = [k for k,p in m.named_parameters(recurse=False) if is_stack(m, p)] + [*getattr(m,
-            "parametrizations", ())]*bool(stacks_of(m))
-        stacks += [f"{clean_name(n)}.{k}" for k in have]
-    if isinstance(wanted, str):
-        raise QLoRAError("target_parameters has to be a list.", wanted,
-                         f'Give target_parameters=["{wanted}"].')
-    if is_scratch(model):
-        raise QLoRAError("experts can have adapters with backend='bnb' only.", who,
-                         "Leave target_parameters out.")
-    if lora_dropout:
-        raise QLoRAError(f"adapters on parameters have no lora_dropout (it is {lora_dropout:g}).",
-                         who, "Set lora_dropout=0.")
-    for t in wanted:
-        if any(f".{n}".endswith(f".{t}") for n in stacks): continue
-        kinds = sorted({re.sub(r"\b\d+\b", "*", n).rpartition("*.")[2] for n in stacks})
-        near = (", ".join(difflib.get_close_matches(t, kinds, cutoff=.3) or kinds)
-                or "none; name its layers in target_modules")
-        raise QLoRAError(f"the target parameter '{t}' matches no stack of experts.", who,
-                         f"Its stacks are: {near}.")
-    return [n for n in stacks if any(f".{n}".endswith(f".{t}") for t in wanted)]
+    meant = {n for o in find_targets(model, short).values() for n in o}
+    return short if meant == set(names) else names
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #fc268044
 def add_adapters(model,                       # A 4-bit model of either backend
                  r:int=16,                    # Rank: the inner size of each adapter
                  lora_alpha:float=32,         # The update is scaled by lora_alpha / r
                  lora_dropout:float=0.,       # On the adapters' input
-                 # Or names of layers, such as ["q_proj", "v_proj"]
-                 target_modules:str|list="all-linear",
-                 # Stacks of experts too, such as ["experts.down_proj"]
-                 target_parameters:list|None=None):
-    """Put LoRA adapters on `model`: PEFT's, or ours on our own layers. Raises `QLoRAError` for a
-    target that matches nothing."""
+                 target_modules:str|list="all-linear",   # Or names, such as ["q_proj", "v_proj"]
+                 target_parameters:list|None=None):      # Experts, such as ["experts.down_proj"]
+    "Put LoRA adapters on `model`, PEFT's or ours. Raises `QLoRAError` where a target misses."
     if isinstance(target_modules, str) and target_modules != "all-linear":
         target_modules = [target_modules]
     stacks = chosen_parameters(model, target_parameters, lora_dropout) if target_parameters else []
@@ -147,13 +110,11 @@ def add_adapters(model,                       # A 4-bit model of either backend
 # %% ../../nbs/1_foundations/09_adapters.ipynb #8c95d4ff
 def adapter_coverage(model) -> Table:   # With adapters of either backend
     "By kind of weight that could have an adapter: how many numbers, and whether it has one."
-    found = [w for w in list_weights(model) if w.kind.startswith("NF4")
-             or w.kind in ("wide", "router", "read elsewhere")]
-    have, total = ({f"{n}{end}" for n in adapted_layers(model) for end in ("", ".weight")},
-                   sum(w.numel for w in found))
+    size = {w.name: w.numel for w in list_weights(model)
+            if w.kind.startswith("NF4") or w.kind in ("wide", "router", "read elsewhere")}
+    have = {f"{n}{end}" for n in adapted_layers(model) for end in ("", ".weight")}
     have |= {*adapted_parameters(model)}
-    size = {w.name: w.numel for w in found}
-    rows, kinds = [], {}
+    rows, kinds, total = [], {}, sum(size.values())
     for o in size: kinds.setdefault(re.sub(r"\b\d+\b", "*", o), []).append(o)
     for kind,ns in kinds.items():
         n = sum(size[o] for o in ns)
@@ -182,11 +143,22 @@ def save_adapter(model,            # With adapters of either backend
     return folder
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #13fcd2d5
+@contextlib.contextmanager
+def sizes_explained(folder):
+    "Turn PEFT's error about a matrix of another size into one that says what to do."
+    try: yield
+    except RuntimeError as e:
+        if "size mismatch" not in str(e): raise
+        why = str(e).split("size mismatch for ")[1].splitlines()[0].rstrip(".")
+        raise QLoRAError(f"the adapter holds a matrix of another size than the base ({why}).",
+                         str(folder),
+                         "Give the base with a table of that size: base=... (--model).") from e
+
+# %% ../../nbs/1_foundations/09_adapters.ipynb #0fb88bc9
 def attach_adapter(model,               # A base, or a model with PEFT's adapters on it
                    folder:str|Path,     # Of an adapter in PEFT's format
                    name:str="default"):
-    """Put an adapter from a file on a model, with PEFT or, on our own layers, with ours. Raises
-    `QLoRAError` unless each matrix has its layer."""
+    "Put an adapter from a file on a model. Raises `QLoRAError` unless each matrix has its layer."
     folder = Path(folder).expanduser()
     if is_scratch(model):
         load_lora(model, folder, name)
@@ -196,25 +168,16 @@ def attach_adapter(model,               # A base, or a model with PEFT's adapter
     mods = {clean_name(n) for n in outer_modules(model)}
     # else its names are of an older version
     known = all(clean_name(k.partition(".lora_")[0]) in mods for k in keys)
-    with quiet(), as_named() if known else contextlib.nullcontext(), stacks_as_parameters(
-        model), warnings.catch_warnings():
+    with (quiet(), as_named() if known else contextlib.nullcontext(), stacks_as_parameters(model),
+          sizes_explained(folder), warnings.catch_warnings()):
         warnings.filterwarnings("ignore", message=".*missing adapter keys.*")   # compared below
-        try:
-            if isinstance(model, PeftModel): model.load_adapter(folder, name)
-            else: model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-        except RuntimeError as e:
-            if "size mismatch" not in str(e): raise
-            why = str(e).split("size mismatch for ")[1].splitlines()[0].rstrip(".")
-            raise QLoRAError(f"the adapter holds a matrix of another size than the base ({why}).",
-                             str(folder),
-                             "Give the base with a table of that size: base=... (--model).") from e
-    have = {k for k in get_peft_model_state_dict(model, adapter_name=name,
-                                                 save_embedding_layers=False) if ".lora_" in k}
-    if odd := keys ^ have:
+        if isinstance(model, PeftModel): model.load_adapter(folder, name)
+        else: model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if odd := keys ^ {k for k in own if ".lora_" in k}:
         raise QLoRAError(f"{len(odd)} matrices of the adapter and the model do not belong "
                          f"together: {min(odd)}.", str(folder),
-                         "Load the base that it was trained on, with the "
-                         "version that it was trained with.")
+                         "Load the base and the version that it was trained with.")
     return model
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #f25ada7a

@@ -19,10 +19,8 @@ from .nf4 import CODEBOOKS, levels, nearest_code, scale_blocks, to_blocks
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #f7f47f72
 @lru_cache
 def dynamic_code(device:torch.device|str="cpu" # Where the table should lie
-                # (256,) float32, ascending. Shared: do not write to it
-                ) -> torch.Tensor:
-    """The signed 8-bit dynamic code (Dettmers, 8-Bit Approximations for Parallelism in Deep
-    Learning, 2015)."""
+                ) -> torch.Tensor:             # (256,) float32, ascending; do not write to it
+    "The signed 8-bit dynamic code (Dettmers, 8-Bit Approximations for Parallelism, 2015)."
     # 1, 2, 4 ... 64 steps a decade
     edges = [torch.linspace(0.1, 1, 2**i + 1, device="cpu") for i in range(7)]
     v = torch.cat([10.**(i - 6)*((e[1:] + e[:-1])/2) for i,e in enumerate(edges)])
@@ -31,8 +29,7 @@ def dynamic_code(device:torch.device|str="cpu" # Where the table should lie
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #c41073d4
 @dataclass
 class DoubleQuantized:
-    """Block scales in 8 bits: `code[codes]*absmax + offset`, with one `absmax` for each group of
-    256 scales."""
+    "Block scales in 8 bits: `code[codes]*absmax + offset`, an `absmax` for each 256 scales."
     codes:torch.Tensor   # (blocks,) uint8
     absmax:torch.Tensor  # (ceil(blocks/256),) float32
     offset:torch.Tensor  # () float32: the mean of the scales
@@ -46,10 +43,10 @@ class DoubleQuantized:
     def to(self, device):
         return DoubleQuantized(*(getattr(self, o).to(device) for o in self.__dataclass_fields__))
 
+# %% ../../nbs/1_foundations/04_double_quantization.ipynb #cd3814db
 def double_quantize(absmax:torch.Tensor  # (blocks,) float32, the scales of the blocks
                    ) -> DoubleQuantized: # 8 bits a scale, 32 for 256 of them, 32 for all
-    """Quantize block scales to 8 bits (QLoRA paper, section 3). Raises `QLoRAError` when their
-    mean overflows."""
+    "Quantize block scales to 8 bits (paper, §3). Raises `QLoRAError` if their mean overflows."
     offset = absmax.mean()
     if not offset.isfinite():
         raise QLoRAError("the mean of the scales overflows float32.", cure="Use double=False.")
@@ -59,8 +56,8 @@ def double_quantize(absmax:torch.Tensor  # (blocks,) float32, the scales of the 
     x = (groups*(1/top)[:,None]).nan_to_num(nan=-1).clamp(-1, 1)
     grid = ((x + 1)*.5*65535 + .5).int()*2/65535 - 1
     code = dynamic_code(absmax.device)
-    return DoubleQuantized(nearest_code(grid, code).view(-1)[:absmax.numel()].clone(), top, offset,
-                           code)
+    codes = nearest_code(grid, code).view(-1)[:absmax.numel()].clone()
+    return DoubleQuantized(codes, top, offset, code)
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #097b5b91
 @lru_cache
@@ -74,16 +71,15 @@ def dequantize_packed(packed:torch.Tensor, # (ceil(n/2),) uint8, or any shape of
                       codebook:str,        # "nf4", "fp4" or "int4"
                       block_size:int,      # Weights a block
                       shape:tuple,         # Of the result, n weights
-                      # Of the result; the product is made in float32 and rounded once
-                      dtype:torch.dtype
+                      dtype:torch.dtype    # Of the result
                      ) -> torch.Tensor:    # `shape`, `dtype`
-    "Weights from packed codes and block scales."
+    "Weights from packed codes and block scales, multiplied in float32 and rounded once."
     n = math.prod(shape)
     whole = n - n % block_size
     # in rows, which the threads of a CPU share
     p = packed.reshape(math.gcd(packed.numel(), 8), -1).long()
-    w = _pairs(codebook, packed.device).expand(len(p), -1).gather(1,
-        p).view(-1).view(torch.float32)[:n]
+    pairs = _pairs(codebook, packed.device).expand(len(p), -1).gather(1, p)
+    w = pairs.view(-1).view(torch.float32)[:n]
     w[:whole].view(-1, block_size).mul_(absmax[:whole//block_size,None])
     if whole < n: w[whole:].mul_(absmax[-1])
     return w.view(shape).to(dtype)
@@ -121,8 +117,7 @@ class QuantizedTensor:
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #b19301a9
 @patch
 def table(self:QuantizedTensor) -> Table: # One row for each stored tensor
-    """What is stored and what each part costs; the two tables of levels are shared by all
-    tensors and not counted."""
+    "What is stored and what each part costs; the tables of levels are shared, and not counted."
     s, n = self.scales, math.prod(self.shape)
     parts = [s] if torch.is_tensor(s) else [s.codes, s.absmax, s.offset]
     names = ["codes", "scales", "scales of scales", "mean scale"]
@@ -130,6 +125,7 @@ def table(self:QuantizedTensor) -> Table: # One row for each stored tensor
     rows = [[*r, f"{8*r[-1]/n:.4g}"] for r in [*rows, ["together", "", "", self.nbytes]]]
     return Table(rows, [repr(self), "dtype", "number", "bytes", "bits a weight"])
 
+# %% ../../nbs/1_foundations/04_double_quantization.ipynb #5643985a
 def check_quantizable(W, codebook, block_size):
     "Raise `QLoRAError` for what cannot be quantized."
     where = f"a tensor of {str(W.dtype)[6:]}, shape {tuple(W.shape)}"
@@ -150,14 +146,12 @@ def check_quantizable(W, codebook, block_size):
         raise QLoRAError(what, where, "Look for a damaged checkpoint, or an overflow in float16.")
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #eabc9fc5
-def quantize(W:torch.Tensor,  # Any shape and strides; float32, bfloat16 or float16; on any device
+def quantize(W:torch.Tensor,       # Any shape, strides and device; float32, bfloat16 or float16
              codebook:str="nf4",   # "nf4", "fp4" or "int4"
-             # Weights that share a scale: a power of two (bitsandbytes has 32 to 4096)
-             block_size:int=64,
+             block_size:int=64,    # Weights that share a scale: a power of two
              double:bool=True      # Quantize the scales too?
             ) -> QuantizedTensor:  # On the same device; `W` is not changed
-    """Quantize a weight to 4 bits. Raises `QLoRAError` for NaN, infinity, empty or integer input
-    and impossible blocks."""
+    "Quantize a weight to 4 bits. Raises `QLoRAError` for what `check_quantizable` refuses."
     check_quantizable(W, codebook, block_size)
     scaled, absmax = scale_blocks(W, block_size)
     n = W.numel() + W.numel() % 2
@@ -169,11 +163,9 @@ def quantize(W:torch.Tensor,  # Any shape and strides; float32, bfloat16 or floa
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #12f3868b
 @patch(cls_method=True)
 def from_bnb(cls:QuantizedTensor,
-             # Packed, as `quantize_4bit` returns it or as `Linear4bit.weight` holds it
-             data:torch.Tensor,
+             data:torch.Tensor, # Packed, of `quantize_4bit` or the weight of a `Linear4bit`
              state):            # Its bitsandbytes `QuantState`
-    """Take over a 4-bit tensor of bitsandbytes, sharing memory. Raises `QLoRAError` for one
-    rearranged for inference."""
+    "Take over a 4-bit tensor, sharing memory. Raises `QLoRAError` if rearranged for inference."
     if getattr(state, "packing_format_for_cpu", False):
         raise QLoRAError("bitsandbytes has rearranged this weight for inference.",
                          cure="`load_model` prevents that.")
@@ -184,8 +176,7 @@ def from_bnb(cls:QuantizedTensor,
 @patch
 def to_bnb(self:QuantizedTensor
            ) -> tuple:  # (packed, QuantState), for `bitsandbytes.functional.dequantize_4bit`
-    """The same tensor for bitsandbytes, sharing memory. Raises `QLoRAError` for what
-    bitsandbytes does not have."""
+    "The same for bitsandbytes, sharing memory. Raises `QLoRAError` for what it does not have."
     from bitsandbytes.functional import QuantState
     if self.codebook == "int4" or not 32 <= self.block_size <= 4096:
         raise QLoRAError(f"bitsandbytes has no {self.codebook} in blocks of {self.block_size}.",

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['View', 'is_stack', 'Stack', 'BnbStack', 'bnb_stack', 'pack_stack', 'pack_stacks', 'dequantize_stacks', 'stacks_of',
-           'ParamWrapper', 'stacks_as_parameters', 'adapted_tensor', 'packing_stacks']
+           'adapted_tensor', 'packing_stacks']
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #3dc9399b
 import contextlib, bitsandbytes as bnb, torch
 from collections import namedtuple
-from peft.tuners.lora import layer as peft_layer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
@@ -17,17 +16,15 @@ from transformers import core_model_loading
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #df96b0fd
 def is_stack(m:nn.Module, p:torch.Tensor) -> bool:
-    """Is this parameter of `m` a stack of matrices that is still wide, such as the experts of a
-    block?"""
+    "Is this parameter of `m` a stack of matrices, such as experts, that is still wide?"
     return (p.ndim > 2 and p.is_floating_point() and not isinstance(m, _ConvNd)
             and min(p.shape[-2:]) > 8)
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #85f43e9d
 class Stack(nn.Module):
-    """How a stack of matrices is read: dequantized at each access, once in each forward pass of
-    its module."""
-    # added: (B, A, scaling) of the adapters that are active
-    experts, kept, open, added = 0, None, 0, ()
+    "How a stack of matrices is read: dequantized once in each forward pass of its module."
+    experts, kept, open = 0, None, 0
+    added = ()   # (B, A, scaling) of each active adapter; a later page puts them there
     def write(self, packed): raise NotImplementedError   # → the wide tensor; a subclass knows how
     def read(self, packed, added, again=False):
         with torch.no_grad(): wide = self.write(packed)
@@ -53,9 +50,8 @@ class BnbStack(Stack):
         return bnb.functional.dequantize_4bit(packed, self.state).view(self.shape)
     def blank(self, packed):
         "A parameter of the stack's shape and type, without memory."
-        return nn.Parameter(torch.empty((), dtype=self.state.dtype,
-                                        device=packed.device).expand(self.shape),
-                            requires_grad=False)
+        one = torch.empty((), dtype=self.state.dtype, device=packed.device)
+        return nn.Parameter(one.expand(self.shape), requires_grad=False)
 
 @torch.no_grad()
 def bnb_stack(p:torch.Tensor) -> tuple:   # A stack → (packed parameter, how to read it)
@@ -86,11 +82,11 @@ def pack_stacks(model:nn.Module, how=bnb_stack) -> list:   # Names of what was p
     "Put each stack that is still wide into 4 bits, one at a time."
     names = []
     for n,m in list(model.named_modules()):
-        for k in [k for k,p in m.named_parameters(recurse=False) if p.is_floating_point()
-                  and is_stack(m, p)]:
+        for k in [k for k,p in m.named_parameters(recurse=False) if is_stack(m, p)]:
             pack_stack(m, k, how), names.append(f"{n}.{k}")
     return names
 
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #0a041ec0
 def dequantize_stacks(model:nn.Module):
     "Write the stacks out again, in place: what a merge needs."
     for m in list(model.modules()):
@@ -118,10 +114,10 @@ def _keep(stacks):
         return t
     return pack
 
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #e51b0894
 @torch.no_grad()
 def _give(kept):
-    """The tensor itself; a stack is written out once in a backward pass, and one module's stacks
-    at a time."""
+    "The tensor itself; stacks are written out once in a backward pass, one module's at a time."
     if not isinstance(kept, View): return kept
     key = kept.stack, id(kept.added)
     if key not in _again:
@@ -150,49 +146,7 @@ def _close(m, args, out):
         s.open = max(0, s.open - 1)
         if not s.open: s.kept = None
 
-# %% ../../nbs/1_foundations/10_expert_weights.ipynb #51f49838
-class ParamWrapper(peft_layer.ParamWrapper):   # PEFT knows it by this name
-    "PEFT's adapter on a parameter, for a stack in 4 bits: the stack adds it when it is read."
-    @contextlib.contextmanager
-    def _activate_lora(self, active):
-        stack = self.get_base_layer().parametrizations[self.parameter_name][0]
-        was, stack.added = stack.added, tuple(self.factors(o) for o in active if o in self.lora_A)
-        try: yield
-        finally: stack.added = was
-    def factors(self, name:str
-                ) -> tuple:  # (B, A, scaling): (experts, rows, r), (experts, r, columns)
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        A = A.reshape(self.num_experts, -1, A.shape[-1])
-        B = B.reshape(B.shape[0], -1, self.num_experts).permute(2, 0, 1)
-        if not self._did_swap_in_out_features: A, B = B.mT, A.mT   # a stack of (inputs, outputs)
-        return B, A, self.scaling[name]
-    def merge(self, *args, **kw):
-        raise NotImplementedError(f"an adapter on {self.parameter_name} cannot be merged into a "
-                                  f"stack in 4 bits. "
-                                  "Use qlora_nb.using.merge.merge_and_save, "
-                                  "which writes the stack out.")
-
-# %% ../../nbs/1_foundations/10_expert_weights.ipynb #342d9038
-@contextlib.contextmanager
-def stacks_as_parameters(model):
-    """Within this block packed stacks look like parameters, so that PEFT finds them; adapters it
-    puts there work on the stacks."""
-    held = [(m, type(m), m._parameters, m.parametrizations) for m in model.modules()
-            if any(hasattr(s, "blank") for s,_ in stacks_of(m))]
-    for m,cls,own,stacks in held:
-        shown = {k: o[0].blank(o.original) for k,o in stacks.items()} | own
-        m.__class__, m._parameters = (cls.__bases__[0],
-                                      {k: shown[k] for k in dict.fromkeys([*m.qlora_nb_order,
-                                      *shown]) if k in shown})
-        del m._modules["parametrizations"]
-    try: yield
-    finally:
-        for m,cls,own,stacks in held:
-            m.__class__, m._parameters, m._modules["parametrizations"] = cls, own, stacks
-    for w in [w for w in model.modules() if type(w) is peft_layer.ParamWrapper]:
-        if any(w.parameter_name == k for k in getattr(w.get_base_layer(), "parametrizations", ())):
-            w.__class__ = ParamWrapper
-
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #a7c09e71
 def adapted_tensor(w) -> nn.Parameter:   # An adapter on a parameter
     "The parameter that it is on, packed or not."
     base, k = w.get_base_layer(), w.parameter_name
@@ -202,8 +156,7 @@ def adapted_tensor(w) -> nn.Parameter:   # An adapter on a parameter
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #6386c564
 @contextlib.contextmanager
 def packing_stacks(how=bnb_stack):   # As in `pack_stack`
-    """Within this block, transformers' `from_pretrained` puts each stack into 4 bits as soon as
-    it has been read."""
+    "Within this block `from_pretrained` puts each stack into 4 bits as soon as it has been read."
     theirs = core_model_loading.set_param_for_module
     def set_param(model, name, *args, **kw):
         theirs(model, name, *args, **kw)

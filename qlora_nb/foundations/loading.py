@@ -12,11 +12,11 @@ from pathlib import Path
 from ..base.core import Table, cpu_kind, keep_memory, pick_device, pick_dtype
 from ..base.errors import QLoRAError
 from ..base.model_files import hub_errors, locate
-from ..base.nf4_config import as_asked, nf4_config, plain_linears, quiet, whole_blocks
-from ..base.weights import (WEIGHT_COLUMNS, list_weights, misplaced, stored_as, too_wide,
-                                   weight_rows)
+from ..base.nf4_config import (as_asked, nf4_config, plain_linears, quiet, stored_as,
+                                      whole_blocks)
+from ..base.weights import WEIGHT_COLUMNS, list_weights, misplaced, too_wide, weight_rows
 from .expert_weights import pack_stacks, packing_stacks
-import bitsandbytes as bnb, torch, torch.nn as nn, transformers
+import bitsandbytes as bnb, torch, torch.nn as nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #611dbdb4
@@ -32,9 +32,7 @@ WIDE_SHARE = .02   # of the weights that could be in 4 bits, as much may be wide
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #166edaf2
 def audit_4bit(model:nn.Module  # A loaded model, with or without adapters
-              # Names of what is in 4 bits, of matrices left out on purpose, and a table of all
-              # bytes
-              ) -> Audit:
+              ) -> Audit:       # Names in 4 bits, matrices left out on purpose, all bytes
     """Count the bytes of every parameter. Raises `QLoRAError` where more than `WIDE_SHARE` is
     wide without a reason."""
     found, mods = list_weights(model), dict(model.named_modules())
@@ -46,14 +44,14 @@ def audit_4bit(model:nn.Module  # A loaded model, with or without adapters
                               "it with qlora_nb.foundations.qlora.")
     if repacking := [n for n,m in mods.items() if getattr(m, "support_avx512bf16_for_cpu", False)]:
         raise QLoRAError(f"{len(repacking)} 4-bit layers would repack themselves in an evaluation, "
-                         f"and then train wrongly.",
+                         "and then train wrongly.",
                          where=repacking[0],
                          cure="Call qlora_nb.foundations.loading.disable_cpu_repacking(model) "
                               "after loading.")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     kept = [w.name for w in found if w.kind in ("router", "small matrix", "read elsewhere", "wide")]
-    names, skipped = ([n.removesuffix(".weight") for n in o] for o in ([w.name for w in four],
-        kept))
+    names, skipped = ([n.removesuffix(".weight") for n in o]
+                      for o in ([w.name for w in four], kept))
     return Audit(names, [n for n,m in mods.items() if m is head] + skipped,
                  Table(weight_rows(found), WEIGHT_COLUMNS, ".1%"))
 
@@ -67,7 +65,8 @@ def disable_cpu_repacking(model:nn.Module):  # A model with bitsandbytes layers;
     return model
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #107c0f53
-def audited(model, load=None):   # A 4-bit model, and a function that loads it again without some layers
+def audited(model,        # In 4 bits
+            load=None):   # Loads it again, with the layers that it is given left wide
     """The model with what has to stay wide left wide, audited. Raises `QLoRAError` where that
     cannot be had."""
     pack_stacks(model)
@@ -90,8 +89,8 @@ def check_stored(name, place, revision="main") -> str|None:   # As `stored_as`
         stored = stored_as(AutoConfig.from_pretrained(place, revision=revision,
                                                       trust_remote_code=False))
     if stored in (None, "nf4"): return stored
-    raise QLoRAError(f"its weights are quantized already, in "
-                     f"{stored.upper()}, and cannot be trained here.", str(name),
+    raise QLoRAError(f"its weights are quantized already, in {stored.upper()}, and cannot be "
+                     "trained here.", str(name),
                      "Give a version in bfloat16 or float16; it is put into NF4 while it is read.")
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa
@@ -112,10 +111,9 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
         four = dict(quantization_config=nf4_config(dtype, skip)) if bits else {}
         with hub_errors(name), quiet(), contextlib.ExitStack() as s:
             for o in (plain_linears, packing_stacks) if bits else (): s.enter_context(o())
-            return AutoModelForCausalLM.from_pretrained(place, dtype=dtype, device_map={"": device},
-                                                        use_safetensors=True,
-                                                        trust_remote_code=False, revision=revision
-                                                        or "main", **four)
+            return AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, device_map={"": device}, use_safetensors=True,
+                trust_remote_code=False, revision=revision or "main", **four)
     model = disable_cpu_repacking(load())
     if stored: model = as_asked(model, bits, dtype)
     if device.type == "cpu": keep_memory()

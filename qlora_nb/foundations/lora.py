@@ -14,8 +14,7 @@ from ..base.targets import layer_size
 
 # %% ../../nbs/1_foundations/05_lora.ipynb #e410064d
 class LoRA(nn.Module):
-    """A linear-like layer plus low-rank changes by name: `base(x) + B(A(dropout(x)))*scaling`
-    (Hu et al., 2021, §4.1)."""
+    "A linear layer plus low-rank changes by name: `base(x) + B(A(dropout(x)))*scaling`."
     def __init__(self,
                  base:nn.Module,          # Linear-like (see `layer_size`); stays as it is, inside
                  r:int=16,                # Rank
@@ -26,8 +25,8 @@ class LoRA(nn.Module):
         super().__init__()
         self.base_layer, (self.in_features, self.out_features) = base, layer_size(base)
         self.lora_A, self.lora_B, self.lora_dropout = (nn.ModuleDict() for _ in range(3))
-        self.hyper, self.scaling, self.active, self.merged, w = {}, {}, adapter, None, getattr(base,
-            "weight", None)
+        self.hyper, self.scaling, self.active, self.merged = {}, {}, adapter, None
+        w = getattr(base, "weight", None)
         self.packed = (w is None or hasattr(base, "dequantize") or hasattr(w, "quant_state")
                        or not w.is_floating_point())
         self.add(r, lora_alpha, lora_dropout, rslora, adapter)
@@ -48,8 +47,8 @@ def add(self:LoRA, r, lora_alpha, lora_dropout, rslora, adapter):
     A, B = nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
     nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
     nn.init.zeros_(B.weight)
-    device = next((t.device for t in chain(self.base_layer.parameters(),
-                                           self.base_layer.buffers())), "cpu")
+    tensors = chain(self.base_layer.parameters(), self.base_layer.buffers())
+    device = next((t.device for t in tensors), "cpu")
     self.lora_A[adapter], self.lora_B[adapter] = A.to(device), B.to(device)
     self.lora_dropout[adapter] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
     self.hyper[adapter] = dict(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,

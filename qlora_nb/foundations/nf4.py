@@ -19,10 +19,8 @@ def to_blocks(x:torch.Tensor,   # (n,)
 
 def scale_blocks(W:torch.Tensor,  # Any shape; float32, bfloat16 or float16
                  block_size:int   # Weights a block
-                # ((blocks, block_size) float32 in [-1, 1], (blocks,) float32 absmax)
-                ) -> tuple:
-    """Divide each block of the flattened `W` by its largest absolute value, with the arithmetic
-    of bitsandbytes."""
+                ) -> tuple:       # (blocks, block_size) in [-1, 1], (blocks,) absmax; float32
+    "Divide each block of the flattened `W` by its absmax, with the arithmetic of bitsandbytes."
     b = to_blocks(W.detach().float().reshape(-1), block_size)
     absmax = b.abs().amax(1)
     scaled = b*(1/absmax.clamp(min=1e-38))[:,None]
@@ -34,16 +32,14 @@ def scale_blocks(W:torch.Tensor,  # Any shape; float32, bfloat16 or float16
 # %% ../../nbs/1_foundations/03_nf4.ipynb #0eec306c
 def nf4_codebook(offset:float=0.9677083  # Where both halves start, as a probability
                 ) -> torch.Tensor:       # (16,) float32, from -1 to 1, with an exact 0
-    """The levels of NF4: quantiles of a normal distribution, 8 above zero and 7 below (QLoRA
-    paper, section 3)."""
+    "The levels of NF4: quantiles of a normal distribution, 8 above zero and 7 below (paper, §3)."
     half = lambda n: torch.special.ndtri(torch.linspace(offset, 0.5, n)[:-1].double())
     v = torch.cat([-half(8), torch.zeros(1), half(9)]).float().sort().values
     return v/v.max()
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #e08c4707
 def fp4_codebook() -> torch.Tensor: # (16,) float32 in the order of the bit patterns
-    """The levels of FP4 as bitsandbytes lays them out (sign, exponent, exponent, fraction),
-    scaled to [-1, 1]."""
+    "The levels of FP4 in the layout of bitsandbytes (sign, exponent, fraction), in [-1, 1]."
     e, m = torch.arange(8)//2, torch.arange(8) % 2
     v = torch.where(e > 0, (1 + m/2)*2.**(4 - e), m/16)
     return torch.cat([v, 0 - v])/v.max()
@@ -53,8 +49,7 @@ CODEBOOKS = dict(nf4=nf4_codebook, fp4=fp4_codebook, int4=lambda: torch.arange(-
 @lru_cache
 def levels(name:str,                     # "nf4", "fp4" or "int4": a key of `CODEBOOKS`
            device:torch.device|str="cpu" # Where the table should lie
-          # (16,) float32: the value of each code. Shared: do not write to it
-          ) -> torch.Tensor:
+          ) -> torch.Tensor:             # (16,) float32, the value of each code; do not change it
     "The 16 values of a codebook, made once for each device."
     with torch.device("cpu"): v = CODEBOOKS[name]()
     return v.to(device)
@@ -63,7 +58,6 @@ def levels(name:str,                     # "nf4", "fp4" or "int4": a key of `COD
 def nearest_code(x:torch.Tensor,      # Any shape, float32
                  levels:torch.Tensor, # (k,) with k at most 256; any order
                 ) -> torch.Tensor:    # The shape of `x`, uint8
-    """The index of the nearest of `levels` (the lower one in a tie), by binary search among the
-    midpoints."""
+    "The index of the nearest of `levels` (the lower one in a tie), by search among midpoints."
     s, order = levels.sort(stable=True)
     return order[torch.bucketize(x, (s[1:] + s[:-1])/2, out_int32=True)].to(torch.uint8)
