@@ -21,7 +21,7 @@ from ..base.nf4_config import quiet
 from .loading import load_model
 from .qlora import is_scratch, load_scratch, quantize_model
 from .expert_adapters import chosen_parameters, stacks_as_parameters
-from ..base.targets import find_targets, match_targets, outer_modules
+from ..base.targets import find_targets, is_pattern, match_targets, outer_modules
 from ..base.weights import clean_name, list_weights
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
@@ -87,10 +87,10 @@ def add_adapters(model,                       # A 4-bit model of either backend
                  r:int=16,                    # Rank: the inner size of each adapter
                  lora_alpha:float=32,         # The update is scaled by lora_alpha / r
                  lora_dropout:float=0.,       # On the adapters' input
-                 target_modules:str|list="all-linear",   # Or names, such as ["q_proj", "v_proj"]
+                 target_modules:str|list="all-linear",   # Or names, or a regular expression
                  target_parameters:list|None=None):      # Experts, such as ["experts.down_proj"]
     "Put LoRA adapters on `model`, PEFT's or ours. Raises `QLoRAError` where a target misses."
-    if isinstance(target_modules, str) and target_modules != "all-linear":
+    if isinstance(target_modules, str) and not is_pattern(target_modules):
         target_modules = [target_modules]
     stacks = chosen_parameters(model, target_parameters, lora_dropout) if target_parameters else []
     names = chosen_layers(model, target_modules) if target_modules or not stacks else []

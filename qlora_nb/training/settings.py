@@ -8,7 +8,7 @@ __all__ = ['POSITIVE', 'RANGES', 'WHOLE', 'CHOICES', 'UNSAID', 'OTHER_NAMES', 'L
            'plain', 'write_config']
 
 # %% ../../nbs/2_training/25_settings.ipynb #73f20bde
-import difflib, math
+import difflib, math, re
 from numbers import Integral, Real
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -113,10 +113,14 @@ def check_settings(**settings):
 LISTS = ("target_modules", "target_parameters", "report_to")
 
 def split_names(settings:dict) -> dict:
-    "Words with commas in them as lists of names."
-    def several(k, v):
-        return isinstance(v, str) and (k == "target_parameters" or k in LISTS and "," in v)
-    return {k: v.split(",") if several(k, v) else v for k, v in settings.items()}
+    "Words with commas in them as lists of names; a regular expression stays as it is."
+    def names(k, v):
+        if k not in LISTS or not isinstance(v, str): return v
+        parts = [o.strip() for o in v.split(",")]
+        many = len(parts) > 1 or k == "target_parameters"
+        plain = all(re.fullmatch(r"[\w.]+", o) for o in parts)
+        return parts if many and plain else v
+    return {k: names(k, v) for k, v in settings.items()}
 
 # %% ../../nbs/2_training/25_settings.ipynb #8b4b8b98
 FREE = ("save_steps", "gradient_checkpointing", "report_to")
