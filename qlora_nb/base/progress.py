@@ -219,6 +219,6 @@ def check_reports(report_to:str|list|None="none"  # "none", or one or more of `R
             raise QLoRAError(f"there is no report to '{name}'.",
                              cure=f"Choose from: none, {', '.join(REPORTS)}.")
         if not importlib.util.find_spec(name):
-            raise QLoRAError(f"reporting to {name} needs the package {name}, which is not there.",
-                             cure=f"Run pip install {name}, or leave --report-to out.")
+            what = f"reporting to {name} needs the package {name}, which is not installed."
+            raise QLoRAError(what, cure=f"Run pip install {name}, or leave --report-to out.")
     return names
