@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 # %% ../../nbs/2_training/29_finetune.ipynb #73eff3be
 from ..base.errors import QLoRAError
 from ..base.core import count_params, free_memory, set_seed, versions
-from ..foundations.adapters import save_adapter
+from ..foundations.adapters import BACKENDS, save_adapter
 from .data import as_messages, collate, digest, encode_rows, load_rows
 from ..base.failures import Guard, explain_failure
 from ..base.mapped import count, take
