@@ -15,14 +15,14 @@ from ..foundations.nf4 import CODEBOOKS, scale_blocks
 def round_tensor(W:torch.Tensor,           # Any shape
                  format:str,               # "int4", "fp4", "nf4" or "int8"
                  block_size:int|None=64,   # Weights that share a scale
-                 # Double quantization of the scales? Shape and type of `W`
-                 double:bool=False) -> torch.Tensor:
+                 double:bool=False         # Double quantization of the scales?
+                ) -> torch.Tensor:         # Shape and type of `W`
     "`W` as a layer stored in `format` would use it. Raises `QLoRAError` for an unknown format."
     if format in CODEBOOKS: return quantize(W, format, block_size, double).dequantize(W.dtype)
     if format != "int8" or double:
+        known = ", ".join(CODEBOOKS)
         raise QLoRAError(f"there is no {'doubly quantized '*double}'{format}'.",
-                         cure=f"Choose from: {', '.join(CODEBOOKS)}, and "
-                              f"int8 without double quantization.")
+                         cure=f"Choose from: {known}, and int8 without double quantization.")
     x, absmax = scale_blocks(W, block_size)
     return ((x*127).round()/127*absmax[:, None]).view(-1)[:W.numel()].view(W.shape).to(W.dtype)
 
@@ -40,5 +40,5 @@ def round_weights(model:torch.nn.Module,   # Not quantized; changed in place
 # %% ../../nbs/5_evaluation/56_data_types.ipynb #c084a65a
 def bits_per_weight(format:str, block_size:int, double:bool=False) -> float:
     "Storage of a weight, its share of the scales included (QLoRA paper, section 3)."
-    return (8 if format == "int8" else 4) + (8/block_size + 32/(block_size*256) if double
-                                             else 32/block_size)
+    scale = 8 + 32/256 if double else 32   # bits of one
+    return (8 if format == "int8" else 4) + scale/block_size

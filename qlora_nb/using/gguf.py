@@ -75,15 +75,15 @@ def check_format(dtype:str):
         raise QLoRAError(f"there is no format '{dtype}'.",
                          cure=f"Choose from: {', '.join(FORMATS)}.")
 
+# %% ../../nbs/4_using/46_gguf.ipynb #d7705a87
 def add_tensors(w:GGUFWriter, model, dtype:str):   # "f32", "f16" or "q8_0"
     "All weights under llama.cpp's names, rows of queries and keys in its order."
     c = model.config
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, c.num_hidden_layers)
     heads = dict(q_proj=c.num_attention_heads, k_proj=c.num_key_value_heads)
     for n, p in model.named_parameters():   # tied weights come once
-        W, layer, name = p.detach().float().cpu(), n.split(".")[-2], names.get_name(n,
-            (".weight", ".bias"))
-        if not name:
+        W, layer = p.detach().float().cpu(), n.split(".")[-2]
+        if not (name := names.get_name(n, (".weight", ".bias"))):
             raise QLoRAError("llama.cpp has no name for this tensor.", where=n, cure=CONVERTER)
         if layer in heads: W = pair_neighbours(W, heads[layer])
         kind = stored_as(W, dtype, n)
@@ -91,21 +91,19 @@ def add_tensors(w:GGUFWriter, model, dtype:str):   # "f32", "f16" or "q8_0"
 
 # %% ../../nbs/4_using/46_gguf.ipynb #3310f8b0
 def pre_name(tokenizer) -> str:   # A byte-level BPE tokenizer of transformers
-    """llama.cpp's name for how a tokenizer splits a text. Raises `QLoRAError` for a rule that it
-    cannot name."""
+    "llama.cpp's name for how a tokenizer splits a text. Raises `QLoRAError` where it has none."
     plan = json.loads(tokenizer.backend_tokenizer.to_str())
-    steps = plan["pre_tokenizer"] or {}
-    steps = [{k: v for k, v in o.items() if k != "trim_offsets"} for o in steps.get("pretokenizers",
-        [steps])]
+    rule = plan["pre_tokenizer"] or {}
+    steps = [{k: v for k, v in o.items() if k != "trim_offsets"}
+             for o in rule.get("pretokenizers", [rule])]
     byte = dict(type="ByteLevel", add_prefix_space=False, use_regex=True)
-    # transformers 5.17 writes the second
-    unchanged = plan["normalizer"] in (None, dict(type="Sequence", normalizers=[]))
+    empty = dict(type="Sequence", normalizers=[])   # as transformers 5.17 writes it
+    unchanged = plan["normalizer"] in (None, empty)
     known = {"gpt-2": [byte], "smollm": [dict(type="Digits", individual_digits=True), byte]}
-    for name, rule in known.items():
-        if plan["model"]["type"] == "BPE" and unchanged and steps == rule: return name
+    for name, wanted in known.items():
+        if plan["model"]["type"] == "BPE" and unchanged and steps == wanted: return name
     raise QLoRAError(f"only tokenizers of byte-level BPE, split as {' or '.join(known)}, are "
-                     f"written here.",
-                     cure=CONVERTER)
+                     "written here.", cure=CONVERTER)
 
 # %% ../../nbs/4_using/46_gguf.ipynb #b71ea7cf
 def token_kinds(tokenizer, size:int) -> list:   # Rows of the embedding
@@ -113,10 +111,11 @@ def token_kinds(tokenizer, size:int) -> list:   # Rows of the embedding
     added, vocab = tokenizer.added_tokens_decoder, {i: t for t, i in tokenizer.get_vocab().items()}
     def kind(i):
         if i not in vocab: return TokenType.UNUSED
-        return (TokenType.NORMAL if i not in added else TokenType.CONTROL if added[i].special
-                else TokenType.USER_DEFINED)
+        if i not in added: return TokenType.NORMAL
+        return TokenType.CONTROL if added[i].special else TokenType.USER_DEFINED
     return [(vocab.get(i, f"[PAD{i}]"), kind(i)) for i in range(size)]
 
+# %% ../../nbs/4_using/46_gguf.ipynb #266f1cbc
 def add_tokenizer(w:GGUFWriter, tokenizer, size:int,  # Rows of the embedding
                   stops=()):   # Of `stop_ids`; beside EOS, a file can name two
     "Vocabulary, merges, special ids, the tokens that end an answer, and the chat template."
@@ -146,8 +145,7 @@ def write_gguf(model, tokenizer,
                name:str="model",     # What the file calls itself
                base:str|None=None,   # The base model's name
                license:str|None=None) -> Path:   # Such as "apache-2.0"
-    """Write a Llama-type model as GGUF. Raises `QLoRAError` for models and tokenizers that are
-    not supported."""
+    "Write a Llama-type model as GGUF. Raises `QLoRAError` for what is not supported."
     check_format(dtype), check_supported(model)
     w = GGUFWriter(path, "llama")
     w.add_type("model"), w.add_name(name), w.add_size_label(f"{count_params(model).total/1e6:.0f}M")
@@ -155,21 +153,18 @@ def write_gguf(model, tokenizer,
     if license: w.add_license(license)
     w.add_file_type(FORMATS[dtype][1]), w.add_quantization_version(2)
     stops, size = stop_ids(model, tokenizer), model.config.vocab_size
-    add_settings(w, model.config), add_tokenizer(w, tokenizer, size, stops), add_tensors(w, model,
-        dtype)
+    add_settings(w, model.config), add_tokenizer(w, tokenizer, size, stops)
+    add_tensors(w, model, dtype)
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
     return path
 
 # %% ../../nbs/4_using/46_gguf.ipynb #4f984825
-def gguf_source(folder, how:dict
-                ) -> tuple:  # (model, tokenizer, source of the adapter or None, words for the card)
+def gguf_source(folder, how:dict) -> tuple:   # (model, tokenizer, source or None, for the card)
     "What is to be written: a merged folder as it is, or an adapter merged now, in float32."
-    folder = Path(folder).expanduser()
+    folder, safe = Path(folder).expanduser(), dict(trust_remote_code=False)
     if (folder/"config.json").exists():
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto",
-                                                         trust_remote_code=False)
-        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), None, ""
+        with quiet(): model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **safe)
+        return model, AutoTokenizer.from_pretrained(folder, **safe), None, ""
     m = merged(folder, dtype="float32", **how)
     return m.model, m.tokenizer, read_source(folder, how.get("base")), merge_words(m.facts)
 
@@ -178,8 +173,8 @@ def gguf_card(folder, name, file, tokenizer, source, made) -> str:
     if source: return model_card(source, name, "gguf", made, bool(tokenizer.chat_template), file)
     card = Path(folder).expanduser()/"README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else ""
-    return text.replace("library_name: transformers", "library_name: gguf").replace(
-        'from_pretrained("."', f'from_pretrained(".", gguf_file="{file}"')
+    text = text.replace("library_name: transformers", "library_name: gguf")
+    return text.replace('from_pretrained("."', f'from_pretrained(".", gguf_file="{file}"')
 
 # %% ../../nbs/4_using/46_gguf.ipynb #405e5dc4
 def export_gguf(folder:str|Path,      # Of a run, of an adapter, or of a merged model
@@ -187,14 +182,13 @@ def export_gguf(folder:str|Path,      # Of a run, of an adapter, or of a merged 
                 dtype:str="f16",      # "f32", "f16" or "q8_0"
                 **how                 # Of `merged`: onto, base, trained_in, device
                ) -> Path:             # The file, OUT/NAME-F16.gguf
-    """Write a model as GGUF, with a card. Raises `QLoRAError`, and leaves nothing, where that
-    cannot be done."""
+    "Write a model as GGUF, with a card. Raises `QLoRAError`, and leaves nothing, where it cannot."
     check_room(out := Path(out).expanduser()), check_format(dtype)
     model, tok, source, made = gguf_source(folder, how)
     name, bits = out.name, dict(f32=4, f16=2, q8_0=34/32)   # bytes a weight
     made += f" Its matrices are stored as GGUF in {dtype}; tokens are split as '{pre_name(tok)}'."
-    with new_folder(out, int(sum(p.numel() for p in model.parameters())*bits[dtype])
-                    + 2**24) as new:
+    need = int(sum(p.numel() for p in model.parameters())*bits[dtype]) + 2**24
+    with new_folder(out, need) as new:
         about = (public_name(source.base)[0], license_of(source.base)) if source else ()
         file = write_gguf(model, tok, new/f"{name}-{dtype.upper()}.gguf", dtype, name, *about).name
         card = gguf_card(folder, name, file, tok, source, made.strip())
@@ -207,15 +201,12 @@ FORMS = ("safetensors", "adapter", "gguf")
 
 def export_run(folder:str|Path,           # Of a run, or of an adapter in PEFT's format
                out:str|Path,              # A new folder, or an empty one
-               # "safetensors": merged; "adapter": alone; "gguf": merged, for llama.cpp
-               form:str="safetensors",
+               form:str="safetensors",    # Merged; "adapter": alone; "gguf": merged, for llama.cpp
                onto:str="dequantized",    # See `merged`
-               # Of the weights: see `merged`, or `export_gguf`; None: their default
-               dtype:str|None=None,
+               dtype:str|None=None,       # Of the weights: as in `merged`, or in `export_gguf`
                base:str|None=None,        # Instead of the base that the adapter names
                trained_in:str|None=None, device:str|None="cpu") -> Path:   # See `merged`
-    """Export a fine-tune, with a card. Raises `QLoRAError`, and leaves nothing, where that
-    cannot be done."""
+    "Export a fine-tune, with a card. Raises `QLoRAError`, and leaves nothing, where it cannot."
     how = dict(onto=onto, base=base, trained_in=trained_in, device=device)
     if form == "safetensors": return merge_and_save(folder, out, dtype=dtype, **how)
     if form == "gguf": return export_gguf(folder, out, dtype or "f16", **how)

@@ -37,18 +37,17 @@ from transformers.pytorch_utils import Conv1D
 ONTO = ("dequantized", "original", "4bit")
 
 def check_adapter(source):   # Of `read_source`
-    """Raise `QLoRAError` for an adapter that is more than LoRA (or DoRA) on some layers, naming
-    what it has."""
+    "Raise `QLoRAError` for an adapter that is more than LoRA (or DoRA) on some layers."
     cfg = source.config
-    odd = [f"{k}={v}" for k, v in cfg.items()
-           if (v and k not in [*PLAIN, "use_dora", "lora_bias", "target_parameters"])
+    known = {*PLAIN, "use_dora", "lora_bias", "target_parameters"}
+    starts = (True, False, "gaussian", "orthogonal", "eva")
+    odd = [f"{k}={v}" for k, v in cfg.items() if (v and k not in known)
            or (k == "peft_type" and v != "LORA")
-           or (k == "init_lora_weights" and v not in (True, False, "gaussian", "orthogonal",
-                                                      "eva"))]
+           or (k == "init_lora_weights" and v not in starts)]
     if odd:
         raise QLoRAError(f"this adapter cannot be merged here: {', '.join(odd)}.",
-                         where=str(source.folder), cure="Only LoRA, rsLoRA and DoRA can. Merge it "
-                                                        "with PEFT, on its own base.")
+                         str(source.folder),
+                         "Only LoRA, rsLoRA and DoRA can. Merge it with PEFT, on its own base.")
 
 # %% ../../nbs/4_using/45_merge.ipynb #56833012
 def read_config(base:str, revision:str|None=None):
@@ -76,16 +75,14 @@ def weight_of(m):   # A layer, or a parameter, with PEFT's adapter
     return adapted_tensor(m) if hasattr(m, "parameter_name") else m.get_base_layer().weight
 
 def shared_layers(model) -> list:   # A PEFT model
-    """Names of layers with an adapter whose weight some other layer uses too: a merge would
-    change both."""
+    "Layers with an adapter whose weight another layer uses too: a merge would change both."
     uses = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
     ours = [(n, weight_of(m)) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
     return [n for n, W in ours if uses[W.data_ptr()] > 1]
 
 # %% ../../nbs/4_using/45_merge.ipynb #b8f9a06d
 def with_adapter(model, source):   # Of `plain_base`, and of `read_source`
-    """The adapter on a plain base. Raises `QLoRAError` when a part of it found no place, or a
-    weight is shared."""
+    "The adapter on a plain base. Raises `QLoRAError` when a part of it found no place."
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")   # of missing keys, which are counted below
         try: model = attach_adapter(model, source.folder)
@@ -93,18 +90,16 @@ def with_adapter(model, source):   # Of `plain_base`, and of `read_source`
         except (RuntimeError, ValueError) as e: bad = " ".join(str(e).split())[:300]
         else: bad = ", ".join(out_of_place(model, source)[:3])
     if bad:
-        raise QLoRAError(f"the adapter does not fit '{source.base}' ({bad}).",
-                         where=str(source.folder),
-                         cure="Give the base that it was trained on: base=...")
+        raise QLoRAError(f"the adapter does not fit '{source.base}' ({bad}).", str(source.folder),
+                         "Give the base that it was trained on: base=...")
     if shared := shared_layers(model):
-        raise QLoRAError("another layer shares the weight of this one.", where=shared[0],
-                         cure="It cannot be merged.")
+        raise QLoRAError("another layer shares the weight of this one.", shared[0],
+                         "It cannot be merged.")
     return model
 
 # %% ../../nbs/4_using/45_merge.ipynb #878f7f61
-def written_out(model, source):   # In 4 bits, and of `read_source` → (adapter on the plain base, logits before)
-    """The adapter on its base in float32, after a proof that its logits are those on the base in
-    4 bits."""
+def written_out(model, source) -> tuple:   # In 4 bits; of `read_source`
+    "(the adapter on its base in float32, the logits on the base in 4 bits, which are the same)"
     own = with_adapter(model, source)
     want, dtype = probe(own), own.get_input_embeddings().weight.dtype
     own = with_adapter(write_out_4bit(dequantize_stacks(own.unload())), source)
@@ -113,22 +108,18 @@ def written_out(model, source):   # In 4 bits, and of `read_source` → (adapter
     return own, want
 
 # %% ../../nbs/4_using/45_merge.ipynb #3343d4e7
-# of the adapter on its base, or None
-Merged = namedtuple("Merged", "model tokenizer chat facts logits")
+Merged = namedtuple("Merged", "model tokenizer chat facts logits")   # of the adapter on its base
 
 def as_kept(W:torch.Tensor, onto:str, dtype:torch.dtype, name:str) -> torch.Tensor:
-    """A merged weight as the file will hold it. Raises `QLoRAError` when it is too large for
-    `dtype`."""
-    kept = (quantize(W, "nf4", 64, double=True).dequantize(torch.float32) if onto == "4bit"
-            else W).to(dtype)
-    if kept.isfinite().all(): return kept
-    raise QLoRAError(f"a weight is too large for {dtype}.", where=name,
-                     cure="Choose dtype='bfloat16'.")
+    "A merged weight as the file will hold it. Raises `QLoRAError` when `dtype` cannot."
+    if onto == "4bit": W = quantize(W, "nf4", 64, double=True).dequantize(torch.float32)
+    if (kept := W.to(dtype)).isfinite().all(): return kept
+    raise QLoRAError(f"a weight is too large for {dtype}.", name, "Choose dtype='bfloat16'.")
 
 # %% ../../nbs/4_using/45_merge.ipynb #9e1b72a1
 @torch.no_grad()
-def add_up(model, onto:str, dtype:torch.dtype
-           ) -> dict:  # A model of `with_adapter`; changed in place
+def add_up(model,   # Of `with_adapter`; changed in place
+           onto:str, dtype:torch.dtype) -> dict:
     "Merge, and round to what is stored: the size of the change, and the part lost in rounding."
     weights = change = lost = 0.
     for n, m in [o for o in model.named_modules() if isinstance(o[1], LoraLayer)]:
@@ -136,11 +127,10 @@ def add_up(model, onto:str, dtype:torch.dtype
         m.merge(safe_merge=True)
         W = weight_of(m).data
         turned = isinstance(m.get_base_layer(), Conv1D)   # its rows are our columns
-        kept = (as_kept(W.T.contiguous(), onto, dtype, n).T.contiguous() if turned
-                else as_kept(W, onto, dtype, n))
-        weight_of(m).data = kept
-        weights, change = (weights + was.square().sum().item(),
-                           change + (W - was).square().sum().item())
+        kept = as_kept(W.T.contiguous() if turned else W, onto, dtype, n)
+        weight_of(m).data = kept = kept.T.contiguous() if turned else kept
+        weights += was.square().sum().item()
+        change += (W - was).square().sum().item()
         lost += (kept.float() - W).square().sum().item()
     if not change:
         raise QLoRAError("the adapter changes nothing: all of its B are zero.",
@@ -148,14 +138,15 @@ def add_up(model, onto:str, dtype:torch.dtype
     return dict(change=(change/weights)**.5, lost=(lost/change)**.5)
 
 # %% ../../nbs/4_using/45_merge.ipynb #96e98aa7
-def as_dtype(dtype,         # A torch dtype, its name, or None
-             base:str, revision=None   # The base, which decides when there is no wish
+def as_dtype(dtype,                    # A torch dtype, its name, or None
+             base:str, revision=None   # Which decides when there is no wish
             ) -> torch.dtype:
     "The number format of an export. Raises `QLoRAError` for one that no file should be in."
     if dtype is None: dtype = read_config(base, revision).dtype or torch.float32
     dtype = getattr(torch, str(dtype).removeprefix("torch."), dtype)
     if dtype in (torch.float32, torch.float16, torch.bfloat16): return dtype
-    raise QLoRAError(f"'{str(dtype).removeprefix('torch.')}' is no format for weights.",
+    name = str(dtype).removeprefix("torch.")
+    raise QLoRAError(f"'{name}' is no format for weights.",
                      cure="Choose float32, float16 or bfloat16.")
 
 # %% ../../nbs/4_using/45_merge.ipynb #415063af
@@ -163,12 +154,10 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
            onto:str="dequantized",     # "dequantized": what was trained; "original"; "4bit"
            dtype=None,                 # Of the file; None: that of the base's files
            base:str|None=None,         # Instead of the base that the adapter names
-           # What the base was loaded in for training; None: as noted, or `pick_dtype`
-           trained_in=None,
+           trained_in=None,            # Of the base in training; None: as noted, or `pick_dtype`
            device:str|None="cpu"       # Where to add; four bytes a parameter are needed there
           ) -> Merged:
-    """A model with its adapter merged, as it will be saved. Raises `QLoRAError` for what cannot
-    be merged."""
+    "A model with its adapter merged, as it will be saved. Raises `QLoRAError` where it cannot be."
     if onto not in ONTO:
         raise QLoRAError(f"there is no onto='{onto}'.", cure=f"Choose from: {', '.join(ONTO)}.")
     source = read_source(folder, base)
@@ -177,19 +166,17 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
                           source.base, revision := revision_of(source))
     dtype, (tok, chat) = as_dtype(dtype, source.base, revision), export_tokenizer(source)
     check_base(source.folder, source.base, source.notes, revision)
-    base_model = plain_base(source.base, onto, trained_in, device, revision)
-    model, want = ((with_adapter(base_model, source), None) if onto == "original"
-                   else written_out(base_model, source))
-    if want is None: want = probe(model)
+    model = plain_base(source.base, onto, trained_in, device, revision)
+    if onto == "original": want = probe(model := with_adapter(model, source))
+    else: model, want = written_out(model, source)
     facts = dict(onto=onto, dtype=str(dtype).removeprefix("torch."),
                  base_in=str(trained_in).removeprefix("torch."))
     facts |= add_up(model, onto, dtype)
     model = model.unload().eval()
-    # buffers, such as those of rotary angles, stay exact
-    for p in model.parameters(): p.data = p.data.to(dtype)
+    for p in model.parameters(): p.data = p.data.to(dtype)   # buffers stay exact
     if onto != "4bit":
-        same_logits(probe(model), want, max(dtype, trained_in, key=lambda o: torch.finfo(o).eps),
-                    "the merged model is another", source.base)
+        coarser = max(dtype, trained_in, key=lambda o: torch.finfo(o).eps)
+        same_logits(probe(model), want, coarser, "the merged model is another", source.base)
     note_ends(model, tok, source.notes.get("end_tokens", ()))
     model.generation_config = generation_ids(tok, stop_ids(model, tok))
     return Merged(model, tok, chat, facts, want)
@@ -197,26 +184,22 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
 # %% ../../nbs/4_using/45_merge.ipynb #98ddc01a
 def merge_words(f:dict) -> str:   # The facts of `merged`
     "How a model was merged, and what it cost."
-    packed = (f"the 4-bit base (loaded in {f['base_in']}) written out again, "
-              f"which is what it was trained on")
-    other = ("the base's original weights. It was trained on the 4-bit base, so this is another "
-             "model than was scored")
-    onto = dict(dequantized=packed, original=other)
-    onto["4bit"] = (packed + ", and the sum rounded to 4 bits (NF4) once more, "
-                             "which loses part of it, or most")
-    return (f"The adapter was merged onto {onto[f['onto']]}. It changes the weights that it is on "
-            f"by {f['change']:.2%} "
-            f"of their norm; storing the sum in {f['dtype']} adds an error of "
+    onto = (f"the 4-bit base (loaded in {f['base_in']}) written out again, which is what it was "
+            "trained on")
+    if f["onto"] == "original": onto = ("the base's original weights. It was trained on the 4-bit "
+                                        "base, so this is another model than was scored")
+    if f["onto"] == "4bit": onto += (", and the sum rounded to 4 bits (NF4) once more, which loses "
+                                     "part of it, or most")
+    return (f"The adapter was merged onto {onto}. It changes the weights that it is on by "
+            f"{f['change']:.2%} of their norm; storing the sum in {f['dtype']} adds an error of "
             f"{f['lost']:.2%} of this change.")
 
 # %% ../../nbs/4_using/45_merge.ipynb #ff6790d3
-def read_back(folder, want:torch.Tensor, dtype:torch.dtype):   # What was written, and the logits that it should have
-    """Load a folder as anybody would. Raises `QLoRAError` where it cannot be loaded, or is
-    another model."""
+def read_back(folder, want:torch.Tensor, dtype:torch.dtype):   # `want`: the logits it should have
+    "Load what was written. Raises `QLoRAError` where it cannot be loaded, or is another model."
+    how = dict(dtype=dtype, trust_remote_code=False)
     try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype,
-                                                         trust_remote_code=False)
+        with quiet(): model = AutoModelForCausalLM.from_pretrained(folder, **how)
     except Exception as e:
         raise QLoRAError(f"what was written cannot be loaded ({' '.join(str(e).split())[:200]}).",
                          cure="Nothing was left behind.") from e
@@ -226,12 +209,10 @@ def merge_and_save(folder:str|Path,        # Of a run, or of an adapter in PEFT'
                    out:str|Path,           # New, or empty
                    onto:str="dequantized", dtype=None, base:str|None=None, trained_in=None,
                    device:str|None="cpu") -> Path:   # As in `merged`
-    """Merge, save a model that transformers loads alone, and read it back. Raises `QLoRAError`,
-    and leaves nothing, where that fails."""
+    "Save a model that transformers loads alone. Raises `QLoRAError`, and leaves nothing, else."
     check_room(out := Path(out).expanduser())
     m, source = merged(folder, onto, dtype, base, trained_in, device), read_source(folder, base)
-    # weights, headers, tokenizer
-    need = sum(p.nbytes for p in m.model.parameters())*101//100 + 2**24
+    need = sum(p.nbytes for p in m.model.parameters())*101//100 + 2**24   # headers, tokenizer
     with new_folder(out, need) as new:
         with quiet(): m.model.save_pretrained(new), m.tokenizer.save_pretrained(new)
         card = model_card(source, out.name, "safetensors", merge_words(m.facts), m.chat)

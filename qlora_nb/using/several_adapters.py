@@ -4,24 +4,22 @@
 
 # %% auto #0
 __all__ = ['adapter_names', 'free_name', 'add_adapter_from', 'same_trainable', 'find_adapter', 'use_adapter', 'active_adapter',
-           'answering_as', 'drop_adapter', 'unload', 'shrink', 'scale_one', 'sum_error', 'combine_adapters', 'save_one']
+           'answering_as', 'drop_adapter', 'unload', 'shrink', 'scale_one', 'sum_error', 'check_combination',
+           'combine_adapters', 'save_one']
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #818970d6
-import contextlib, shutil, tempfile, warnings
+import contextlib, shutil, tempfile, torch, warnings
 from pathlib import Path
+from peft.tuners.lora import LoraLayer
 from ..base.adapter_files import describe_adapter
-from ..foundations.adapters import attach_adapter
 from ..base.errors import QLoRAError
-from ..foundations.lora_model import lora_layers, set_adapter
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
 from ..base.runs import content_id
+from ..foundations.adapters import attach_adapter
+from ..foundations.lora_model import lora_layers, set_adapter
 from ..training.end_tokens import note_loaded, note_sum, notes_of
 from ..training.saved_adapters import adapter_folder, check_fits
-
-# %% ../../nbs/4_using/43_several_adapters.ipynb #e0512bd5
-import torch
-from peft.tuners.lora import LoraLayer
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #cd0ea55f
 def adapter_names(model) -> list:  # Empty for a base model
@@ -39,15 +37,15 @@ def free_name(model, name:str) -> str:
                          cure="Use letters and digits.")
     return name
 
+# %% ../../nbs/4_using/43_several_adapters.ipynb #b51684c4
 def add_adapter_from(model,               # A base, or a model with PEFT's adapters on it
                      folder:str|Path,     # Of a run or of an adapter
                      name:str) -> tuple:  # (the model with adapters, the notes of this one)
-    """Put one more adapter on a model. Only the first is switched to. Raises `QLoRAError` if it
-    does not fit."""
+    "Put one more adapter on a model. Only the first is switched to."
     folder, notes, base = adapter_folder(folder)
     free_name(model, name), check_fits(model, folder)
-    have, at, known = getattr(model, "qlora_nb_name", base), getattr(model, "qlora_nb_revision",
-        None), notes.get("base_sha256")
+    have, at = getattr(model, "qlora_nb_name", base), getattr(model, "qlora_nb_revision", None)
+    known = notes.get("base_sha256")
     if have != base:
         warnings.warn(f"{folder.name} was trained on {base}; this is {have}.", stacklevel=2)
     elif known and known != (content_id(locate(have), revision=at) or known):
@@ -86,21 +84,19 @@ def active_adapter(model) -> str|None:
 
 @contextlib.contextmanager
 def answering_as(model, name:str|None):  # An adapter on the model; None: the base without any
-    """Answer as one adapter, or as the base, for the length of a block; afterwards the model is
-    as it was."""
+    "Answer as one adapter, or as the base, for the length of a block."
     was = active_adapter(model)
     if name is not None: use_adapter(model, name)
+    off = name is None and was
     with same_trainable(model):
         try:
-            with model.disable_adapter() if name is None and was else contextlib.nullcontext():
-                yield model
+            with model.disable_adapter() if off else contextlib.nullcontext(): yield model
         finally:
             if name not in (None, was): use_adapter(model, was)
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #25e1d9a4
 def drop_adapter(model, name:str) -> str:  # The adapter that is in use afterwards
-    """Take one of several adapters off and free its memory. Raises `QLoRAError` for the last
-    one, or an unknown name."""
+    "Take one of several adapters off and free its memory. Raises `QLoRAError` for the last one."
     if find_adapter(model, name) and len(adapter_names(model)) == 1:
         raise QLoRAError(f"'{name}' is the only adapter.",
                          cure="Use unload(model), which gives the base back.")
@@ -110,20 +106,17 @@ def drop_adapter(model, name:str) -> str:  # The adapter that is in use afterwar
     return model.active_adapter
 
 def unload(model):  # With PEFT's adapters; they are lost unless they are saved
-    """The base model without any adapter, as it was before the first. The model given must not
-    be used any more."""
+    "The base model without any adapter. The model given must not be used any more."
     return model.unload() if hasattr(model, "peft_config") else model
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #4610c055
 @torch.no_grad()
 def shrink(model, name:str, rank:int):
-    """Replace each update of an adapter, whose scale is 1, by its best approximation of a lower
-    rank."""
+    "Replace each update of an adapter of scale 1 by its best approximation of a lower rank."
     for layer in (m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A):
         A, B = layer.lora_A[name], layer.lora_B[name]
-        # BA = P(RSᵀ)Qᵀ
-        (P, R), (Q, S) = torch.linalg.qr(B.weight.float()), torch.linalg.qr(A.weight.float().T)
-        U, sizes, V = torch.linalg.svd(R @ S.T)
+        (P, R), (Q, S) = (torch.linalg.qr(o.float()) for o in (B.weight, A.weight.T))
+        U, sizes, V = torch.linalg.svd(R @ S.T)   # BA = P(RSᵀ)Qᵀ
         A.weight.data = (V[:rank] @ Q.T).to(A.weight)
         B.weight.data = (P @ U[:, :rank] * sizes[:rank]).to(B.weight)
         A.out_features = B.in_features = layer.r[name] = layer.lora_alpha[name] = rank
@@ -139,12 +132,11 @@ def scale_one(model, name:str):
 
 @torch.no_grad()
 def sum_error(model, weights:dict, name:str) -> float:  # The largest of the layers, relative
-    """How far the update of `name` is from the weighted sum of the others, on one random input a
-    layer."""
-    worst = 0.
+    "How far the update of `name` is from the weighted sum, on one random input a layer."
+    worst, draw = 0., torch.Generator()
     for m in (m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A):
-        x = torch.randn(1, m.in_features,
-                        generator=torch.Generator().manual_seed(0)).to(m.lora_A[name].weight.device)
+        device = m.lora_A[name].weight.device
+        x = torch.randn(1, m.in_features, generator=draw.manual_seed(0)).to(device)
         def update(o):
             if o not in m.lora_A: return torch.zeros_like(x[:, :1])
             return m.scaling[o]*(x @ m.lora_A[o].weight.float().T) @ m.lora_B[o].weight.float().T
@@ -153,36 +145,37 @@ def sum_error(model, weights:dict, name:str) -> float:  # The largest of the lay
     return worst
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #e0c038c4
+def check_combination(model, weights:dict, how:str, rank:int|None) -> dict:   # Rank of each
+    "Raise `QLoRAError` for adapters that cannot be combined like this."
+    ranks = {o: model.peft_config[find_adapter(model, o)].r for o in weights}
+    most, different = sum(ranks.values()), len({*ranks.values()}) > 1
+    dora = [o for o in weights if any(o in getattr(m, "lora_magnitude_vector", ())
+                                      for m in model.modules())]
+    for bad, what, cure in [
+        (how not in ("cat", "svd", "linear"), f"there is no way '{how}'.",
+         "Choose cat, svd or linear."),
+        (dora, f"the adapters {dora} are DoRA's: their updates do not add up.",
+         "Merge one instead."),
+        (not weights, "there is nothing to combine.", f"There are: {adapter_names(model)}."),
+        (how == "linear" and different, f"the ranks differ: {ranks}.",
+         "Use how='cat', which keeps all, or how='svd'."),
+        (rank is not None and (how != "svd" or not 1 <= rank <= most),
+         f"rank={rank} is out of range.", f"With how='svd', choose 1 to {most}.")]:
+        if bad: raise QLoRAError(what, cure=cure)
+    return ranks
+
+# %% ../../nbs/4_using/43_several_adapters.ipynb #52e1c734
 def combine_adapters(model,              # With PEFT's adapters, on linear layers
-                     # Name of an adapter → its weight, such as {"json": 1, "bold": .5}
-                     weights:dict,
+                     weights:dict,       # Adapter → its weight, such as {"json": 1, "bold": .5}
                      name:str,           # Of the new adapter; it is not switched to
-                     # "cat": exact, ranks add up; "svd": best of `rank`; "linear": rough
-                     how:str="cat",
+                     how:str="cat",      # "cat": exact, ranks add up; "svd": of `rank`; "linear"
                      rank:int|None=None):  # For "svd"; None: the largest rank among them
-    """Make one adapter out of several. Raises `QLoRAError` for unknown names and for what cannot
-    be combined."""
-    for o in weights: find_adapter(model, o)
+    "Make one adapter out of several. Raises `QLoRAError` for what cannot be combined."
+    ranks = check_combination(model, weights, how, rank)
     free_name(model, name)
-    ranks = {o: model.peft_config[o].r for o in weights}
-    if how not in ("cat", "svd", "linear"):
-        raise QLoRAError(f"there is no way '{how}'.", cure="Choose cat, svd or linear.")
-    if odd := [o for o in weights if any(o in getattr(m, "lora_magnitude_vector", ())
-                                         for m in model.modules())]:
-        raise QLoRAError(f"the adapters {odd} are DoRA's: their updates do not add up.",
-                         cure="Merge one instead.")
-    if not weights:
-        raise QLoRAError("there is nothing to combine.", cure=f"There are: {adapter_names(model)}.")
-    if how == "linear" and len(set(ranks.values())) > 1:
-        raise QLoRAError(f"the ranks differ: {ranks}.",
-                         cure="Use how='cat', which keeps all, or how='svd'.")
-    if rank is not None and (how != "svd" or not 1 <= rank <= sum(ranks.values())):
-        raise QLoRAError(f"rank={rank} is out of range.",
-                         cure=f"With how='svd', choose 1 to {sum(ranks.values())}.")
-    values = [float(o) for o in weights.values()]
+    values, kind = [float(o) for o in weights.values()], "cat" if how == "svd" else how
     with same_trainable(model):
-        model.add_weighted_adapter([*weights], values, name, combination_type="cat" if how == "svd"
-                                   else how)
+        model.add_weighted_adapter([*weights], values, name, combination_type=kind)
         scale_one(model, name)
         if how != "linear" and (error := sum_error(model, weights, name)) > 1e-2:
             model.delete_adapter(name)
