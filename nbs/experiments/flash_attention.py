@@ -6,7 +6,7 @@ FlashAttention's kernel is the one that PyTorch holds itself (`torch.nn.attentio
 the package. The model has the shape of Llama 3.2 1B with random weights in 4 bits and adapters; a step is a forward and a
 backward pass of 4 packs. Times are medians of rounds in turns, in one process.
 """
-import argparse, json, statistics, time
+import argparse, json, statistics, tempfile, time
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ import transformers.modeling_flash_attention_utils as fa
 from qlora_nb.base.core import set_seed, versions
 from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.foundations.loading import load_model
-from qlora_nb.training.document_mask import collate_packed
+from qlora_nb.training.document_mask import collate_packed, separate_documents
 
 
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=None, max_seqlen_k=None, causal=False, softmax_scale=None):
@@ -39,15 +39,24 @@ def put_kernel():
     fa.lazy_import_flash_attention = lambda *a, **kw: made
 
 
-def make_model(folder):
-    "Llama 3.2 1B's shape, random, 4-bit, with adapters whose B is not zero."
+def make_base(folder):
+    "Llama 3.2 1B's shape with random weights."
     config = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
                          num_key_value_heads=8, tie_word_embeddings=True)
     set_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    model = add_adapters(load_model(folder, device="cuda", dtype=torch.bfloat16))
+
+
+def make_model(folder, attention):
+    "That base in 4 bits, with adapters whose B is not zero, the same each time, and documents kept apart."
+    model = load_model(folder, device="cuda", dtype=torch.bfloat16)
+    set_seed(0)
+    model = add_adapters(model)
     for n, p in model.named_parameters():
         if "lora_B" in n: torch.nn.init.normal_(p, std=.02)
+    for m in (model, model.get_base_model()): m.config._attn_implementation_internal = attention   # from_pretrained asks for the package
+    model = separate_documents(model)
+    assert model.packs_in_one_row == (attention == "flash_attention_2"), attention
     return model
 
 
@@ -72,9 +81,10 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path), p.add_argument("--rounds", type=int, default=5)
     a = p.parse_args()
-    import tempfile
     put_kernel()
-    with tempfile.TemporaryDirectory() as folder: model = make_model(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        make_base(folder)
+        models = {flat: make_model(folder, "flash_attention_2" if flat else "sdpa") for flat in (False, True)}
     rows = []
     for length, docs in ((2048, 16), (4096, 16), (8192, 16), (8192, 1)):
         packs = packs_of([[length//docs]*docs]*4)
@@ -82,11 +92,9 @@ def main():
         got, times, peak = {}, {False: [], True: []}, {}
         for turn in range(a.rounds + 1):
             for flat in (False, True):
-                model.config._attn_implementation_internal = "flash_attention_2" if flat else "sdpa"
-                model.get_base_model().config._attn_implementation_internal = model.config._attn_implementation_internal
                 torch.cuda.synchronize(), torch.cuda.reset_peak_memory_stats()
                 start = time.perf_counter()
-                got[flat] = step(model, batches[flat])
+                got[flat] = step(models[flat], batches[flat])
                 torch.cuda.synchronize()
                 if turn: times[flat].append(time.perf_counter() - start)
                 peak[flat] = torch.cuda.max_memory_allocated()
