@@ -1,7 +1,7 @@
 "What holds the house together: one address, one version, imports that go downwards, modules that stay small."
 import ast, re, shlex, subprocess, sys
 
-import pytest, yaml
+import nbformat, pytest, yaml
 from IPython.core.inputtransformer2 import TransformerManager
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -258,11 +258,24 @@ def test_importing_the_package_loads_and_changes_nothing():
     assert r.stdout.split() == ["['qlora_nb']", "True", "True", "True"]
 
 
+TABLES = "class Settings", "def finetune("   # mostly a list of settings, a line each
+
+@each_notebook
+def test_code_cells_are_short(path):
+    "A line fits on the page, and a cell on the screen."
+    for c in nbformat.read(path, as_version=4).cells:
+        if c.cell_type != "code": continue
+        lines = [o for o in c.source.splitlines() if not o.startswith("#|")]
+        assert not (long := [o for o in lines if len(o) > 100]), f"{path.name}, cell {c.id}, over 100 columns: {long[0]}"
+        n = sum(bool(o.strip()) for o in lines)
+        assert n <= 30 or any(o in c.source for o in TABLES), f"{path.name}, cell {c.id}: {n} lines"
+
+
 @each_module
 def test_module_is_small_and_safe(path):
     source = path.read_text(encoding="utf-8")
     lines = sum(bool(o.strip()) and not o.startswith("# %% ") for o in source.splitlines())   # nbdev's marks apart
-    assert lines <= 215, f"{path.name} has {lines} lines, so it holds two ideas: make two notebooks"
+    assert lines <= 200, f"{path.name} has {lines} lines, so it holds two ideas: make two notebooks"
     assert not [m for m, star in imports(source, path.parent.name) if star]
     for bad in (r"trust_remote_code\s*=\s*True", r"\btorch\.load\(", r"\bpickle\b", r"\b(import|from) nbdev\b"):
         found = re.search(bad, source)

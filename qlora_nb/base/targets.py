@@ -42,7 +42,8 @@ def find_targets(model:nn.Module,    # Where to look
         return {t: [n for n in mods if f".{n}".endswith(f".{t}")] for t in targets}
     if targets.lower() != "all-linear":
         try: return {targets: [n for n in mods if re.fullmatch(targets, n)]}
-        except re.error as e: raise QLoRAError(f"'{targets}' is no regular expression ({e}).") from e
+        except re.error as e:
+            raise QLoRAError(f"'{targets}' is no regular expression ({e}).") from e
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     out = {*routers(model), *getattr(model, "qlora_nb_read", ())}
     return {targets: [n for n,m in mods.items() if layer_size(m) and m is not head
