@@ -160,3 +160,23 @@ def test_dequantized_weights_come_and_go():
         layer.packed.bitwise_xor_(0x11)
         drop_dequantized(model)
         assert not torch.equal(changed, usual) and torch.equal(model(input_ids=ids).logits, usual)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("lengths, shared", [([20, 31, 14, 26], 9), ([12, 12, 12], 12), ([7, 6], 0), ([4, 1, 9], 3)])
+def test_answers_to_prompts_that_begin_alike(kind, lengths, shared):
+    "Prefill of the shared part once, in a cache: the same tokens and logits, whatever the padding."
+    model, rows = build(CONFIGS[kind]).eval(), padded(lengths, shared, 0)
+    order = [torch.cat([r[m == 0], r[m > 0]]) for r, m in zip(rows["input_ids"], rows["attention_mask"])]   # padded on the left
+    ids = torch.stack(order)
+    batch, T = dict(input_ids=ids, attention_mask=rows["attention_mask"].flip(1)), ids.shape[1]
+    assert prefix.prefill_shared(model, batch) is batch   # not without the proof of `fold_prefixes`
+    how = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, output_logits=True, return_dict_in_generate=True)
+    want = model.generate(**batch, **how)
+    assert fold_prefixes(model) is None
+    new = prefix.prefill_shared(model, batch)
+    assert ("past_key_values" in new) == (min(shared, min(lengths) - 1) > 0)
+    got = model.generate(**new, **how)
+    assert torch.equal(got.sequences[:, T:], want.sequences[:, T:])
+    assert all(torch.allclose(a, b, atol=1e-4, rtol=1e-4) for a, b in zip(got.logits, want.logits))
+    unfold_prefixes(model)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Folded', 'shared_prefix', 'fold', 'attention_folded', 'dropout_in', 'windowed', 'folding_error', 'unfold_prefixes',
-           'why_not_fold', 'fold_prefixes', 'worth_folding', 'hidden_states']
+           'why_not_fold', 'fold_prefixes', 'worth_folding', 'hidden_states', 'prefix_first', 'prefill_shared']
 
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #6a34b113
 from collections import namedtuple
@@ -149,3 +149,28 @@ def hidden_states(model, batch:dict) -> tuple:  # (states (B, T, D), labels (B, 
         return model.get_decoder()(**rest, use_cache=False)[0], batch["labels"], None
     inputs, labels, rows = fold(batch)
     return model.get_decoder()(**inputs, use_cache=False)[0], labels, rows
+
+# %% ../../nbs/7_speed/78_shared_prefix.ipynb #3293e95f
+def prefix_first(ids, mask) -> tuple:  # (B, T) twice, padded on the left → (ids, mask, n)
+    "Rows as: the `n` tokens with which all of them begin, padding, the rest of each."
+    T, pads = ids.shape[1], (mask == 0).sum(1)
+    left = torch.arange(T, device=ids.device)
+    begins = ids.gather(1, (left + pads[:, None]).clamp(max=T - 1))
+    same = (begins == begins[:1]).all(0)[:T - 1 - int(pads.max())]   # a token is left to each
+    n = int(same.int().cummin(0).values.sum()) if len(same) else 0
+    order = torch.where(left < n, left + pads[:, None],
+                        torch.where(left < n + pads[:, None], left - n, left))
+    return ids.gather(1, order), mask.gather(1, order), n
+
+# %% ../../nbs/7_speed/78_shared_prefix.ipynb #d7e716e9
+@torch.no_grad()
+def prefill_shared(model, batch:dict) -> dict:  # What `generate` takes, padded on the left
+    """The batch with a cache of what its rows share, computed once; as it is where `fold_prefixes`
+    has not shown that this is the same."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    if not getattr(model, "folds", False) or len(ids) < 2: return batch
+    ids, mask, n = prefix_first(ids, mask)
+    if n == 0: return batch
+    past = model.get_decoder()(input_ids=ids[:1, :n], use_cache=True).past_key_values
+    past.batch_repeat_interleave(len(ids))
+    return dict(input_ids=ids, attention_mask=mask, past_key_values=past)

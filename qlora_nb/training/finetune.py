@@ -33,7 +33,8 @@ from .schedule import (count_steps, encode_checked, name_rows, repetitions,
                                         tell, told_of)
 from .settings import Settings, trainer_settings, write_config
 from ..base.sources import shared_options
-from .loaded_models import check_alone, load_base, put_adapters, run_settings
+from .loaded_models import (check_alone, load_base, put_adapters, run_settings,
+                                             usual_targets)
 from .training_loop import AdapterTrainer, KeepBest, mean_loss, out_of_patience
 from ..base.progress import (LivePlot, ProgressBar, check_reports, close_bars, curve,
                                     in_notebook, plot_loss)
@@ -188,15 +189,17 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     left = ["leave_out"] if config_yaml is None and len(leave_out) else []
     if config_yaml is None:
         config_yaml = dict(model=model, data=data, eval_data=eval_data, backend=backend, **kwargs)
-    rows, folder = load_rows(data, **reading), Path(output_dir).expanduser()
+    rows, folder, source = load_rows(data, **reading), Path(output_dir).expanduser(), source_of(data)
     mine = np.setdiff1d(np.arange(1, len(rows) + 1), leave_out)
     kept = take(rows, mine - 1)
     wanted = bool(settings["eval_steps"] or settings["early_stopping_patience"])
     numbers, held = set_aside(kept, eval_data, wanted, settings["seed"], **shared_options(reading))
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
-    if source_of(data) == "tickets" and not example:   # they are made up anyway
+    if source == "tickets" and not example:   # they are made up anyway
         example = as_messages(rows[0])[-2]["content"]
     settings["eval_sha256"] = digest(held)
+    settings["target_modules"] = (settings["target_modules"]
+                                  or usual_targets(model, source, settings["adapter"]))
     model, tokenizer, settings = run_settings(model, tokenizer, kept, device, backend, settings)
     with hold_run(folder):
         open_run(folder, settings, resume)
@@ -205,7 +208,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
         model, tokenizer = load_base(model, tokenizer, device,
                                      *map(settings.get, ("backend", "model_revision", "adapter")))
         model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers)-1], held,
-                                        folder, settings, progress, source_of(data), **how)
+                                        folder, settings, progress, source, **how)
         named = dict(adapter=settings["adapter"], revision=settings["model_revision"])
         notes |= {k: v for k, v in named.items() if v}
         notes["base_sha256"] = content_id(locate(settings["model"]), revision=named["revision"])

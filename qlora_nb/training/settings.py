@@ -35,8 +35,10 @@ class Settings:
     lora_alpha: float|None = option(
         None, "their update is scaled by lora_alpha / r (None: 32, or that of adapter)")
     lora_dropout: float|None = option(None, "on the adapters' input (None: 0, or that of adapter)")
-    target_modules: str = option(
-        "all-linear", "names of layers, a list or with commas between them, or all-linear")
+    target_modules: str|None = option(
+        None, "names of layers, a list or with commas between them, a regular expression, or "
+              "all-linear (None: all-linear, or those of adapter; tickets on smollm2: the upper "
+              "20 of its 30 blocks)")
     target_parameters: str|None = option(
         None, "stacks of experts that get adapters too, such as experts.down_proj")
     adapter: str|None = option(

@@ -10,6 +10,7 @@ __all__ = ['PAD_NOISE', 'padding_error', 'pads_safely', 'batches', 'close_gaps',
 import threading, warnings
 from itertools import groupby
 from .sampling import check_sampling, penalize, seeded
+from ..speed.shared_prefix import prefill_shared
 from ..training.end_tokens import stop_ids
 
 # %% ../../nbs/4_using/42_inference.ipynb #d64da45e
@@ -122,7 +123,7 @@ def write(model, tokenizer, texts, max_new_tokens, streamer=None, stopping_crite
     "Ids of the answers to one batch."
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left",
                       add_special_tokens=False)
-    batch = batch.to(model.device)
+    batch = prefill_shared(model, batch.to(model.device))
     how = sampling(tokenizer, **how, mask=batch["attention_mask"])
     how["eos_token_id"] = stop_ids(model, tokenizer) or None
     out = model.generate(**batch, max_new_tokens=max_new_tokens, streamer=streamer,
