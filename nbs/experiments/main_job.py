@@ -55,6 +55,7 @@ def main():
             subprocess.run([sys.executable, __file__, str(a.out), *how], check=True)
         return
     took, info = run(a.seeds[0], a.options)
+    if hasattr(os, "sched_getaffinity"): info["versions"]["cores"] = len(os.sched_getaffinity(0))   # what this run may use
     kind, file = info["versions"]["cpu"], a.out/"main_job.json"
     doc = json.loads(file.read_text(encoding="utf-8")) if file.exists() else dict(rows=[])
     row = dict(cpu=kind, name=a.name, seed=a.seeds[0], steps=info["steps"], seconds=took, exact_match=info["after"]["exact_match"],
