@@ -73,9 +73,10 @@ def dequantized(model, share:float=.25):  # See `keep_dequantized`
     finally:
         if kept: drop_dequantized(model)
 
-# %% ../../nbs/7_speed/72_dequantized.ipynb #2baa4a80
+# %% ../../nbs/7_speed/72_dequantized.ipynb #78acd594
 Packed = namedtuple("Packed", "q scales code scales2 code2 offset")
 
+# %% ../../nbs/7_speed/72_dequantized.ipynb #2baa4a80
 def packed_of(base) -> tuple:  # (Packed, block_size, block_size of the scales or 0, "nf4" or "fp4")
     "The tensors of a 4-bit layer of bitsandbytes or of our own; none is copied."
     def plain(t): return t.detach().as_subclass(torch.Tensor)
