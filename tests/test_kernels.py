@@ -5,7 +5,7 @@ import bitsandbytes.functional as BF
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from qlora_nb.speed import kernels
+from qlora_nb.speed import fused, kernels
 from qlora_nb.base.errors import QLoRAError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,3 +93,23 @@ def test_more_weights_than_32_bits_count():
     state.shape = torch.Size([times*W.numel()])
     out = kernels.dequantize_nf4(packed, state).view(times, -1)
     assert (out == out[0]).all()
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("double, kind", [(True, "nf4"), (False, "nf4"), (True, "fp4")])
+@pytest.mark.parametrize("rows, cols, block, r", [(32, 256, 64, 8), (33, 192, 64, 3), (5, 64, 32, 16), (64, 1024, 512, 20)])
+def test_an_adapter_is_added_while_a_weight_is_dequantized(rows, cols, block, r, double, kind, fold):
+    "The kernel of the fused layer, whole tiles and ragged ones, beside the dequantized weight and alpha*B@A in float32."
+    packed, state = quantized((rows, cols), torch.float32, blocksize=block, compress_statistics=double, quant_type=kind)
+    draw, dtype = torch.Generator().manual_seed(rows), torch.float32
+    A, B = (torch.randn(shape, generator=draw).to(DEVICE, dtype) for shape in ((r, cols), (rows, r)))
+    (scales2, code2, offset), block2 = kernels.second_scales(packed, state)
+    out = torch.full((rows + 1, cols), 99., dtype=dtype, device=DEVICE)
+    n, k = 32, max(256, block)   # a program's tile, as in `fused.dequantize`
+    fused.folded_kernel[(-(-rows//n), -(-cols//k))](
+        packed.view(-1).view(torch.uint8), state.absmax, state.code, scales2, code2, offset, A, B, out, rows, cols, .7, r,
+        max(16, 1 << (r - 1).bit_length()), n, k, block, block2, fold, rows % n == cols % k == 0, num_warps=4, enable_fp_fusion=False)
+    want = theirs(packed, state)
+    if not fold: assert torch.equal(out[:rows], want)
+    else: torch.testing.assert_close(out[:rows], want + .7*B @ A, rtol=1e-5, atol=1e-5)
+    assert (out[rows:] == 99).all(), "it wrote behind the end"

@@ -20,6 +20,7 @@ def logits_gradient(s, y):  # (n, V) logits, (n,) labels → sum of the losses, 
     p = s.sub_(log_sum).exp_()
     return loss, p.scatter_add_(1, y[:, None], -torch.ones_like(log_sum)).to(dtype)
 
+# %% ../../nbs/7_speed/75_chunked_loss.ipynb #30bd2f17
 class ChunkedLoss(torch.autograd.Function):
     "Sum of the cross-entropies; the gradient of the hidden states is made in the forward pass."
     @staticmethod

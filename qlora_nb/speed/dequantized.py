@@ -44,6 +44,7 @@ def _multiply(m, stamp, W, bias, x):
     if _stamp(m) != stamp: return type(m).forward(m, x)   # merged or moved since: another weight
     return F.linear(x.to(W.dtype), W, bias).to(x.dtype)
 
+# %% ../../nbs/7_speed/72_dequantized.ipynb #85ce9197
 def keep_dequantized(model,             # On a CPU; changed in place, `drop_dequantized` undoes it
                      share:float=.25    # Of the free memory that wide weights may take
                     ) -> int:           # Bytes kept; 0 without room, and on other devices
@@ -58,12 +59,12 @@ def keep_dequantized(model,             # On a CPU; changed in place, `drop_dequ
         m.forward = partial(_multiply, m, _stamp(m), m.kept_weight, bias)
     return sum(m.kept_weight.nbytes for m in layers)
 
+# %% ../../nbs/7_speed/72_dequantized.ipynb #52a57e86
 def drop_dequantized(model):
     "Give the memory of `keep_dequantized` back."
     for m in four_bit_layers(model):
         if "kept_weight" in vars(m): del m.kept_weight, m.forward
 
-# %% ../../nbs/7_speed/72_dequantized.ipynb #52a57e86
 @contextlib.contextmanager
 def dequantized(model, share:float=.25):  # See `keep_dequantized`
     "`keep_dequantized` for the length of a block; what was kept before, stays."
@@ -72,9 +73,10 @@ def dequantized(model, share:float=.25):  # See `keep_dequantized`
     finally:
         if kept: drop_dequantized(model)
 
-# %% ../../nbs/7_speed/72_dequantized.ipynb #2baa4a80
+# %% ../../nbs/7_speed/72_dequantized.ipynb #78acd594
 Packed = namedtuple("Packed", "q scales code scales2 code2 offset")
 
+# %% ../../nbs/7_speed/72_dequantized.ipynb #2baa4a80
 def packed_of(base) -> tuple:  # (Packed, block_size, block_size of the scales or 0, "nf4" or "fp4")
     "The tensors of a 4-bit layer of bitsandbytes or of our own; none is copied."
     def plain(t): return t.detach().as_subclass(torch.Tensor)
@@ -89,6 +91,7 @@ def packed_of(base) -> tuple:  # (Packed, block_size, block_size of the scales o
     packed = Packed(plain(w.data).view(-1).view(torch.uint8), s.absmax, s.code, *second)
     return packed, s.blocksize, s.state2.blocksize if s.nested else 0, s.quant_type
 
+# %% ../../nbs/7_speed/72_dequantized.ipynb #bca75b87
 def plain_scales(scales, code2, scales2, offset, block2) -> torch.Tensor:
     "Scales that were quantized themselves, in float32."
     return code2[scales.int()]*scales2.repeat_interleave(block2)[:len(scales)] + offset
@@ -99,6 +102,13 @@ def _can_be_undone(conversion): # Of transformers, between names and shapes in a
     except NotImplementedError: return False   # into 4 bits
     return True
 
+def _experts_in_32_bits(m):
+    for p in list(getattr(m, "parametrizations", ())):
+        W = getattr(m, p).detach().float()
+        parametrize.remove_parametrizations(m, p, leave_parametrized=False)
+        setattr(m, p, torch.nn.Parameter(W, requires_grad=False))
+
+# %% ../../nbs/7_speed/72_dequantized.ipynb #d8a14e91
 @torch.no_grad()
 def write_out_4bit(model):   # Of `load_model`; changed in place
     "Every 4-bit weight in float32, in a layer of the class that its architecture has there."
@@ -106,10 +116,7 @@ def write_out_4bit(model):   # Of `load_model`; changed in place
     if hasattr(config, "quantization_config"): del config.quantization_config
     with torch.device("meta"), quiet(): theirs = AutoModelForCausalLM.from_config(config)
     for name, m in list(model.named_modules()):
-        for p in list(getattr(m, "parametrizations", ())):   # experts
-            W = getattr(m, p).detach().float()
-            parametrize.remove_parametrizations(m, p, leave_parametrized=False)
-            setattr(m, p, torch.nn.Parameter(W, requires_grad=False))
+        _experts_in_32_bits(m)
         if not isinstance(m, bnb.nn.Linear4bit): continue
         W = bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state).float()
         new = theirs.get_submodule(name)

@@ -73,6 +73,7 @@ def dequantize(q: torch.Tensor, scales: torch.Tensor, code: torch.Tensor, scales
         N % rows == K % cols == 0, num_warps=4, enable_fp_fusion=False)
     return out
 
+# %% ../../nbs/7_speed/73_fused.ipynb #43e8158d
 @dequantize.register_fake
 def _(q, scales, code, scales2, code2, offset, A, B, alpha, block, block2, kind, fold, tag):
     return A.new_empty(B.shape[0], A.shape[1])
@@ -150,6 +151,7 @@ def layer_state(layer) -> tuple:  # A layer with an adapter, of PEFT or our own
     return (names, tuple(own), id(base), weight.data_ptr(), weight._version,
             getattr(base.bias, "requires_grad", False))
 
+# %% ../../nbs/7_speed/73_fused.ipynb #f8713e86
 def changed(layer) -> bool:  # One that was fused
     "Is this layer another than when it was fused? Says so."
     if layer_state(layer) == layer.fused_state: return False
@@ -191,6 +193,7 @@ def fuse(layer,             # For which `why_not` is None; changed in place
         return FusedLoRA.apply(x2, A, B, bias, *how, *packed).to(x.dtype)
     layer.forward = types.MethodType(forward, layer)
 
+# %% ../../nbs/7_speed/73_fused.ipynb #2b4430ac
 def unfuse(layer):
     "Give a layer its own `forward` back."
     if hasattr(layer, "fused"): del layer.forward, layer.fused, layer.fused_state

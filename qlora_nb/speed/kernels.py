@@ -49,6 +49,7 @@ def second_scales(packed, state) -> tuple:  # `Params4bit.data` and its `QuantSt
     if not state.nested: return (state.absmax,)*3, 0   # not read
     return (state.state2.absmax, state.state2.code, state.offset), state.state2.blocksize
 
+# %% ../../nbs/7_speed/71_kernels.ipynb #60f6b0a3
 def dequantize_nf4(packed:torch.Tensor,  # As in `Params4bit.data`
                    state,                # Its `QuantState`, with or without double quantization
                    out:torch.Tensor|None=None,  # Of `state.shape` and `state.dtype`; None: new

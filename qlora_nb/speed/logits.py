@@ -51,6 +51,7 @@ def measure_head(model) -> bool:  # In eval mode, without gradients
             <= 2*torch.finfo(inside.dtype).eps*inside.float().norm())
     return bool(same)
 
+# %% ../../nbs/7_speed/74_logits.ipynb #48723994
 def plain_head(model) -> bool:  # A causal language model of transformers, also with adapters
     """Are the logits what the head makes of the decoder's last states, and nothing else?
     Measured once for each model."""
@@ -94,6 +95,7 @@ def own_logits(model, inputs:dict,       # What the model takes, without labels
     if kept.shape[1] == len(positions) + 1 and twice: return kept[:, :-1]
     return (kept if kept.shape[1] == inputs["input_ids"].shape[1] else ask())[:, positions]
 
+# %% ../../nbs/7_speed/74_logits.ipynb #fe988c29
 def picked_logits(model, inputs:dict,    # As for `own_logits`
                   picked:torch.Tensor):  # (B, T - 1) or (B, T), true where wanted → (number, V)
     "The model's own logits where `picked` is true, row by row."
@@ -127,6 +129,7 @@ def probe(model) -> torch.Tensor:  # (24, V) in float32
     with evaluating(model):
         return model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu()
 
+# %% ../../nbs/7_speed/74_logits.ipynb #01ca00be
 def same_logits(have, want,              # Of `probe`
                 dtype:torch.dtype|None,  # The coarsest format that takes part; None: same weights
                 what:str, where=""):

@@ -19,6 +19,7 @@ def whole(t) -> torch.Tensor|None:
     if t.untyped_storage().nbytes() == t.nbytes:
         return t.as_strided((t.numel(),), (1,)).view(torch.uint8)
 
+# %% ../../nbs/7_speed/77_offload.ipynb #abed2237
 @contextlib.contextmanager
 def offload_activations(host,         # An `ActivationOffload`, which comes next
                         layer,        # A module that is called meanwhile
@@ -50,21 +51,29 @@ class ActivationOffload:
         self.layers, self.leaving = [], []   # of each layer: what is kept, what is on its way
         self.generation += 1
     def begin(self): self.layers.append([]); self.leaving.append([])
-    def room(self, at, n):
-        "Pinned memory; what was too small stays, since a CUDA graph may still use it."
-        found = self.buffers.setdefault(at, [])
-        if not found or len(found[-1]) < n:
-            found.append(torch.empty(n, dtype=torch.uint8, pin_memory=True))
-        return found[-1][:n]
-    def copy(self, target, source):
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream): target.copy_(source, non_blocking=True)
-        return self.stream.record_event()
-    def let_go(self, keep:int):
-        """Give up tensors of all layers but the last few; the work waits for their copies, and
-        Python does not."""
-        while len(self.leaving) > keep:
-            for _, done in self.leaving.pop(0): torch.cuda.current_stream().wait_event(done)
+
+# %% ../../nbs/7_speed/77_offload.ipynb #c20e84f9
+@patch
+def room(self:ActivationOffload, at, n):
+    "Pinned memory; what was too small stays, since a CUDA graph may still use it."
+    found = self.buffers.setdefault(at, [])
+    if not found or len(found[-1]) < n:
+        found.append(torch.empty(n, dtype=torch.uint8, pin_memory=True))
+    return found[-1][:n]
+
+# %% ../../nbs/7_speed/77_offload.ipynb #6b1b6927
+@patch
+def copy(self:ActivationOffload, target, source):
+    self.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(self.stream): target.copy_(source, non_blocking=True)
+    return self.stream.record_event()
+
+@patch
+def let_go(self:ActivationOffload, keep:int):
+    """Give up tensors of all layers but the last few; the work waits for their copies, and
+    Python does not."""
+    while len(self.leaving) > keep:
+        for _, done in self.leaving.pop(0): torch.cuda.current_stream().wait_event(done)
 
 # %% ../../nbs/7_speed/77_offload.ipynb #a8bc59f5
 @patch
@@ -76,6 +85,7 @@ def save(self:ActivationOffload, t:torch.Tensor
     self.layers[-1].append([there, (t.shape, t.stride(), t.dtype), None])
     return self.generation, n, i
 
+# %% ../../nbs/7_speed/77_offload.ipynb #7f2f5c88
 @patch
 def fetch(self:ActivationOffload, n:int):
     "Begin to bring back what is on the host of layer `n`."
@@ -85,6 +95,7 @@ def fetch(self:ActivationOffload, n:int):
             t = torch.empty_strided(size, stride, dtype=dtype, device=self.device)
             slot[2] = t, self.copy(whole(t), slot[0])
 
+# %% ../../nbs/7_speed/77_offload.ipynb #907a464d
 @patch
 def load(self:ActivationOffload, at:tuple) -> torch.Tensor:
     generation, n, i = at
@@ -93,8 +104,7 @@ def load(self:ActivationOffload, at:tuple) -> torch.Tensor:
                          "layers on the host",
                          "Call backward() after each loss, or make_fast(..., offload=False).")
     self.let_go(0)
-    # this layer's, and those that will be asked for next
-    for k in range(n, max(n - 2, -1), -1): self.fetch(k)
+    for k in range(n, max(n - 2, -1), -1): self.fetch(k)   # and what is asked for next
     (_, _, (t, ready)), self.layers[n][i] = self.layers[n][i], None
     torch.cuda.current_stream().wait_event(ready)
     return t

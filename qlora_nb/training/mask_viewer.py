@@ -28,8 +28,8 @@ def statuses(ids:list, labels:list, mask:list, tokenizer) -> list:  # Of `Token`
 
 # %% ../../nbs/2_training/20_mask_viewer.ipynb #f3e4efa0
 STYLES = dict(trained=("b", "background:#fde3b0;border-bottom:2px solid #b35900;color:#000"),
-              context=("span", "background:#e8eef4;color:#333"),
-              padding=("s", "color:#777;font-size:70%"),
+              context=("span", "background:#e8eef4;color:#333;padding:1px 0 3px"),
+              padding=("s", "background:#fff;color:#595959;font-size:85%"),
               mismatch=("em", "border:2px solid #a00;background:#fff;color:#a00;font-weight:bold"))
 
 def token_html(t:Token) -> str:

@@ -132,7 +132,9 @@ class SureTrainer(AdapterCheckpoints):
 @patch
 def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
     "What is wrong with TRL's loss of a batch, or None."
-    with self.accelerator.autocast(), evaluating(self.model):   # no dropout: no random numbers
+    with (self.accelerator.autocast(), evaluating(self.model),   # no dropout: no random numbers
+          warnings.catch_warnings()):
+        warnings.filterwarnings("ignore", ".*return_outputs=True")   # its logits are not asked for
         loss, out = SFTTrainer.compute_loss(self, self.model, dict(batch), True, n)
         want = own_loss(self.model, batch, n).item()
     if (aux := getattr(out, "aux_loss", None)) is not None:   # of the routers: no part of it
