@@ -22,12 +22,16 @@ from ..base.failures import Guard, explain_failure
 from ..base.mapped import count, take
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
+
+# %% ../../nbs/2_training/29_finetune.ipynb #2524b1a9
 from .optimizers import float32_adapters
 from .document_mask import collate_packed, separate_documents
 from .packing import pack
 from .rehearsal import not_in_file, rehearse
 from ..base.runs import (Run, content_id, hold_run, last_checkpoint, open_run, seal, sync,
                                 write_json)
+
+# %% ../../nbs/2_training/29_finetune.ipynb #e6347ac4
 from .schedule import (count_steps, encode_checked, name_rows, repetitions,
                                         say_overlap, say_schedule, set_aside, settle, source_of,
                                         tell, told_of)
