@@ -34,7 +34,7 @@ ROWS = [dict(prompt=f"{i}?", response="yes") for i in range(12)]
 # ---- settings ----
 
 SETTINGS = {
-    "a part of a layer": (dict(r=2.5), "r is 2.5, and has to be a whole number. Set it with --r."),
+    "a part of a layer": (dict(r=2.5), "r is 2.5, and has to be a whole number. Set r=... (--r)."),
     "a part of a step": (dict(max_steps=2.5), "max_steps is 2.5, and has to be a whole number"),
     "a text": (dict(per_device_train_batch_size="4"), "per_device_train_batch_size is '4', and has to be a whole number"),
     "a text for a rate": (dict(learning_rate="1e-4"), "learning_rate is '1e-4', and has to be a number"),

@@ -106,9 +106,11 @@ def how_far(p:Plan, card) -> str:
     how = {k: v for k, v in s.items() if k not in ("per_device_train_batch_size", "max_length")}
     n = longest(p.cfg, card, rows, **how)
     beyond = f", and the model knows {known:,} positions" if n > known else ""
+    more = "" if s["gradient_checkpointing"] else " With gradient checkpointing: " + str(
+        longest(p.cfg, card, rows, **how | dict(gradient_checkpointing=True))) + " tokens."
     return (f"Largest batch at {length} tokens: "
             f"{largest_batch(p.cfg, card, max_length=length, **how)}. "
-            f"Longest rows at batch {rows}: {n} tokens{beyond}.")
+            f"Longest rows at batch {rows}: {n} tokens{beyond}.{more}")
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #b274c3d8
 def advise(model, card="T4", max_length:int=2048, per_device_train_batch_size:int=1,

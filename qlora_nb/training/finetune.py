@@ -133,8 +133,9 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), r
         try:
             with quiet(): go_through(trainer, found, s["early_stopping_patience"])
         finally: close_bars(trainer)
-        facts = dict(steps=trainer.state.global_step, resumed_from=found and found.name,
-                     said=trainer.said, train_seconds=round(time.perf_counter() - start, 2))
+        facts = dict(data=trainer.source, said=trainer.said, resumed_from=found and found.name,
+                     steps=trainer.state.global_step,
+                     train_seconds=round(time.perf_counter() - start, 2))
         free_memory()
         info = finish(model, tokenizer, trainer, folder, rows, s, notes, **facts)
     model.config.use_cache = True
@@ -166,6 +167,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
                            describe=lambda drawn: name_rows(drawn, examples, rows),
                            eval_steps=s["eval_steps"] if held else None,
                            **{k: s[k] for k in own}, **how)
+    trainer.source = source
     if s["fast"]: trainer.speed_up(float(tokens)/len(examples))
     tell(trainer, [*said, more], progress)
     return model, trainer, dict(end_tokens=ends)

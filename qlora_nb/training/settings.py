@@ -76,7 +76,7 @@ def check_value(name:str, value):
     "Raise `QLoRAError` for a value that makes no sense."
     def fail(what):
         raise QLoRAError(f"{name} is {value!r}, and has to be {what}.",
-                         cure=f"Set it with --{name.replace('_', '-')}.")
+                         cure=f"Set {name}=... (--{name.replace('_', '-')}).")
     if value is None and name in UNSAID or name not in {*POSITIVE, *RANGES, *CHOICES}: return
     if name in CHOICES: return None if value in CHOICES[name] else fail(" or ".join(CHOICES[name]))
     kind, said = (Integral, "a whole number") if name in WHOLE else (Real, "a number")
