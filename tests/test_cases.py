@@ -34,7 +34,7 @@ ROWS = [dict(prompt=f"{i}?", response="yes") for i in range(12)]
 # ---- settings ----
 
 SETTINGS = {
-    "a part of a layer": (dict(r=2.5), "r is 2.5, and has to be a whole number. Set it with --r."),
+    "a part of a layer": (dict(r=2.5), "r is 2.5, and has to be a whole number. Set r=... (--r)."),
     "a part of a step": (dict(max_steps=2.5), "max_steps is 2.5, and has to be a whole number"),
     "a text": (dict(per_device_train_batch_size="4"), "per_device_train_batch_size is '4', and has to be a whole number"),
     "a text for a rate": (dict(learning_rate="1e-4"), "learning_rate is '1e-4', and has to be a number"),
@@ -202,7 +202,7 @@ def test_a_plan_knows_the_positions_too(seq, fits, monkeypatch):
     from qlora_nb.memory import gpus as cards
     monkeypatch.setattr(cards, "longest", lambda *a, **k: 131_072)
     monkeypatch.setattr(cards, "largest_batch", lambda *a, **k: 8)
-    if not fits: monkeypatch.setattr(cards, "levers", lambda p: {})
+    if not fits: monkeypatch.setattr(cards, "memory_options", lambda p: {})
     cfg = LlamaConfig(vocab_size=500, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
     said = cards.advise(cfg, 16 if fits else "0.000001", max_length=seq)
     assert ("131072 tokens, and the model knows 64 positions." in said) == fits and (f"These rows have {seq} tokens, and the model knows 64 positions" in said) == (seq > 64)

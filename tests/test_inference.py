@@ -18,7 +18,7 @@ from qlora_nb.foundations.lora_model import add_lora
 from qlora_nb.base.model_files import load_tokenizer, tiny_model
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.loading import load_model
-from qlora_nb.using.sampling import bend, check_sampling, decode, keep_min_p, keep_top_k, keep_top_p, penalize, seeded, with_temperature
+from qlora_nb.using.sampling import process_logits, check_sampling, generate_ids, keep_min_p, keep_top_k, keep_top_p, penalize, seeded, with_temperature
 from qlora_nb.training.saved_adapters import check_fits
 from qlora_nb.using.several_adapters import active_adapter, adapter_names, add_adapter_from, answering_as, combine_adapters, drop_adapter, save_one, unload, use_adapter
 
@@ -83,7 +83,7 @@ def test_knobs_have_the_same_bits(rows, t, k, p, m, r):
 @example((torch.zeros(1, 5), torch.tensor([[0]])), 1., 1, 0., 1.)
 def test_a_step_keeps_the_best_and_never_everything_out(rows, t, k, p, m):
     s, ids = rows
-    out = bend(s, ids, temperature=t, top_k=k, top_p=p, min_p=m)
+    out = process_logits(s, ids, temperature=t, top_k=k, top_p=p, min_p=m)
     assert not out.softmax(-1).isnan().any()
     best = with_temperature(s, t).amax(-1, keepdim=True)
     assert (out.amax(-1, keepdim=True) == best).all()
@@ -129,13 +129,13 @@ def test_our_loop_writes_what_transformers_writes(kind):
     m = make(kind)
     if kind == "bloom": pytest.skip("takes no position_ids; its padding is tested below, through transformers' own loop")
     for ids, mask in [(BATCH, MASK), (BATCH[:1], MASK[:1])]:
-        assert decode(m, ids, mask, 12).tolist() == theirs(m, ids, mask)
-        assert decode(m, ids, mask, 12, seed=3, **KNOBS).tolist() == theirs(m, ids, mask, seed=3, **KNOBS)
+        assert generate_ids(m, ids, mask, 12).tolist() == theirs(m, ids, mask)
+        assert generate_ids(m, ids, mask, 12, seed=3, **KNOBS).tolist() == theirs(m, ids, mask, seed=3, **KNOBS)
     alone = theirs(m, BATCH[:1], MASK[:1], repetition_penalty=1.4, seed=2, **KNOBS)
-    assert decode(m, BATCH[:1], MASK[:1], 12, seed=2, repetition_penalty=1.4, **KNOBS).tolist() == alone
-    stop = decode(m, BATCH, MASK, 12)[0, 12].item()   # rows end at different times, or not at all
-    assert decode(m, BATCH, MASK, 12, stop).tolist() == theirs(m, BATCH, MASK, stop=stop)
-    assert decode(m, BATCH, MASK, 12, stop, seed=1, **KNOBS).tolist() == theirs(m, BATCH, MASK, seed=1, stop=stop, **KNOBS)
+    assert generate_ids(m, BATCH[:1], MASK[:1], 12, seed=2, repetition_penalty=1.4, **KNOBS).tolist() == alone
+    stop = generate_ids(m, BATCH, MASK, 12)[0, 12].item()   # rows end at different times, or not at all
+    assert generate_ids(m, BATCH, MASK, 12, stop).tolist() == theirs(m, BATCH, MASK, stop=stop)
+    assert generate_ids(m, BATCH, MASK, 12, stop, seed=1, **KNOBS).tolist() == theirs(m, BATCH, MASK, seed=1, stop=stop, **KNOBS)
 
 
 @each_kind
@@ -150,8 +150,8 @@ def test_a_penalty_in_a_batch_is_the_penalty_alone(monkeypatch):
     m, how = make("llama"), dict(repetition_penalty=1.7)
     first = theirs(m, BATCH, MASK)[1][9]
     m.lm_head.weight.data[0] = m.lm_head.weight.data[first]*1.2   # padding becomes the likeliest token of the second row
-    def alone(): return [decode(m, torch.tensor([r]), None, 12, **how)[0, len(r):].tolist() for r in ROWS]
-    def together(): return [o[9:] for o in decode(m, BATCH, MASK, 12, **how).tolist()]
+    def alone(): return [generate_ids(m, torch.tensor([r]), None, 12, **how)[0, len(r):].tolist() for r in ROWS]
+    def together(): return [o[9:] for o in generate_ids(m, BATCH, MASK, 12, **how).tolist()]
     assert together() == alone()
     monkeypatch.setattr("qlora_nb.using.sampling.penalize", lambda s, ids, p, mask=None: penalize(s, ids, p))
     assert together() != alone()   # what a penalty that does not know of padding does
@@ -185,7 +185,7 @@ def test_generate_draws_what_the_loop_draws(tok):
     m = talker(tok)
     ids = tok(PROMPTS[1], return_tensors="pt", add_special_tokens=False).input_ids
     how = dict(KNOBS, repetition_penalty=1.2, seed=11)
-    want = tok.decode(decode(m, ids, None, 8, 2, 2, **how)[0, ids.shape[1]:], skip_special_tokens=True).strip()
+    want = tok.decode(generate_ids(m, ids, None, 8, 2, 2, **how)[0, ids.shape[1]:], skip_special_tokens=True).strip()
     assert generate(m, tok, PROMPTS[1], 8, **how) == want == "".join(stream(m, tok, PROMPTS[1], 8, **how)).strip()
     assert generate(m, tok, PROMPTS[1], 8, **how | dict(seed=12)) != want
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 import ipywidgets as W
 from fastcore.basics import patch
+
+# %% ../../nbs/apps/chat.ipynb #ebb6fb21
 from ..base.errors import QLoRAError
 from ..training.data import encode_prompt
 from ..training.saved_adapters import load_adapter
@@ -43,6 +45,7 @@ def turn_html(turn:dict,             # `user`, `answers` (who → text), `error`
     row = f'<div style="display:flex;flex-wrap:wrap;gap:8px">{answers}</div>'
     return bubble("you", turn["user"]) + row + after
 
+# %% ../../nbs/apps/chat.ipynb #19776e36
 def turn_text(turn:dict) -> str:
     "The same as plain text, for a terminal."
     lines = [f"you: {turn['user']}", *(f"{who}: {text}" for who, text in turn["answers"].items())]
@@ -148,6 +151,7 @@ def forget(self:Chat, _=None):
     self.wait()
     self.turns, self.log.children, self.status.value = [], (), ""
 
+# %% ../../nbs/apps/chat.ipynb #f13ebf5a
 @patch
 def wait(self:Chat, timeout:float|None=None):
     "Until the answer is there, for tests and scripts; returns the chat."
@@ -173,6 +177,7 @@ def write(self:Chat, turn, view, earlier, whom, how):
         turn["stopped"] = self.halt.is_set()
         if turn["stopped"]: break
 
+# %% ../../nbs/apps/chat.ipynb #e5cc8432
 @patch
 def work(self:Chat, turn, view, *args):
     "The thread: write, catch, tidy up."
@@ -190,6 +195,7 @@ def _repr_html_(self:Chat) -> str:
     "The conversation so far as HTML."
     return f'{self.hello()}{"".join(turn_html(t) for t in self.turns)}'
 
+# %% ../../nbs/apps/chat.ipynb #f034e18a
 @patch
 def __repr__(self:Chat):
     return "\n\n".join(map(turn_text, self.turns)) or "A chat, nothing said yet."

@@ -80,6 +80,7 @@ LOW = set("linear matmul __matmul__ bmm mm addmm baddbmm conv1d "
 HIGH = set("layer_norm softmax log_softmax pow __pow__ rsqrt sum cumsum prod norm exp log "
            "cross_entropy nll_loss".split())
 
+# %% ../../nbs/3_memory/36_ledger.ipynb #8d3a7e3e
 class Autocast(TorchFunctionMode):
     """The rules of `torch.autocast` on CUDA for tensors without memory, and attention without
     scores."""
@@ -118,6 +119,7 @@ def whole(cfg, dtype:torch.dtype) -> nn.Module:
             except ValueError: BUILT[key] = build()   # with attention of its own
     return BUILT[key]
 
+# %% ../../nbs/3_memory/36_ledger.ipynb #8c0f7ea4
 def blocks_of(model) -> tuple:  # (the module that has them, its attribute, the layers), or ()
     "The decoder's layers: its longest list of modules that is in no other one."
     lists = [(o, n, m) for o in model.get_decoder().modules() for n, m in o.named_children()
@@ -129,6 +131,7 @@ def blocks_of(model) -> tuple:  # (the module that has them, its attribute, the 
 # one entry a layer, no mere numbering
 def _of_layers(v, n): return isinstance(v, (list, tuple)) and len(v) == n > len(set(map(str, v)))
 
+# %% ../../nbs/3_memory/36_ledger.ipynb #8fb39d16
 def layer_groups(model) -> list:  # Of `whole`; lists of indices, of one kind each
     "Which layers are alike."
     owner, name, layers = blocks_of(model)
@@ -141,6 +144,7 @@ def layer_groups(model) -> list:  # Of `whole`; lists of indices, of one kind ea
         found.setdefault((sizes, switches, str([v[i] for v in lists])), []).append(i)
     return list(found.values())
 
+# %% ../../nbs/3_memory/36_ledger.ipynb #2dcdfc85
 def some_layers(model, keep:list) -> nn.Module:
     "A copy with these layers only, and a config that says so."
     owner, name, layers = blocks_of(model)
@@ -166,8 +170,8 @@ class Lookup(torch.autograd.Function):
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #62ced6c2
 class Planned(nn.Module):
-    """Stands in for a frozen linear layer with an adapter: it allocates what bitsandbytes and
-    PEFT allocate."""
+    """A mock of a frozen linear layer with an adapter: it allocates what bitsandbytes and PEFT
+    allocate."""
     def __init__(self, linear, four_bit:bool, r:int, dtype:torch.dtype):
         super().__init__()
         w = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight

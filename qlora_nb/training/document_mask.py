@@ -62,6 +62,7 @@ def _before_model(model, args, kw):
         pos.packed = True
         return args, kw | dict(use_cache=False)
 
+# %% ../../nbs/2_training/31_document_mask.ipynb #2273b1cb
 def _before_layer(layer, args, kw):
     """Give a layer of a model that does not look at positions the mask, and the ALiBi bias, of a
     packed batch."""
@@ -164,6 +165,8 @@ def check_packing(model,      # As it will be trained: with adapters, in 4 bits,
 # %% ../../nbs/2_training/31_document_mask.ipynb #6f61b568
 # a NaN is neither
 def _apart(found, tolerance): return found.leak == 0 and found.deviation <= tolerance
+
+# %% ../../nbs/2_training/31_document_mask.ipynb #a77f9ae8
 def _judge(model, found, tolerance):
     if _apart(found, tolerance): return
     why = (f"documents in a pack see each other: the gradient of one reaches another, "

@@ -22,12 +22,16 @@ from ..base.failures import Guard, explain_failure
 from ..base.mapped import count, take
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
+
+# %% ../../nbs/2_training/29_finetune.ipynb #2524b1a9
 from .optimizers import float32_adapters
 from .document_mask import collate_packed, separate_documents
 from .packing import pack
 from .rehearsal import not_in_file, rehearse
 from ..base.runs import (Run, content_id, hold_run, last_checkpoint, open_run, seal, sync,
                                 write_json)
+
+# %% ../../nbs/2_training/29_finetune.ipynb #e6347ac4
 from .schedule import (count_steps, encode_checked, name_rows, repetitions,
                                         say_overlap, say_schedule, set_aside, settle, source_of,
                                         tell, told_of)
@@ -130,8 +134,9 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), r
         try:
             with quiet(): go_through(trainer, found, s["early_stopping_patience"])
         finally: close_bars(trainer)
-        facts = dict(steps=trainer.state.global_step, resumed_from=found and found.name,
-                     said=trainer.said, train_seconds=round(time.perf_counter() - start, 2))
+        facts = dict(data=trainer.source, said=trainer.said, resumed_from=found and found.name,
+                     steps=trainer.state.global_step,
+                     train_seconds=round(time.perf_counter() - start, 2))
         free_memory()
         info = finish(model, tokenizer, trainer, folder, rows, s, notes, **facts)
     model.config.use_cache = True
@@ -163,6 +168,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
                            describe=lambda drawn: name_rows(drawn, examples, rows),
                            eval_steps=s["eval_steps"] if held else None,
                            **{k: s[k] for k in own}, **how)
+    trainer.source = source
     if s["fast"]: trainer.speed_up(float(tokens)/len(examples))
     tell(trainer, [*said, more], progress)
     return model, trainer, dict(end_tokens=ends)

@@ -13,6 +13,8 @@ import contextlib, math, random, sys, warnings
 import numpy as np
 from numbers import Real
 from pathlib import Path
+
+# %% ../../nbs/2_training/26_schedule.ipynb #8715741d
 from ..base.errors import QLoRAError
 from ..base.files import digest
 from ..base.mapped import count, whereabouts
@@ -32,6 +34,7 @@ def steps_a_pass(n:int,                # Rows, or packs
     batches."""
     return math.ceil(math.ceil(n/batch_size)/accumulation)
 
+# %% ../../nbs/2_training/26_schedule.ipynb #55430867
 def count_steps(epochs:float, n:int, batch_size:int, accumulation:int=1) -> int:
     "Optimizer steps of so many passes; a part of a pass is rounded up to a whole step."
     whole, part = int(epochs), epochs - int(epochs)
@@ -39,6 +42,7 @@ def count_steps(epochs:float, n:int, batch_size:int, accumulation:int=1) -> int:
                steps_a_pass(n, batch_size, accumulation))
     return max(1, whole*steps_a_pass(n, batch_size, accumulation) + rest)
 
+# %% ../../nbs/2_training/26_schedule.ipynb #e3e1b9b5
 def rows_seen(steps:int, n:int, batch_size:int, accumulation:int=1) -> int:
     "How many rows are drawn in so many steps."
     passes, rest = divmod(steps, steps_a_pass(n, batch_size, accumulation))
@@ -56,6 +60,7 @@ class NamedRows(list):
         super().__init__(rows)
         self.source = source
 
+# %% ../../nbs/2_training/26_schedule.ipynb #63901fe4
 def run_length(data, max_steps:int|None=None, num_train_epochs:float|None=None,
                learning_rate:float|None=None) -> dict:
     "How long and how fast to train: the three settings with what is meant where nothing is said."
@@ -86,6 +91,7 @@ def content(row, end:int|None=None) -> int:  # 60 bits of a hash
 def contents(rows, end:int|None=None) -> np.ndarray:
     return np.asarray(count(rows, f"content to {end}", lambda o: content(o, end)))
 
+# %% ../../nbs/2_training/26_schedule.ipynb #ca4c0bf8
 def pick_rows(rows:list, n:int, seed:int=0
               ) -> tuple:  # (numbers to train on, numbers to set aside), from 1
     "Set `n` rows aside, no two of them equal; their twins are in neither part."
@@ -96,6 +102,7 @@ def pick_rows(rows:list, n:int, seed:int=0
         if of[i] not in seen: held.append(i + 1), seen.add(of[i])
     return [i + 1 for i in range(len(rows)) if of[i] not in seen], held
 
+# %% ../../nbs/2_training/26_schedule.ipynb #67f38d51
 def take_tenth(rows:list, seed:int=0, most:int=64
                ) -> tuple:  # (numbers to train on, rows to evaluate on)
     "Set a tenth of the rows aside. Raises `QLoRAError` where that is less than one."
@@ -136,6 +143,7 @@ def say_schedule(steps:int, n:int, batch_size:int, accumulation:int=1, unit:str=
                  f"stand there")
     return said + "."
 
+# %% ../../nbs/2_training/26_schedule.ipynb #039f1bbd
 def say_overlap(rows:list, others:list, what:str="evaluation rows") -> str|None:
     "Warn of rows that are trained on and evaluated on: what was said."
     same, asked = overlap(rows, others)
@@ -152,6 +160,7 @@ def tell(trainer, lines:list, progress:bool=True):
     trainer.said = [*getattr(trainer, "said", []), *filter(None, lines)]
     if progress: print(*filter(None, lines), sep="\n", file=sys.stderr)
 
+# %% ../../nbs/2_training/26_schedule.ipynb #3287491c
 @contextlib.contextmanager
 def told_of(source:str):  # A file, or "eval_data"
     "Put the name of the data before each error and warning of a block."

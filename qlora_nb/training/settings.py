@@ -8,9 +8,9 @@ __all__ = ['POSITIVE', 'RANGES', 'WHOLE', 'CHOICES', 'UNSAID', 'OTHER_NAMES', 'L
            'plain', 'write_config']
 
 # %% ../../nbs/2_training/25_settings.ipynb #73f20bde
-import difflib, math, re
-from numbers import Integral, Real
+import difflib, math
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 import yaml
 from ..base.errors import QLoRAError
@@ -73,11 +73,12 @@ WHOLE = POSITIVE - {"num_train_epochs", "learning_rate", "lora_alpha"} | {"seed"
 CHOICES = {f.name: f.metadata["choices"] for f in fields(Settings) if "choices" in f.metadata}
 UNSAID = {f.name for f in fields(Settings) if f.default is None}   # None: something else decides
 
+# %% ../../nbs/2_training/25_settings.ipynb #5ccf6c3c
 def check_value(name:str, value):
     "Raise `QLoRAError` for a value that makes no sense."
     def fail(what):
         raise QLoRAError(f"{name} is {value!r}, and has to be {what}.",
-                         cure=f"Set it with --{name.replace('_', '-')}.")
+                         cure=f"Set {name}=... (--{name.replace('_', '-')}).")
     if value is None and name in UNSAID or name not in {*POSITIVE, *RANGES, *CHOICES}: return
     if name in CHOICES: return None if value in CHOICES[name] else fail(" or ".join(CHOICES[name]))
     kind, said = (Integral, "a whole number") if name in WHOLE else (Real, "a number")
@@ -94,6 +95,7 @@ OTHER_NAMES = dict(steps="max_steps", epochs="num_train_epochs",
                    checkpointing="gradient_checkpointing", patience="early_stopping_patience",
                    output="output_dir", max_seq_length="max_length")
 
+# %% ../../nbs/2_training/25_settings.ipynb #4f7a7443
 def refuse_unknown(names, known, who:str="finetune"):
     "Raise `QLoRAError` for a name that is none of the known ones, with the nearest one that is."
     for k in names:
@@ -104,6 +106,7 @@ def refuse_unknown(names, known, who:str="finetune"):
         cure = f"Did you mean {near[0]}=...?" if near else f"It has {', '.join(known)}."
         raise QLoRAError(f"{who} has no argument '{k}'.", cure=cure)
 
+# %% ../../nbs/2_training/25_settings.ipynb #4b473eb7
 def check_settings(**settings):
     "Raise `QLoRAError` for a value that makes no sense, and for two lengths at once."
     for k, v in settings.items(): check_value(k, v)
@@ -116,12 +119,12 @@ LISTS = ("target_modules", "target_parameters", "report_to")
 
 def split_names(settings:dict) -> dict:
     "Words with commas in them as lists of names; a regular expression stays as it is."
+    from qlora_nb.base.targets import is_pattern   # only here: it imports PyTorch
     def names(k, v):
         if k not in LISTS or not isinstance(v, str): return v
         parts = [o.strip() for o in v.split(",")]
         many = len(parts) > 1 or k == "target_parameters"
-        plain = all(re.fullmatch(r"[\w.]+", o) for o in parts)
-        return parts if many and plain else v
+        return parts if many and not any(map(is_pattern, parts)) else v
     return {k: names(k, v) for k, v in settings.items()}
 
 # %% ../../nbs/2_training/25_settings.ipynb #8b4b8b98
@@ -163,6 +166,7 @@ def writable(value) -> bool:
     if isinstance(value, dict): return all(map(simple, value.values()))
     return all(map(simple, value)) if isinstance(value, (list, tuple)) else simple(value)
 
+# %% ../../nbs/2_training/25_settings.ipynb #d73fadc7
 def plain(value):
     "A `writable` value in the types that YAML knows: no number of NumPy's, and no path."
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
@@ -175,6 +179,7 @@ def plain(value):
 # of `load_rows`, and what the command calls them
 OPTIONS_AS = dict(split="data_split", config="data_config", revision="data_revision")
 
+# %% ../../nbs/2_training/25_settings.ipynb #8720c846
 def write_config(path:Path,
                  settings:dict,   # Those of a call; None is left to its default
                  left=()):        # Names of what was given and is no option of the command

@@ -132,12 +132,12 @@ class SureTrainer(AdapterCheckpoints):
 @patch
 def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
     "What is wrong with TRL's loss of a batch, or None."
-    with (self.accelerator.autocast(), evaluating(self.model),   # no dropout: no random numbers
-          warnings.catch_warnings()):
-        warnings.filterwarnings("ignore", ".*return_outputs=True")   # its logits are not asked for
-        loss, out = SFTTrainer.compute_loss(self, self.model, dict(batch), True, n)
+    outs = []   # of the model; to ask TRL for them costs a second forward pass
+    with self.accelerator.autocast(), evaluating(self.model):   # no dropout: no random numbers
+        with self.model.register_forward_hook(lambda m, args, out: outs.append(out)):
+            loss = SFTTrainer.compute_loss(self, self.model, dict(batch), num_items_in_batch=n)
         want = own_loss(self.model, batch, n).item()
-    if (aux := getattr(out, "aux_loss", None)) is not None:   # of the routers: no part of it
+    if (aux := getattr(outs[-1], "aux_loss", None)) is not None:   # of the routers: no part of it
         steps = self.current_gradient_accumulation_steps if n is not None else 1
         loss = loss - self.router_aux_loss_coef*aux/steps
     half = dict(fp16=torch.float16, bf16=torch.bfloat16).get(self.accelerator.mixed_precision)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUPPORTED', 'CONVERTER', 'F32', 'F16', 'Q8', 'FORMATS', 'FORMS', 'add_settings', 'check_supported', 'pair_neighbours',
            'stored_as', 'check_format', 'add_tensors', 'pre_name', 'token_kinds', 'add_tokenizer', 'write_gguf',
-           'gguf_source', 'gguf_card', 'export_gguf', 'export_run']
+           'gguf_source', 'gguf_card', 'export_gguf', 'check_form', 'export_run']
 
 # %% ../../nbs/4_using/46_gguf.ipynb #8cfebffc
 import json, warnings
@@ -19,6 +19,8 @@ from .merge import merge_and_save, merge_words, merged
 from ..base.nf4_config import quiet
 from ..training.end_tokens import stop_ids, template_end
 from ..training.chat_templates import begins_with_bos
+
+# %% ../../nbs/4_using/46_gguf.ipynb #113bc857
 import torch
 from gguf import (GGMLQuantizationType, GGUFWriter, LlamaFileType, MODEL_ARCH, TokenType,
                   get_tensor_name_map, quants)
@@ -36,6 +38,7 @@ def add_settings(w:GGUFWriter, config):   # Of a Llama in transformers
                  head_count=config.num_attention_heads, head_count_kv=config.num_key_value_heads)
     for name, value in sizes.items(): getattr(w, f"add_{name}")(value)
 
+# %% ../../nbs/4_using/46_gguf.ipynb #f57b6c23
 SUPPORTED = {"LlamaForCausalLM": MODEL_ARCH.LLAMA}
 CONVERTER = ("llama.cpp's convert_hf_to_gguf.py knows more: give it the folder "
              "that merge_and_save wrote.")
@@ -69,6 +72,7 @@ def stored_as(W:torch.Tensor, dtype:str, name:str):   # A weight; "f32", "f16" o
     if kind != F16 or W.abs().max() <= torch.finfo(torch.float16).max: return kind
     raise QLoRAError(f"the weight {name} is too large for float16.", cure="Choose dtype='f32'.")
 
+# %% ../../nbs/4_using/46_gguf.ipynb #65c9a4e7
 def check_format(dtype:str):
     "Raise `QLoRAError` for a format that is not on offer."
     if dtype not in FORMATS:
@@ -168,6 +172,7 @@ def gguf_source(folder, how:dict) -> tuple:   # (model, tokenizer, source or Non
     m = merged(folder, dtype="float32", **how)
     return m.model, m.tokenizer, read_source(folder, how.get("base")), merge_words(m.facts)
 
+# %% ../../nbs/4_using/46_gguf.ipynb #aee091d6
 def gguf_card(folder, name, file, tokenizer, source, made) -> str:
     "The card of a GGUF; for a folder that was merged already its own card, with the code changed."
     if source: return model_card(source, name, "gguf", made, bool(tokenizer.chat_template), file)
@@ -199,6 +204,15 @@ def export_gguf(folder:str|Path,      # Of a run, of an adapter, or of a merged 
 # %% ../../nbs/4_using/46_gguf.ipynb #e8c363a1
 FORMS = ("safetensors", "adapter", "gguf")
 
+def check_form(form:str, onto:str, dtype):
+    "Raise `QLoRAError` for an unknown form, and for wishes that a copy cannot fulfil."
+    if form not in FORMS:
+        raise QLoRAError(f"there is no form '{form}'.", cure=f"Choose from: {', '.join(FORMS)}.")
+    if form == "adapter" and (dtype or onto != "dequantized"):
+        raise QLoRAError("an adapter is copied as it is: onto and dtype would change nothing.",
+                         cure="Leave them out, or choose another form.")
+
+# %% ../../nbs/4_using/46_gguf.ipynb #f52e7046
 def export_run(folder:str|Path,           # Of a run, or of an adapter in PEFT's format
                out:str|Path,              # A new folder, or an empty one
                form:str="safetensors",    # Merged; "adapter": alone; "gguf": merged, for llama.cpp
@@ -207,8 +221,8 @@ def export_run(folder:str|Path,           # Of a run, or of an adapter in PEFT's
                base:str|None=None,        # Instead of the base that the adapter names
                trained_in:str|None=None, device:str|None="cpu") -> Path:   # See `merged`
     "Export a fine-tune, with a card. Raises `QLoRAError`, and leaves nothing, where it cannot."
+    check_form(form, onto, dtype)
     how = dict(onto=onto, base=base, trained_in=trained_in, device=device)
     if form == "safetensors": return merge_and_save(folder, out, dtype=dtype, **how)
     if form == "gguf": return export_gguf(folder, out, dtype or "f16", **how)
-    if form == "adapter": return export_adapter(folder, out, base)
-    raise QLoRAError(f"there is no form '{form}'.", cure=f"Choose from: {', '.join(FORMS)}.")
+    return export_adapter(folder, out, base)

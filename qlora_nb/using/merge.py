@@ -16,6 +16,8 @@ from ..base.errors import QLoRAError
 from ..base.model_files import locate
 from ..base.new_folder import check_room, new_folder
 from ..base.nf4_config import quiet
+
+# %% ../../nbs/4_using/45_merge.ipynb #cea9c546
 from ..foundations.adapters import attach_adapter
 from ..foundations.double_quantization import quantize
 from ..foundations.expert_weights import adapted_tensor, dequantize_stacks
@@ -26,6 +28,8 @@ from ..speed.logits import probe, same_logits
 from ..training.end_tokens import note_ends, stop_ids
 from ..training.saved_adapters import check_base, revision_of
 from .model_card import export_tokenizer, generation_ids, model_card, read_source
+
+# %% ../../nbs/4_using/45_merge.ipynb #54246456
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -205,6 +209,7 @@ def read_back(folder, want:torch.Tensor, dtype:torch.dtype):   # `want`: the log
                          cure="Nothing was left behind.") from e
     same_logits(probe(model), want, None, "what was written is another model")
 
+# %% ../../nbs/4_using/45_merge.ipynb #2f11b4ac
 def merge_and_save(folder:str|Path,        # Of a run, or of an adapter in PEFT's format
                    out:str|Path,           # New, or empty
                    onto:str="dequantized", dtype=None, base:str|None=None, trained_in=None,

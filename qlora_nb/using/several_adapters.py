@@ -27,6 +27,7 @@ def adapter_names(model) -> list:  # Empty for a base model
     if hasattr(model, "peft_config"): return list(model.peft_config)
     return list(dict.fromkeys(o for m in model.modules() for o in getattr(m, "hyper", ())))
 
+# %% ../../nbs/4_using/43_several_adapters.ipynb #fe204ea7
 def free_name(model, name:str) -> str:
     "`name`, if it can be given to a new adapter. Raises `QLoRAError` otherwise."
     if name in adapter_names(model):
@@ -70,6 +71,7 @@ def find_adapter(model, name:str) -> str:
                          cure=f"There are: {', '.join(have) or 'none'}.")
     return name
 
+# %% ../../nbs/4_using/43_several_adapters.ipynb #7a8c88ae
 def use_adapter(model, name:str):  # One of `adapter_names`
     "Switch to an adapter. Raises `QLoRAError` for a name that is not loaded."
     find_adapter(model, name)
@@ -82,6 +84,7 @@ def active_adapter(model) -> str|None:
     if hasattr(model, "peft_config"): return model.active_adapter
     return next(iter(lora_layers(model).values())).active if adapter_names(model) else None
 
+# %% ../../nbs/4_using/43_several_adapters.ipynb #c8c1b631
 @contextlib.contextmanager
 def answering_as(model, name:str|None):  # An adapter on the model; None: the base without any
     "Answer as one adapter, or as the base, for the length of a block."
@@ -130,6 +133,7 @@ def scale_one(model, name:str):
         m.scaling[name], A, B = 1., m.lora_A[name].weight, m.lora_B[name].weight
         A.data, B.data = (o.data.to(torch.promote_types(A.dtype, B.dtype)) for o in (A, B))
 
+# %% ../../nbs/4_using/43_several_adapters.ipynb #a38cb6f8
 @torch.no_grad()
 def sum_error(model, weights:dict, name:str) -> float:  # The largest of the layers, relative
     "How far the update of `name` is from the weighted sum, on one random input a layer."
