@@ -93,7 +93,7 @@ def test_the_home_folder_is_found_everywhere(base, tmp_path, monkeypatch):
     from qlora_nb.using import merge as export
     from qlora_nb.using import gguf as gguf_file
     from qlora_nb.training import saved_adapters as inference
-    from qlora_nb.base import adapter_files, runs
+    from qlora_nb.base import runs
     from qlora_nb.using import several_adapters as switching
     (home := tmp_path/"home").mkdir(), (here := tmp_path/"here").mkdir(), monkeypatch.chdir(here)
     for o in ("HOME", "USERPROFILE"): monkeypatch.setenv(o, str(home))
@@ -107,7 +107,7 @@ def test_the_home_folder_is_found_everywhere(base, tmp_path, monkeypatch):
     made = [export.merge_and_save("~/runs/a", "~/merged"), card.export_adapter("~/runs/a", "~/alone"), gguf_file.export_gguf("~/merged", "~/gguf"),
             adapters.save_adapter(run.model, "~/new/saved", str(base)), switching.save_one(loaded.model, "default", "~/one", str(base)), runs.latest_run("~/runs")]
     assert [o.relative_to(home).parts[0] for o in made] == ["merged", "alone", "gguf", "new", "one", "runs"] and all(o.exists() for o in made)
-    assert adapter_files.content_id("~/base") == adapter_files.content_id(base) is not None and runs.last_checkpoint("~/runs/a/checkpoints").name == "checkpoint-2"
+    assert runs.content_id("~/base") == runs.content_id(base) is not None and runs.last_checkpoint("~/runs/a/checkpoints").name == "checkpoint-2"
     assert cli.finetune_options(["--data", "~/a.jsonl:0.5"])["data"] == [("~/a.jsonl", .5)] and len(load_rows([("~/a.jsonl", .5)])) == 6
     assert not any(here.iterdir())
 

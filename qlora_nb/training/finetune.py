@@ -26,8 +26,7 @@ from .optimizers import float32_adapters
 from .document_mask import collate_packed, separate_documents
 from .packing import pack
 from .rehearsal import not_in_file, rehearse
-from ..base.adapter_files import content_id
-from ..base.runs import (Run, hold_run, last_checkpoint, open_run, seal, sync,
+from ..base.runs import (Run, content_id, hold_run, last_checkpoint, open_run, seal, sync,
                                 write_json)
 from .schedule import (count_steps, encode_checked, name_rows, repetitions,
                                         say_overlap, say_schedule, set_aside, settle, source_of,

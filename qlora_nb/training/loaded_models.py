@@ -14,7 +14,7 @@ from peft import PeftModel
 from ..base.core import pick_device
 from ..base.errors import QLoRAError
 from ..base.files import digest
-from ..base.adapter_files import content_id
+from ..base.runs import content_id
 from ..foundations.adapters import BACKENDS, add_adapters
 from ..foundations.lora_model import set_adapter
 from ..base.model_files import load_tokenizer, locate

@@ -83,6 +83,7 @@ def _row_tokens(r, k, tokenizer):
         mask = packed_mask(ids, labels, starts, tokenizer.pad_token_id)
     return [t._replace(first=f) for t, f in zip(statuses(ids, labels, mask, tokenizer), starts)]
 
+# %% ../../nbs/2_training/20_mask_viewer.ipynb #ef86f245
 def packed_mask(ids, labels, starts, pad_id):
     "The mask of a packed row, whose last document may be nothing but filling."
     last = max(i for i, s in enumerate(starts) if s)

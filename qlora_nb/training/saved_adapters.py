@@ -14,9 +14,10 @@ import torch
 from ..base.core import has_native_bf16, pick_device, pick_dtype
 from ..base.errors import QLoRAError
 from ..base.model_files import load_tokenizer, locate
+from ..base.runs import content_id
 from ..base.targets import layer_size
 from ..base.weights import clean_name, full_shape
-from ..base.adapter_files import content_id, open_tensors, read_json
+from ..base.adapter_files import open_tensors, read_json
 from ..foundations.adapters import BACKENDS, attach_adapter
 from .end_tokens import note_loaded
 

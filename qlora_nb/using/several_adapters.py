@@ -11,10 +11,11 @@ __all__ = ['adapter_names', 'free_name', 'add_adapter_from', 'same_trainable', '
 import contextlib, shutil, tempfile, torch, warnings
 from pathlib import Path
 from peft.tuners.lora import LoraLayer
-from ..base.adapter_files import content_id, describe_adapter
+from ..base.adapter_files import describe_adapter
 from ..base.errors import QLoRAError
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
+from ..base.runs import content_id
 from ..foundations.adapters import attach_adapter
 from ..foundations.lora_model import lora_layers, set_adapter
 from ..training.end_tokens import note_loaded, note_sum, notes_of
