@@ -57,8 +57,8 @@ def levels(name:str,                     # "nf4", "fp4" or "int4": a key of `COD
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #8e9ccf86
 def nearest_code(x:torch.Tensor,      # Any shape, float32
-                 values:torch.Tensor, # (k,) levels, k at most 256; any order
+                 levels:torch.Tensor, # (k,) with k at most 256; any order
                 ) -> torch.Tensor:    # The shape of `x`, uint8
-    "The index of the nearest of `values` (the lower one in a tie), by search among midpoints."
-    s, order = values.sort(stable=True)
+    "The index of the nearest of `levels` (the lower one in a tie), by search among midpoints."
+    s, order = levels.sort(stable=True)
     return order[torch.bucketize(x, (s[1:] + s[:-1])/2, out_int32=True)].to(torch.uint8)

@@ -38,7 +38,7 @@ def token_html(t:Token) -> str:
     shown = escape(t.text).replace("\n", "↵<br>").replace(" ", "&nbsp;") or "∅"
     label = "not trained" if t.label == -100 else f"label {t.label}"
     title = escape(f"id {t.id}, {t.text!r}, {t.status}, {label}", quote=True)
-    bar = "<b style='color:#000'>&#9616;</b>" if t.first else ""
+    bar = "<b style='color:#b35900'>&#9616;</b>" if t.first else ""
     return (f'{bar}<{tag} title="{title}" '
             f'style="{style};text-decoration-thickness:1px">{shown}</{tag}>&#8203;')
 
