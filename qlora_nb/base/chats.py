@@ -19,6 +19,7 @@ def parse_text(value):
         try: return parse(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError): pass
 
+# %% ../../nbs/base/chats.ipynb #6703be37
 def read_content(content, name):
     "The text of a message, whose content may come in parts."
     if not isinstance(content, list) or not content: return check_text(content, name)
@@ -45,6 +46,7 @@ def read_call(call, name):
     return dict(type="function", function=dict(name=f["name"], arguments=arguments or {})) | {
         k: call[k] for k in ("id",) if call.get(k)}
 
+# %% ../../nbs/base/chats.ipynb #2537eb71
 def read_calls(turn, name):
     "The tool calls of a turn of the assistant, [] when it makes none."
     calls = turn.get("tool_calls") or turn.get("function_call") or []
@@ -75,6 +77,7 @@ TURN = frozenset(("role", "from", "content", "value", "tool_calls", "function_ca
 LEARNED = ("weight", "train", "training", "loss")   # 1 or true, 0 or false
 JUDGES = re.compile(r".*(mask|train|loss|learn|ignore|weight).*", re.I)
 
+# %% ../../nbs/base/chats.ipynb #08f40add
 def is_learned(turn, role, name) -> bool:
     """Is this message to be learned? Weights are 0 or 1, and say nothing for others than the
     assistant."""
@@ -98,6 +101,7 @@ def _speaker(turn, name) -> tuple:
         fail(f"{name} is the {role}'s and calls a tool, which only the assistant can.")
     return role, content, calls
 
+# %% ../../nbs/base/chats.ipynb #f93eeda4
 def _rest(turn, role, name, text, note):
     "Note each field that is not used where it is harmless, and refuse it where it is not."
     used = {*TURN, *LEARNED, *(("name", "tool_call_id") if role == "tool" else ())}

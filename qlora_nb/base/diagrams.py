@@ -45,6 +45,7 @@ def arrow(ax, *points,         # (x, y) of the start, of corners, and of the end
     ax.add_patch(FancyArrowPatch(*points[-2:], arrowstyle="-|>", mutation_scale=9, lw=1.2,
                                  color=color, ls=line, shrinkA=0, shrinkB=0))
 
+# %% ../../nbs/base/diagrams.ipynb #f049a74a
 def note(ax, x, y, text, size=8.5, backward=False, **how):
     "Words beside a drawing."
     ax.text(x, y, text, size=size, color=COLORS[3] if backward else "black",
@@ -69,6 +70,7 @@ def texts_of(fig) -> list:
             if ax.axison: found += [axis.label, *ticks]
     return [t for t in found if t.get_visible() and t.get_text()]
 
+# %% ../../nbs/base/diagrams.ipynb #9aed3515
 def crowded(fig) -> list:  # [] for a figure that is in order
     "Texts that leave the picture or their box, and pairs that overlap."
     renderer = FigureCanvasAgg(fig).get_renderer()

@@ -101,6 +101,7 @@ def go_on(kept) -> str:  # A checkpoint's folder, or None
     if kept is None: return "No checkpoint was complete yet, so the run has to start again."
     return f"{kept.name} is complete: go on from it with --resume (resume=True)."
 
+# %% ../../nbs/base/failures.ipynb #1b103229
 def memory_cure(per_device_train_batch_size:int, gradient_accumulation_steps:int,
                 gradient_checkpointing:bool, max_length:int) -> str:
     """What to change when memory ran out: first what keeps the run the same, then what makes it

@@ -31,6 +31,7 @@ def is_empty(value) -> bool:
     return (value is None or value != value
             or isinstance(value, (str, list, tuple, dict)) and not value)
 
+# %% ../../nbs/base/fields.ipynb #e13659d7
 def carries_meaning(name:str,   # Of a field that is not used
                     value,      # What is in it
                     texts:list  # Those of the row that are used
@@ -56,6 +57,7 @@ def brief(value):
     text = " ".join(value.split()) if isinstance(value, str) else repr(value)
     return repr(text[:40] + "…" if len(text) > 40 else text)
 
+# %% ../../nbs/base/fields.ipynb #247be3f5
 def check_text(value, name):
     "Raise `QLoRAError` for a field that must hold text and does not."
     if not isinstance(value, str): fail(f"`{name}` must be text, not {kind_of(value)}.")
@@ -95,6 +97,7 @@ def say_columns(**names):
     pairs = ", ".join(f"{k}={v!r}" for k, v in names.items())
     return f"columns=dict({pairs}), or --columns {','.join(f'{k}={v}' for k, v in names.items())}."
 
+# %% ../../nbs/base/fields.ipynb #8cb3d05c
 def _refuse_unknown(row):
     "Say which columns may be meant in a row without a field that is known."
     beside = [k for o in [*FIELDS][2:] for k in FIELDS[o]]   # never question or answer alone

@@ -48,6 +48,7 @@ def parts_known(data) -> tuple:
     if isinstance(data, dict) or isinstance(data, str) and data == "tickets": return PARTS[:1]
     return PARTS if isinstance(data, (str, Path)) and not is_file(data) else ()
 
+# %% ../../nbs/base/files.ipynb #dee30579
 def choose(several:list,  # Names of data, or data
            **options      # Of `load_rows`
           ) -> list:      # Of (data, its options), with those that it brings itself
@@ -168,6 +169,7 @@ def _opening(path):
     two = _first_two(_lines(path, "\n"))
     return two[0], len(two) > 1
 
+# %% ../../nbs/base/files.ipynb #50491ca0
 def is_large(data,           # What `load_rows` takes
              limit:int=LARGE # Bytes; a packed file counts five times
             ) -> bool:       # Never for rows that are in a list, nor for a file that is one

@@ -22,6 +22,7 @@ def _once(pairs):
 
 DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
+# %% ../../nbs/base/json_rows.ipynb #5d67dd6b
 def _bad_json(e, where):
     what = str(e) if isinstance(e, _Twice) else f"this is not valid JSON ({e})."
     return QLoRAError(what, where, SKIP + " A .jsonl file holds one object a line, such as "
@@ -73,7 +74,7 @@ def _lists(row, place=""):
         if isinstance(v, dict): yield from _lists(v, f"{place}{k}.")
         if isinstance(v, list) and v and all(isinstance(o, dict) for o in v): yield place + k, v
 
-
+# %% ../../nbs/base/json_rows.ipynb #a315e362
 def _columns(row):
     "The rows of a table in columns, as pandas writes one by default; None when it is none."
     columns = list(row.values())
@@ -111,6 +112,7 @@ def is_list(first, more=False):   # A line, and whether others follow
     first = first.strip()
     return first[:1] == "[" and not (more and first[-1:] == "]") or len(first) == 1
 
+# %% ../../nbs/base/json_rows.ipynb #438b3209
 def json_rows(lines, name, skip=False):
     "The values of lines of JSON, one by one; with `skip`, an error in the place of a broken one."
     for i, o in enumerate(filter(str.strip, lines), 1):

@@ -51,6 +51,7 @@ def count(rows, name:str, f):
     "`f(row)` of each row, which is a whole number below 2^63."
     return rows.count(name, f) if isinstance(rows, Mapped) else [f(o) for o in rows]
 
+# %% ../../nbs/base/mapped.ipynb #49180371
 def join(parts:list):  # Lists, or mapped rows of the same columns
     "One part after the other; mapped when all of them are."
     if not parts or not all(isinstance(o, Mapped) for o in parts):

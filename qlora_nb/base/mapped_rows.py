@@ -30,19 +30,23 @@ def _as_row(o):
     return row
 
 # %% ../../nbs/base/mapped_rows.ipynb #38b5bf33
+def _checked(row, skip, *how):
+    "(the row, or None for a broken one that is left out; what is to be said of it)."
+    said = []
+    try: return check_row(row, *how, lambda k, v: said.append(k)), said
+    except QLoRAError as e:
+        if not skip: raise
+        return None, [BROKEN + e.what.rstrip(".")]
+
+# %% ../../nbs/base/mapped_rows.ipynb #db129c74
 def _records(given, name, split, columns, system, skip, key):
     "The checked rows of `given`, (data,), as JSON, one by one, with what is to be said of each."
     ahead, rows = itertools.tee(_unchecked(*given, split, skip, bool(columns)))
     shape, i = first_shape(ahead, columns, skip), 0
     del ahead   # or all rows would be kept for it
     for i, row in enumerate(rows, 1):
-        said, out = [], dict(number=number_of(row, i), source=getattr(row, "source", None) or name)
-        try:
-            row = check_row(row, shape, f"{name}, row {i}", columns, system,
-                            lambda k, v: said.append(k))
-        except QLoRAError as e:
-            if not skip: raise
-            row, said = None, [BROKEN + e.what.rstrip(".")]
+        out = dict(number=number_of(row, i), source=getattr(row, "source", None) or name)
+        row, said = _checked(row, skip, shape, f"{name}, row {i}", columns, system)
         yield dict(out, text=json.dumps(row) if row else "",
                    said="\n".join(o.replace("\n", " ") for o in said))
     if not i: raise QLoRAError("there are no rows.", where=name, cure=EXPECTED)
@@ -57,6 +61,15 @@ def _reason(e):
                       "Make room there, or let HF_DATASETS_CACHE name a folder with room.")
 
 # %% ../../nbs/base/mapped_rows.ipynb #09385066
+def _written(how, cache_dir):
+    "The table of checked rows, written now or found again."
+    from datasets import Dataset, Features, Value
+    number, text = Value("int32"), Value("string")
+    made = Features(dict(number=number, source=text, text=text, said=text))
+    try: return Dataset.from_generator(_records, made, cache_dir, gen_kwargs=how)
+    except Exception as e: raise _reason(e) from None
+
+# %% ../../nbs/base/mapped_rows.ipynb #c34dd5fd
 def map_rows(data,                     # A file, a `Dataset`, a stream, a DataFrame or rows
              split:str="train", columns:dict|None=None, system:str|None=None,
              skip_bad_rows:bool=False, # As in `load_rows`
@@ -64,19 +77,13 @@ def map_rows(data,                     # A file, a `Dataset`, a stream, a DataFr
              cache_dir:str|Path|None=None # Of the table; None is the cache of `datasets`
             ) -> Mapped:              # Of `Row`s
     "The rows of `load_rows`, checked one by one and mapped from disk. Raises `QLoRAError`."
-    from datasets import Dataset, Features, Value
     path = isinstance(data, (str, Path))
     kind = "rows" if isinstance(data, (list, tuple, Mapped)) else type(data).__name__
     name = name or (str(data) if path else f"the {kind} given")
     key = repr([versions()["qlora_nb"], digest(data) if path and is_file(data, EXPECTED) else ""])
     how = dict(given=(data,), name=name, split=split, columns=columns, system=system,
                skip=skip_bad_rows, key=key)
-    number, text = Value("int32"), Value("string")
-    made = Features(dict(number=number, source=text, text=text, said=text))
-    try:
-        table = Dataset.from_generator(_records, made, str(cache_dir) if cache_dir else None,
-                                       gen_kwargs=how)
-    except Exception as e: raise _reason(e) from None
+    table = _written(how, str(cache_dir) if cache_dir else None)
     say_column(table.data, name)
     kept = pc.not_equal(table.data.column("text"), "").to_numpy().nonzero()[0]
     if not len(kept):

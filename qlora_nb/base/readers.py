@@ -19,6 +19,16 @@ def _separator(line):
     def names(o): return [k.strip().strip('"') for k in line.split(o)]
     return max(",;\t|", key=lambda o: (len(known_names(names(o))), len(names(o)), o == ","))
 
+# %% ../../nbs/base/readers.ipynb #951c95a4
+def _fields(lines):
+    "The fields of each line, divided as the first lines ask for."
+    def next_line(): return next((o for o in lines if o.strip()), "")
+    first = next_line()
+    said = re.match(r'\s*"?sep=(.)"?\s*$', first, re.I)   # as Excel writes it
+    if said: first = next_line()
+    separator = said[1] if said else _separator(first.strip("\r\n"))
+    return csv.reader(chain([first], lines), strict=True, delimiter=separator)
+
 # %% ../../nbs/base/readers.ipynb #76a0946a
 def _header(names, name, named):
     "The names of the columns. Raises `QLoRAError` when one is there twice, or none is known."
@@ -37,13 +47,7 @@ def _header(names, name, named):
 # %% ../../nbs/base/readers.ipynb #403d828d
 def csv_rows(lines, name, skip=False, named=False):
     "The rows of lines of CSV, one by one; with `skip`, an error in the place of a broken one."
-    def next_line(): return next((o for o in lines if o.strip()), "")
-    lines, i, limit = iter(lines), 0, csv.field_size_limit(2**26)
-    first = next_line()
-    said = re.match(r'\s*"?sep=(.)"?\s*$', first, re.I)   # as Excel writes it
-    if said: first = next_line()
-    separator = said[1] if said else _separator(first.strip("\r\n"))
-    table = csv.reader(chain([first], lines), strict=True, delimiter=separator)
+    i, limit, table = 0, csv.field_size_limit(2**26), _fields(iter(lines))
     def bad(what, cure): return QLoRAError(what, where=f"{name}, row {i + 1}", cure=cure)
     try:
         header = _header(next((o for o in table if any(map(str.strip, o))), []), name, named)
@@ -74,14 +78,19 @@ def _row_at(text, kind):
     return f"row {n}" if n else "the header"
 
 # %% ../../nbs/base/readers.ipynb #c4b37e95
-def _read_text(path, kind):
-    "The text of a file, perhaps packed: UTF-8 with or without a mark, or UTF-16 with one."
+def _unpacked(path):
+    "The bytes of a file, of a .gz those that were packed."
     try:
         raw = path.read_bytes()
-        if path.suffix.lower() == ".gz": raw = gzip.decompress(raw)
+        return gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path),
                          "Write it again, as .jsonl.") from e
+
+# %% ../../nbs/base/readers.ipynb #3d063289
+def _read_text(path, kind):
+    "The text of a file, perhaps packed: UTF-8 with or without a mark, or UTF-16 with one."
+    raw = _unpacked(path)
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return raw.decode("utf-16", "replace")
     try: return raw.decode("utf-8-sig")
@@ -103,6 +112,7 @@ def from_table(row) -> dict:
     row = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
     return {k: without_nulls(v) if isinstance(v, (dict, list)) else v for k, v in row.items()}
 
+# %% ../../nbs/base/readers.ipynb #11f10afd
 def parquet_rows(path):
     "The rows of a Parquet file, one by one, unchecked."
     import pyarrow as pa, pyarrow.parquet as pq

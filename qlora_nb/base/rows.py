@@ -27,6 +27,7 @@ def map_columns(row, columns:dict, note):
         if k not in columns.values() and not is_empty(v): note(k, v)
     return {k: row[v] for k, v in columns.items()}
 
+# %% ../../nbs/base/rows.ipynb #dcab3e41
 def _missing(row, name, asked, said):
     "Say that a field is missing, and what is there instead."
     rest = [k for k in row if k not in (asked, said) and not is_empty(row[k])]
@@ -48,6 +49,7 @@ def _optional(row, name, note):
         return note(f"{value.strip()} in {name}", value)
     return check_text(value, name)
 
+# %% ../../nbs/base/rows.ipynb #b6097d49
 def _one_of(row, kind, skip, note):
     "The one field of a kind that is filled, or None."
     filled = {k: v for k in FIELDS[kind] if k not in skip and (v := _optional(row, k, note))}
@@ -69,6 +71,14 @@ def read_history(value):
     return [dict(role=r, content=c) for o in turns for r, c in zip(("user", "assistant"), o)]
 
 # %% ../../nbs/base/rows.ipynb #5c962423
+def _question(row, asked, note):
+    "The prompt of a row: its question, and below it the text that it is about."
+    context = _one_of(row, "context", (asked,), note)
+    alone = asked == "instruction" and context and row.get("input") and is_empty(row[asked])
+    prompt = context if alone else check_text(row[asked], asked)   # the question is in `input`
+    return f"{prompt}\n\n{context}" if context and not alone else prompt
+
+# %% ../../nbs/base/rows.ipynb #16849e87
 def _pair(row, shape, note):
     "A row of a question and an answer, in our form, and the texts that were used."
     asked, said = shape.split("/")
@@ -78,17 +88,15 @@ def _pair(row, shape, note):
     if isinstance(row[asked], list) and isinstance(row[said], list):
         before = [o | dict(weight=0) if o.get("role") == "assistant" else o for o in row[asked]]
         return dict(messages=first + before + row[said])
-    context, thought = _one_of(row, "context", (asked,), note), _one_of(row, "reasoning", (), note)
-    alone = asked == "instruction" and context and row.get("input") and is_empty(row[asked])
-    prompt = context if alone else check_text(row[asked], asked)   # the question is in `input`
-    response = check_text(row[said], said)
-    if context and not alone: prompt += f"\n\n{context}"
+    prompt, response = _question(row, asked, note), check_text(row[said], said)
+    thought = _one_of(row, "reasoning", (), note)
     history = [] if is_empty(row.get("history")) else read_history(row["history"])
     if not (history or thought) and is_empty(row.get("tools")):
         return dict(system=system, prompt=prompt, response=response)
     answer = dict(role="assistant", content=response, reasoning_content=thought)
     return dict(messages=[*first, *history, dict(role="user", content=prompt), answer])
 
+# %% ../../nbs/base/rows.ipynb #6da35b1d
 def _chat(row, shape, note):
     "A row of a chat, in our form; the field `system` is its first message."
     turns, system = row[shape], _one_of(row, "system", (), note)
@@ -126,6 +134,25 @@ def read_row(row, shape, note) -> dict:
     return {k: v for k, v in out.items() if v}
 
 # %% ../../nbs/base/rows.ipynb #0f84eeba
+def _check_shape(row, shape):
+    "Refuse a row that is none, is made for other training, or has another shape than the first."
+    if not isinstance(row, dict):
+        fail(f"the row is a {kind_of(row)}, not an object with fields.", EXPECTED)
+    mine = shape_of(row)
+    judged = {"chosen", "rejected"} <= set(row) or isinstance(row.get("label"), bool)
+    if None in (shape, mine) or judged: refuse_kind(row)
+    whole = all(k in row for k in mine.split("/"))
+    if mine != shape and (whole or not any(k in row for k in shape.split("/"))):
+        fail(f"the row has the shape {mine}, but row 1 has {shape}.")
+
+# %% ../../nbs/base/rows.ipynb #d46395f9
+def _with_system(out, system):
+    "A row that was read, with this system prompt where it has none."
+    if "messages" not in out: return Row(dict(system=system) | out)
+    if out["messages"][0]["role"] == "system": return Row(out)
+    return Row(out, messages=[dict(role="system", content=system), *out["messages"]])
+
+# %% ../../nbs/base/rows.ipynb #0ade1955
 def check_row(row,                     # As read
               shape:str|None,          # Of the first row, by `shape_of`; None when it has none
               where:str="",            # The file and the row, for the message
@@ -137,21 +164,11 @@ def check_row(row,                     # As read
     try:
         if isinstance(row, QLoRAError): raise row
         row = undress(map_columns(row, columns, note) if columns and isinstance(row, dict) else row)
-        if not isinstance(row, dict):
-            fail(f"the row is a {kind_of(row)}, not an object with fields.", EXPECTED)
-        mine = shape_of(row)
-        judged = {"chosen", "rejected"} <= set(row) or isinstance(row.get("label"), bool)
-        if None in (shape, mine) or judged: refuse_kind(row)
-        whole = all(k in row for k in mine.split("/"))
-        if mine != shape and (whole or not any(k in row for k in shape.split("/"))):
-            fail(f"the row has the shape {mine}, but row 1 has {shape}.")
+        _check_shape(row, shape)
         out = read_row(row, shape, note)
     except QLoRAError as e:
         raise QLoRAError(e.what, where=where or e.where, cure=e.cure or SKIP) from e
-    if not system: return Row(out)
-    if "messages" not in out: return Row(dict(system=system) | out)
-    if out["messages"][0]["role"] == "system": return Row(out)
-    return Row(out, messages=[dict(role="system", content=system), *out["messages"]])
+    return _with_system(out, system) if system else Row(out)
 
 # %% ../../nbs/base/rows.ipynb #8873a1c2
 def check_rows(rows:list,  # Dicts as read, or the errors that stand in the place of some

@@ -25,6 +25,7 @@ def sync(path:Path):  # A file, or a folder for the names in it
         if not path.is_dir(): raise   # some file systems know it for files only
     finally: os.close(fd)
 
+# %% ../../nbs/base/runs.ipynb #67fe315d
 def write_json(path:Path, obj:dict):
     "Write `obj` in one atomic step."
     tmp = path.with_suffix(".tmp")
@@ -64,6 +65,7 @@ def in_use(folder:Path) -> bool:  # Of a run
         with run_lock(folder): return False
     except Timeout: return True
 
+# %% ../../nbs/base/runs.ipynb #eae48887
 def last_checkpoint(folder:str|Path) -> Path|None:  # The `checkpoints` folder of a run
     "The sealed checkpoint with the highest step; half-written ones of ours are removed."
     folder = Path(folder).expanduser()
@@ -105,6 +107,7 @@ def way_back(folder:Path) -> str:   # Of a run
         return f"{kept.name} is complete: go on from it with --resume (resume=True)."
     return "No checkpoint was complete yet, so the run has to start again."
 
+# %% ../../nbs/base/runs.ipynb #0fc1d609
 @contextlib.contextmanager
 def hold_run(folder:Path):  # Made where there is none
     "Keep the folder of a run. Raises `QLoRAError` when it is another's, or cannot be written."
@@ -136,6 +139,7 @@ def read_settings(file:Path) -> dict:  # `settings.json` of a run
         raise QLoRAError("the settings of this run cannot be read.", str(file),
                          "Start a new run.") from e
 
+# %% ../../nbs/base/runs.ipynb #d0a56e73
 def open_run(folder:Path, settings:dict, resume:bool):
     "Make the folder of a run, or check that it is the same. Raises `QLoRAError` for another one."
     file = folder/"settings.json"
@@ -163,6 +167,7 @@ def _tensors(file):
         start, end = o["data_offsets"]
         yield name, o["dtype"], o["shape"], file, 8 + size + start, end - start
 
+# %% ../../nbs/base/runs.ipynb #005b34b0
 def content_id(place:str|Path,     # A folder with *.safetensors, or an id in the Hub's cache
                many:int=1000,      # Look into so many tensors at the most
                revision:str|None=None  # Of a Hub id

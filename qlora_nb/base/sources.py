@@ -57,6 +57,7 @@ def is_mixture(data):
         return isinstance(o, (str, Path)) or hasattr(o, "column_names") or hasattr(o, "to_dict")
     return isinstance(data, (list, tuple)) and len(data) > 0 and all(map(one, data))
 
+# %% ../../nbs/base/sources.ipynb #a67b2228
 def mix(parts:list,  # Of (rows, weight)
         seed:int=0   # Of the choice where a weight is no whole number
        ) -> list:    # The parts one after the other, not shuffled

@@ -8,6 +8,7 @@ __all__ = ['layer_size', 'outer_modules', 'is_pattern', 'find_targets', 'match_t
 # %% ../../nbs/base/targets.ipynb #0275dc14
 import difflib, re
 from collections import defaultdict
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .errors import QLoRAError
@@ -91,5 +92,4 @@ def pattern_value(pattern:dict|None,  # Ending or regular expression → value
                   name:str,           # Name of a layer
                   default):           # What holds where nothing matches
     "PEFT's rule for `rank_pattern` and `alpha_pattern`: the first key that matches a name's end."
-    found = (v for k,v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", name))
-    return next(found, default)
+    return (pattern or {}).get(get_pattern_key(pattern or {}, name), default)

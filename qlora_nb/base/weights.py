@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Weight', 'WEIGHT_COLUMNS', 'state_bytes', 'four_bit_kind', 'acts_linear', 'full_shape', 'stack_owners', 'routers',
            'list_weights', 'clean_name', 'wide_kinds', 'Noted', 'spy_class', 'read_elsewhere', 'misplaced',
-           'weight_rows', 'too_wide']
+           'weight_rows', 'wide_layers', 'too_wide']
 
 # %% ../../nbs/base/weights.ipynb #4a7564e2
 import math, re, bitsandbytes as bnb, torch
@@ -44,6 +44,7 @@ def full_shape(p) -> tuple:   # A parameter, packed or not
     state = getattr(p, "quant_state", None)
     return tuple(p.shape if state is None else getattr(state, "full_shape", state.shape))
 
+# %% ../../nbs/base/weights.ipynb #84abe26a
 def stack_owners(model:nn.Module) -> dict:   # Name of a module → how many matrices its stacks hold
     "Modules that hold stacks of matrices, packed or not."
     found = {}
@@ -54,6 +55,7 @@ def stack_owners(model:nn.Module) -> dict:   # Name of a module → how many mat
         found |= {owner: s[0] for s in shapes if len(s) > 2}
     return found
 
+# %% ../../nbs/base/weights.ipynb #ea13ce38
 def routers(model:nn.Module) -> list:
     "Names of linear layers beside a stack of experts with at most one output for each of them."
     sizes = {n.rpartition(".")[0]: k for n,k in stack_owners(model).items()}
@@ -90,6 +92,7 @@ def clean_name(n:str) -> str:
     return (n.replace(".parametrizations", "").removesuffix(".original").removesuffix(".0")
             if ".parametrizations." in n else n)
 
+# %% ../../nbs/base/weights.ipynb #1eb8e32f
 def wide_kinds(model:nn.Module):   # → kind(name of module, module, name of parameter, parameter)
     """Why an unpacked tensor may stay wide: "adapter", "embedding", "head", "vector",
     "convolution", "router", "read elsewhere" or "small matrix"; else it is "wide"."""
@@ -125,6 +128,7 @@ class Noted(torch.Tensor):
                     for t in a if isinstance(a, (list, tuple)) else [a]:
                         getattr(t, "note", lambda: None)()
 
+# %% ../../nbs/base/weights.ipynb #6b12ec92
 def spy_class(cls, note):   # `note` is called with the layer
     "A class like `cls` whose weight and bias are `Noted` to all but its own forward pass."
     class Spy(cls):
@@ -170,6 +174,7 @@ def misplaced(model:nn.Module
              if isinstance(model.get_submodule(n), bnb.nn.Linear4bit)]
     return wrong, read, error
 
+# %% ../../nbs/base/weights.ipynb #b989bd61
 WEIGHT_COLUMNS = ["what", "tensors", "numbers", "bytes", "share of the bytes", "the largest"]
 
 def weight_rows(found:list) -> list:   # Of `list_weights`
@@ -182,19 +187,23 @@ def weight_rows(found:list) -> list:   # Of `list_weights`
     return sorted(map(row, kinds), key=lambda r: -r[4])
 
 # %% ../../nbs/base/weights.ipynb #fd5634d6
-def too_wide(model, found, wide
-             ) -> str:  # Of `list_weights`: all, and those that should be in 4 bits and are not
-    "What is wrong, in one sentence."
-    mods, last = dict(model.named_modules()), max(wide, key=lambda w: w.nbytes)
+def wide_layers(model, found, wide) -> str:  # As in `too_wide`
+    "The linear layers among what is wide, as a sentence; \"\" where there are none."
+    mods = dict(model.named_modules())
     layers = {n: type(m).__name__ for w in wide
               if (m := mods.get(n := w.name.removesuffix(".weight"))) is not None
               and hasattr(m, "in_features")}
-    told = ""
-    if layers:
-        n_all = len(layers) + sum(w.name.endswith(".weight") and "NF4" in w.kind for w in found)
-        first = ", ".join([*layers][:4]) + ", ..."*(len(layers) > 4)
-        told = (f"{len(layers)} of {n_all} linear layers are not in 4 bits "
-                f"({', '.join(sorted({*layers.values()}))}): {first}. ")
+    if not layers: return ""
+    n_all = len(layers) + sum(w.name.endswith(".weight") and "NF4" in w.kind for w in found)
+    first = ", ".join([*layers][:4]) + ", ..."*(len(layers) > 4)
+    return (f"{len(layers)} of {n_all} linear layers are not in 4 bits "
+            f"({', '.join(sorted({*layers.values()}))}): {first}. ")
+
+# %% ../../nbs/base/weights.ipynb #da81eec7
+def too_wide(model, found, wide
+             ) -> str:  # Of `list_weights`: all, and those that should be in 4 bits and are not
+    "What is wrong, in one sentence."
+    last = max(wide, key=lambda w: w.nbytes)
     could = sum(w.numel for w in found if w in wide or "NF4" in w.kind or "ours" in w.kind)
-    return (f"{told}{sum(w.numel for w in wide)/could:.0%} of the weights are not in NF4; "
+    return (f"{wide_layers(model, found, wide)}{sum(w.numel for w in wide)/could:.0%} of the weights are not in NF4; "
             f"the largest is {last.name} ({last.nbytes:,} bytes).")

@@ -11,22 +11,24 @@ __all__ = ['BACKENDS', 'as_named', 'refused', 'adapted_layers', 'adapted_paramet
 import contextlib, re, shutil, tempfile, torch, warnings
 from functools import partial
 from pathlib import Path
-from ..base.errors import QLoRAError
-from ..base.adapter_files import describe_adapter, open_tensors
-from ..base.core import Table
-from .lora_model import (adapter_tensors, add_lora, disable_adapter,
-                                             load_adapter as load_lora, save_adapter as save_lora)
-from ..base.model_files import tiny_model
-from ..base.nf4_config import quiet
-from .loading import load_model
-from .qlora import is_scratch, load_scratch, quantize_model
-from .expert_adapters import chosen_parameters, stacks_as_parameters
-from ..base.targets import find_targets, is_pattern, match_targets, outer_modules
-from ..base.weights import clean_name, list_weights
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file
+
+# %% ../../nbs/1_foundations/09_adapters.ipynb #d4e49a76
+from ..base.adapter_files import describe_adapter, open_tensors
+from ..base.core import Table
+from ..base.errors import QLoRAError
+from ..base.model_files import tiny_model
+from ..base.nf4_config import quiet
+from ..base.targets import find_targets, is_pattern, match_targets, outer_modules
+from ..base.weights import clean_name, list_weights
+from .expert_adapters import chosen_parameters, stacks_as_parameters
+from .loading import load_model
+from .lora_model import (adapter_tensors, add_lora, disable_adapter,
+                                             load_adapter as load_lora, save_adapter as save_lora)
+from .qlora import is_scratch, load_scratch, quantize_model
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #b5329fae
 BACKENDS = dict(bnb=load_model, scratch=load_scratch)   # name → how to load a model for it
@@ -43,6 +45,7 @@ def as_named():
     finally:
         for n,f in was.items(): setattr(conversion, n, f)
 
+# %% ../../nbs/1_foundations/09_adapters.ipynb #bbbf0578
 def refused(model, names:list) -> list:
     "Layers that PEFT puts no adapter on, such as Mamba's `out_proj`, which a kernel reads."
     ask, cfg = BaseTuner._check_target_module_compatiblity, LoraConfig()
@@ -51,6 +54,7 @@ def refused(model, names:list) -> list:
         except ValueError: return True
     return [n for n in names if no(n)]
 
+# %% ../../nbs/1_foundations/09_adapters.ipynb #9e0fcb6b
 def adapted_layers(model) -> list:   # With adapters of either backend
     "Names of the layers that have an adapter."
     own = {n.rpartition(".lora_A")[0] for n,_ in model.named_parameters() if ".lora_A" in n}
@@ -76,6 +80,7 @@ def chosen_layers(model, target_modules:str|list) -> list:
     if out: warnings.warn(f"{told} of {who} cannot have an adapter and is left out.", stacklevel=3)
     return left
 
+# %% ../../nbs/1_foundations/09_adapters.ipynb #6abc3c81
 def short_names(model, names:list) -> list:
     "The last parts of the names where they mean these layers and no others, else the names."
     short = sorted({n.split(".")[-1] for n in names})
@@ -183,9 +188,13 @@ def attach_adapter(model,               # A base, or a model with PEFT's adapter
 # %% ../../nbs/1_foundations/09_adapters.ipynb #f25ada7a
 def read_adapter(model,             # With our own adapters on it
                  folder:str|Path):  # Of `save_adapter`, for the same targets and rank
-    "Fill the adapters with the values of a file."
+    "Fill the adapters with the values of a file. Raises `QLoRAError` unless each has its place."
     have = load_file(Path(folder).expanduser()/"adapter_model.safetensors")
-    for k, p in adapter_tensors(model, "default").items(): p.data.copy_(have[k])
+    mine = adapter_tensors(model, "default")
+    if odd := mine.keys() ^ have.keys():
+        raise QLoRAError(f"{len(odd)} matrices are only in the file or only in the model, such as "
+                         f"{min(odd)}.", str(folder), "Take the adapter of this model's run.")
+    for k, p in mine.items(): p.data.copy_(have[k])
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #d1c9d2fe
 def tiny_qlora(kind:str="llama", n_layers:int=2, r:int=8, lora_alpha:float=16,

@@ -66,6 +66,7 @@ def _pairs(codebook, device):
     v, b = levels(codebook, device), torch.arange(256, device=device)
     return torch.stack([v[b >> 4], v[b & 15]], 1).view(torch.int64).view(-1)
 
+# %% ../../nbs/1_foundations/04_double_quantization.ipynb #e3beda63
 def dequantize_packed(packed:torch.Tensor, # (ceil(n/2),) uint8, or any shape of as many
                       absmax:torch.Tensor, # (ceil(n/block_size),) float32
                       codebook:str,        # "nf4", "fp4" or "int4"
@@ -126,7 +127,7 @@ def table(self:QuantizedTensor) -> Table: # One row for each stored tensor
     return Table(rows, [repr(self), "dtype", "number", "bytes", "bits a weight"])
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #5643985a
-def check_quantizable(W, codebook, block_size):
+def check_quantizable(W:torch.Tensor, codebook:str, block_size:int):  # As in `quantize`
     "Raise `QLoRAError` for what cannot be quantized."
     where = f"a tensor of {str(W.dtype)[6:]}, shape {tuple(W.shape)}"
     if W.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -173,6 +174,7 @@ def from_bnb(cls:QuantizedTensor,
     if two is not None: s = DoubleQuantized(s, two.absmax, state.offset, two.code)
     return cls(data, s, torch.Size(state.shape), state.dtype, state.blocksize, state.quant_type)
 
+# %% ../../nbs/1_foundations/04_double_quantization.ipynb #c1db5988
 @patch
 def to_bnb(self:QuantizedTensor
            ) -> tuple:  # (packed, QuantState), for `bitsandbytes.functional.dequantize_4bit`

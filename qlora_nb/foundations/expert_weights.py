@@ -53,6 +53,7 @@ class BnbStack(Stack):
         one = torch.empty((), dtype=self.state.dtype, device=packed.device)
         return nn.Parameter(one.expand(self.shape), requires_grad=False)
 
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #a6a35dbb
 @torch.no_grad()
 def bnb_stack(p:torch.Tensor) -> tuple:   # A stack → (packed parameter, how to read it)
     "Quantize a stack to NF4 with double quantization, in blocks of 64."
@@ -131,6 +132,7 @@ def stacks_of(m:nn.Module) -> list:   # (how to read it, its codes)
     return [(o[0], o.original) for o in getattr(m, "parametrizations", nn.ModuleDict()).values()
             if isinstance(o[0], Stack)]
 
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #c192436d
 def _open(m, args):
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     for s,_ in stacks_of(m): s.open, s.owner = s.open + 1, id(m)

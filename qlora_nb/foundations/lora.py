@@ -42,7 +42,8 @@ class LoRA(nn.Module):
 
 # %% ../../nbs/1_foundations/05_lora.ipynb #9942dd07
 @patch
-def add(self:LoRA, r, lora_alpha, lora_dropout, rslora, adapter):
+def add(self:LoRA, r:int, lora_alpha:float, lora_dropout:float, rslora:bool,
+        adapter:str):  # As in `LoRA`
     "Add another adapter, which starts from no change."
     A, B = nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
     nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))

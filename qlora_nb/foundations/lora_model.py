@@ -12,6 +12,7 @@ import contextlib, json, re, tempfile, warnings
 from collections import Counter
 from itertools import chain
 from pathlib import Path
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn, no_grad
 from transformers.pytorch_utils import Conv1D
@@ -186,6 +187,7 @@ PLAIN = """peft_type peft_version task_type auto_mapping base_model_name_or_path
     alpha_pattern fan_in_fan_out exclude_modules layers_to_transform layers_pattern
     init_lora_weights megatron_core qalora_group_size""".split()
 
+# %% ../../nbs/1_foundations/06_lora_model.ipynb #0a27f027
 def plain_config(folder:Path) -> dict:   # Of an adapter
     "Its configuration. Raises `QLoRAError` for what is not plain LoRA, or not there."
     for o in ("adapter_config.json", "adapter_model.safetensors"):
@@ -193,7 +195,8 @@ def plain_config(folder:Path) -> dict:   # Of an adapter
             raise QLoRAError("there is no such file.", str(folder/o), "Give an adapter's folder.")
     cfg = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
     starts = True, False, "gaussian", "orthogonal", "eva"
-    odd = [f"{k}={v}" for k,v in cfg.items() if (v and k not in PLAIN)
+    usual = LoraConfig().to_dict()   # a setting at its default changes nothing
+    odd = [f"{k}={v}" for k,v in cfg.items() if (v and k not in PLAIN and v != usual.get(k))
            or (k == "peft_type" and v != "LORA") or (k == "init_lora_weights" and v not in starts)]
     if not odd: return cfg
     raise QLoRAError(f"this is not plain LoRA: {', '.join(odd)}.", where=str(folder),

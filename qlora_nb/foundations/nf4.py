@@ -26,7 +26,8 @@ def scale_blocks(W:torch.Tensor,  # Any shape; float32, bfloat16 or float16
     scaled = b*(1/absmax.clamp(min=1e-38))[:,None]
     # the incomplete block: divided rather than multiplied, and its absmax is never 0
     if W.numel() % block_size:
-        scaled[-1] = b[-1]/absmax[-1].clamp_(min=1e-38)
+        absmax[-1] = absmax[-1].clamp(min=1e-38)
+        scaled[-1] = b[-1]/absmax[-1]
     return scaled.clamp(-1, 1), absmax
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #0eec306c

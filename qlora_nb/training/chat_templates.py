@@ -30,6 +30,7 @@ def begins_with_bos(tokenizer) -> bool:
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("").input_ids[:1] == [bos]
 
+# %% ../../nbs/2_training/17_chat_templates.ipynb #f4aab480
 def _article(messages, tokenizer, ask):
     "The Alpaca format for any number of turns, each answer closed with EOS."
     text = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
@@ -75,6 +76,7 @@ def _apply(messages, tokenizer, tools, cure, text=False, **how):
     except Exception as e:
         raise QLoRAError(f"the chat template refuses this row ({e}).", cure=cure) from e
 
+# %% ../../nbs/2_training/17_chat_templates.ipynb #652e4db0
 def _writes_calls(messages, **how):
     "Does the chat template write each call of a tool?"
     for i, m in enumerate(messages):
@@ -125,6 +127,7 @@ def _stops(tokenizer):
     return {tokenizer.eos_token or "", *tokenizer.all_special_tokens,
             *tokenizer.get_added_vocab()} - {""}
 
+# %% ../../nbs/2_training/17_chat_templates.ipynb #c2fb62b1
 def _closed(i, answer, head, upto, full, stops):
     "The text up to the end token of message `i`, an `answer` that begins after `head`."
     if not (full.startswith(head) and upto.startswith(head)):

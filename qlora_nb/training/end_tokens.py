@@ -21,6 +21,7 @@ def end_ids(examples:list) -> set:  # Of `encode_rows`
         found |= {a for a, b in zip(labels, labels[1:]) if a != -100 and b == -100}
     return found
 
+# %% ../../nbs/2_training/23_end_tokens.ipynb #973d2cfd
 def template_end(tokenizer) -> int|None:
     "The token with which the tokenizer's chat template closes an answer."
     known = getattr(tokenizer, "qlora_nb_end", None)
@@ -39,6 +40,7 @@ def notes_of(model, name:str="default") -> dict:  # To be changed in place
     if not hasattr(base, "qlora_nb_notes"): base.qlora_nb_notes = {}
     return base.qlora_nb_notes.setdefault(name, {})
 
+# %% ../../nbs/2_training/23_end_tokens.ipynb #a06cb658
 def note_ends(model, tokenizer, ends,  # Ids, or tokens as text as they stand in an adapter's notes
               name:str="default", **more) -> list:  # More to be kept beside the adapter
     "Note the end tokens of an adapter; one that goes on from an earlier stage keeps those of that."
@@ -58,6 +60,7 @@ def taught_ends(model) -> set:  # Tokens as text
     noted = getattr(base_of(model), "qlora_nb_notes", {})
     return {e for n, o in noted.items() if n in names or not names for e in o.get("end_tokens", ())}
 
+# %% ../../nbs/2_training/23_end_tokens.ipynb #834125db
 def stop_ids(model, tokenizer) -> list:
     "The tokens that end an answer: those that were trained, the base's, and the tokenizer's."
     listed = getattr(getattr(base_of(model), "generation_config", None), "eos_token_id", None)
@@ -77,6 +80,7 @@ def note_loaded(model, name:str, notes:dict):  # As they stand beside its file
     more = {k: v for k, v in notes.items() if k not in ("base", "end_tokens")}
     note_ends(model, None, notes.get("end_tokens", ()), name, **more)
 
+# %% ../../nbs/2_training/23_end_tokens.ipynb #2f438162
 def note_sum(model, weights:dict, name:str):
     "A sum of adapters has what all agree on, and ends where any ends. Warns of two templates."
     each = [notes_of(model, o) for o in weights]
@@ -133,6 +137,7 @@ def written(example:dict, tokenizer) -> list:
         elif now: parts, now = [*parts, tokenizer.decode(now)], []
     return parts
 
+# %% ../../nbs/2_training/23_end_tokens.ipynb #7a001ae0
 def check_answers(examples:list, rows:list, tokenizer, many:int=2000) -> str|None:  # What to say
     "Does each of some answers come back from its tokens? Raises `QLoRAError` where most do not."
     lost, odd, looked = [], [], examples[::len(examples)//many + 1]

@@ -38,7 +38,7 @@ def token_html(t:Token) -> str:
     shown = escape(t.text).replace("\n", "↵<br>").replace(" ", "&nbsp;") or "∅"
     label = "not trained" if t.label == -100 else f"label {t.label}"
     title = escape(f"id {t.id}, {t.text!r}, {t.status}, {label}", quote=True)
-    bar = "<b style='color:#000'>&#9616;</b>" if t.first else ""
+    bar = "<b style='color:#b35900'>&#9616;</b>" if t.first else ""
     return (f'{bar}<{tag} title="{title}" '
             f'style="{style};text-decoration-thickness:1px">{shown}</{tag}>&#8203;')
 
@@ -83,6 +83,7 @@ def _row_tokens(r, k, tokenizer):
         mask = packed_mask(ids, labels, starts, tokenizer.pad_token_id)
     return [t._replace(first=f) for t, f in zip(statuses(ids, labels, mask, tokenizer), starts)]
 
+# %% ../../nbs/2_training/20_mask_viewer.ipynb #ef86f245
 def packed_mask(ids, labels, starts, pad_id):
     "The mask of a packed row, whose last document may be nothing but filling."
     last = max(i for i, s in enumerate(starts) if s)

@@ -39,4 +39,4 @@ def pick_optimizer(name:str="auto", # One of `OPTIMIZERS`; "auto": paged 8-bit o
     what = ("the optimizer '{}' does not work on {}." if name in OPTIMIZERS
             else "there is no optimizer '{}'.")
     raise QLoRAError(what.format(name, kind),
-                     cure=f"Choose from: auto, {', '.join(fit)}. Set it with --optim.")
+                     cure=f"Choose from: auto, {', '.join(fit)}. Set optim=..., or --optim.")

@@ -48,6 +48,7 @@ def control_tokens(tokenizer) -> re.Pattern:
     names = sorted({*names, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
+# %% ../../nbs/2_training/18_tokenizer_checks.ipynb #5ca42ebb
 def text_notes(messages:list, example:dict, tokenizer,
                control:re.Pattern  # Of `control_tokens`
               ) -> dict:           # Of the two troubles, those that it has, each with an example

@@ -89,29 +89,26 @@ class AdapterCheckpoints(SFTTrainer):
     def _load_from_checkpoint(self, folder, model=None):
         if is_scratch(self.model): read_adapter(self.model, folder)
         else: super()._load_from_checkpoint(folder, model)
-    def load_best(self) -> tuple|None:
-        "Go back to the adapters of the best evaluation: what `best_eval` says of it."
-        best = best_eval(self.state.log_history)
-        if best and best[0] != self.state.global_step:
-            self._load_from_checkpoint(str(Path(self.args.output_dir)/f"checkpoint-{best[0]}"))
-        return best
+
+# %% ../../nbs/2_training/22_training_loop.ipynb #58ddb132
+@patch
+def load_best(self:AdapterCheckpoints) -> tuple|None:
+    "Go back to the adapters of the best evaluation: what `best_eval` says of it."
+    best = best_eval(self.state.log_history)
+    if best and best[0] != self.state.global_step:
+        self._load_from_checkpoint(str(Path(self.args.output_dir)/f"checkpoint-{best[0]}"))
+    return best
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #281766f3
 def triton_everywhere() -> bool:
     "Does this TRL compute its loss in Triton on a CPU too?"
     return metadata.version("trl").startswith("1.15.")
 
+# %% ../../nbs/2_training/22_training_loop.ipynb #1d4d639f
 class SureTrainer(AdapterCheckpoints):
     "TRL's trainer, whose loss is compared with that of the model's own logits on the first batch."
     sure, own = False, False   # was it compared? is the model's own loss trained on?
     current_gradient_accumulation_steps = 1   # of transformers, which sets it in its loop
-    def models_loss(self, model, inputs, return_outputs, n):
-        "The model's own loss; that of routers counts once a step, as in TRL's."
-        loss, out = Trainer.compute_loss(self, model, inputs, True, n)
-        aux, steps = getattr(out, "aux_loss", None), self.current_gradient_accumulation_steps
-        if aux is not None and n is not None:
-            loss = loss - self.router_aux_loss_coef*aux*(1 - 1/steps)
-        return (loss, out) if return_outputs else loss
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         batch, n = dict(inputs), num_items_in_batch   # before TRL adds to it
         if self.own or self.model.device.type == "cpu" and triton_everywhere():
@@ -127,6 +124,16 @@ class SureTrainer(AdapterCheckpoints):
         warnings.warn(f"trained on the model's own loss, not on TRL's ({why})")
         self.own = True
         return self.models_loss(model, batch, False, n)
+
+# %% ../../nbs/2_training/22_training_loop.ipynb #bde9555d
+@patch
+def models_loss(self:SureTrainer, model, inputs, return_outputs, n):
+    "The model's own loss; that of routers counts once a step, as in TRL's."
+    loss, out = Trainer.compute_loss(self, model, inputs, True, n)
+    aux, steps = getattr(out, "aux_loss", None), self.current_gradient_accumulation_steps
+    if aux is not None and n is not None:
+        loss = loss - self.router_aux_loss_coef*aux*(1 - 1/steps)
+    return (loss, out) if return_outputs else loss
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #42e0563a
 @patch
@@ -160,19 +167,22 @@ class FastTrainer(SureTrainer):
         try: return super().train(*args, **kw)
         finally:   # what comes next may need the memory of CUDA graphs
             if stack := getattr(self.model, "stack", None): stack.forget()
-    def speed_up(self, length:float):  # Mean tokens of a row
-        "Go through `make_fast`; layers are compiled where the run is long enough to pay for it."
-        from qlora_nb.speed.fast_training import make_fast   # here: who trains as usual needs none
-        args = self.args
-        tokens = args.max_steps*args.train_batch_size*args.gradient_accumulation_steps*length
-        flops = 6*count_params(self.model).total*tokens
-        big = self.model.device.type == "cuda" and flops > 3e16
-        memory = 0. if args.gradient_checkpointing else 1.
-        report = make_fast(self.model, memory, compile=big, dynamic=True)
-        for part, number, now, first in report.rows:
-            if "as before" in now:
-                warnings.warn(f"not made faster: {number} x {part}, {now} ({first})")
-        args.gradient_checkpointing &= not big   # compiled layers do it themselves
+
+# %% ../../nbs/2_training/22_training_loop.ipynb #01bea415
+@patch
+def speed_up(self:FastTrainer, length:float):  # Mean tokens of a row
+    "Go through `make_fast`; layers are compiled where the run is long enough to pay for it."
+    from qlora_nb.speed.fast_training import make_fast   # here: who trains as usual needs none
+    args = self.args
+    tokens = args.max_steps*args.train_batch_size*args.gradient_accumulation_steps*length
+    flops = 6*count_params(self.model).total*tokens
+    big = self.model.device.type == "cuda" and flops > 3e16
+    memory = 0. if args.gradient_checkpointing else 1.
+    report = make_fast(self.model, memory, compile=big, dynamic=True)
+    for part, number, now, first in report.rows:
+        if "as before" in now:
+            warnings.warn(f"not made faster: {number} x {part}, {now} ({first})")
+    args.gradient_checkpointing &= not big   # compiled layers do it themselves
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #c90185a4
 def check_checkpointing(model):
@@ -204,12 +214,15 @@ class AdapterTrainer(FastTrainer):
         # of packed rows, TRL counts one
         if "loss" in logs: self._metrics["train"]["num_tokens"] = [self.tokens]
         super().log(logs, *args, **kw)
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        loss, step = mean_loss(self.model, self.held_out), self.state.global_step
-        if not math.isfinite(loss):
-            raise QLoRAError(f"the loss on the held-out rows is {loss} at step {step}.")
-        metrics = {f"{metric_key_prefix}_loss": loss}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control,
-                                                         metrics)
-        return metrics
+
+# %% ../../nbs/2_training/22_training_loop.ipynb #67c68f2e
+@patch
+def evaluate(self:AdapterTrainer, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    loss, step = mean_loss(self.model, self.held_out), self.state.global_step
+    if not math.isfinite(loss):
+        raise QLoRAError(f"the loss on the held-out rows is {loss} at step {step}.")
+    metrics = {f"{metric_key_prefix}_loss": loss}
+    self.log(dict(metrics))
+    self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control,
+                                                     metrics)
+    return metrics
