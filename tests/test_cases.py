@@ -163,7 +163,62 @@ def test_adapters_that_came_from_elsewhere(case, run, tmp_path):
     with pytest.raises(QLoRAError, match=re.escape(said)): load_adapter(tmp_path/"adapter", device="cpu")
 
 
+def configured(**changes):
+    def change(folder):
+        config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
+        (folder/"adapter_config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    return change
+def broken_numbers(folder):
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(file := folder/"adapter_model.safetensors")
+    tensors[min(tensors)][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+def an_older_file(folder): (folder/"adapter_model.safetensors").rename(folder/"adapter_model.bin")
+
+OTHERS = {
+    "another kind of adapter": (configured(peft_type="PROMPT_TUNING"), "this is an adapter of the kind PROMPT_TUNING, and only LoRA is known here."),
+    "a list for a config": (lambda folder: (folder/"adapter_config.json").write_text("[]", encoding="utf-8"), "adapter_config.json: this file is damaged (it holds no object)."),
+    "numbers that are none": (broken_numbers, "the adapter holds numbers that are none, such as in base_model.model.model.layers.0.mlp.down_proj.lora_A.weight."),
+    "a head that is not in the file": (configured(modules_to_save=["lm_head"]), "PEFT cannot put this adapter on the model (KeyError: "),
+    "no scale": (configured(lora_alpha=None), "PEFT cannot put this adapter on the model (TypeError: "),
+    "a file of PyTorch's": (an_older_file, "adapter_model.bin is not read: load it by PEFT, and save it again."),
+    "the base of another machine": (configured(base_model_name_or_path="/content/base"), "the base of this adapter is not on this machine: /content/base. Say where it is: base=..."),
+}
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_adapters_of_other_tools_and_machines(case, run, tmp_path):
+    from qlora_nb.training.saved_adapters import load_adapter
+    from qlora_nb.using.merge import merge_and_save
+    harm, said = OTHERS[case]
+    shutil.copytree(run.folder/"adapter", tmp_path/"adapter"), harm(tmp_path/"adapter")
+    with pytest.raises(QLoRAError, match=re.escape(said)): load_adapter(tmp_path/"adapter", device="cpu")
+    if any(o in case for o in ("kind", "scale", "head")): return   # merging refuses these in words of its own
+    with pytest.raises(QLoRAError, match=re.escape(said)): merge_and_save(tmp_path/"adapter", tmp_path/"merged")
+
+
+def test_a_run_stands_for_its_folder(run, tmp_path):
+    from qlora_nb.training.saved_adapters import find_folder
+    from qlora_nb.using.merge import merge_and_save
+    assert find_folder(run) == find_folder(run.folder/"adapter"/"adapter_model.safetensors") == run.folder/"adapter"
+    assert (merge_and_save(run, tmp_path/"merged")/"config.json").exists()
+    with pytest.raises(QLoRAError, match="hf download someone/adapter"): find_folder("someone/adapter")
+
+
+def test_a_run_of_one_step_learns(base, tmp_path):
+    "The warmup starts at 0, and would be all of it."
+    one = finetune(base, ROWS, tmp_path/"one", max_steps=1, **QUIET)
+    assert all(p.any() for n, p in one.model.named_parameters() if "lora_B" in n)
+
+
 # ---- tokenizers ----
+
+def test_marks_of_another_template_are_said(tmp_path):
+    from qlora_nb.training.data import encode_rows
+    tok, texts = small_tokenizer(), ["[INST] Hi [/INST]", "<|start_header_id|>user", "Human: Hi\n\nAssistant:", "### Instruction:\nHi\n\n### Response:\n"]
+    for text in texts:
+        with pytest.warns(UserWarning, match="marks of another template, which are plain text here .1 row, the first is row 2"): encode_rows([ROWS[0], dict(prompt=text, response="yes")], tok)
+    with pytest.warns(UserWarning, match="characters that were lost before .U.FFFD. .1 row, the first is row 1, 'caf"): encode_rows([dict(prompt="caf\ufffd?", response="yes")], tok)
+
 
 def test_a_tokenizer_without_an_end(base):
     "The way out is not the template that is in use."

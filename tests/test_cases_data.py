@@ -72,6 +72,10 @@ READ = {
     "each row under its own": ("export.json", json.dumps(dict(q7=pair("Hi", "Hello"), q9=pair("Bye", "See you"))), [pair("Hi", "Hello"), pair("Bye", "See you")], []),
     "rows within rows": ("viewer.json", json.dumps(dict(rows=[dict(row_idx=0, row=pair("Hi", "Hello"), truncated_cells=[])])), [pair("Hi", "Hello")], ["`row_idx` (1 row, the first is row 1, '0')"]),
     "ends of lines from long ago": ("old.jsonl", '{"prompt": "Hi", "response": "Hello"}\r{"prompt": "Bye", "response": "See you"}\r', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
+    "two files joined, each with its mark": ("joined.jsonl", '\ufeff{"prompt": "Hi", "response": "Hello"}\n\ufeff{"prompt": "Bye", "response": "See you"}\n', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
+    "spaces after the commas": ("spaced.csv", 'prompt, response\nHi, "Hello, you"\n', [pair("Hi", "Hello, you")], []),
+    "columns and rows that a spreadsheet adds": ("sheet.csv", "prompt,response,,\nHi,Hello,,\n,,,\n,,,\n", [pair("Hi", "Hello")], []),
+    "parts without a kind": ("parts.jsonl", lines(messages(user([dict(text="Hi")]), assistant("Hello"))), [messages(user("Hi"), assistant("Hello"))], []),
     "a mark and two ends of lines": ("marked.jsonl", '\ufeff{"prompt": "Hi", "response": "Hello"}\r\n\r\n{"prompt": "Bye", "response": "See you"}', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
 }
 
@@ -121,6 +125,16 @@ REFUSED = {
     "a chat in one text": ("glaive.jsonl", lines(dict(system="SYSTEM: You help.", chat="USER: Hi ASSISTANT: Hello")), ", row 1: the row has none of the known fields; it has 'system', 'chat'. Rows hold a question and an answer "
                            f"(prompt/response, instruction/output, question/answer ...) or a chat (messages, conversations). Others are mapped by {name_columns(prompt='...', response='...')}"),
     "an answer that is a number": ("numbers.jsonl", lines(pair("3", "4"), pair("3+4?", 7)), f", row 2: `response` must be text, not int. {SKIP}"),
+    "a class of a text": ("classes.csv", "text,label\nI like it.,positive\n", f", row 1: the row is plain text ('I like it.'), in which question and answer cannot be told apart. If `label` is the answer: {name_columns(prompt='text', response='label')}"),
+    "two roles": (*one(user("Hi"), {"role": "assistant", "from": "human", "content": "Hello"}), f", row 2: message 2 has both `role` and `from`, and they differ. {SKIP}"),
+    "two contents": (*one(user("Hi", value="Bye"), assistant("Hello")), f", row 2: message 1 has both `content` and `value`, and they differ. {SKIP}"),
+    "two tables joined": ("joined.csv", "prompt,response\nHi,Hello\nprompt,response\nBye,See you\n", f", row 2: the header stands here once more. {SKIP}"),
+    "quotes within quotes, the wrong way": ("quotes.csv", 'prompt,response\n"Say \\"hi\\"",Hi\n', """, row 1: this is not valid CSV (',' expected after '"'). Each "quote" must be closed, and one within quotes written twice: ""."""),
+    "an end that was never written": ("cut.jsonl", '{"prompt": "Hi", "response": "Hello"}\n\0\0\0', ", row 2: the file ends in zero bytes: its end is lost. " + SKIP + ' A .jsonl file holds one object a line, such as {"prompt": ..., "response": ...}.'),
+    "two bytes a letter, without a mark": ("wide.csv", "p\0r\0o\0m\0p\0t\0", ": this is UTF-16 or UTF-32 without its mark, or no text at all. Save the file as UTF-8."),
+    "the page around a file": ("page.jsonl", "\n<!DOCTYPE html>\n<html>", ": this is a web page. Download the file itself, by its raw address."),
+    "a pointer": ("lfs.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", ": this is a pointer of Git LFS, not the file. Run git lfs pull."),
+    "a workbook": ("sheet.csv", "PK\3\4...", ": this is a ZIP archive or a workbook. Unpack it, or save a sheet as 'CSV UTF-8'."),
     "a split in one file": ("both.json", json.dumps(dict(train=[pair("a", "b")], test=[pair("c", "d")])), ": the file holds several lists of rows: 'train', 'test'. Save the one that is meant as a .jsonl file."),
 }
 
@@ -141,3 +155,35 @@ def test_files_are_mapped_as_they_are_read(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert list(map_rows(path, cache_dir=tmp_path/"cache")) == list(load_rows(path))
+
+
+# ---- what is no file ----
+
+def test_folders_links_and_addresses(tmp_path):
+    import datasets
+    table = datasets.Dataset.from_list([pair("Hi", "Hello")])
+    table.save_to_disk(tmp_path/"one"), datasets.DatasetDict(train=table).save_to_disk(tmp_path/"two"), (tmp_path/"model").mkdir()
+    (tmp_path/"model"/"config.json").write_text("{}", encoding="utf-8"), (tmp_path/"link.jsonl").symlink_to(tmp_path/"nowhere")
+    said = {tmp_path/"one": "the folder of a data set, as `save_to_disk` writes one. Give what datasets.load_from_disk", tmp_path/"two": "as `save_to_disk`",
+            tmp_path/"model": "the folder of a model, and rows are wanted", tmp_path: "this is a folder. Give one", tmp_path/"link.jsonl": "this link leads to no file",
+            "https://a.org/x.jsonl": "this is an address, and nothing is fetched from there"}
+    for data, what in said.items():
+        with pytest.raises(QLoRAError, match=what): load_rows(data)
+
+
+def test_tables_of_every_kind():
+    import datasets, pandas as pd, pyarrow as pa
+    row, frame = pair("Hi", "Hello"), pd.DataFrame([["Hi", "Hello"]])
+    assert load_rows(pa.Table.from_pylist([row])) == load_rows(frame, columns=dict(prompt=0, response=1)) == [row]
+    with pytest.raises(QLoRAError, match="none of the known fields; it has '0', '1'"): load_rows(frame)
+    with pytest.raises(QLoRAError, match="a column is there twice"): load_rows(pd.DataFrame([["Hi", "Hello", "Bye"]], columns=["prompt", "response", "response"]))
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(columns="prompt=q"), "columns is 'prompt=q', and has to name a column of its own"), (dict(columns=["q", "a"]), "columns is"),
+    (dict(columns=dict(prompt="q", response="q")), "columns is"), (dict(system=3), "`system` must be text, not int"), (dict(system="  "), "`system` is empty")])
+def test_options_with_which_no_row_can_be_read(options, said, tmp_path):
+    rows = [dict(q="Hi", a="Hello")]
+    for read in (load_rows, lambda o, **k: map_rows(o, cache_dir=tmp_path, **k)):
+        with pytest.raises(QLoRAError, match=said) as e: read(rows, **dict(columns=dict(prompt="q", response="a")) | options)
+        assert not e.value.where

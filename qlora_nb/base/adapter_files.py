@@ -29,9 +29,11 @@ BROKEN = "Copy the adapter again, or take it from a checkpoint of its run."
 
 def read_json(file:Path) -> dict:  # Of an adapter's folder
     "What is noted of an adapter. Raises `QLoRAError` for a file that is damaged."
-    try: return json.loads(file.read_text(encoding="utf-8"))
+    try: found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
         raise QLoRAError(f"this file is damaged ({e}).", str(file), BROKEN) from e
+    if isinstance(found, dict): return found
+    raise QLoRAError("this file is damaged (it holds no object).", str(file), BROKEN)
 
 def open_tensors(folder:Path):  # Of an adapter
     "The file of its matrices, opened. Raises `QLoRAError` for one that is damaged."

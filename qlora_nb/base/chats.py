@@ -27,6 +27,7 @@ def read_content(content, name):
     parts = [dict(type="text", text=o) if isinstance(o, str) else o for o in content]
     for o in parts:
         kind = o.get("type") if isinstance(o, dict) else kind_of(o)
+        if isinstance(o, dict) and {*o} == {"text"}: kind = "text"
         if kind not in ("text", "input_text", "output_text"):
             fail(f"`{name}` holds a part of the kind {kind!r}; {only}.")
         more = [k for k, v in o.items() if not is_empty(v)]
@@ -89,8 +90,11 @@ def is_learned(turn, role, name) -> bool:
 # %% ../../nbs/base/chats.ipynb #2a8cabe4
 def _speaker(turn, name) -> tuple:
     "(role, content, calls) of a turn in our words; the content is not read yet."
-    role, calls = turn.get("role", turn.get("from")), []
-    content = turn.get("content", turn.get("value"))
+    for a, b in (("role", "from"), ("content", "value")):
+        if not is_empty(turn.get(a)) and turn.get(b) not in (None, "", turn[a]):
+            fail(f"{name} has both `{a}` and `{b}`, and they differ.")
+    role, calls = turn.get("role") or turn.get("from"), []
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
     if role == "function_call":
         role, calls, content = "assistant", read_calls(dict(function_call=content), name), None
     role = SPEAKERS.get(role.lower(), role.lower()) if isinstance(role, str) else role

@@ -107,8 +107,11 @@ def _refuse_unknown(row):
     if len(two := [k for k in texts if k not in beside]) == 2:
         cure = f"Name the columns: {say_columns(**dict(zip(('prompt', 'response'), two)))}"
     if [*texts, *(k for k in row if k == "text")][:1] == ["text"]:
+        way = "Save them as `prompt` and `response`, or as `messages`."
+        if isinstance(row.get("label"), str):   # a class
+            way = f"If `label` is the answer: {say_columns(prompt='text', response='label')}"
         fail(f"the row is plain text ({brief(row['text'])}), in which question and answer cannot "
-             "be told apart.", "Save them as `prompt` and `response`, or as `messages`.")
+             "be told apart.", way)
     fail(f"the row has none of the known fields; it has "
          f"{', '.join(map(repr, row))[:100] or 'none at all'}.", cure)
 

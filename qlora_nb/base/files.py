@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import QLoRAError
 from .core import versions
 from .json_rows import is_list, json_rows
-from .readers import csv_rows, kind_of_file, parquet_rows
+from .readers import check_signs, csv_rows, kind_of_file, parquet_rows
 
 # %% ../../nbs/base/files.ipynb #0d7d4f82
 # such names mean files, not the Hub
@@ -36,6 +36,10 @@ def is_file(data:str|Path, # A path, or the id of a Hub data set
     "Is this a file? Raises `QLoRAError` for the name of a file that is not there."
     name, path = str(data), as_path(data)
     if path.exists(): return True
+    if path.is_symlink(): raise QLoRAError("this link leads to no file.", name)
+    if "://" in name:
+        raise QLoRAError("this is an address, and nothing is fetched from there.", name,
+                         "Download the file, or give the id of a Hub data set.")
     if path.suffix.lower() in FILE_KINDS or name.startswith((".", "/", "~")):
         raise QLoRAError("there is no such file.", name, near(path.name, path.parent) + cure)
     return False
@@ -154,6 +158,7 @@ def each_row(path:Path, skip_bad_rows:bool=False, named:bool=False):  # As in `r
     "The rows of `read_rows`, one by one, in constant memory."
     n, kind = 0, kind_of_file(path)
     try:
+        check_signs(path)
         for n, row in enumerate(_begin(path, kind, skip_bad_rows, named), 1): yield row
     except UnicodeDecodeError as e:
         raise QLoRAError(f"byte {e.object[e.start]:#04x} is not UTF-8.", f"{path}, row {n + 1}",
@@ -161,6 +166,9 @@ def each_row(path:Path, skip_bad_rows:bool=False, named:bool=False):  # As in `r
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path),
                          "Write it again, as .jsonl.") from e
+    except OSError as e:
+        raise QLoRAError(f"the file cannot be read ({e.strerror}).", str(path),
+                         "Check its permissions.") from e
 
 # %% ../../nbs/base/files.ipynb #980c6592
 LARGE = 100_000_000  # bytes of rows, whose examples would take one or two gigabytes as lists
@@ -176,6 +184,7 @@ def is_large(data,           # What `load_rows` takes
     "Are these rows better left on the disk than held in memory?"
     if isinstance(data, dict):   # a DatasetDict
         return any(is_large(o, limit) for o in data.values())
+    if hasattr(data, "to_pylist"): return False   # a table of pyarrow is in memory
     if hasattr(data, "column_names"):   # of a table, or of a stream, which has no length
         if not hasattr(data, "__len__"): return True
         return data.data.nbytes*len(data)/max(1, data.data.num_rows) > limit

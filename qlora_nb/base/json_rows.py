@@ -25,12 +25,13 @@ DECODER = json.JSONDecoder(object_pairs_hook=_once)
 # %% ../../nbs/base/json_rows.ipynb #5d67dd6b
 def _bad_json(e, where):
     what = str(e) if isinstance(e, _Twice) else f"this is not valid JSON ({e})."
+    if "\0" in getattr(e, "doc", "")[-1:]: what = "the file ends in zero bytes: its end is lost."
     return QLoRAError(what, where, SKIP + " A .jsonl file holds one object a line, such as "
                                          '{"prompt": ..., "response": ...}.')
 
 def parse_json(text, where):
     "The value in one line of a .jsonl file, or a `QLoRAError` that says where it breaks."
-    try: return DECODER.decode(text.strip().rstrip(","))
+    try: return DECODER.decode(text.strip(" \t\r\n\ufeff").rstrip(","))
     except (ValueError, RecursionError) as e: raise _bad_json(e, where) from e
 
 # %% ../../nbs/base/json_rows.ipynb #0b08a770
@@ -41,11 +42,12 @@ def undress(row):
     def turn(o): return isinstance(o, dict) and {"role", "from"} & {*o}
     if isinstance(row, list) and row and all(map(turn, row)): return dict(messages=row)
     if not isinstance(row, dict): return row
+    row = {str(k): v for k, v in row.items()}   # the columns of a table may be numbers
     inner = [k for k, v in row.items() if isinstance(v, dict) and known_names(v)]
     if len(inner) == 1 and not known_names(row):   # its other fields stay beside it
         within = row[inner[0]]
         row = {k: v for k, v in row.items() if k != inner[0] and k not in within} | within
-    names = {k: k.strip().lower() for k in row if isinstance(k, str)}
+    names = {k: k.strip().lower() for k in row}
     names = {k: v for k, v in names.items() if v in MEANING and (v == k or v not in row)}
     if len({*names.values()}) < len(names): return row   # such as Input and INPUT
     return {names.get(k, k): v for k, v in row.items()}
@@ -57,7 +59,7 @@ def json_values(text, name):
     inside = text.lstrip().startswith("[")
     if inside: i = text.index("[") + 1
     while True:
-        while i < n and text[i] in " \t\r\n,": i += 1
+        while i < n and text[i] in " \t\r\n,\ufeff": i += 1
         if i == n or inside and text[i] == "]": break
         try: value, i = DECODER.raw_decode(text, i)
         except (ValueError, RecursionError) as e:

@@ -14,7 +14,7 @@ from .errors import QLoRAError
 from .files import as_path, digest, each_row, is_file
 from .mapped import Mapped
 from .notes import BROKEN, Row, number_of, say_column
-from .rows import EXPECTED, check_row, first_shape
+from .rows import EXPECTED, check_reading, check_row, first_shape
 from .sources import rows_given
 
 # %% ../../nbs/base/mapped_rows.ipynb #8d869ee0
@@ -77,6 +77,7 @@ def map_rows(data,                     # A file, a `Dataset`, a stream, a DataFr
              cache_dir:str|Path|None=None # Of the table; None is the cache of `datasets`
             ) -> Mapped:              # Of `Row`s
     "The rows of `load_rows`, checked one by one and mapped from disk. Raises `QLoRAError`."
+    check_reading(columns, system)
     path = isinstance(data, (str, Path))
     kind = "rows" if isinstance(data, (list, tuple, Mapped)) else type(data).__name__
     name = name or (str(data) if path else f"the {kind} given")

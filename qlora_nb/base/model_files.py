@@ -125,8 +125,11 @@ def locate(name:str|Path, revision:str|None=None
         raise QLoRAError(f"a folder on this machine has no revision '{revision}'.", str(name),
                          "Leave --revision out, or give a Hub id.")
     if path.is_dir():
-        raise QLoRAError("this folder holds no model.", name,
-                         "It needs config.json and *.safetensors.")
+        what, cure = "this folder holds no model.", "It needs config.json and *.safetensors."
+        if any((path/o).exists() for o in ("adapter", "adapter_config.json")):
+            what = "this folder holds an adapter, and no model."
+            cure = "Give its base here, and the folder as the adapter: --adapter (adapter=...)."
+        raise QLoRAError(what, str(name), cure)
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise no_folder(name, path)
     return str(name)

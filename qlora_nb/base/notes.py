@@ -49,10 +49,10 @@ def say_unused(notes:Notes, name:str, bad:Notes|None=None):
                       stacklevel=3)
 
 def say_text(notes:Notes):
-    "Warn once of texts that the tokenizer changes."
+    "Warn once of texts that are not to the model what they are to a reader."
     said = "; ".join(notes.lines(str))
     if said:
-        warnings.warn(f"some rows hold {said}. Such a text is not taught as it stands.",
+        warnings.warn(f"some rows hold {said}. A model does not read such a text as you do.",
                       stacklevel=3)
 
 # %% ../../nbs/base/notes.ipynb #e3e6bcab

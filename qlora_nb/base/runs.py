@@ -193,6 +193,7 @@ class Run(namedtuple("Run", "model tokenizer folder info")):
                 "adapter", "loss_curve"]
         rows = [[k.replace("_", " "), self.info[k]] for k in keys if k in self.info]
         return Table(rows, ["run", ""])._as("plain")
+    def __fspath__(self): return str(self.folder)   # wherever the folder of a run is wanted
     def _repr_markdown_(self): return f"```\n{self!r}\n```"
 
 # %% ../../nbs/base/runs.ipynb #1c33154d

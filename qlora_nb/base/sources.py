@@ -23,9 +23,13 @@ def rows_given(data, split,
             raise QLoRAError(f"there is no split '{split}' in the {kind} given.",
                              cure=f"Choose one by split=...: {', '.join(data)}.")
         data = data[split]
+    if hasattr(data, "to_pylist"):   # of pyarrow
+        return list(map(from_table, data.to_pylist())), f"the {kind} given"
     if hasattr(data, "column_names"):
         return (list if whole else iter)(map(from_table, data)), f"the {kind} given"
     if hasattr(data, "columns") and hasattr(data, "to_dict"):
+        if not data.columns.is_unique:
+            raise QLoRAError("a column is there twice.", f"the {kind} given", "Rename one.")
         return list(map(from_table, data.to_dict("records"))), f"the {kind} given"
     cure = ("Give a file, a Hub data set id, a datasets.Dataset, a pandas.DataFrame or a list of "
             "dicts such as dict(prompt=..., response=...).")

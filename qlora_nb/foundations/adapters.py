@@ -150,8 +150,11 @@ def save_adapter(model,            # With adapters of either backend
 # %% ../../nbs/1_foundations/09_adapters.ipynb #13fcd2d5
 @contextlib.contextmanager
 def sizes_explained(folder):
-    "Turn PEFT's error about a matrix of another size into one that says what to do."
+    "Turn PEFT's error about a matrix of another size, or any other, into one of a sentence."
     try: yield
+    except (AttributeError, KeyError, TypeError) as e:
+        raise QLoRAError(f"PEFT cannot put this adapter on the model ({type(e).__name__}: {e}).",
+                         str(folder), "Compare its adapter_config.json with its weights.") from e
     except RuntimeError as e:
         if "size mismatch" not in str(e): raise
         why = str(e).split("size mismatch for ")[1].splitlines()[0].rstrip(".")
@@ -165,11 +168,16 @@ def attach_adapter(model,               # A base, or a model with PEFT's adapter
                    name:str="default"):
     "Put an adapter from a file on a model. Raises `QLoRAError` unless each matrix has its layer."
     folder = Path(folder).expanduser()
+    with open_tensors(folder) as f:
+        for k in f.keys():
+            if not f.get_tensor(k).isfinite().all():
+                raise QLoRAError(f"the adapter holds numbers that are none, such as in {k}.",
+                                 str(folder), "Take it from an earlier checkpoint of its run.")
+        keys = {k for k in f.keys() if ".lora_" in k}
     if is_scratch(model):
         load_lora(model, folder, name)
         model.disable_adapter = partial(disable_adapter, model)
         return model
-    with open_tensors(folder) as f: keys = {k for k in f.keys() if ".lora_" in k}
     mods = {clean_name(n) for n in outer_modules(model)}
     # else its names are of an older version
     known = all(clean_name(k.partition(".lora_")[0]) in mods for k in keys)

@@ -26,13 +26,18 @@ from .end_tokens import note_loaded
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #d23db30a
 def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
     "The folder of an adapter itself. Raises `QLoRAError` where there is no complete one."
-    folder = Path(folder).expanduser()
+    named, folder = str(folder), Path(folder).expanduser()
+    if folder.is_file(): folder = folder.parent   # adapter_model.safetensors itself was given
     if (folder/"adapter").is_dir(): folder = folder/"adapter"
+    cure = "Give the folder of a finished run, or of an adapter in PEFT's format."
+    if (folder/"adapter_model.bin").exists():
+        cure = "adapter_model.bin is not read: load it by PEFT, and save it again."
+    if not folder.exists() and named.count("/") == 1 and named[0] not in "./~":
+        cure = f"Fetch one of the Hub's first: hf download {named} --local-dir FOLDER."
     if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors")
                    if not (folder/f).exists()]:
         raise QLoRAError(f"there is no adapter here: {' and '.join(missing)} missing.",
-                         str(folder),
-                         "Give the folder of a finished run, or of an adapter in PEFT's format.")
+                         str(folder), cure)
     return folder
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #93bc151f
@@ -45,6 +50,9 @@ def adapter_folder(folder:str|Path
                    ) -> tuple:  # (its folder, our notes with `template`, the name of its base)
     "Find an adapter, in a run or on its own. Raises `QLoRAError` as `find_folder` does."
     config = read_json((folder := find_folder(folder))/"adapter_config.json")
+    if (kind := config.get("peft_type") or "LORA") != "LORA":
+        raise QLoRAError(f"this is an adapter of the kind {kind}, and only LoRA is known here.",
+                         str(folder))
     notes = dict(template="auto")
     if config.get("revision"): notes["revision"] = config["revision"]   # of the base
     return folder, notes | read_notes(folder), config.get("base_model_name_or_path")

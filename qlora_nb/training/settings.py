@@ -85,7 +85,7 @@ def check_value(name:str, value):
     if not isinstance(value, kind) or isinstance(value, bool): fail(said)
     if name in POSITIVE and not value > 0: fail("above zero")
     low, high = RANGES.get(name, (0, math.inf))
-    if not low <= value < high: fail(f"from {low} to below {high}")
+    if not low <= value < high: fail(f"from {low} to below {high}" if high < math.inf else f"{low} or more")
 
 # %% ../../nbs/2_training/25_settings.ipynb #a1e0fb05
 OTHER_NAMES = dict(steps="max_steps", epochs="num_train_epochs",
@@ -148,7 +148,7 @@ def trainer_settings(folder, device, dtype, max_steps=150, per_device_train_batc
         str(folder), max_steps=max_steps, seed=seed, data_seed=seed, use_cpu=device.type == "cpu",
         per_device_train_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate,
-        lr_scheduler_type="cosine", warmup_steps=max(1, max_steps//20),
+        lr_scheduler_type="cosine", warmup_steps=min(max_steps - 1, max(1, max_steps//20)),
         optim=pick_optimizer(optim, device), max_grad_norm=0.3,   # QLoRA paper, appendix B.2
         **mixed_precision(device, dtype), gradient_checkpointing=gradient_checkpointing,
         **evaluation, dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,

@@ -181,7 +181,8 @@ def speed_up(self:FastTrainer, length:float):  # Mean tokens of a row
     report = make_fast(self.model, memory, compile=big, dynamic=True)
     for part, number, now, first in report.rows:
         if "as before" in now:
-            warnings.warn(f"not made faster: {number} x {part}, {now} ({first})")
+            more = f" ({first})" if first else ""
+            warnings.warn(f"not made faster: {number} x {part}, {now}{more}")
     args.gradient_checkpointing &= not big   # compiled layers do it themselves
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #c90185a4

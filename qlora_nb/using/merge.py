@@ -26,7 +26,7 @@ from ..foundations.lora_model import PLAIN
 from ..speed.dequantized import write_out_4bit
 from ..speed.logits import probe, same_logits
 from ..training.end_tokens import note_ends, stop_ids
-from ..training.saved_adapters import check_base, revision_of
+from ..training.saved_adapters import base_for, check_base, revision_of
 from .model_card import export_tokenizer, generation_ids, model_card, read_source
 
 # %% ../../nbs/4_using/45_merge.ipynb #54246456
@@ -166,6 +166,7 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
         raise QLoRAError(f"there is no onto='{onto}'.", cure=f"Choose from: {', '.join(ONTO)}.")
     source = read_source(folder, base)
     check_adapter(source)
+    base_for(source.folder, source.base, base)
     trained_in = as_dtype(trained_in or source.notes.get("dtype") or pick_dtype(device),
                           source.base, revision := revision_of(source))
     dtype, (tok, chat) = as_dtype(dtype, source.base, revision), export_tokenizer(source)
