@@ -19,7 +19,7 @@ from ..base.core import count_params, free_memory, set_seed, versions
 from ..foundations.adapters import BACKENDS, save_adapter
 from .data import as_messages, collate, digest, encode_rows, load_rows
 from ..base.failures import Guard, explain_failure
-from ..base.mapped import count, take
+from ..base.mapped import all_but, count, take
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
 from .optimizers import float32_adapters
@@ -50,7 +50,7 @@ def numbered_batches(examples:list, collator) -> tuple:  # (data set of numbers,
     def batch(drawn):
         picked = [o["number"] for o in drawn]
         return collator([examples[i] for i in picked]) | dict(rows=picked)
-    return Dataset.from_dict(dict(number=range(len(examples)))), batch
+    return Dataset.from_dict(dict(number=np.arange(len(examples)))), batch
 
 # %% ../../nbs/2_training/29_finetune.ipynb #f3c4065b
 def make_trainer(model,              # With adapters, on a 4-bit base
@@ -141,7 +141,8 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
             **how) -> tuple:   # (model, trainer, notes for the adapter)
     "Encode the rows, put adapters on the model, build the trainer."
     examples, said, ends = encode_checked(model, tokenizer, rows, numbers, s, source)
-    tokens, collator = sum(count(examples, "tokens", lambda o: len(o["input_ids"]))), None
+    lengths, collator = count(examples, "tokens", lambda o: len(o["input_ids"])), None
+    tokens = np.sum(lengths, dtype=np.int64)
     if s["packing"]:
         examples = pack(examples, s["max_length"])
         model = separate_documents(model, s["max_length"])
@@ -189,7 +190,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     if config_yaml is None:
         config_yaml = dict(model=model, data=data, eval_data=eval_data, backend=backend, **kwargs)
     rows, folder = load_rows(data, **reading), Path(output_dir).expanduser()
-    mine = np.setdiff1d(np.arange(1, len(rows) + 1), leave_out)
+    mine = all_but(leave_out, len(rows))
     kept = take(rows, mine - 1)
     wanted = bool(settings["eval_steps"] or settings["early_stopping_patience"])
     numbers, held = set_aside(kept, eval_data, wanted, settings["seed"], **shared_options(reading))
@@ -204,7 +205,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
             write_config(folder/"config.yaml", config_yaml, left)
         model, tokenizer = load_base(model, tokenizer, device,
                                      *map(settings.get, ("backend", "model_revision", "adapter")))
-        model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers)-1], held,
+        model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers) - 1], held,
                                         folder, settings, progress, source_of(data), **how)
         named = dict(adapter=settings["adapter"], revision=settings["model_revision"])
         notes |= {k: v for k, v in named.items() if v}
