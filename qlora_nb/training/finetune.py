@@ -19,7 +19,7 @@ from ..base.core import count_params, free_memory, set_seed, versions
 from ..foundations.adapters import BACKENDS, save_adapter
 from .data import as_messages, collate, digest, encode_rows, load_rows
 from ..base.failures import Guard, explain_failure
-from ..base.mapped import all_but, count, take
+from ..base.mapped import Pieces, all_but, count, take
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
 from .optimizers import float32_adapters
@@ -29,8 +29,8 @@ from .rehearsal import not_in_file, rehearse
 from ..base.runs import (Run, content_id, hold_run, last_checkpoint, open_run, seal, sync,
                                 write_json)
 from .schedule import (count_steps, encode_checked, name_rows, repetitions,
-                                        say_overlap, say_schedule, set_aside, settle, source_of,
-                                        tell, told_of)
+                                        say_evaluations, say_overlap, say_schedule, set_aside,
+                                        settle, source_of, tell, told_of)
 from .settings import Settings, trainer_settings, write_config
 from ..base.sources import shared_options
 from .loaded_models import check_alone, load_base, put_adapters, run_settings
@@ -75,7 +75,7 @@ def make_trainer(model,              # With adapters, on a 4-bit base
                                  data_collator=batch, eval_dataset=numbers if held_out else None)
     words = dict(describe=describe) if describe else {}
     trainer.guard = Guard(**words, learning_rate=learning_rate)
-    trainer.held_out = [pad(held_out[i:i+n]) for i in range(0, len(held_out), n)]
+    trainer.held_out = Pieces(held_out, n, pad)
     trainer.rehearse = partial(rehearse, trainer, tokenizer, examples, collator or pad, pad,
                                mean_loss)
     float32_adapters(trainer.model), trainer.remove_callback(PrinterCallback)
@@ -145,14 +145,15 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
     tokens = np.sum(lengths, dtype=np.int64)
     if s["packing"]:
         examples = pack(examples, s["max_length"])
-        model = separate_documents(model, s["max_length"])
+        model = separate_documents(model, min(s["max_length"], int(tokens)))   # of the longest pack
         collator = partial(collate_packed, pad_id=tokenizer.pad_token_id,
                            flat=model.packs_in_one_row)
     shape = len(examples), s["per_device_train_batch_size"], s["gradient_accumulation_steps"]
     steps = s["max_steps"] or count_steps(s["num_train_epochs"], *shape)
     trained, unit = take(rows, numbers - 1), "packs" if s["packing"] else "rows"
     said += [say_schedule(steps, *shape, unit, repetitions(trained)),
-             say_overlap(trained, held) if held else None]
+             say_overlap(trained, held) if held else None,
+             say_evaluations(steps, held and s["eval_steps"])]
     set_seed(s["seed"])
     model, more = put_adapters(model, s)
     with told_of("the rows to evaluate on"):
@@ -194,6 +195,9 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     kept = take(rows, mine - 1)
     wanted = bool(settings["eval_steps"] or settings["early_stopping_patience"])
     numbers, held = set_aside(kept, eval_data, wanted, settings["seed"], **shared_options(reading))
+    if not len(numbers):
+        raise QLoRAError("no row is left to train on.", source_of(data),
+                         "Leave fewer out (leave_out), or give eval_data.")
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
     if source_of(data) == "tickets" and not example:   # they are made up anyway
         example = as_messages(rows[0])[-2]["content"]
