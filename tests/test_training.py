@@ -642,6 +642,17 @@ def test_a_broken_row_at_the_far_end_is_named_before_training(base, rows, on_dis
     assert overlap(kept, rows[:3]) == (3, 0) and overlap(rows[:3], kept) == (300, 0)
 
 
+def test_packs_are_checked_at_the_length_that_they_have(base, rows, tmp_path):
+    "A row as long as this max_length would not fit into any memory."
+    run = finetune(base, rows[:6], tmp_path/"run", packing=True, max_length=10**9, max_steps=1, fast=False, **QUIET)
+    assert run.info["steps"] == 1 and "over 1 packs" in run.info["said"][0], run.info["said"]
+
+
+def test_a_run_without_an_evaluation_says_so(base, rows, tmp_path):
+    run = finetune(base, rows[:12], tmp_path/"run", eval_data=rows[12:14], max_steps=1, fast=False, **QUIET)
+    assert run.info["eval_losses"] == [] and any("No step is evaluated: there are 1 steps, and eval_steps is 20" in o for o in run.info["said"])
+
+
 MANY = """
 import json, sys
 from pathlib import Path
@@ -652,7 +663,8 @@ datasets.config.HF_DATASETS_CACHE = str(folder/"cache")
 known, real = [], data._fit
 def fit(*args, **how):   # of equally long rows: what the tokenizer computes takes long, and no memory
     if not known: known.append(real(*args, **how))
-    return known[0]
+    example, *more = known[0]
+    return {k: [*v] for k, v in example.items()}, *more
 data._fit = fit
 for name in ("prepare", "train_run"): assert callable(getattr(training, name))
 found = []
@@ -670,17 +682,17 @@ print(json.dumps(found[1:]))
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_memory_does_not_grow_with_the_rows(base, tmp_path):
     "A list of such rows takes some thousand bytes for each; mapped ones, a few numbers in arrays."
-    few, many = 1_000, 13_000
+    few, many = 2_500, 14_500   # both more than the thousand that are in memory at a time
     how = dict(max_steps=1, fast=False, device="cpu", progress=False)
     def growth(large):
         (folder := tmp_path/str(large)).mkdir()
-        args = Path(__file__).parent.parent/"nbs"/"experiments", folder, *map(json.dumps, (str(base), large, [100, few, many], how))
+        args = Path(__file__).parent.parent/"nbs"/"experiments", folder, *map(json.dumps, (str(base), large, [1_500, few, many], how))
         p = Fork(MANY, *args)
         out, err = p.communicate()
         assert p.returncode == 0, err
         a, b = json.loads(out.splitlines()[-1])
         return {k: round((b[k] - a[k])/(many - few)) for k in a}
-    mapped, listed = growth(None), growth(False)
+    mapped, listed = growth(True), growth(False)
     assert max(mapped.values()) < 300 < 1000 < min(listed.values()), (mapped, listed)
 
 

@@ -116,7 +116,7 @@ def same_losses(trainer, batch, padded, measure) -> float:
     (true, aux), theirs = cross_entropy(trainer, batch), loss.item()
     near = NEAR.get(model.get_input_embeddings().weight.dtype, 2e-2)*max(1., abs(true))
     near *= max(1., (32/n.item())**.5)   # the mean over few tokens is less exact
-    cure = ("Try fast=False (--no-fast)." if getattr(model, "step_loss", None)
+    cure = ("Try fast=False (--fast false)." if getattr(model, "step_loss", None)
             else "It cannot be trained here as it is.")
     for who, value, more in (("trainer", theirs, aux), ("evaluation", measure(model, [padded]), 0)):
         if min(abs(value - true), abs(value - true - more)) < near: continue
