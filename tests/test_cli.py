@@ -218,6 +218,31 @@ def test_numbers_that_make_no_sense(more, said, tmp_path, complaint):
     assert status == 2 and said in err and not (tmp_path/"run").exists()
 
 
+@pytest.mark.parametrize("more", ["--max-new-tokens 0", "--max-new-tokens -1", "--temperature -1", "--temperature nan", "--top-p 2", "--top-k -1", "--min-p -1",
+                                  "--repetition-penalty 0", "--seed -1"])
+def test_numbers_that_make_no_sense_in_a_chat(more, monkeypatch, capsys):
+    "They are refused before a model is loaded, which may take minutes."
+    from qlora_nb.apps import cli
+    def refuse(*a): raise AssertionError("a model was loaded")
+    monkeypatch.setattr(cli, "load_chat", refuse)
+    option, value = more.split()
+    with pytest.raises(SystemExit) as e: cli.chat_main(["--model", "smollm2", option, value])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.startswith(f"error: the {option.strip('-').replace('-', '_')} is {value}") and err.count("\n") == 1, err
+
+
+def test_eval_rows_0_through_the_command(tiny, tmp_path):
+    "Nothing is held out and nothing is scored, with rows of your own and a test file beside them as well."
+    rows = [dict(prompt=f"What is {i}?", response="word") for i in range(1, 21)]
+    for name, part in (("mine", rows[:15]), ("test", rows[15:])):
+        (tmp_path/f"{name}.jsonl").write_text("".join(json.dumps(o) + "\n" for o in part), encoding="utf-8")
+    for name, more, n in (("tickets", [], 800), ("own", ["--data", tmp_path/"mine.jsonl", "--test-data", tmp_path/"test.jsonl"], 15)):
+        status, out, err = call("finetune_main", *options(tiny, tmp_path/name, "--eval-rows", 0, "--max-steps", 1, *more))
+        assert status == 0 and "Nothing was scored, as eval_rows is 0." in out and ("eval_rows=0: test_data is not used." in err) == (name == "own"), err
+        run = json.loads((tmp_path/name/"run.json").read_text(encoding="utf-8"))
+        assert run["settings"]["rows"] == n and run["steps"] == 1 and run["after"] is None
+
+
 def test_row_numbers_through_the_command(tmp_path, complaint, tiny, monkeypatch):
     "Rows are held out and shuffled on the way; the message names the file and the row in it."
     from qlora_nb.training import finetune as training

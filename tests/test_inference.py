@@ -103,7 +103,8 @@ def test_padding_is_not_penalized():
 
 @pytest.mark.parametrize("bad", [dict(temperature=-.1), dict(temperature=math.inf), dict(temperature="hot"), dict(top_k=-1), dict(top_k=1.5),
                                  dict(top_k=True), dict(top_p=1.01), dict(top_p=-.1), dict(top_p=None), dict(min_p=2), dict(min_p=math.nan),
-                                 dict(repetition_penalty=0), dict(repetition_penalty=-1), dict(seed=-1), dict(seed=1.)], ids=str)
+                                 dict(repetition_penalty=0), dict(repetition_penalty=-1), dict(seed=-1), dict(seed=1.), dict(max_new_tokens=0), dict(max_new_tokens=-1),
+                                 dict(max_new_tokens=2.5)], ids=str)
 def test_nonsense_is_named(bad):
     (name, value), = bad.items()
     with pytest.raises(QLoRAError, match=f"the {name} is .*Choose"): check_sampling(**bad)

@@ -535,6 +535,34 @@ def test_the_evaluation_never_undoes_a_run(base, rows, tmp_path, monkeypatch):
     assert "The evaluation failed" in str(report) and json.loads((tmp_path/"error"/"run.json").read_text(encoding="utf-8"))["steps"] == 1
 
 
+@pytest.mark.parametrize("data", ["tickets", "rows", "file"])
+def test_eval_rows_0_trains_and_scores_nothing(data, base, rows, tmp_path):
+    "Nothing is held out either: all rows are trained on."
+    (path := tmp_path/"mine.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows), encoding="utf-8")
+    given = dict(tickets="tickets", rows=rows, file=path)[data]
+    report = finetune_and_evaluate(given, eval_rows=0, model=base, max_steps=1, output_dir=tmp_path/"run", **QUIET)
+    assert report.after is None and report.rows == [] and report.info["eval_rows"] == 0 and len(report.info["losses"]) == 1
+    assert report.info["settings"]["rows"] == (800 if data == "tickets" else ROWS)
+    assert report.info["not_evaluated"] == "Nothing was scored, as eval_rows is 0." and report.info["not_evaluated"] in str(report)
+
+
+def test_eval_rows_0_beside_other_rows(base, rows, tmp_path):
+    "A validation file still chooses the best step; a test file is not used, which is said."
+    how = dict(eval_rows=0, model=base, max_steps=1, eval_steps=1, **QUIET)
+    report = finetune_and_evaluate(rows[:20], eval_data=rows[20:], output_dir=tmp_path/"a", **how)
+    assert len(report.info["eval_losses"]) == 1 and report.info["before"] is report.info["after"] is None
+    with pytest.warns(UserWarning, match="eval_rows=0: test_data is not used."):
+        report = finetune_and_evaluate(rows[:20], rows[20:22], test_data=rows[22:], output_dir=tmp_path/"b", **how)
+    assert report.after is None and report.info["settings"]["rows"] == 20
+
+
+@pytest.mark.parametrize("out, said", [([0], "no row 0 to leave out"), ([3, ROWS + 1], f"no row {ROWS + 1} to leave out"), ([-1], "no row -1"),
+                                       ([1.5], "no row 1.5"), (range(1, ROWS + 1), "no row is left to train on")])
+def test_rows_that_cannot_be_left_out(out, said, rows, tmp_path):
+    with pytest.raises(QLoRAError, match=said): finetune("smollm2", rows, tmp_path/"run", leave_out=out, **QUIET)
+    assert not (tmp_path/"run").exists()
+
+
 def test_validation_and_test_are_two_things(base, rows, tmp_path):
     "eval_data means the same in both calls; what is trained on and judged by is reported; repeated rows stay."
     from qlora_nb.evaluation.evaluation import finetune_and_evaluate
@@ -609,8 +637,84 @@ def test_a_broken_row_at_the_far_end_is_named_before_training(base, rows, on_dis
     with pytest.raises(QLoRAError) as e: finetune(base, on_disk, tmp_path/"run", large=True, **HOW)
     assert e.value.where == f"{on_disk}, row {100*ROWS + 1}" and not (tmp_path/"run").exists()
     with pytest.warns(UserWarning, match=f"1 row, the first is row {100*ROWS + 1}"): kept = load_rows(on_disk, large=True, skip_bad_rows=True)
-    assert hold_out_numbers(kept, 9, 1) == hold_out_numbers([*rows]*100, 9, 1) and repetitions(kept) == 99*ROWS
+    mapped, listed = ([list(o) for o in hold_out_numbers(data, 9, 1)] for data in (kept, [*rows]*100))
+    assert mapped == listed and repetitions(kept) == 99*ROWS
     assert overlap(kept, rows[:3]) == (3, 0) and overlap(rows[:3], kept) == (300, 0)
+
+
+def test_packs_are_checked_at_the_length_that_they_have(base, rows, tmp_path):
+    "A row as long as this max_length would not fit into any memory."
+    run = finetune(base, rows[:6], tmp_path/"run", packing=True, max_length=10**9, max_steps=1, fast=False, **QUIET)
+    assert run.info["steps"] == 1 and "over 1 packs" in run.info["said"][0], run.info["said"]
+
+
+def test_a_run_without_an_evaluation_says_so(base, rows, tmp_path):
+    run = finetune(base, rows[:12], tmp_path/"run", eval_data=rows[12:14], max_steps=1, fast=False, **QUIET)
+    assert run.info["eval_losses"] == [] and any("No step is evaluated: there are 1 steps, and eval_steps is 20" in o for o in run.info["said"])
+
+
+MANY = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import datasets, many_rows, qlora_nb.training.data as data, qlora_nb.training.finetune as training
+folder, base, large, counts, how = Path(sys.argv[2]), *map(json.loads, sys.argv[3:])
+datasets.config.HF_DATASETS_CACHE = str(folder/"cache")
+known, real = [], data._fit
+def fit(*args, **how):   # of equally long rows: what the tokenizer computes takes long, and no memory
+    if not known: known.append(real(*args, **how))
+    example, *more = known[0]
+    return {k: [*v] for k, v in example.items()}, *more
+data._fit = fit
+for name in ("prepare", "train_run"): assert callable(getattr(training, name))
+found = []
+for n in counts:
+    rows = (json.dumps(dict(prompt=f"Is {i:7} a number? " + "Say yes or no. "*5, response="yes")) for i in range(n))
+    (path := folder/f"{n}.jsonl").write_text("\\n".join(rows) + "\\n", encoding="utf-8")
+    with many_rows.Watch() as watch:
+        for name in ("prepare", "train_run"): watch.add(training, name)
+        training.finetune(base, path, folder/f"run{n}", large=large, **how)
+    found.append({k: o["anonymous"] + watch.start[0] for k, o in watch.phases.items()})
+print(json.dumps(found[1:]))
+"""  # anonymous memory at the highest moment of two phases
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_memory_does_not_grow_with_the_rows(base, tmp_path):
+    "A list of such rows takes some thousand bytes for each; mapped ones, a few numbers in arrays."
+    few, many = 2_500, 14_500   # both more than the thousand that are in memory at a time
+    how = dict(max_steps=1, fast=False, device="cpu", progress=False)
+    def growth(large):
+        (folder := tmp_path/str(large)).mkdir()
+        args = Path(__file__).parent.parent/"nbs"/"experiments", folder, *map(json.dumps, (str(base), large, [1_500, few, many], how))
+        p = Fork(MANY, *args)
+        out, err = p.communicate()
+        assert p.returncode == 0, err
+        a, b = json.loads(out.splitlines()[-1])
+        return {k: round((b[k] - a[k])/(many - few)) for k in a}
+    mapped, listed = growth(True), growth(False)
+    assert max(mapped.values()) < 300 < 1000 < min(listed.values()), (mapped, listed)
+
+
+def test_numbers_of_rows_are_arrays():
+    "What is drawn, left out, packed and compared, for so many rows: a list of Python's numbers takes 40 bytes a row, a set 100."
+    import datasets, numpy as np, tracemalloc
+    from qlora_nb.base.mapped import Mapped, Order, all_but
+    from qlora_nb.evaluation.evaluation import rows_to_score
+    from qlora_nb.training.packing import pack
+    from qlora_nb.training.schedule import set_aside
+    n, g = 100_000, np.random.default_rng(0)
+    rows = Mapped(datasets.Dataset.from_dict(dict(prompt=np.arange(n))), lambda o: dict(prompt=str(o["prompt"]), response="yes"))
+    rows.counted = {f"content to {end}": np.arange(n) for end in (None, -1)} | dict(tokens=g.integers(8, 200, n))
+    def taken(f):
+        "Bytes of a row, at the highest moment."
+        tracemalloc.start()
+        try: return f(), tracemalloc.get_traced_memory()[1]/n
+        finally: tracemalloc.stop()
+    found = dict(order=taken(lambda: sum(Order(n)))[1], left=taken(lambda: all_but(range(5, 9), n))[1], packs=taken(lambda: pack(rows, 512))[1],
+                 same=taken(lambda: (repetitions(rows), overlap(rows, [rows[3]]), overlap([rows[3]], rows)))[1],
+                 aside=taken(lambda: set_aside(rows, wanted=True))[1], scored=taken(lambda: rows_to_score(rows, rows))[1])
+    assert found["order"] < 1 and max(found.values()) < 80 and max(v for k, v in found.items() if k != "packs") < 36, found
 
 
 def test_mapped_rows_are_scored_too(base, on_disk, tmp_path):

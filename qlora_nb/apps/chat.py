@@ -71,7 +71,7 @@ class Chat:
                  notes:dict|None=None,  # Of `load_adapter`: `template`, `turns`, `example`
                  max_new_tokens:int=256, temperature:float=0., top_p:float=1.,  # First settings
                  **how):                # More of `stream`: top_k, min_p, repetition_penalty, seed
-        check_sampling(temperature, top_p=top_p, **how)
+        check_sampling(temperature, top_p=top_p, max_new_tokens=max_new_tokens, **how)
         self.model, self.tokenizer, self.notes, self.how = model, tokenizer, notes or {}, how
         self.turns, self.busy, self.thread = [], False, None
         self.halt, self.lock = Event(), Lock()

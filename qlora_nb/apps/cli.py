@@ -194,6 +194,8 @@ def chat_main(argv:list|None=None):  # None: the options that the command was ca
     o = vars(chat_parser().parse_args(argv))
     which = map(o.pop, ("adapter", "model", "device", "revision"))
     with one_line_errors():
+        from qlora_nb.using.sampling import check_sampling
+        check_sampling(**{k: v for k, v in o.items() if k != "system"})   # before it loads a model
         model, tokenizer, notes, name = load_chat(*which)
         print(f"{name} on {model.device}")
         chat_loop(model, tokenizer, notes, **o)

@@ -26,7 +26,7 @@ class DataOptions:
     skip_bad_rows: bool = option(False, "leave broken rows out and say how many, instead of "
                                         "stopping")
     large: bool|None = option(None, "true: map the rows from disk instead of holding them in "
-                                    "memory (None: from 100 MB on)")
+                                    "memory (None: from 1 MB on)")
     data_config: str|None = option(None, "configuration of a Hub data set")
     data_split: str = option("train", "split of a Hub data set")
     data_revision: str|None = option(None, "commit, tag or branch of a Hub data set (None: its "

@@ -171,7 +171,7 @@ def each_row(path:Path, skip_bad_rows:bool=False, named:bool=False):  # As in `r
                          "Check its permissions.") from e
 
 # %% ../../nbs/base/files.ipynb #980c6592
-LARGE = 100_000_000  # bytes of rows, whose examples would take one or two gigabytes as lists
+LARGE = 1_000_000  # bytes of rows, whose examples take less as lists than a training step does
 
 def _opening(path):
     two = _first_two(_lines(path, "\n"))

@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'NAMES', 'rows_given', 'Source', 'shared_options', 'is_mixture', 'mix', 'check_options']
 
 # %% ../../nbs/base/sources.ipynb #dc0223be
-import difflib, inspect, random
+import difflib, inspect, math, random
 from pathlib import Path
 from .errors import QLoRAError
 from .mapped import join, take
@@ -68,9 +68,13 @@ def mix(parts:list,  # Of (rows, weight)
     "Rows of several data sets: each `weight` times, a fraction being a random part of the rows."
     out, rng = [], random.Random(seed)
     for rows, weight in parts:
-        if not weight > 0:
-            raise QLoRAError(f"the weight of a data set is {weight}, and has to be above zero.")
+        if not 0 < weight < math.inf:
+            raise QLoRAError(f"the weight of a data set is {weight}, and has to be a number above "
+                             "zero.")
         some = sorted(rng.sample(range(len(rows)), round((weight - int(weight))*len(rows))))
+        if not (weight >= 1 or some):
+            raise QLoRAError(f"the weight {weight:g} leaves none of {len(rows)} rows.",
+                             cure="Choose a larger one, or leave this data set out.")
         out += [rows]*int(weight) + [take(rows, some)]*bool(some)
     return join(out)
 

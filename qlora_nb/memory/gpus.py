@@ -61,7 +61,7 @@ def card_bytes(card:str|float) -> float:  # A name of `CARDS`, in any spelling, 
     def plain(s): return re.sub(r"nvidia|geforce|rtx|[\W_]|gb", "", str(s).lower())
     known = {plain(k): k for k in CARDS}
     if plain(card) in known: return CARDS[known[plain(card)]]*2**20
-    if size := re.fullmatch(r"([\d.]+)\s*(gb|gib)?", str(card).strip().lower()):
+    if size := re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(gb|gib)?", str(card).strip().lower()):
         return float(size[1])*(2**30 if size[2] == "gib" else 1e9)
     near = [v for k, v in known.items() if k.startswith(plain(card))] if plain(card) else []
     near = near or [known[k] for k in difflib.get_close_matches(plain(card), known, n=3, cutoff=.3)]

@@ -19,7 +19,7 @@ from ..base.core import count_params, free_memory, set_seed, versions
 from ..foundations.adapters import BACKENDS, save_adapter
 from .data import as_messages, collate, digest, encode_rows, load_rows
 from ..base.failures import Guard, explain_failure
-from ..base.mapped import count, take
+from ..base.mapped import Pieces, all_but, count, take
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
 
@@ -33,8 +33,8 @@ from ..base.runs import (Run, content_id, hold_run, last_checkpoint, open_run, s
 
 # %% ../../nbs/2_training/29_finetune.ipynb #e6347ac4
 from .schedule import (count_steps, encode_checked, name_rows, repetitions,
-                                        say_overlap, say_schedule, set_aside, settle, source_of,
-                                        tell, told_of)
+                                        say_evaluations, say_overlap, say_schedule, set_aside,
+                                        settle, source_of, tell, told_of)
 from .settings import Settings, trainer_settings, write_config
 from ..base.sources import shared_options
 from .loaded_models import (check_alone, load_base, put_adapters, run_settings,
@@ -55,7 +55,7 @@ def numbered_batches(examples:list, collator) -> tuple:  # (data set of numbers,
     def batch(drawn):
         picked = [o["number"] for o in drawn]
         return collator([examples[i] for i in picked]) | dict(rows=picked)
-    return Dataset.from_dict(dict(number=range(len(examples)))), batch
+    return Dataset.from_dict(dict(number=np.arange(len(examples)))), batch
 
 # %% ../../nbs/2_training/29_finetune.ipynb #f3c4065b
 def make_trainer(model,              # With adapters, on a 4-bit base
@@ -80,7 +80,7 @@ def make_trainer(model,              # With adapters, on a 4-bit base
                                  data_collator=batch, eval_dataset=numbers if held_out else None)
     words = dict(describe=describe) if describe else {}
     trainer.guard = Guard(**words, learning_rate=learning_rate)
-    trainer.held_out = [pad(held_out[i:i+n]) for i in range(0, len(held_out), n)]
+    trainer.held_out = Pieces(held_out, n, pad)
     trainer.rehearse = partial(rehearse, trainer, tokenizer, examples, collator or pad, pad,
                                mean_loss)
     float32_adapters(trainer.model), trainer.remove_callback(PrinterCallback)
@@ -147,17 +147,19 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
             **how) -> tuple:   # (model, trainer, notes for the adapter)
     "Encode the rows, put adapters on the model, build the trainer."
     examples, said, ends = encode_checked(model, tokenizer, rows, numbers, s, source)
-    tokens, collator = sum(count(examples, "tokens", lambda o: len(o["input_ids"]))), None
+    lengths, collator = count(examples, "tokens", lambda o: len(o["input_ids"])), None
+    tokens = np.sum(lengths, dtype=np.int64)
     if s["packing"]:
         examples = pack(examples, s["max_length"])
-        model = separate_documents(model, s["max_length"])
+        model = separate_documents(model, min(s["max_length"], int(tokens)))   # of the longest pack
         collator = partial(collate_packed, pad_id=tokenizer.pad_token_id,
                            flat=model.packs_in_one_row)
     shape = len(examples), s["per_device_train_batch_size"], s["gradient_accumulation_steps"]
     steps = s["max_steps"] or count_steps(s["num_train_epochs"], *shape)
     trained, unit = take(rows, numbers - 1), "packs" if s["packing"] else "rows"
     said += [say_schedule(steps, *shape, unit, repetitions(trained)),
-             say_overlap(trained, held) if held else None]
+             say_overlap(trained, held) if held else None,
+             say_evaluations(steps, held and s["eval_steps"])]
     set_seed(s["seed"])
     model, more = put_adapters(model, s)
     with told_of("the rows to evaluate on"):
@@ -196,10 +198,13 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     if config_yaml is None:
         config_yaml = dict(model=model, data=data, eval_data=eval_data, backend=backend, **kwargs)
     rows, folder, source = load_rows(data, **reading), Path(output_dir).expanduser(), source_of(data)
-    mine = np.setdiff1d(np.arange(1, len(rows) + 1), leave_out)
+    mine = all_but(leave_out, len(rows))
     kept = take(rows, mine - 1)
     wanted = bool(settings["eval_steps"] or settings["early_stopping_patience"])
     numbers, held = set_aside(kept, eval_data, wanted, settings["seed"], **shared_options(reading))
+    if not len(numbers):
+        raise QLoRAError("no row is left to train on.", source,
+                         "Leave fewer out (leave_out), or give eval_data.")
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
     if source == "tickets" and not example:   # they are made up anyway
         example = as_messages(rows[0])[-2]["content"]
@@ -213,7 +218,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
             write_config(folder/"config.yaml", config_yaml, left)
         model, tokenizer = load_base(model, tokenizer, device,
                                      *map(settings.get, ("backend", "model_revision", "adapter")))
-        model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers)-1], held,
+        model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers) - 1], held,
                                         folder, settings, progress, source, **how)
         named = dict(adapter=settings["adapter"], revision=settings["model_revision"])
         notes |= {k: v for k, v in named.items() if v}

@@ -6,12 +6,14 @@
 __all__ = ['PackStats', 'pack_stats', 'pack_lengths', 'pack']
 
 # %% ../../nbs/2_training/30_packing.ipynb #dcb79394
+from array import array
 from bisect import bisect_left, insort
 from collections import defaultdict, namedtuple
 
 # %% ../../nbs/2_training/30_packing.ipynb #c1df454d
+import numpy as np
 from ..base.errors import QLoRAError
-from ..base.mapped import Grouped, Mapped, count
+from ..base.mapped import Grouped, Groups, Mapped, count
 
 # %% ../../nbs/2_training/30_packing.ipynb #12e886a9
 PackStats = namedtuple("PackStats", "packs useful computed efficiency")
@@ -29,35 +31,41 @@ def pack_stats(packs:list,        # Lists of examples that share a row, as from 
 
 # %% ../../nbs/2_training/30_packing.ipynb #7a11934e
 def _check_lengths(lengths, max_length):
-    if not (bad := [i for i, n in enumerate(lengths) if not 0 < n <= max_length]): return
+    if not len(bad := ((lengths < 1) | (lengths > max_length)).nonzero()[0]): return
     n, longest = lengths[bad[0]], max(lengths)
     cure = f"Packing cuts nothing: set max_length={longest}, or leave it out."
     raise QLoRAError(f"the example has {n} tokens, and a pack holds 1 to {max_length}.",
                      f"example {bad[0] + 1}", cure if n else "Leave it out.")
 
 # %% ../../nbs/2_training/30_packing.ipynb #778c4d7c
-def pack_lengths(lengths:list,    # Tokens of each example
+def _homes(lengths, max_length):
+    "The number of the pack of each example, an array."
+    # gaps: sorted; rooms: gap → the packs that have it
+    homes, n, gaps, rooms = np.empty_like(lengths), 0, [], defaultdict(lambda: array("q"))
+    size, home = memoryview(lengths), memoryview(homes)   # Python's own numbers, read and written
+    for i in memoryview(np.argsort(-lengths, kind="stable")):
+        k = bisect_left(gaps, size[i])               # the smallest gap that is large enough
+        if k == len(gaps): gap, home[i], n = max_length, n, n + 1
+        else:
+            gap = gaps[k]
+            home[i] = rooms[gap].pop()
+            if not rooms[gap]: gaps.pop(k)
+        if left := gap - size[i]:
+            if not rooms[left]: insort(gaps, left)
+            rooms[left].append(home[i])
+    return homes
+
+def _groups(lengths, max_length):
+    lengths = np.array(lengths, np.int64)
+    _check_lengths(lengths, max_length)
+    return Groups(_homes(lengths, max_length))
+
+def pack_lengths(lengths,         # Tokens of each example, a list or an array
                  max_length:int   # Of a pack, in tokens
                 ) -> list:        # Packs: sorted lists of indices into `lengths`
     """Best fit decreasing, in O(n log n). Raises `QLoRAError` for an example that is empty or
     fits in no pack."""
-    _check_lengths(lengths, max_length)
-    # gaps: sorted; rooms: gap → the packs that have it
-    packs, gaps, rooms = [], [], defaultdict(list)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        k = bisect_left(gaps, lengths[i])            # the smallest gap that is large enough
-        if k == len(gaps):
-            gap, p = max_length, len(packs)
-            packs.append([])
-        else:
-            gap = gaps[k]
-            p = rooms[gap].pop()
-            if not rooms[gap]: gaps.pop(k)
-        packs[p].append(i)
-        if left := gap - lengths[i]:
-            if not rooms[left]: insort(gaps, left)
-            rooms[left].append(p)
-    return sorted(map(sorted, packs))
+    return list(_groups(lengths, max_length))
 
 # %% ../../nbs/2_training/30_packing.ipynb #da640661
 def pack(examples:list,   # Dicts of `input_ids` and `labels`
@@ -65,7 +73,6 @@ def pack(examples:list,   # Dicts of `input_ids` and `labels`
         ) -> list:        # Packs: lists of examples, none of them cut
     """Put whole examples together so that few rows are needed. Raises `QLoRAError` as
     `pack_lengths` does."""
-    lengths = [int(n) for n in count(examples, "tokens", lambda e: len(e["input_ids"]))]
-    packs = pack_lengths(lengths, max_length)
+    packs = _groups(count(examples, "tokens", lambda e: len(e["input_ids"])), max_length)
     if isinstance(examples, Mapped): return Grouped(examples, packs)
     return [[examples[i] for i in p] for p in packs]

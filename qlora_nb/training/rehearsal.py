@@ -136,7 +136,7 @@ def same_losses(trainer, batch, padded, measure) -> float:
     (loss*(128 if model.dtype == torch.float16 else 1)).backward()
     (true, aux), theirs = cross_entropy(trainer, batch), loss.item()
     near = near_enough(model.get_input_embeddings().weight.dtype, true, n.item())
-    cure = ("Try fast=False (--no-fast)." if getattr(model, "step_loss", None)
+    cure = ("Try fast=False (--fast false)." if getattr(model, "step_loss", None)
             else "It cannot be trained here as it is.")
     for who, value, more in (("trainer", theirs, aux), ("evaluation", measure(model, [padded]), 0)):
         if min(abs(value - true), abs(value - true - more)) < near: continue

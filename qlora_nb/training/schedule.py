@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['steps_a_pass', 'count_steps', 'rows_seen', 'source_of', 'NamedRows', 'run_length', 'settle', 'content', 'contents',
-           'pick_rows', 'take_tenth', 'set_aside', 'repetitions', 'overlap', 'say_schedule', 'say_overlap', 'tell',
-           'told_of', 'name_rows', 'number_rows', 'encode_checked']
+           'among', 'drawn', 'pick_rows', 'take_tenth', 'set_aside', 'repetitions', 'overlap', 'say_schedule',
+           'say_evaluations', 'say_overlap', 'tell', 'told_of', 'name_rows', 'number_rows', 'encode_checked']
 
 # %% ../../nbs/2_training/26_schedule.ipynb #1c09a65f
+from array import array
 from dataclasses import asdict
 import contextlib, math, random, sys, warnings
 import numpy as np
@@ -89,18 +90,33 @@ def content(row, end:int|None=None) -> int:  # 60 bits of a hash
     return int(digest([as_messages(row)[:end], row.get("tools")])[:15], 16)
 
 def contents(rows, end:int|None=None) -> np.ndarray:
-    return np.asarray(count(rows, f"content to {end}", lambda o: content(o, end)))
+    return np.asarray(count(rows, f"content to {end}", lambda o: content(o, end)), np.int64)
+
+def among(some:np.ndarray, others:np.ndarray) -> np.ndarray:
+    "For each of `some`: is it among the others? In sixteen bytes for the longer of the two."
+    if not len(others): return np.zeros(len(some), bool)
+    others = np.sort(others)
+    at = np.searchsorted(others, some)
+    return others[np.minimum(at, len(others) - 1, out=at)] == some
+
+# %% ../../nbs/2_training/26_schedule.ipynb #5c4b1208
+def drawn(n:int, rng:random.Random):
+    "The numbers below `n` in the order of `rng.sample(range(n), n)`, one by one."
+    pool = array("q", range(n))
+    for left in range(n, 0, -1):
+        k = rng.randrange(left)
+        yield pool[k]
+        pool[k] = pool[left-1]   # what was drawn makes room for the last one
 
 # %% ../../nbs/2_training/26_schedule.ipynb #ca4c0bf8
 def pick_rows(rows:list, n:int, seed:int=0
-              ) -> tuple:  # (numbers to train on, numbers to set aside), from 1
+              ) -> tuple:  # (numbers to train on, an array; numbers to set aside), from 1
     "Set `n` rows aside, no two of them equal; their twins are in neither part."
-    of = contents(rows).tolist()
-    held, seen = [], set()
-    for i in random.Random(seed).sample(range(len(rows)), len(rows)):
+    of, held, seen = contents(rows), [], set()
+    for i in drawn(len(rows), random.Random(seed)):
         if len(held) == n: break
-        if of[i] not in seen: held.append(i + 1), seen.add(of[i])
-    return [i + 1 for i in range(len(rows)) if of[i] not in seen], held
+        if (o := int(of[i])) not in seen: held.append(i + 1), seen.add(o)
+    return (~among(of, np.fromiter(seen, np.int64))).nonzero()[0] + 1, held
 
 # %% ../../nbs/2_training/26_schedule.ipynb #67f38d51
 def take_tenth(rows:list, seed:int=0, most:int=64
@@ -123,12 +139,13 @@ def set_aside(rows:list, eval_data=None, wanted:bool=False, seed:int=0, **readin
 # %% ../../nbs/2_training/26_schedule.ipynb #205b9616
 def repetitions(rows:list) -> int:
     "How many rows are equal to an earlier one."
-    return len(rows) - len(np.unique(contents(rows)))
+    of = np.sort(contents(rows))
+    return int((of[1:] == of[:-1]).sum())
 
 def overlap(rows:list, others:list) -> tuple:  # (as a whole, the question only)
     "How many of `others` are among `rows`."
-    def among(end): return int(np.isin(contents(others, end), contents(rows, end)).sum())
-    same, asked = among(None), among(-1)
+    def shared(end): return int(among(contents(others, end), contents(rows, end)).sum())
+    same, asked = shared(None), shared(-1)
     return same, asked - same
 
 # %% ../../nbs/2_training/26_schedule.ipynb #4d220cad
@@ -142,6 +159,12 @@ def say_schedule(steps:int, n:int, batch_size:int, accumulation:int=1, unit:str=
         said += (f"; {again:,} of them repeat an earlier one, and are trained on as often as they "
                  f"stand there")
     return said + "."
+
+def say_evaluations(steps:int, every:int|None) -> str|None:
+    "Rows to evaluate on, and no step at which it is done?"
+    if not every or every <= steps: return None
+    return (f"No step is evaluated: there are {steps} steps, and eval_steps is {every}. The rows to "
+            "evaluate on are set aside all the same.")
 
 # %% ../../nbs/2_training/26_schedule.ipynb #039f1bbd
 def say_overlap(rows:list, others:list, what:str="evaluation rows") -> str|None:

@@ -18,6 +18,7 @@ from trl import SFTTrainer
 # %% ../../nbs/2_training/22_training_loop.ipynb #f543dfaf
 from ..base.errors import QLoRAError
 from ..base.core import count_params
+from ..base.mapped import Order
 from ..foundations.adapters import read_adapter, save_lora
 from ..speed.logits import evaluating, own_loss, picked_logits, plain_head
 from ..speed.shared_prefix import hidden_states
@@ -201,6 +202,11 @@ class AdapterTrainer(FastTrainer):
     def __init__(self, model, args, **kw):
         if args.gradient_checkpointing: check_checkpointing(model)
         super().__init__(model, args, **kw)
+    def _get_train_sampler(self, *args, **kw):   # the usual order, without a list of it
+        sampler = super()._get_train_sampler(*args, **kw)
+        if type(sampler) is not torch.utils.data.RandomSampler: return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Order(len(sampler.data_source), seed)
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows, labels = inputs.pop("rows", []), inputs["labels"]
         self.tokens += int(inputs.get("attention_mask", torch.ones_like(labels)).sum())

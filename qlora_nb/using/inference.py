@@ -93,7 +93,7 @@ def generate(model,                  # From `load_model`, `finetune` or `load_ad
     "Answer prompts in batches. The model is left in eval mode."
     how = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                repetition_penalty=repetition_penalty)
-    check_sampling(seed=seed, **how)
+    check_sampling(seed=seed, max_new_tokens=max_new_tokens, **how)
     texts = [prompts] if isinstance(prompts, str) else prompts
     plan = batches(close_gaps(model).eval(), tokenizer, texts, batch_size)
     done, stops = {}, set(stop_ids(model, tokenizer))
@@ -149,7 +149,7 @@ def stream(model, tokenizer,
     "Yield an answer piece by piece. Abandoning the iterator stops the model at its next token."
     how = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                repetition_penalty=repetition_penalty)
-    check_sampling(seed=seed, **how)
+    check_sampling(seed=seed, max_new_tokens=max_new_tokens, **how)
     pieces = Pieces(tokenizer, stop_ids(model, tokenizer))
     failure, stop = [], threading.Event()
     def stopped(ids, scores, **kw): return torch.full((len(ids),), stop.is_set(), device=ids.device)

@@ -60,7 +60,7 @@ def penalize(scores:torch.Tensor,          # (batch, vocabulary)
 
 # %% ../../nbs/4_using/41_sampling.ipynb #0f61f59d
 def check_sampling(temperature:float=0., top_k:int=0, top_p:float=1., min_p:float=0.,
-                   repetition_penalty:float=1., seed:int|None=None):
+                   repetition_penalty:float=1., seed:int|None=None, max_new_tokens:int=1):
     "Raise `QLoRAError` for a setting that makes no sense, saying which values do."
     def number(v):
         return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
@@ -77,7 +77,9 @@ def check_sampling(temperature:float=0., top_k:int=0, top_p:float=1., min_p:floa
          number(repetition_penalty) and repetition_penalty > 0,
          "a number above 0; 1 leaves it off, 1.1 is mild"),
         ("seed", seed, seed is None or whole(seed) and 0 <= seed < 2**32,
-         "a whole number below 2**32, or None")]:
+         "a whole number below 2**32, or None"),
+        ("max_new_tokens", max_new_tokens, whole(max_new_tokens) and max_new_tokens > 0,
+         "a whole number of tokens from 1 on")]:
         if not good: raise QLoRAError(f"the {name} is {v}.", cure=f"Choose {cure}.")
 
 # %% ../../nbs/4_using/41_sampling.ipynb #78acd598
@@ -118,7 +120,7 @@ def generate_ids(model,  # A causal language model that takes `position_ids`, as
                  **how                           # Settings of `process_logits`
                 ) -> torch.Tensor:               # Prompts with their answers: (batch, longer)
     "Write tokens one by one, with a KV cache. Equal to transformers' `generate`, token by token."
-    check_sampling(seed=seed, **how)
+    check_sampling(seed=seed, max_new_tokens=max_new_tokens, **how)
     mask = prompt = torch.ones_like(ids) if mask is None else mask
     at, past, new = (mask.cumsum(-1) - 1).clamp(min=0), None, ids
     done = torch.zeros_like(ids[:, 0], dtype=torch.bool)
