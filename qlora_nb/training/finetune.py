@@ -203,14 +203,12 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     wanted = bool(settings["eval_steps"] or settings["early_stopping_patience"])
     numbers, held = set_aside(kept, eval_data, wanted, settings["seed"], **shared_options(reading))
     if not len(numbers):
-        raise QLoRAError("no row is left to train on.", source,
-                         "Leave fewer out (leave_out), or give eval_data.")
+        raise QLoRAError("no row is left to train on.", source, "Leave out fewer, or give eval_data.")
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
-    if source == "tickets" and not example:   # they are made up anyway
-        example = as_messages(rows[0])[-2]["content"]
-    settings["eval_sha256"] = digest(held)
-    settings["target_modules"] = (settings["target_modules"]
-                                  or usual_targets(model, source, settings["adapter"]))
+    if source == "tickets" and not example:
+        example = as_messages(rows[0])[-2]["content"]   # they are made up anyway
+    targets = settings["target_modules"] or usual_targets(model, source, settings["adapter"])
+    settings |= dict(eval_sha256=digest(held), target_modules=targets)
     model, tokenizer, settings = run_settings(model, tokenizer, kept, device, backend, settings)
     with hold_run(folder):
         open_run(folder, settings, resume)

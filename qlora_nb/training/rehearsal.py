@@ -33,11 +33,9 @@ def numel(p): return (p if getattr(p, "quant_state", None) is None else p.quant_
 
 def adapted_ids(model) -> set:   # Of `id`s
     "The layers, and the parameters, that have an adapter beside them."
-    out = set()
-    for m in (o for o in model.modules() if hasattr(o, "lora_A")):
-        held = [adapted_tensor(m)] if hasattr(m, "parameter_name") else m.base_layer.modules()
-        out |= {id(o) for o in held}
-    return out
+    def held(m):
+        return [adapted_tensor(m)] if hasattr(m, "parameter_name") else m.base_layer.modules()
+    return {id(o) for m in model.modules() if hasattr(m, "lora_A") for o in held(m)}
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #5455ed9b
 def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
