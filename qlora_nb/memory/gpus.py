@@ -144,7 +144,8 @@ def against_card(p:Plan, card) -> tuple:  # (figure, what it shows)
     fig, room = plot_plans({"": p}), card_bytes(card)/1e9
     ax = fig.axes[0]
     ax.axvline(room, color="k", ls="--")
-    ax.set(title=p.title(), xlim=(0, 1.05*max(room, p.peak/1e9)))
+    ax.set(title=f"{p.title()}\ndashed: the card's {room:.1f} GB",
+           xlim=(0, 1.05*max(room, p.peak/1e9)))
     verdict = "fits" if fits(p, card) else "does not fit"
     return fig, (f"{p.title()}: {p.peak/1e9:.1f} GB at its highest ({p.when}); it {verdict} on a "
                  f"card of {room:.1f} GB.")
