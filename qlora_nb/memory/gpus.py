@@ -19,16 +19,16 @@ from .planner import METHODS, OPTIMIZERS, Plan, config_of, plan
 def plot_plans(plans:dict) -> Figure:  # Name → `Plan`
     "Stacked bars: what each plan has in use at its highest moment."
     names = list(dict.fromkeys(k for p in plans.values() for k in p.parts))
-    fig = Figure(figsize=(7, 0.9 + 0.45*len(plans) + 0.2*(len(names)//3)), layout="constrained")
+    fig = Figure(figsize=(5, 0.9 + 0.45*len(plans) + 0.25*(len(names)//2)), layout="constrained")
     ax, left, hatch = fig.add_subplot(xlabel="GB"), [0.]*len(plans), ["", "//", "..", "xx"]
     for i, k in enumerate(names):
         w = [p.parts.get(k, 0)/1e9 for p in plans.values()]
         ax.barh(list(plans), w, left=left, label=k, color=COLORS[i % 7],
                 hatch=hatch[2*(i//7) + i % 2], edgecolor="white", lw=.5)
         left = [a + b for a, b in zip(left, w)]
-    ax.invert_yaxis(), ax.set_xlim(0, 1.08*max(left))
+    ax.invert_yaxis(), ax.set_xlim(0, 1.15*max(left))
     for y, x in enumerate(left): ax.text(x, y, f" {x:.3g}", va="center")
-    fig.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    fig.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return fig
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #d165249a
@@ -144,7 +144,8 @@ def against_card(p:Plan, card) -> tuple:  # (figure, what it shows)
     fig, room = plot_plans({"": p}), card_bytes(card)/1e9
     ax = fig.axes[0]
     ax.axvline(room, color="k", ls="--")
-    ax.set(title=p.title(), xlim=(0, 1.05*max(room, p.peak/1e9)))
+    ax.set(title=f"{p.title()}\ndashed: the card's {room:.1f} GB",
+           xlim=(0, 1.1*max(room, p.peak/1e9)))
     verdict = "fits" if fits(p, card) else "does not fit"
     return fig, (f"{p.title()}: {p.peak/1e9:.1f} GB at its highest ({p.when}); it {verdict} on a "
                  f"card of {room:.1f} GB.")
