@@ -89,7 +89,7 @@ def parts_table(parts):
         rows.append(f"| {part['folder'][0]} | {link(first, 'index.ipynb', part['title'])} | {part['can']} | {len(lessons)} | {hours:.0f} h |")
     others = [f"**{part['title']}** ({part['folder']}/), to {part['can']}: " + ", ".join(link(p, "index.ipynb", p["title"]) for p in part["page"]) + "."
               for part in parts if not part["folder"][0].isdigit()]
-    return "\n".join(["| part | title | afterwards you can | pages | reading |", "|---|---|---|---|---|", *rows]) + "\n\n" + "\n\n".join(others)
+    return "\n".join(["| part | title | afterwards you can | pages | time |", "|---|---|---|---|---|", *rows]) + "\n\n" + "\n\n".join(others)
 
 
 def put(nb, key, text, place):

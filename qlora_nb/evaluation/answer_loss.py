@@ -31,6 +31,7 @@ def mark_rows(model, tokenizer,
         marks |= {i - 1: o for i, *o in zip(numbers, *(t.tolist() for t in done), examples)}
     return marks
 
+# %% ../../nbs/5_evaluation/53_answer_loss.ipynb #3fab67e5
 def answer_losses(model, tokenizer, rows:list, template:str="auto", max_length:int=512,
                   batch_size:int=8) -> list:
     "(nats, answer tokens) of each row that fits."

@@ -58,6 +58,7 @@ def token_losses(model, ids:torch.Tensor,   # (n,) token ids
             losses.append(F.cross_entropy(logits.float(), row[first-b:], reduction="none").cpu())
     return torch.cat(losses)
 
+# %% ../../nbs/5_evaluation/55_perplexity.ipynb #fe4c059b
 def perplexity(model, tokenizer, text:str, window:int=512, stride:int|None=None,
                max_tokens:int=8192, **how) -> float:
     "exp of the mean loss on the first `max_tokens` tokens of `text`, without special tokens."
