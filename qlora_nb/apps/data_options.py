@@ -65,7 +65,8 @@ def name_sources(o:dict, refuse=stop) -> dict:  # `refuse`: what is called with 
     except ValueError:
         refuse(f"--columns {how['columns']}: write ours=yours, with commas between them")
     try: o |= dict(template=read_template(template)) if template else {}
-    except OSError as e: refuse(f"{template} cannot be read ({e.strerror})")
+    except (OSError, UnicodeDecodeError) as e:
+        refuse(f"{template} cannot be read ({getattr(e, 'strerror', e)})")
     more = {} if large is None else dict(large=large)
     if split != "train": more["split"] = split
     given = [o["data"]] if isinstance(o["data"], str) else o["data"]
