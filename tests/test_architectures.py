@@ -162,7 +162,7 @@ def test_an_nf4_folder_computes_in_the_type_asked_for(theirs, ours, double, fold
     assert (a - b).norm() < (1e-5 if ours == torch.float32 else .02)*b.norm()
 
 
-@pytest.mark.parametrize("name, backend, how", [("deepseek_v3", "bnb", {}), ("qwen3_next", "scratch", {}), ("mixtral", "bnb", {}),
+@pytest.mark.parametrize("name, backend, how", [("deepseek_v3", "bnb", {}), ("qwen3_next", "scratch", {}), ("mixtral", "bnb", {}), ("glm4_moe", "bnb", dict(lora_dropout=0.)),
     ("qwen3_moe", "bnb", dict(lora_dropout=0., target_parameters=["experts.gate_up_proj", "experts.down_proj"]))])
 def test_what_finetune_saves_loads_and_merges(name, backend, how, tmp_path, monkeypatch):
     from common import small_tokenizer

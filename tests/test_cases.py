@@ -202,12 +202,23 @@ def test_a_run_stands_for_its_folder(run, tmp_path):
     assert find_folder(run) == find_folder(run.folder/"adapter"/"adapter_model.safetensors") == run.folder/"adapter"
     assert (merge_and_save(run, tmp_path/"merged")/"config.json").exists()
     with pytest.raises(QLoRAError, match="hf download someone/adapter"): find_folder("someone/adapter")
+    with pytest.raises(QLoRAError, match="this folder holds an adapter, and no model. Give its base here"): finetune(run.folder, ROWS, tmp_path/"x", **QUIET)
 
 
 def test_a_run_of_one_step_learns(base, tmp_path):
     "The warmup starts at 0, and would be all of it."
     one = finetune(base, ROWS, tmp_path/"one", max_steps=1, **QUIET)
     assert all(p.any() for n, p in one.model.named_parameters() if "lora_B" in n)
+
+
+def test_a_base_that_an_adapter_was_merged_into(base, tmp_path):
+    "It is another model than its name says, and what is trained on it would be noise on that one."
+    from transformers import AutoConfig
+    first = finetune(base, ROWS, tmp_path/"first", max_steps=2, **QUIET)
+    merged = first.model.merge_and_unload()
+    with pytest.raises(QLoRAError, match="the weights of this model were changed after it was loaded.*merge_and_save"):
+        finetune(merged, ROWS, tmp_path/"second", tokenizer=first.tokenizer, max_steps=2, **QUIET)
+    with pytest.raises(QLoRAError, match="a LlamaConfig is no model"): finetune(AutoConfig.from_pretrained(base), ROWS, tmp_path/"third", **QUIET)
 
 
 # ---- tokenizers ----

@@ -146,6 +146,13 @@ def test_options_that_cannot_work(more, tmp_path, complaint):
     assert not (tmp_path/"run").exists()
 
 
+def test_data_that_is_given_twice(tmp_path, complaint):
+    "The second --data would take the place of the first."
+    for twice in (["--data", "a.jsonl", "--data", "b.jsonl"], ["--data=a.jsonl", "--data", "b.jsonl"]):
+        status, err = complaint(*twice, "--output-dir", tmp_path/"run")
+        assert status == 2 and err.splitlines()[-1].endswith("--data is there twice: name all data after one, such as --data a.jsonl b.jsonl")
+
+
 def test_the_run_json_of_own_data(tiny, tmp_path):
     data = tmp_path/"mine.csv"
     data.write_text("prompt,response\n" + "".join(f"What is {i}+{i}?,{2*i}\n" for i in range(30)), encoding="utf-8")

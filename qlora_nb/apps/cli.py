@@ -54,6 +54,8 @@ def finetune_parser() -> TrlParser:
 # %% ../../nbs/apps/cli.ipynb #385e5b47
 def read_options(p:TrlParser, argv:list) -> dict:
     "The options of a call over those of its `--config FILE`."
+    if sum(o == "--data" or o.startswith("--data=") for o in argv) > 1:
+        p.error("--data is there twice: name all data after one, such as --data a.jsonl b.jsonl")
     if file := p.parse_known_args(argv)[0].config:
         try: found = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:

@@ -74,7 +74,8 @@ def name_sources(o:dict, refuse=stop) -> dict:  # `refuse`: what is called with 
     how = source_options(o, refuse)
     split, template, large = (o.pop(k) for k in ("data_split", "chat_template", "large"))
     try: o |= dict(template=read_template(template)) if template else {}
-    except OSError as e: refuse(f"{template} cannot be read ({e.strerror})")
+    except (OSError, UnicodeDecodeError) as e:
+        refuse(f"{template} cannot be read ({getattr(e, 'strerror', e)})")
     more = {} if large is None else dict(large=large)
     if split != "train": more["split"] = split
     given = [o["data"]] if isinstance(o["data"], str) else o["data"]

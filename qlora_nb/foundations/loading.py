@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Audit', 'WIDE_SHARE', 'bnb_kind', 'audit_4bit', 'disable_cpu_repacking', 'audited', 'QuickTorch', 'quick_codes',
-           'check_stored', 'load_model']
+           'check_stored', 'scale_sum', 'load_model']
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #9eeb54c3
 import contextlib
@@ -110,6 +110,11 @@ def check_stored(name, place, revision="main") -> str|None:   # As `stored_as`
                      "Give a version in bfloat16 or float16; it is put into NF4 while it is read.")
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa
+def scale_sum(model) -> float:
+    "A sum over the scales of all weights in 4 bits: another one once an adapter was merged there."
+    states = (getattr(getattr(m, "weight", None), "quant_state", None) for m in model.modules())
+    return sum(s.absmax.double().sum().item() for s in states if s is not None)
+
 def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a Hub id
                bits:int|None=4,               # 4: NF4 with double quantization; None: not quantized
                device:str|None=None,          # "cuda", "mps", "cpu"; None picks the best one here
@@ -136,4 +141,5 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
     if bits: model = audited(model, load if not stored else None)
     # what an adapter will call its base
     model.qlora_nb_name, model.qlora_nb_revision = str(name), revision
+    model.qlora_nb_scales = scale_sum(model)
     return model.eval()

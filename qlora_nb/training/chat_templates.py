@@ -55,12 +55,13 @@ TEMPLATES = ("auto", "chat", "no-thinking", "article")
 @lru_cache
 def _own(template):
     "The source of the user's own template, a .jinja file or its text; None for one of `TEMPLATES`."
+    template = str(template)   # a path, perhaps
     try:
         if template.endswith(".jinja"):
             return Path(template).expanduser().read_text(encoding="utf-8")
-    except OSError as e:
-        raise QLoRAError(f"the template cannot be read ({e.strerror}).", template,
-                         "Check its path.") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise QLoRAError(f"the template cannot be read ({getattr(e, 'strerror', e)}).", template,
+                         "Check its path, and that it is UTF-8.") from e
     return template if "{" in template else None
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #3bb494e3

@@ -8,7 +8,7 @@ __all__ = ['USUAL', 'UPPER', 'check_alone', 'name_of', 'load_base', 'shape_of', 
            'fast_by_default', 'run_settings']
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #ede14d3b
-import json, os, shutil, torch
+import json, math, os, shutil, torch
 from importlib import util
 from pathlib import Path
 from peft import PeftModel
@@ -21,7 +21,7 @@ from ..base.runs import content_id
 from ..foundations.adapters import BACKENDS, add_adapters
 from ..foundations.lora_model import set_adapter
 from ..base.model_files import load_tokenizer, locate
-from ..foundations.loading import disable_cpu_repacking
+from ..foundations.loading import disable_cpu_repacking, scale_sum
 from ..foundations.qlora import is_scratch
 from ..base.targets import match_targets
 from .optimizers import pick_optimizer
@@ -38,6 +38,9 @@ def check_alone():
 # %% ../../nbs/2_training/28_loaded_models.ipynb #f716afca
 def name_of(model) -> str:
     "What to call the base of a model that is loaded. Raises `QLoRAError` where it does not know."
+    if not hasattr(model, "modules"):
+        raise QLoRAError(f"a {type(model).__name__} is no model.",
+                         cure="Give a name, a folder, or what load_model returns.")
     if name := getattr(model, "qlora_nb_name", None) or getattr(model, "name_or_path", None):
         return str(name)
     raise QLoRAError("the model does not know where it came from, so no adapter could name its "
@@ -55,6 +58,11 @@ def load_base(model, tokenizer, device, backend, revision=None, adapter=None
         return own_adapter(model) and model, tokenizer
     if isinstance(model, (str, Path)):
         return BACKENDS[backend](model, **how), load_tokenizer(model, revision)
+    known = getattr(model, "qlora_nb_scales", None)
+    if known is not None and not math.isclose(known, scale_sum(model), rel_tol=1e-9):
+        cure = "Load it again, or save what was merged by merge_and_save, and give that folder."
+        raise QLoRAError("the weights of this model were changed after it was loaded, as by "
+                         "merging an adapter.", name_of(model), cure)
     return model if hasattr(model, "qlora_nb_name") else disable_cpu_repacking(model), tokenizer
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #8c77582d

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #1ee0bce1
 from ..base.errors import QLoRAError
-from ..foundations.adapters import read_adapter, save_adapter
+from ..foundations.adapters import as_named, read_adapter, save_adapter
 from ..foundations.lora_model import adapter_tensors
 from ..base.mapped import Grouped, count
 from ..base.nf4_config import quiet
@@ -171,7 +171,7 @@ def wanted_by_peft(model, folder) -> set|None:  # Names; None where its config m
     "What PEFT would look for in the file, on a fresh base."
     config = copy.deepcopy(model.config)
     try:
-        with quiet(), torch.device("meta"), warnings.catch_warnings():
+        with quiet(), as_named(), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             base = AutoModelForCausalLM.from_config(config)
             fresh = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
