@@ -73,20 +73,30 @@ def fits(p:Plan, card) -> bool:
     "Does a plan fit on a card, with CUDA's own part and some room for gaps?"
     return p.needs() <= card_bytes(card)
 
+def _most(fit, guess:int, limit:int=2**24) -> int:
+    "The largest number up to `limit` for which `fit(n)`, near the guess or not; `fit(1)` is true."
+    low, high, n, step = 1, limit + 1, min(max(guess, 1), limit), 1
+    while high - low > 1:   # `low` fits, `high` does not
+        if fit(n): low = n
+        else: high = n
+        n = low + step if high > limit else high - step if low == 1 else (low + high)//2
+        n, step = min(max(n, low + 1), high - 1), 2*step
+    return low
+
 def largest_batch(model, card, **settings) -> int:  # 0 where one row is too much
     "The largest batch that fits on `card`, other settings as in `plan`."
     cfg, room = config_of(model), card_bytes(card)
     def need(n): return plan(cfg, n, **settings).needs()
-    some, more = need(8), need(16)
-    n = max(0, 8 + int((room - some)//((more - some)/8)))
-    while n and need(n) > room: n -= 1
-    while need(n + 1) <= room: n += 1
-    return n
+    if need(1) > room: return 0
+    some, more = need(8), need(16)   # equal where the highest moment is not one of the rows'
+    guess = 8 + int((room - some)//((more - some)/8)) if more > some else 16
+    return _most(lambda n: need(n) <= room, guess)
 
 def longest(model, card, per_device_train_batch_size=1, limit=131072, **settings) -> int:
     "The longest rows that fit on `card`: a multiple of 128, or 0 where 128 tokens are too many."
     cfg, room, x = config_of(model), card_bytes(card), [4096, 8192, 16384]
     def need(t): return plan(cfg, per_device_train_batch_size, t, **settings).needs()
+    if need(limit) <= room: return limit
     a, b, c = polyfit(x, [need(t) for t in x], 2)   # a·t² + b·t + c
     t = ((room - c)/b if a*x[0] < 1e-3*b else ((b*b + 4*a*(room - c))**.5 - b)/(2*a) if room > c
          else 0)

@@ -210,5 +210,8 @@ def export_run(folder:str|Path,           # Of a run, or of an adapter in PEFT's
     how = dict(onto=onto, base=base, trained_in=trained_in, device=device)
     if form == "safetensors": return merge_and_save(folder, out, dtype=dtype, **how)
     if form == "gguf": return export_gguf(folder, out, dtype or "f16", **how)
+    if form == "adapter" and (dtype or onto != "dequantized"):
+        raise QLoRAError("an adapter alone is written as it is, without dtype and onto.",
+                         cure="Leave them out, or choose a form that merges.")
     if form == "adapter": return export_adapter(folder, out, base)
     raise QLoRAError(f"there is no form '{form}'.", cure=f"Choose from: {', '.join(FORMS)}.")
