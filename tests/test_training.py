@@ -648,9 +648,9 @@ def test_packs_are_checked_at_the_length_that_they_have(base, rows, tmp_path):
     assert run.info["steps"] == 1 and "over 1 packs" in run.info["said"][0], run.info["said"]
 
 
-def test_a_run_without_an_evaluation_says_so(base, rows, tmp_path):
-    run = finetune(base, rows[:12], tmp_path/"run", eval_data=rows[12:14], max_steps=1, fast=False, **QUIET)
-    assert run.info["eval_losses"] == [] and any("No step is evaluated: there are 1 steps, and eval_steps is 20" in o for o in run.info["said"])
+def test_fewer_steps_than_eval_steps_are_evaluated_at_the_end(base, rows, tmp_path):
+    run = finetune(base, rows[:12], tmp_path/"run", eval_data=rows[12:14], eval_steps=20, max_steps=1, fast=False, **QUIET)
+    assert [step for step, _ in run.info["eval_losses"]] == [1] == [run.info["best_step"]]
 
 
 MANY = """

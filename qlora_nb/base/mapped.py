@@ -72,7 +72,7 @@ def all_but(numbers, n:int) -> np.ndarray:  # int64
     that is no such number."""
     left, out = np.ones(n + 1, bool), np.asarray(numbers)
     if out.size and (out.dtype.kind not in "iu" or out.min() < 1 or out.max() > n):
-        odd = next((o for o in out.tolist() if type(o) is not int or not 1 <= o <= n), out)
+        odd = next((o for o in out.tolist() if o not in range(1, n + 1)), out)
         raise QLoRAError(f"there is no row {odd} to leave out.", f"leave_out, {n} rows",
                          f"Rows are numbered from 1 to {n}.")
     left[0] = left[out.astype(np.int64)] = False

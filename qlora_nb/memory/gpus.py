@@ -89,14 +89,16 @@ def largest_batch(model, card, **settings) -> int:  # 0 where one row is too muc
     "The largest batch that fits on `card`, other settings as in `plan`."
     cfg, room = config_of(model), card_bytes(card)
     def need(n): return plan(cfg, n, **settings).needs()
-    some, more = need(8), need(16)
-    return most(lambda n: need(n) <= room, 8 + int((room - some)//((more - some)/8)))
+    some, more = need(8), need(16)   # equal where the highest moment is not one of the rows'
+    guess = 8 + int((room - some)//((more - some)/8)) if more > some else 16
+    return most(lambda n: need(n) <= room, guess)
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #419b9134
 def longest(model, card, per_device_train_batch_size=1, limit=131072, **settings) -> int:
     "The longest rows that fit on `card`: a multiple of 128, or 0 where 128 tokens are too many."
     cfg, room, x = config_of(model), card_bytes(card), [4096, 8192, 16384]
     def need(t): return plan(cfg, per_device_train_batch_size, t, **settings).needs()
+    if need(limit) <= room: return limit
     a, b, c = polyfit(x, [need(t) for t in x], 2)   # a·t² + b·t + c
     t = ((room - c)/b if a*x[0] < 1e-3*b else ((b*b + 4*a*(room - c))**.5 - b)/(2*a) if room > c
          else 0)

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'OPTIMIZERS', 'KNOWN', 'skeleton', 'parts_of', 'state_byte
            'refuse_recurrent', 'count', 'grow', 'Plan', 'check_plan', 'plan']
 
 # %% ../../nbs/3_memory/37_planner.ipynb #9c6f3415
-import contextlib, copy, gc
+import contextlib, copy, gc, re
 
 # %% ../../nbs/3_memory/37_planner.ipynb #a88f27f3
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from ..base.errors import QLoRAError
 from ..base.core import Table
+from ..base.targets import match_targets
 from .expert_memory import Unpacked, check_stacks, is_named, pack_experts
 from .ledger import (Autocast, Ledger, Planned, config_of, layer_groups, on_card,
                                     some_layers, whole)
@@ -32,14 +33,14 @@ def skeleton(cfg, method:str, r:int, target_modules, dtype:torch.dtype, keep:lis
         model = some_layers(model, keep) if keep else copy.deepcopy(model)
         if method == "full": return model
         model.requires_grad_(False)
+        hits = None if target_modules == "all-linear" else match_targets(model, target_modules)
         for name, m in list(model.named_modules()):
             if method == "qlora":
                 pack_experts(m, dtype, lambda k: r*is_named(f"{name}.{k}", target_parameters))
             if type(m) not in (nn.Linear, Conv1D) or m is model.get_output_embeddings(): continue
             parent, _, child = name.rpartition(".")
-            hit = target_modules == "all-linear" or is_named(name, target_modules)
-            setattr(model.get_submodule(parent), child,
-                    Planned(m, method == "qlora", r if hit else 0, dtype))
+            rank = r if hits is None or name in hits else 0
+            setattr(model.get_submodule(parent), child, Planned(m, method == "qlora", rank, dtype))
     return model
 
 # %% ../../nbs/3_memory/37_planner.ipynb #5b50956b
@@ -217,6 +218,8 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
     how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, r=r)
     check_plan(method, optim, loss, **how)
     cfg, named = config_of(model), isinstance(target_modules, str)
+    if named and re.search(r"\d", target_modules):   # of a few layers, which stand for all
+        raise QLoRAError("layers that are told apart by number cannot be planned.", target_modules)
     check_stacks(cfg, method, target_parameters, dtype)
     how |= dict(method=method, gradient_checkpointing=gradient_checkpointing, optim=optim,
                 loss=loss, dtype=dtype, target_parameters=tuple(target_parameters or ()),

@@ -33,8 +33,8 @@ from ..base.runs import (Run, content_id, hold_run, last_checkpoint, open_run, s
 
 # %% ../../nbs/2_training/29_finetune.ipynb #e6347ac4
 from .schedule import (count_steps, encode_checked, name_rows, repetitions,
-                                        say_evaluations, say_overlap, say_schedule, set_aside,
-                                        settle, source_of, tell, told_of)
+                                        say_overlap, say_schedule, set_aside, settle, source_of,
+                                        tell, told_of)
 from .settings import Settings, trainer_settings, write_config
 from ..base.sources import shared_options
 from .loaded_models import (check_alone, load_base, put_adapters, run_settings,
@@ -158,8 +158,7 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
     steps = s["max_steps"] or count_steps(s["num_train_epochs"], *shape)
     trained, unit = take(rows, numbers - 1), "packs" if s["packing"] else "rows"
     said += [say_schedule(steps, *shape, unit, repetitions(trained)),
-             say_overlap(trained, held) if held else None,
-             say_evaluations(steps, held and s["eval_steps"])]
+             say_overlap(trained, held) if held else None]
     set_seed(s["seed"])
     model, more = put_adapters(model, s)
     with told_of("the rows to evaluate on"):

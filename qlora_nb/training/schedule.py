@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['steps_a_pass', 'count_steps', 'rows_seen', 'source_of', 'NamedRows', 'run_length', 'settle', 'content', 'contents',
            'among', 'drawn', 'pick_rows', 'take_tenth', 'set_aside', 'repetitions', 'overlap', 'say_schedule',
-           'say_evaluations', 'say_overlap', 'tell', 'told_of', 'name_rows', 'number_rows', 'encode_checked']
+           'say_overlap', 'tell', 'told_of', 'name_rows', 'number_rows', 'encode_checked']
 
 # %% ../../nbs/2_training/26_schedule.ipynb #1c09a65f
 from array import array
@@ -159,12 +159,6 @@ def say_schedule(steps:int, n:int, batch_size:int, accumulation:int=1, unit:str=
         said += (f"; {again:,} of them repeat an earlier one, and are trained on as often as they "
                  f"stand there")
     return said + "."
-
-def say_evaluations(steps:int, every:int|None) -> str|None:
-    "Rows to evaluate on, and no step at which it is done?"
-    if not every or every <= steps: return None
-    return (f"No step is evaluated: there are {steps} steps, and eval_steps is {every}. The rows to "
-            "evaluate on are set aside all the same.")
 
 # %% ../../nbs/2_training/26_schedule.ipynb #039f1bbd
 def say_overlap(rows:list, others:list, what:str="evaluation rows") -> str|None:
