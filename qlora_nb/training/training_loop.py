@@ -132,8 +132,10 @@ class SureTrainer(AdapterCheckpoints):
 @patch
 def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
     "What is wrong with TRL's loss of a batch, or None."
+    routers = getattr(self, "aux_loss_enabled", True)   # TRL would compute the logits for it again
     with self.accelerator.autocast(), evaluating(self.model):   # no dropout: no random numbers
-        loss, out = SFTTrainer.compute_loss(self, self.model, dict(batch), True, n)
+        loss = SFTTrainer.compute_loss(self, self.model, dict(batch), routers, n)
+        loss, out = loss if routers else (loss, None)
         want = own_loss(self.model, batch, n).item()
     if (aux := getattr(out, "aux_loss", None)) is not None:   # of the routers: no part of it
         steps = self.current_gradient_accumulation_steps if n is not None else 1
