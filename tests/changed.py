@@ -3,6 +3,7 @@
 A file is touched when it changed or when a file that it imports is touched.
 A file that is not Python touches those that name it."""
 import json, re, subprocess
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,12 @@ def imported(path, text, front={}):
     for o in re.findall(r"^\s*(?:from|import) (\w+)", text, re.M): yield from (f"tests/{o}.py", f"tools/{o}.py")
 
 
+@cache
+def needed(path, text, front):
+    "The files that `imported` yields; the same text is asked about again and again."
+    return frozenset(imported(path, text, dict(front)))
+
+
 def names(text, file):
     "Does `text` name `file`, as `read(\"data.json\")` or `stored_results(\"data\")` do?"
     file = Path(file)
@@ -62,7 +69,7 @@ def touched(changed, texts):
     found = {o for o in changed if o in texts}
     found |= {p for p, t in texts.items() for o in changed if o not in texts and names(t, o)}
     if changed: found |= {HOUSE} & set(texts)
-    front = dict(re.findall(r'(\w+)="(\w+\.\w+)"', texts.get("qlora_nb/__init__.py", "")))
-    needs = {p: set(imported(p, t, front)) - {p} | ({RUNNER} if p.endswith(".ipynb") else set()) for p, t in texts.items()}
+    front = tuple(re.findall(r'(\w+)="(\w+\.\w+)"', texts.get("qlora_nb/__init__.py", "")))
+    needs = {p: needed(p, t, front) - {p} | ({RUNNER} if p.endswith(".ipynb") else set()) for p, t in texts.items()}
     while more := {p for p, n in needs.items() if p not in found and n & found}: found |= more
     return found

@@ -1,5 +1,7 @@
 "What several test files look at: the settings, the notebooks, and the cells of a notebook."
 from configparser import ConfigParser
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -19,13 +21,19 @@ _ini.read(ROOT/"settings.ini", encoding="utf-8")
 SETTINGS = _ini["DEFAULT"]
 
 
-def small_tokenizer(size=1000):
-    """SmolLM2's tokenizer, its rules, special tokens and template, with entries learnt from the tickets instead of 49,152.
-
-    For models whose weights are random anyway: most of their time would go into the head, and into a GGUF's vocabulary."""
+@cache
+def learnt_tokenizer(size):
     from qlora_nb.base.model_files import load_tokenizer
     from qlora_nb.training.tickets import make_tickets
     return load_tokenizer().train_new_from_iterator([str(row) for row in make_tickets("train")], size)
+
+
+def small_tokenizer(size=1000):
+    """SmolLM2's tokenizer, its rules, special tokens and template, with entries learnt from the tickets instead of 49,152.
+
+    For models whose weights are random anyway: most of their time would go into the head, and into a GGUF's vocabulary.
+    It is learnt once, and each test gets a copy of its own."""
+    return deepcopy(learnt_tokenizer(size))
 
 
 def read(path): return nbformat.read(path, as_version=4)

@@ -12,6 +12,10 @@ SERVER = """
 import gc, json, os, subprocess, sys
 import bitsandbytes, datasets, gguf, ipykernel.kernelapp, ipywidgets, matplotlib.pyplot, peft, safetensors.torch
 import torch, transformers, trl
+from functools import cache
+import jinja2
+compiled = cache(jinja2.Environment.compile)  # of the card that PEFT writes beside each adapter, of each checkpoint too
+jinja2.Environment.compile = lambda self, source, *args, **kw: compiled(self, source, *args, **kw)
 gc.collect(), gc.freeze()  # a collection in a fork leaves these objects alone, and their memory shared
 kept = []  # or they would be waited for by `subprocess` itself
 def new(job):  # beside a GPU the imports have opened CUDA, which does not survive a fork

@@ -8,6 +8,7 @@ from qlora_nb.apps.cli import finetune_main, finetune_parser
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import quiet
 
+import forks
 from common import small_tokenizer
 from forks import Fork
 
@@ -205,7 +206,7 @@ def test_chat_without_a_run(tmp_path):
 @pytest.mark.parametrize("args, said", [(["--help"], "usage: qlora_finetune"), (["chat", "--help"], "usage: qlora_chat"),
                                         (["--max-steps", "1", "--num-train-epochs", "1"], "are both given")])
 def test_the_module_does_what_the_command_does(args, said):
-    p = subprocess.run([sys.executable, "-m", "qlora_nb.apps.cli", *args], capture_output=True, text=True)
+    p = forks.run("import runpy; runpy.run_module('qlora_nb.apps.cli', run_name='__main__', alter_sys=True)", *args)   # python -m
     assert said in p.stdout + p.stderr and (p.returncode == 0) == ("--help" in args)
 
 

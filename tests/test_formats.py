@@ -3,6 +3,7 @@ import gzip, json, re, warnings
 from copy import copy, deepcopy
 from pathlib import Path
 from unittest.mock import patch
+from uuid import uuid4
 
 import datasets, pyarrow as pa, pyarrow.parquet as pq, pytest, tokenizers, trl
 from hypothesis import given, settings, strategies as st
@@ -248,7 +249,9 @@ def theirs(tmp_path_factory):
     model, folder = tiny_model("llama"), tmp_path_factory.mktemp("trl")
     def f(row, t, **how):
         args = trl.SFTConfig(str(folder), max_length=None, report_to="none", use_cpu=True, bf16=False, **how)
-        with quiet(): trainer = trl.SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list([row]), processing_class=t)
+        with quiet(), pytest.MonkeyPatch.context() as m:   # a table in memory needs no name in a cache, which would be made of the vocabulary
+            m.setattr(datasets.fingerprint.Hasher, "hash", lambda *_: uuid4().hex)
+            trainer = trl.SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list([row]), processing_class=t)
         b = trainer.data_collator([trainer.train_dataset[0]])
         return dict(input_ids=b["input_ids"][0].tolist(), labels=b["labels"][0].tolist())
     return f

@@ -5,7 +5,7 @@ import nbformat, pytest
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-import changed, durations
+import changed, durations, forks
 from cell_times import cell_times
 from common import NOTEBOOKS, ROOT
 from changed import touched
@@ -40,7 +40,7 @@ def test_every_page_that_imports_a_module_is_found():
     "Against another way to look: the modules that Python has loaded after the imports of a page's module."
     texts = changed.sources()
     code = "import sys\nfor m in sys.argv[1:]: __import__(f'qlora_nb.{m}')\nprint(*(o for o in sys.modules if o.startswith('qlora_nb.')))"
-    loaded = subprocess.run([sys.executable, "-c", code, "evaluation.perplexity"], capture_output=True, text=True, check=True).stdout.split()
+    loaded = forks.run(code, "evaluation.perplexity").stdout.split()   # none of our modules is loaded in a fork
     assert len(loaded) > 5
     for o in loaded:
         if o.count(".") == 2: assert "nbs/5_evaluation/56_data_types.ipynb" in touched([o.replace(".", "/") + ".py"], texts), o

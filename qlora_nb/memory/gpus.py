@@ -74,7 +74,7 @@ def fits(p:Plan, card) -> bool:
     "Does a plan fit on a card, with CUDA's own part and some room for gaps?"
     return p.needs() <= card_bytes(card)
 
-# %% ../../nbs/3_memory/38_gpus.ipynb #7179f381
+# %% ../../nbs/3_memory/38_gpus.ipynb #c02b26d5
 def most(enough, near:int, limit:int=2**24) -> int:  # 0 where 1 is too much already
     "The largest number that is `enough`, looked for from a guess on in ever larger steps."
     low, high, step, n = 0, limit + 1, 1, min(max(near, 1), limit)
@@ -85,6 +85,7 @@ def most(enough, near:int, limit:int=2**24) -> int:  # 0 where 1 is too much alr
         if not low < n < high: n = (low + high)//2
     return low
 
+# %% ../../nbs/3_memory/38_gpus.ipynb #7179f381
 def largest_batch(model, card, **settings) -> int:  # 0 where one row is too much
     "The largest batch that fits on `card`, other settings as in `plan`."
     cfg, room = config_of(model), card_bytes(card)
