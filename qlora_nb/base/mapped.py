@@ -25,9 +25,8 @@ class Mapped(Sequence):
     def __getitem__(self, i):
         return self.take(range(len(self))[i]) if isinstance(i, slice) else self.make(self.table[i])
     def __repr__(self):
-        at = {str(Path(o["filename"]).parent) for o in self.table.cache_files}
-        return (f"{len(self):,} rows, mapped from disk "
-                f"({', '.join(sorted(at)) or 'in memory so far'})")
+        at = sorted({str(Path(o["filename"]).parent) for o in self.table.cache_files})
+        return f"{len(self):,} rows, mapped from disk ({', '.join(at) or 'in memory so far'})"
     def __iter__(self):
         for o in self.table.iter(1000):
             yield from map(self.make, (dict(zip(o, row)) for row in zip(*o.values())))

@@ -178,6 +178,7 @@ def check_reading(columns, system):
         raise QLoRAError(f"columns is {columns!r}, and has to name a column of its own for each "
                          "place.", cure="Such as columns=dict(prompt='q', response='a').")
 
+# %% ../../nbs/base/rows.ipynb #0e6bc991
 def check_rows(rows:list,  # Dicts as read, or the errors that stand in the place of some
                name:str,               # The file or data set, for the message
                columns:dict|None=None, # From our names to those of the columns

@@ -109,12 +109,13 @@ def check_stored(name, place, revision="main") -> str|None:   # As `stored_as`
                      "trained here.", str(name),
                      "Give a version in bfloat16 or float16; it is put into NF4 while it is read.")
 
-# %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa
+# %% ../../nbs/1_foundations/08_loading.ipynb #08921b4a
 def scale_sum(model) -> float:
     "A sum over the scales of all weights in 4 bits: another one once an adapter was merged there."
     states = (getattr(getattr(m, "weight", None), "quant_state", None) for m in model.modules())
     return sum(s.absmax.double().sum().item() for s in states if s is not None)
 
+# %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa
 def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a Hub id
                bits:int|None=4,               # 4: NF4 with double quantization; None: not quantized
                device:str|None=None,          # "cuda", "mps", "cpu"; None picks the best one here
@@ -131,7 +132,7 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
     def load(skip=()):
         four = dict(quantization_config=nf4_config(dtype, skip)) if bits else {}
         with hub_errors(name), quiet(), contextlib.ExitStack() as s:
-            for o in (plain_linears, packing_stacks, quick_codes) if bits else (): s.enter_context(o())
+            for o in (plain_linears, packing_stacks, quick_codes)*bool(bits): s.enter_context(o())
             return AutoModelForCausalLM.from_pretrained(
                 place, dtype=dtype, device_map={"": device}, use_safetensors=True,
                 trust_remote_code=False, revision=revision or "main", **four)
@@ -139,7 +140,6 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
     if stored: model = as_asked(model, bits, dtype)
     if device.type == "cpu": keep_memory()
     if bits: model = audited(model, load if not stored else None)
-    # what an adapter will call its base
-    model.qlora_nb_name, model.qlora_nb_revision = str(name), revision
+    model.qlora_nb_name, model.qlora_nb_revision = str(name), revision   # as an adapter calls it
     model.qlora_nb_scales = scale_sum(model)
     return model.eval()

@@ -196,13 +196,14 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     left = ["leave_out"] if config_yaml is None and len(leave_out) else []
     if config_yaml is None:
         config_yaml = dict(model=model, data=data, eval_data=eval_data, backend=backend, **kwargs)
-    rows, folder, source = load_rows(data, **reading), Path(output_dir).expanduser(), source_of(data)
+    rows, source = load_rows(data, **reading), source_of(data)
+    folder = Path(output_dir).expanduser()
     mine = all_but(leave_out, len(rows))
     kept = take(rows, mine - 1)
     wanted = bool(settings["eval_steps"] or settings["early_stopping_patience"])
     numbers, held = set_aside(kept, eval_data, wanted, settings["seed"], **shared_options(reading))
     if not len(numbers):
-        raise QLoRAError("no row is left to train on.", source, "Leave out fewer, or give eval_data.")
+        raise QLoRAError("no row is left to train on.", source, "Give eval_data, or leave fewer.")
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
     if source == "tickets" and not example:
         example = as_messages(rows[0])[-2]["content"]   # they are made up anyway

@@ -43,7 +43,7 @@ def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     apart = {id(p) for o in ends if o is not None for p in o.parameters()}
     apart |= {id(p) for n, p in model.named_parameters() if ".lora_" in n}
-    adapted, found = adapted_ids(model), {}   # what it is → (numbers, in 4 bits?, under an adapter?)
+    adapted, found = adapted_ids(model), {}   # what → (numbers, in 4 bits?, under an adapter?)
     for m in model.modules():
         if isinstance(m, torch.nn.Embedding): continue
         for p in m.parameters(recurse=False):
@@ -106,8 +106,8 @@ def cross_entropy(trainer, batch) -> tuple:  # (nats a token, what is added for 
     "The loss on the model's own logits, by the definition."
     more = dict(output_router_logits=True) if getattr(trainer, "aux_loss_enabled", False) else {}
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        out = trainer.model(**{k: v for k, v in batch.items() if k != "labels"}, use_cache=False,
-                            **more)
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        out = trainer.model(**inputs, use_cache=False, **more)
     logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]
     if not out.logits.isfinite().all():
         cure = "Load it in another dtype: float16 overflows where bfloat16 does not."
@@ -134,8 +134,8 @@ def same_losses(trainer, batch, padded, measure) -> float:
     (loss*(128 if model.dtype == torch.float16 else 1)).backward()
     (true, aux), theirs = cross_entropy(trainer, batch), loss.item()
     near = near_enough(model.get_input_embeddings().weight.dtype, true, n.item())
-    cure = ("Try fast=False (--fast false)." if getattr(model, "step_loss", None)
-            else "It cannot be trained here as it is.")
+    fast = getattr(model, "step_loss", None)
+    cure = "Try fast=False (--fast false)." if fast else "It cannot be trained here as it is."
     for who, value, more in (("trainer", theirs, aux), ("evaluation", measure(model, [padded]), 0)):
         if min(abs(value - true), abs(value - true - more)) < near: continue
         raise QLoRAError(f"the {who}'s loss is {value:.4f}, the cross-entropy on the model's own "
@@ -202,13 +202,11 @@ def check_reload(model, mine:dict, base:str):
         lost = lost or not_in_file(model, folder)
         have = set(load_file(folder/"adapter_model.safetensors"))
         fresh = wanted_by_peft(model, folder)
-    cure = "Choose other target_modules=[...]."
-    if lost:
-        raise QLoRAError(f"{len(lost)} of {len(mine)} matrices are not in the file that is saved.",
-                         lost[0], cure)
+    def fail(what, where): raise QLoRAError(what, where, "Choose other target_modules=[...].")
+    if lost: fail(f"{len(lost)} of {len(mine)} matrices are not in the saved file.", lost[0])
     if fresh is not None and (odd := sorted(have ^ fresh)):
-        raise QLoRAError("the adapter could not be loaded again: a fresh base has no place for "
-                         f"{len(odd)} matrices.", odd[0], cure)
+        fail("the adapter could not be loaded again: a fresh base has no place for "
+             f"{len(odd)} matrices.", odd[0])
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #dd789bd3
 def _step(trainer, examples, collator, pad, measure, base, called):
@@ -234,9 +232,8 @@ def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str
     except (QLoRAError, MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:
         if "memory" in str(e).lower(): raise
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise QLoRAError(f"a first step with this model fails ({why}).",
-                         model.config.model_type) from e
+        what = f"a first step fails ({type(e).__name__}: {' '.join(str(e).split())[:200]})."
+        raise QLoRAError(what, model.config.model_type) from e
     finally:
         for o in hooks: o.remove()
     four, under = coverage(model)

@@ -177,8 +177,7 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
     facts = dict(onto=onto, dtype=str(dtype).removeprefix("torch."),
                  base_in=str(trained_in).removeprefix("torch."))
     facts |= add_up(model, onto, dtype)
-    model = model.unload().eval()
-    for p in model.parameters(): p.data = p.data.to(dtype)   # buffers stay exact
+    for p in (model := model.unload().eval()).parameters(): p.data = p.data.to(dtype)
     if onto != "4bit":
         coarser = max(dtype, trained_in, key=lambda o: torch.finfo(o).eps)
         same_logits(probe(model), want, coarser, "the merged model is another", source.base)
