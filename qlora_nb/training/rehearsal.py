@@ -45,7 +45,8 @@ def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     apart = {id(p) for o in ends if o is not None for p in o.parameters()}
     apart |= {id(p) for n, p in model.named_parameters() if ".lora_" in n}
-    adapted, found = adapted_ids(model), {}   # what it is → (numbers, in 4 bits?, under an adapter?)
+    adapted = adapted_ids(model)
+    found = {}   # what it is → (numbers, in 4 bits?, under an adapter?)
     for m in model.modules():
         if isinstance(m, torch.nn.Embedding): continue
         for p in m.parameters(recurse=False):
