@@ -205,5 +205,6 @@ def too_wide(model, found, wide
     "What is wrong, in one sentence."
     last = max(wide, key=lambda w: w.nbytes)
     could = sum(w.numel for w in found if w in wide or "NF4" in w.kind or "ours" in w.kind)
-    return (f"{wide_layers(model, found, wide)}{sum(w.numel for w in wide)/could:.0%} of the weights are not in NF4; "
+    return (f"{wide_layers(model, found, wide)}{sum(w.numel for w in wide)/could:.0%} of the "
+            "weights are not in NF4; "
             f"the largest is {last.name} ({last.nbytes:,} bytes).")
