@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'as_named', 'refused', 'adapted_layers', 'adapted_parameters', 'chosen_layers', 'short_names',
-           'add_adapters', 'adapter_coverage', 'save_adapter', 'sizes_explained', 'attach_adapter', 'read_adapter',
-           'tiny_qlora']
+           'add_adapters', 'adapter_coverage', 'save_adapter', 'sizes_explained', 'names_known', 'attach_adapter',
+           'read_adapter', 'tiny_qlora']
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #0e572188
 import contextlib, re, shutil, tempfile, torch, warnings
@@ -163,6 +163,12 @@ def sizes_explained(folder):
                          "Give the base with a table of that size: base=... (--model).") from e
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #0fb88bc9
+def names_known(model, keys) -> bool:
+    "Does the model have these layers? Else their names are of an older version of transformers."
+    mods = {clean_name(n) for n in outer_modules(model)}
+    return all(clean_name(k.partition(".lora_")[0]) in mods for k in keys)
+
+# %% ../../nbs/1_foundations/09_adapters.ipynb #fa0e62f2
 def attach_adapter(model,               # A base, or a model with PEFT's adapters on it
                    folder:str|Path,     # Of an adapter in PEFT's format
                    name:str="default"):
@@ -178,11 +184,8 @@ def attach_adapter(model,               # A base, or a model with PEFT's adapter
         load_lora(model, folder, name)
         model.disable_adapter = partial(disable_adapter, model)
         return model
-    mods = {clean_name(n) for n in outer_modules(model)}
-    # else its names are of an older version
-    known = all(clean_name(k.partition(".lora_")[0]) in mods for k in keys)
-    with (quiet(), as_named() if known else contextlib.nullcontext(), stacks_as_parameters(model),
-          sizes_explained(folder), warnings.catch_warnings()):
+    with (quiet(), as_named() if names_known(model, keys) else contextlib.nullcontext(),
+          stacks_as_parameters(model), sizes_explained(folder), warnings.catch_warnings()):
         warnings.filterwarnings("ignore", message=".*missing adapter keys.*")   # compared below
         if isinstance(model, PeftModel): model.load_adapter(folder, name)
         else: model = PeftModel.from_pretrained(model, folder, adapter_name=name)
