@@ -153,7 +153,7 @@ def check_row(row,                     # As read
     if out["messages"][0]["role"] == "system": return Row(out)
     return Row(out, messages=[dict(role="system", content=system), *out["messages"]])
 
-# %% ../../nbs/base/rows.ipynb #8873a1c2
+# %% ../../nbs/base/rows.ipynb #7e26d665
 def check_reading(columns, system):
     "Raise `QLoRAError` for options with which no row could be read."
     if system: check_text(system, "system")
@@ -161,6 +161,7 @@ def check_reading(columns, system):
         raise QLoRAError(f"columns is {columns!r}, and has to name a column of its own for each "
                          "place.", cure="Such as columns=dict(prompt='q', response='a').")
 
+# %% ../../nbs/base/rows.ipynb #8873a1c2
 def check_rows(rows:list,  # Dicts as read, or the errors that stand in the place of some
                name:str,               # The file or data set, for the message
                columns:dict|None=None, # From our names to those of the columns

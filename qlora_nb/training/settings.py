@@ -82,7 +82,8 @@ def check_value(name:str, value):
     if not isinstance(value, kind) or isinstance(value, bool): fail(said)
     if name in POSITIVE and not value > 0: fail("above zero")
     low, high = RANGES.get(name, (0, math.inf))
-    if not low <= value < high: fail(f"from {low} to below {high}" if high < math.inf else f"{low} or more")
+    said = f"from {low} to below {high}" if high < math.inf else f"{low} or more"
+    if not low <= value < high: fail(said)
 
 # %% ../../nbs/2_training/25_settings.ipynb #a1e0fb05
 OTHER_NAMES = dict(steps="max_steps", epochs="num_train_epochs",
