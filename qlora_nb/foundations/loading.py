@@ -97,7 +97,7 @@ def check_stored(name, place, revision="main") -> str|None:   # As `stored_as`
 # %% ../../nbs/1_foundations/08_loading.ipynb #66e67033
 def scale_sum(model) -> float:
     "A sum over the scales of all weights in 4 bits: another one once an adapter was merged there."
-    states = (getattr(getattr(m, "weight", None), "quant_state", None) for m in model.modules())
+    states = (getattr(p, "quant_state", None) for p in model.parameters())   # each once
     return sum(s.absmax.double().sum().item() for s in states if s is not None)
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa
