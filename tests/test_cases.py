@@ -211,6 +211,12 @@ def test_a_run_of_one_step_learns(base, tmp_path):
     assert all(p.any() for n, p in one.model.named_parameters() if "lora_B" in n)
 
 
+def test_a_tokenizer_beside_a_name_is_said_to_be_idle(base):
+    from qlora_nb.training.loaded_models import find_model
+    with pytest.warns(UserWarning, match="tokenizer=... is not used"): model, tok, *_ = find_model(base, small_tokenizer(), "bnb", dict(adapter=None, model_revision=None))
+    assert tok is None
+
+
 def test_a_base_that_an_adapter_was_merged_into(base, tmp_path):
     "It is another model than its name says, and what is trained on it would be noise on that one."
     from transformers import AutoConfig

@@ -172,7 +172,7 @@ def test_folders_links_and_addresses(tmp_path):
 
 
 def test_tables_of_every_kind():
-    import datasets, pandas as pd, pyarrow as pa
+    import pandas as pd, pyarrow as pa
     row, frame = pair("Hi", "Hello"), pd.DataFrame([["Hi", "Hello"]])
     assert load_rows(pa.Table.from_pylist([row])) == load_rows(frame, columns=dict(prompt=0, response=1)) == [row]
     with pytest.raises(QLoRAError, match="none of the known fields; it has '0', '1'"): load_rows(frame)

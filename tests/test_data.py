@@ -32,7 +32,7 @@ BROKEN = {
     "blank lines only": ("a.jsonl", "\n \n\n", "a.jsonl", "file is empty"),
     "empty list": ("a.json", "[]", "a.json", "no rows"),
     "not UTF-8": ("a.jsonl", (GOOD + "\n\n" + GOOD.replace("Hi", "é")).encode("latin-1"), "row 2", "0xe9 at position 51 is not UTF-8"),
-    "UTF-16 without its mark": ("a.csv", "prompt,response\nHi,Hell\xf8\n".encode("utf-16")[2:], "row 1", "not UTF-8"),
+    "UTF-16 without its mark": ("a.csv", "prompt,response\nHi,Hell\xf8\n".encode("utf-16")[2:], "a.csv", "UTF-16 or UTF-32 without its mark"),
     "latin CSV": ("a.csv", "prompt,response\nHi,Hello\nCafé?,Yes\n".encode("latin-1"), "row 2", "not UTF-8"),
     "half a line": ("a.jsonl", GOOD + "\n" + GOOD[:20], "row 2", "not valid JSON"),
     "deep nesting": ("a.jsonl", "["*100_000, "row 1", "not valid JSON"),

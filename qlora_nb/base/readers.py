@@ -20,6 +20,11 @@ def _separator(line):
     def names(o): return [k.strip().strip('"') for k in line.split(o)]
     return max(",;\t|", key=lambda o: (len(known_names(names(o))), len(names(o)), o == ","))
 
+def _spaced(line, separator):
+    "Does a space follow each separator of this header, as in `prompt, response`?"
+    others = [*filter(None, line.strip("\r\n").split(separator)[1:])]
+    return bool(others) and all(o[0] == " " for o in others)
+
 # %% ../../nbs/base/readers.ipynb #951c95a4
 def _fields(lines):
     "The fields of each line, divided as the first lines ask for."
@@ -28,10 +33,8 @@ def _fields(lines):
     said = re.match(r'\s*"?sep=(.)"?\s*$', first, re.I)   # as Excel writes it
     if said: first = next_line()
     separator = said[1] if said else _separator(first.strip("\r\n"))
-    others = [*filter(None, first.strip("\r\n").split(separator)[1:])]
-    spaced = bool(others) and all(o[0] == " " for o in others)   # `prompt, response`
     return csv.reader(chain([first], lines), strict=True, delimiter=separator,
-                      skipinitialspace=spaced)
+                      skipinitialspace=_spaced(first, separator))
 
 # %% ../../nbs/base/readers.ipynb #76a0946a
 def _header(names, name, named):

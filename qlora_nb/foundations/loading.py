@@ -109,6 +109,12 @@ def check_stored(name, place, revision="main") -> str|None:   # As `stored_as`
                      "trained here.", str(name),
                      "Give a version in bfloat16 or float16; it is put into NF4 while it is read.")
 
+# %% ../../nbs/1_foundations/08_loading.ipynb #66e67033
+def scale_sum(model) -> float:
+    "A sum over the scales of all weights in 4 bits: another one once an adapter was merged there."
+    states = (getattr(p, "quant_state", None) for p in model.parameters())   # each once
+    return sum(s.absmax.double().sum().item() for s in states if s is not None)
+
 # %% ../../nbs/1_foundations/08_loading.ipynb #08921b4a
 def scale_sum(model) -> float:
     "A sum over the scales of all weights in 4 bits: another one once an adapter was merged there."

@@ -8,7 +8,7 @@ __all__ = ['USUAL', 'UPPER', 'check_alone', 'name_of', 'load_base', 'shape_of', 
            'fast_by_default', 'run_settings']
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #ede14d3b
-import json, math, os, shutil, torch
+import json, math, os, shutil, torch, warnings
 from importlib import util
 from pathlib import Path
 from peft import PeftModel
@@ -198,6 +198,9 @@ def find_model(model, tokenizer, backend:str, s:dict
         how = own_revision(model, s["model_revision"])
         tokenizer = tokenizer or load_tokenizer(name, how)
         s = s | dict(model_revision=how) | (own_adapter(model) or {})
+    if place and tokenizer is not None:
+        warnings.warn(f"tokenizer=... is not used: {name} is loaded with its own. To use another, "
+                      "load the model first: load_model(...).", stacklevel=4)
     tokenizer = tokenizer if place is None else None
     return model, tokenizer, place, dict(model=name, backend=backend) | fill_in(s)
 
