@@ -138,7 +138,8 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
     def load(skip=()):
         four = dict(quantization_config=nf4_config(dtype, skip)) if bits else {}
         with hub_errors(name), quiet(), contextlib.ExitStack() as s:
-            for o in (plain_linears, packing_stacks, quick_codes)*bool(bits): s.enter_context(o())
+            blocks = (plain_linears, packing_stacks, quick_codes) if bits else ()
+            for o in blocks: s.enter_context(o())
             return AutoModelForCausalLM.from_pretrained(
                 place, dtype=dtype, device_map={"": device}, use_safetensors=True,
                 trust_remote_code=False, revision=revision or "main", **four)
