@@ -68,11 +68,7 @@ def card_bytes(card:str|float) -> float:  # A name of `CARDS`, in any spelling, 
                      cure=(f"Near: {', '.join(near)}. " if near else "") +
                      f"Give its memory in GB, or one of {', '.join(CARDS)}.")
 
-# %% ../../nbs/3_memory/38_gpus.ipynb #05b264d0
-def fits(p:Plan, card) -> bool:
-    "Does a plan fit on a card, with CUDA's own part and some room for gaps?"
-    return p.needs() <= card_bytes(card)
-
+# %% ../../nbs/3_memory/38_gpus.ipynb #38268b18
 def _most(fit, guess:int, limit:int=2**24) -> int:
     "The largest number up to `limit` for which `fit(n)`, near the guess or not; `fit(1)` is true."
     low, high, n, step = 1, limit + 1, min(max(guess, 1), limit), 1
@@ -82,6 +78,11 @@ def _most(fit, guess:int, limit:int=2**24) -> int:
         n = low + step if high > limit else high - step if low == 1 else (low + high)//2
         n, step = min(max(n, low + 1), high - 1), 2*step
     return low
+
+# %% ../../nbs/3_memory/38_gpus.ipynb #05b264d0
+def fits(p:Plan, card) -> bool:
+    "Does a plan fit on a card, with CUDA's own part and some room for gaps?"
+    return p.needs() <= card_bytes(card)
 
 def largest_batch(model, card, **settings) -> int:  # 0 where one row is too much
     "The largest batch that fits on `card`, other settings as in `plan`."
