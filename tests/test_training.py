@@ -681,7 +681,8 @@ print(json.dumps(found[1:]))
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
 def test_memory_does_not_grow_with_the_rows(base, tmp_path):
-    "A list of such rows takes some thousand bytes for each; mapped ones, a few numbers in arrays."
+    """A list of such rows takes some thousand bytes for each, mapped ones a few numbers in arrays. The peak of a process is known
+    to some megabytes, which are hundreds of bytes for each of so few rows; `many_rows.json` holds more of them."""
     few, many = 2_500, 14_500   # both more than the thousand that are in memory at a time
     how = dict(max_steps=1, fast=False, device="cpu", progress=False)
     def growth(large):
@@ -693,7 +694,7 @@ def test_memory_does_not_grow_with_the_rows(base, tmp_path):
         a, b = json.loads(out.splitlines()[-1])
         return {k: round((b[k] - a[k])/(many - few)) for k in a}
     mapped, listed = growth(True), growth(False)
-    assert max(mapped.values()) < 300 < 1000 < min(listed.values()), (mapped, listed)
+    assert 2*max(mapped.values()) < min(listed.values()), (mapped, listed)
 
 
 def test_numbers_of_rows_are_arrays():

@@ -194,7 +194,7 @@ def load_chat(adapter, base, device, revision=None) -> tuple:  # (model, tokeniz
 def chat_main(argv:list|None=None):  # None: the options that the command was called with
     "Chat with an adapter on its base: the console command `qlora_chat`."
     o = vars(chat_parser().parse_args(argv))
-    which = map(o.pop, ("adapter", "model", "device", "revision"))
+    which = [*map(o.pop, ("adapter", "model", "device", "revision"))]
     with one_line_errors():
         from qlora_nb.using.sampling import check_sampling
         check_sampling(**{k: v for k, v in o.items() if k != "system"})   # before it loads a model

@@ -34,9 +34,8 @@ class Mapped(Sequence):
         "Those at some places, in this order."
         at, other = np.asarray(places, dtype=np.int64), copy.copy(self)
         if len(at) and (np.diff(at) == 1).all():   # in a row: no list of places is kept
-            at = slice(at[0], at[-1] + 1)
-            if len(self) == at.stop - at.start: return other   # and counts for both
-            places = range(at.start, at.stop)
+            if len(self) == len(at): return other   # and counts for both
+            places, at = range(at[0], at[-1] + 1), slice(at[0], at[-1] + 1)
         other.table = self.table.select(places)
         other.counted = {k: v[at] for k, v in self.counted.items()}
         return other

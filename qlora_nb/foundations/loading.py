@@ -115,12 +115,6 @@ def scale_sum(model) -> float:
     states = (getattr(p, "quant_state", None) for p in model.parameters())   # each once
     return sum(s.absmax.double().sum().item() for s in states if s is not None)
 
-# %% ../../nbs/1_foundations/08_loading.ipynb #08921b4a
-def scale_sum(model) -> float:
-    "A sum over the scales of all weights in 4 bits: another one once an adapter was merged there."
-    states = (getattr(getattr(m, "weight", None), "quant_state", None) for m in model.modules())
-    return sum(s.absmax.double().sum().item() for s in states if s is not None)
-
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa
 def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a Hub id
                bits:int|None=4,               # 4: NF4 with double quantization; None: not quantized

@@ -202,11 +202,6 @@ class AdapterTrainer(FastTrainer):
     def __init__(self, model, args, **kw):
         if args.gradient_checkpointing: check_checkpointing(model)
         super().__init__(model, args, **kw)
-    def _get_train_sampler(self, *args, **kw):   # the usual order, without a list of it
-        sampler = super()._get_train_sampler(*args, **kw)
-        if type(sampler) is not torch.utils.data.RandomSampler: return sampler
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Order(len(sampler.data_source), seed)
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows, labels = inputs.pop("rows", []), inputs["labels"]
         self.tokens += int(inputs.get("attention_mask", torch.ones_like(labels)).sum())
@@ -233,3 +228,11 @@ def evaluate(self:AdapterTrainer, eval_dataset=None, ignore_keys=None, metric_ke
     self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control,
                                                      metrics)
     return metrics
+
+# %% ../../nbs/2_training/22_training_loop.ipynb #c9a0f249
+@patch
+def _get_train_sampler(self:AdapterTrainer, *args, **kw):
+    sampler = FastTrainer._get_train_sampler(self, *args, **kw)
+    if type(sampler) is not torch.utils.data.RandomSampler: return sampler
+    seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+    return Order(len(sampler.data_source), seed)
