@@ -35,10 +35,10 @@ def _article(messages, tokenizer, ask):
     "The Alpaca format for any number of turns, each answer closed with EOS."
     text = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
     if not tokenizer.eos_token:
-        known = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} or {"</s>"}
+        known = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()] or ["</s>"]
         raise QLoRAError("the tokenizer has no EOS token, so no answer of this template could end.",
                          cure=f"Set it: tokenizer.eos_token = ..., such as one of "
-                              f"{', '.join(map(repr, sorted(known)[:4]))}.")
+                              f"{', '.join(map(repr, [*dict.fromkeys(known)][:4]))}.")
     heads = dict(system="", user="### Instruction:\n", assistant="### Response:\n")
     if any(m["role"] not in heads or set(m) & {"tool_calls", "reasoning_content"}
            for m in messages):
