@@ -32,13 +32,14 @@ def plot_plans(plans:dict) -> Figure:  # Name → `Plan`
     return fig
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #d165249a
-MEMORY_OPTIONS = {"checkpointing": lambda s: dict(gradient_checkpointing=True),
-          "half the batch, twice the accumulation": lambda s: dict(
-              per_device_train_batch_size=s["per_device_train_batch_size"]//2),
-          "half the length": lambda s: dict(max_length=s["max_length"]//2),
-          "a chunked loss": lambda s: dict(loss="chunked"),
-          "a paged 8-bit optimizer": lambda s: dict(optim="paged_adamw_8bit"),
-          "QLoRA": lambda s: dict(method="qlora")}
+MEMORY_OPTIONS = {
+    "checkpointing": lambda s: dict(gradient_checkpointing=True),
+    "half the batch, twice the accumulation": lambda s: dict(
+        per_device_train_batch_size=s["per_device_train_batch_size"]//2),
+    "half the length": lambda s: dict(max_length=s["max_length"]//2),
+    "a chunked loss": lambda s: dict(loss="chunked"),
+    "a paged 8-bit optimizer": lambda s: dict(optim="paged_adamw_8bit"),
+    "QLoRA": lambda s: dict(method="qlora")}
 
 def memory_options(p:Plan) -> dict:  # Name → `Plan` with that one change; the most helpful first
     "Plans that differ from `p` by one option, as far as they need less."

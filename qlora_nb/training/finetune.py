@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 # %% ../../nbs/2_training/29_finetune.ipynb #73eff3be
 from ..base.errors import QLoRAError
 from ..base.core import count_params, free_memory, set_seed, versions
-from ..foundations.adapters import BACKENDS, save_adapter
+from ..foundations.adapters import save_adapter
 from .data import as_messages, collate, digest, encode_rows, load_rows
 from ..base.failures import Guard, explain_failure
 from ..base.mapped import Pieces, all_but, count, take
@@ -203,7 +203,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     wanted = bool(settings["eval_steps"] or settings["early_stopping_patience"])
     numbers, held = set_aside(kept, eval_data, wanted, settings["seed"], **shared_options(reading))
     if not len(numbers):
-        raise QLoRAError("no row is left to train on.", source, "Give eval_data, or leave fewer.")
+        raise QLoRAError("no row is left to train on.", source, "Leave fewer rows out.")
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
     if source == "tickets" and not example:
         example = as_messages(rows[0])[-2]["content"]   # they are made up anyway

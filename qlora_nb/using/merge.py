@@ -175,9 +175,9 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
     if onto == "original": want = probe(model := with_adapter(model, source))
     else: model, want = written_out(model, source)
     facts = dict(onto=onto, dtype=str(dtype).removeprefix("torch."),
-                 base_in=str(trained_in).removeprefix("torch."))
-    facts |= add_up(model, onto, dtype)
-    for p in (model := model.unload().eval()).parameters(): p.data = p.data.to(dtype)
+                 base_in=str(trained_in).removeprefix("torch.")) | add_up(model, onto, dtype)
+    model = model.unload().eval()
+    for p in model.parameters(): p.data = p.data.to(dtype)   # buffers stay exact
     if onto != "4bit":
         coarser = max(dtype, trained_in, key=lambda o: torch.finfo(o).eps)
         same_logits(probe(model), want, coarser, "the merged model is another", source.base)
