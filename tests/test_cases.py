@@ -4,6 +4,7 @@ import json, re, shutil
 import pytest
 
 from qlora_nb.base.errors import QLoRAError
+from qlora_nb.foundations.adapters import BACKENDS
 from qlora_nb.training.data import Source, load_rows
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import quiet
@@ -23,9 +24,8 @@ def base(tmp_path_factory):
 @pytest.fixture
 def no_model(monkeypatch):
     "Whatever is refused, is refused before a model is loaded."
-    from qlora_nb.training import finetune as training
     def refuse(*a, **k): raise AssertionError("a model was loaded")
-    for o in list(training.BACKENDS): monkeypatch.setitem(training.BACKENDS, o, refuse)
+    for o in list(BACKENDS): monkeypatch.setitem(BACKENDS, o, refuse)
 
 
 ROWS = [dict(prompt=f"{i}?", response="yes") for i in range(12)]

@@ -5,6 +5,7 @@ import pytest
 import safetensors.torch, torch
 
 from qlora_nb.apps.cli import finetune_main, finetune_parser
+from qlora_nb.foundations.adapters import BACKENDS
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import quiet
 
@@ -27,9 +28,8 @@ def call(name, *args, **kw):
 @pytest.fixture
 def complaint(monkeypatch, capsys):
     "(exit status, what goes to stderr) of a `qlora_finetune` that has to fail before it loads a model; in this process."
-    from qlora_nb.training import finetune as training
     def refuse(*a, **k): raise AssertionError("a model was loaded")
-    for o in list(training.BACKENDS): monkeypatch.setitem(training.BACKENDS, o, refuse)
+    for o in list(BACKENDS): monkeypatch.setitem(BACKENDS, o, refuse)
     def run(*args):
         with pytest.raises(SystemExit) as e: finetune_main([str(o) for o in args])
         return e.value.code, capsys.readouterr().err
@@ -253,9 +253,8 @@ def test_eval_rows_0_through_the_command(tiny, tmp_path):
 
 def test_row_numbers_through_the_command(tmp_path, complaint, tiny, monkeypatch):
     "Rows are held out and shuffled on the way; the message names the file and the row in it."
-    from qlora_nb.training import finetune as training
     from qlora_nb.foundations.loading import load_model
-    monkeypatch.setitem(training.BACKENDS, "bnb", load_model)
+    monkeypatch.setitem(BACKENDS, "bnb", load_model)
     rows = [dict(prompt=f"What is {i}?", response="word "*(400 if i == 13 else 1)) for i in range(1, 21)]
     (tmp_path/"mine.jsonl").write_text("".join(json.dumps(o) + "\n" for o in rows), encoding="utf-8")
     status, err = complaint("--model", tiny, "--device", "cpu", "--data", tmp_path/"mine.jsonl", "--output-dir", tmp_path/"run", "--long", "error")

@@ -7,6 +7,7 @@ import pytest
 import torch, transformers
 
 from qlora_nb.base.errors import QLoRAError
+from qlora_nb.foundations.adapters import BACKENDS
 from qlora_nb.base.core import cpu_kind
 from qlora_nb.training.data import load_rows
 from qlora_nb.evaluation.evaluation import finetune_and_evaluate, hold_out_numbers
@@ -290,8 +291,7 @@ def refuse(*a, **k): raise AssertionError("a model was loaded")
     (dict(early_stopping_patience=0), "early_stopping_patience is 0"), (dict(eval_steps=-1), "eval_steps is -1"), (dict(data=[dict(prompt="a", response="b")]*5), "too few"),
     (dict(eval_data="nowhere.jsonl"), "no such file")], ids=lambda o: next(iter(o)) if isinstance(o, dict) else "")
 def test_wrong_settings_fail_before_a_model_is_loaded(more, said, base, rows, tmp_path, monkeypatch):
-    import qlora_nb.training.finetune as training
-    monkeypatch.setitem(training.BACKENDS, "bnb", refuse)
+    monkeypatch.setitem(BACKENDS, "bnb", refuse)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
     with pytest.raises(QLoRAError, match=re.escape(said)): finetune(**dict(HOW, model=base, data=rows, output_dir=tmp_path/"run") | more)
     assert not (tmp_path/"run").exists()
@@ -368,8 +368,7 @@ def test_resume_of_nothing_says_so(base, rows, tmp_path):
 
 @pytest.mark.parametrize("where", ["file", "below"])
 def test_an_output_that_cannot_be_a_folder(where, base, rows, tmp_path, monkeypatch):
-    import qlora_nb.training.finetune as training
-    monkeypatch.setitem(training.BACKENDS, "bnb", refuse)
+    monkeypatch.setitem(BACKENDS, "bnb", refuse)
     (tmp_path/"file").write_text("mine", encoding="utf-8")
     out = tmp_path/"file" if where == "file" else tmp_path/"file"/"below"
     with pytest.raises(QLoRAError, match="cannot be written"): finetune(base, rows, out, **HOW)
