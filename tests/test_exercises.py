@@ -1,0 +1,80 @@
+"The exercises of the course: each check is tested by the stub, the solution and the mistakes that people make."
+import copy, re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from qlora_nb.apps.exercises import doubts, exercises_of, instructor_version, student_version
+from qlora_nb.base.errors import QLoRAError
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(p for p in (ROOT/"nbs").glob("[1-9]_*/*.ipynb"))
+EXERCISES = [ex for p in PAGES for ex in exercises_of(p)]
+
+
+@pytest.mark.parametrize("ex", EXERCISES, ids=[f"{o.page}-{o.slug}" for o in EXERCISES])
+def test_each_check_is_right(ex):
+    "The stub fails, the solution passes, and at least three mistakes are refused in words."
+    assert not doubts(ex), doubts(ex)
+
+
+def test_slugs_are_unique_within_a_page():
+    for p in {o.page for o in EXERCISES}:
+        slugs = [o.slug for o in EXERCISES if o.page == p]
+        assert len(slugs) == len(set(slugs)), p
+
+
+def test_exercises_are_numbered_and_stand_at_the_end():
+    for p in PAGES:
+        nb = nbformat.read(p, as_version=4)
+        ids = [c.id for c in nb.cells]
+        if "exercises" not in ids: continue
+        rest = ids[ids.index("exercises"):]
+        assert rest[1] == "exercise-setup" and rest[-1] == "course-end", p.name
+        assert all(o.startswith("ex-") for o in rest[2:-1]), (p.name, rest)
+        numbers = [int(n) for c in nb.cells for n in re.findall(r"^### Exercise (\d+)\. ", c.source, flags=re.M)]
+        assert numbers == list(range(1, len(numbers) + 1)), (p.name, numbers)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(o.page == p.stem for o in EXERCISES)], ids=lambda p: p.stem)
+def test_what_a_student_gets(page):
+    "No solution, no hidden test, no mistake; the lesson as it was, with its outputs; and the answer cells can be edited."
+    nb = nbformat.read(page, as_version=4)
+    given, full = student_version(nb), instructor_version(nb)
+    for ex in exercises_of(page, nb):
+        text = "\n".join(c.source for c in given.cells)
+        for secret in ("BEGIN SOLUTION", "HIDDEN TESTS", *ex.wrong): assert secret not in text, (ex.slug, secret)
+        body = ex.solution.split("### BEGIN SOLUTION\n")[1].split("### END SOLUTION")[0]
+        # a value that the check computes itself may be the same line, so only what has several lines is looked for
+        assert body.count("\n") < 2 or body.strip() not in text, ex.slug
+        assert ex.slug in [c.metadata.nbgrader.grade_id for c in given.cells if c.metadata.get("nbgrader", {}).get("solution")]
+    lesson = lambda o: [(c.id, c.get("outputs")) for c in o.cells if not c.id.startswith("ex-") and c.cell_type == "code" and c.id != "exercise-setup"]
+    assert lesson(given) == lesson(nb) == lesson(full)
+    assert not any(c.outputs for c in given.cells if c.cell_type == "code" and c.id.startswith("ex-"))
+    nbformat.validate(given), nbformat.validate(full)
+
+
+def test_badges_point_at_the_version_of_students():
+    nb = nbformat.read(ROOT/"nbs/1_foundations/03_nf4.ipynb", as_version=4)
+    text = "\n".join(c.source for c in student_version(nb).cells)
+    assert "/blob/student/1_foundations/03_nf4.ipynb" in text and "/blob/main/nbs/" not in text.split("## ")[0]
+
+
+@pytest.mark.parametrize("part", ["answer", "check", "wrong"])
+def test_half_an_exercise_is_refused(part):
+    page = ROOT/"nbs/1_foundations/03_nf4.ipynb"
+    nb = nbformat.read(page, as_version=4)
+    slug = exercises_of(page, nb)[0].slug
+    nb.cells = [c for c in nb.cells if c.id != f"ex-{slug}-{part}"]
+    with pytest.raises(QLoRAError, match=f"exercise '{slug}' has no ex-{slug}-{part}"): exercises_of(page, nb)
+
+
+def test_a_check_that_accepts_too_much_is_noticed():
+    ex = copy.copy(exercises_of(ROOT/"nbs/1_foundations/03_nf4.ipynb")[1])
+    ex.check = "pass"
+    said = doubts(ex)
+    assert "the stub passes" in said and any(o.startswith("passes although") for o in said), said
+    ex.check, ex.wrong = "raise TypeError('no')", {}
+    said = doubts(ex)
+    assert any(o.startswith("the solution fails") for o in said) and "only 0 wrong answers" in said, said
