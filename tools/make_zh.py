@@ -36,6 +36,12 @@ def relative(path, folder): return Path(os.path.relpath(path, folder)).as_posix(
 def is_code(p): return p.startswith("```") or all(o.startswith("    ") for o in p.splitlines())
 
 
+def headings(path):
+    "A notebook's headings, as links name them."
+    cells = [c for c in read(path)["cells"] if c["cell_type"] == "markdown" and not UNPAIRED.match(c["id"])]
+    return ["#" + o.replace(" ", "-") for c in cells for o in re.findall(r"^#+ (.+)$", text_of(c), re.M)]
+
+
 class Chinese:
     "The Chinese side of the course whose files are under `root`."
     def __init__(self, root=ROOT): self.root, self.folder = root, root/"nbs"/"zh"
@@ -47,7 +53,9 @@ class Chinese:
         def to(m):
             target, place = Path(os.path.normpath(here/m[1])), m[2] or ""
             if target == self.root/"nbs"/"index.ipynb": target, place = self.root/"README.zh.md", "#课程"
-            elif target.suffix == ".ipynb" and (self.folder/target.name).exists(): target = self.folder/target.name
+            elif target.suffix == ".ipynb" and (self.folder/target.name).exists():
+                target = self.folder/target.name
+                place = dict(zip(headings(self.english(target.stem)), headings(target))).get(place, place)
             return f"]({relative(target, there)}{place})"
         return LINK.sub(to, text)
 
