@@ -172,3 +172,13 @@ def test_changed_code_is_copied_and_a_changed_readme_is_stale(copy):
 def test_paragraphs():
     assert paragraphs("a\nb\n\n```\nx\n\ny\n```\n\n\n| t |\n|---|") == ["a\nb", "```\nx\n\ny\n```", "| t |\n|---|"]
     assert len(digest("a")) == 12 and digest("a") != digest("a ")
+
+
+def test_a_fork_needs_no_translator(copy):
+    "What tools/make_links.py changes, the address, is copied."
+    for path in [copy/"README.md", *(copy/"nbs"/"1_foundations").glob("*.ipynb")]:
+        path.write_text(path.read_text(encoding="utf-8").replace("qlora-nb/", "someone/"), encoding="utf-8")
+    assert run(copy).returncode == 0
+    for path in (copy/"README.zh.md", copy/"nbs"/"zh"/"03_nf4.ipynb"):
+        made = path.read_text(encoding="utf-8")
+        assert "someone/" in made and "qlora-nb/" not in made

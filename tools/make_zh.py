@@ -16,6 +16,7 @@ PARTS = dict(Foundations="基础", Training="训练", Memory="内存", Using="�
 UNPAIRED = re.compile(r"exercises$|exercise-setup$|ex-")    # ids of cells that are not on the Chinese pages yet
 EXPORTS = re.compile(r"^#\|\s*exports?\b.*\n?", re.M)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#|/|attachment:)([^)\s#]+)(#[^)\s]*)?\)")
+IMAGE = re.compile(r"^(!\[[^]]*\])(\(\S+\))$")              # its address, which a fork changes, is copied
 HASHES = re.compile(r"\n<!-- source_hashes:(.*?)-->\n", re.S)
 
 
@@ -29,7 +30,7 @@ def paragraphs(text):
     return [p for p in map("\n".join, filter(None, out)) if not p.startswith("**Exercise.**")]
 
 
-def digest(paragraph): return hashlib.sha256(paragraph.encode()).hexdigest()[:12]
+def digest(p): return hashlib.sha256(IMAGE.sub(r"\1", p).encode()).hexdigest()[:12]
 def text_of(cell): return "".join(cell["source"])
 def read(path): return json.loads(path.read_text(encoding="utf-8"))
 def relative(path, folder): return Path(os.path.relpath(path, folder)).as_posix()
@@ -99,7 +100,8 @@ class Chinese:
                 stale = len(hashes) == len(had) == len(source) and hashes[i] != "-"
                 problems.append(f"{'stale' if stale else 'missing'}: {p.splitlines()[0][:60]!r}")
                 made, h = (had[i], hashes[i]) if stale else (p, "-")
-            text.append(made or self.relink(known[h], there, there))
+            made = made or self.relink(known[h], there, there)
+            text.append(IMAGE.sub(r"\1", made) + image[2] if (image := IMAGE.match(p)) else made)
             kept.append(h)
         return "\n\n".join(text), kept, problems
 
