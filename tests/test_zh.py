@@ -2,7 +2,8 @@
 import json, re, shutil, subprocess, sys
 
 import pytest
-from common import NBS, ROOT
+from common import ROOT, SETTINGS
+from common import read as notebook
 from test_frame import heading_anchors, text
 
 sys.path.insert(0, str(ROOT/"tools"))
@@ -92,11 +93,6 @@ def test_links_lead_somewhere_and_to_chinese_where_there_is_some(path):
         if anchor and there.suffix == ".md": assert f"## {anchor}\n" in there.read_text(encoding="utf-8")
 
 
-def notebook(path):
-    from common import read
-    return read(path)
-
-
 @each_page
 def test_the_two_languages_point_at_each_other(name):
     folder = ZH.english(name).parent.name
@@ -176,9 +172,10 @@ def test_paragraphs():
 
 def test_a_fork_needs_no_translator(copy):
     "What tools/make_links.py changes, the address, is copied."
+    old, new = f"{SETTINGS['user']}/", "someone/"
     for path in [copy/"README.md", *(copy/"nbs"/"1_foundations").glob("*.ipynb")]:
-        path.write_text(path.read_text(encoding="utf-8").replace("qlora-nb/", "someone/"), encoding="utf-8")
+        path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     assert run(copy).returncode == 0
     for path in (copy/"README.zh.md", copy/"nbs"/"zh"/"03_nf4.ipynb"):
         made = path.read_text(encoding="utf-8")
-        assert "someone/" in made and "qlora-nb/" not in made
+        assert new in made and old not in made
