@@ -24,13 +24,16 @@ def text_of(cell): return "".join(cell["source"])
 
 
 def look_at(path):
-    "Title, subtitle, reading time: 200 words a minute, and four seconds a line of code that is not hidden."
+    """Title, subtitle, reading time: 200 words a minute, and four seconds a line of code that is not hidden.
+    Exercises are counted apart, with the minutes that their headings state."""
     cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c.get("id") not in (TOP, END, TABLE)]
+    exercises = [int(o) for c in cells for o in re.findall(r"^### Exercise \d+\. .+\n\n\*.+ · (\d+) minutes\*$", text_of(c), re.M)]
+    cells = [c for c in cells if not re.match(r"exercises$|exercise-setup$|ex-", c.get("id", ""))]
     head = text_of(cells[0])
     prose = [text_of(c) for c in cells if c["cell_type"] == "markdown"]
     code = [text_of(c) for c in cells if c["cell_type"] == "code" and not re.search(r"^#\|\s*(hide|eval: false)\b", text_of(c), re.M)]
     minutes = sum(len(o.split()) for o in prose)/200 + sum(len(o.splitlines()) for o in code)*4/60
-    return dict(title=re.search(r"^# (.+)$", head, re.M)[1], subtitle=re.search(r"^> (.+)$", head, re.M)[1], minutes=max(5, 5*round(minutes/5)))
+    return dict(title=re.search(r"^# (.+)$", head, re.M)[1], subtitle=re.search(r"^> (.+)$", head, re.M)[1], minutes=max(5, 5*round(minutes/5)), exercises=exercises)
 
 
 def link(page, here, words=None): return f"[{words or page['name']}]({os.path.relpath(page['path'], Path(here).parent).replace(os.sep, '/')})"
@@ -56,6 +59,7 @@ def top(page, before, after, pages, table):
     if page.get("can"): lines += ["After this page you can", "\n".join(f"- {o}" for o in page["can"])]
     first = ", ".join(link(pages[o], here) for o in page["first"])
     facts = [f"**Know first:** {first or 'nothing else'}." if lesson or first else "", f"**Reading:** about {page['minutes']} minutes."]
+    if todo := page["exercises"]: facts.append(f"**Exercises:** {len(todo)}, about {sum(todo)} minutes.")
     took = seconds(page, table)
     if took: facts.append(f"**Running:** {took}, of computing on two cores without a GPU.")
     return "\n\n".join([*lines, " ".join(filter(None, facts))])
@@ -87,10 +91,12 @@ def parts_table(parts):
         if not part["folder"][0].isdigit(): continue
         first, lessons = part["page"][0], [p for p in part["page"] if not is_start(p)]
         hours = sum(p["minutes"] for p in lessons)/60
-        rows.append(f"| {part['folder'][0]} | {link(first, 'index.ipynb', part['title'])} | {part['can']} | {len(lessons)} | {hours:.0f} h |")
+        todo = [o for p in lessons for o in p["exercises"]]
+        rows.append(f"| {part['folder'][0]} | {link(first, 'index.ipynb', part['title'])} | {part['can']} | {len(lessons)} | {hours:.0f} h "
+                    f"| {len(todo)}, {sum(todo)/60:.0f} h |")
     others = [f"**{part['title']}** ({part['folder']}/), to {part['can']}: " + ", ".join(link(p, "index.ipynb", p["title"]) for p in part["page"]) + "."
               for part in parts if not part["folder"][0].isdigit()]
-    return "\n".join(["| part | title | afterwards you can | pages | time |", "|---|---|---|---|---|", *rows]) + "\n\n" + "\n\n".join(others)
+    return "\n".join(["| part | title | afterwards you can | pages | reading | exercises |", "|---|---|---|---|---|---|", *rows]) + "\n\n" + "\n\n".join(others)
 
 
 def put(nb, key, text, place):

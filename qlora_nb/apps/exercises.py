@@ -34,6 +34,7 @@ def student_version(nb:nbformat.NotebookNode # A page of the course
         if c.cell_type == "code" and c.id.startswith("ex-"): c.outputs, c.execution_count = [], None
         if c.cell_type == "markdown":
             c.source = re.sub(r"/blob/\w+/nbs/(?=[\w/]+\.ipynb\))", "/blob/student/", c.source)
+    if not any(c.id == "exercises" for c in nb.cells): return nb
     return _cleared(nb, "ClearSolutions", "LockCells", "ClearHiddenTests", "ComputeChecksums")
 
 # %% ../../nbs/apps/exercises.ipynb #e0000015
