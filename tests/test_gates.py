@@ -1,0 +1,134 @@
+"Gates: a T4, which has no bfloat16; no network; and the versions of what draws on Colab."
+import json, os, subprocess, sys
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.foundations.adapters import BACKENDS
+from qlora_nb.memory.planner import plan
+from qlora_nb.training.data import encode_prompt
+from qlora_nb.training.finetune import finetune
+from qlora_nb.using.inference import generate
+from common import small_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+class Seen(TorchDispatchMode):
+    "The operations that made a tensor of `dtype`."
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype, self.ops = dtype, set()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(o, torch.Tensor) and o.dtype == self.dtype for o in tree_flatten(out)[0]): self.ops.add(str(func))
+        return out
+
+
+@contextmanager
+def a_t4(monkeypatch):
+    "What PyTorch says on a T4, as far as types are chosen by it: capability 7.5, and bfloat16 only emulated."
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    for o in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):    # the work itself is done by this processor
+        if hasattr(torch.cpu, o): monkeypatch.setattr(torch.cpu, o, lambda: False)
+    yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "A model that was saved in bfloat16, as most are."
+    folder, tok = tmp_path_factory.mktemp("base"), small_tokenizer()
+    with quiet():
+        tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).to(torch.bfloat16).save_pretrained(folder)
+        tok.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_t4_meets_no_bfloat16(backend, base, tmp_path, monkeypatch):
+    "Neither what is loaded, nor a step of training, nor an answer has a tensor in bfloat16."
+    from qlora_nb.base.core import pick_dtype
+    rows = [dict(prompt=f"{i}?", response="yes") for i in range(12)]
+    with a_t4(monkeypatch):
+        assert pick_dtype("cpu") == torch.float32 and not torch.cuda.is_bf16_supported(including_emulation=False)
+        with monkeypatch.context() as m:
+            m.setattr(torch.cuda, "is_available", lambda: True)
+            assert pick_dtype("cuda") == torch.float16
+        with quiet(): model = BACKENDS[backend](str(base), device="cpu")
+        wide = {n for n, o in [*model.named_parameters(), *model.named_buffers()] if o.dtype == torch.bfloat16}
+        assert not wide, wide
+        del model
+        # files in bfloat16 are read as they are, so the run is watched from its first step on
+        seen = Seen(torch.bfloat16)
+        from qlora_nb.training import finetune as module
+        usual = module.train_run
+        def watched(*a, **k):
+            with seen: return usual(*a, **k)
+        monkeypatch.setattr(module, "train_run", watched)
+        with quiet(): run = finetune(base, rows, tmp_path/"run", max_steps=2, backend=backend, device="cpu", progress=False)
+        with seen: generate(run.model, run.tokenizer, encode_prompt(rows[0], run.tokenizer), max_new_tokens=4)
+    assert not seen.ops, seen.ops
+    kept = {o.dtype for o in run.model.parameters()}
+    assert torch.bfloat16 not in kept, kept
+
+
+def test_the_watch_sees_bfloat16():
+    with Seen(torch.bfloat16) as seen: torch.ones(2).to(torch.bfloat16)*2
+    assert seen.ops
+
+
+@pytest.mark.parametrize("how", [dict(), dict(per_device_train_batch_size=4, max_length=512), dict(method="lora"), dict(method="full")],
+                         ids=["plan's", "finetune's", "lora", "full"])
+def test_the_packaged_model_fits_a_t4(how):
+    assert plan("smollm2", dtype=torch.float16, **how).peak < 15e9
+
+
+# ---- no network ----
+
+@cache
+def may_unshare():
+    try: return subprocess.run(["unshare", "--user", "--map-root-user", "--net", "true"], capture_output=True).returncode == 0
+    except OSError: return False
+
+
+def offline(*args, **env):
+    "Run a command in a namespace without a network; the Hub is not switched off by a variable."
+    gone = "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"
+    env = {k: v for k, v in os.environ.items() if k not in gone} | env
+    cmd = ["unshare", "--user", "--map-root-user", "--net", sys.executable, ROOT/"tests/no_network.py", *args]
+    return subprocess.run([str(o) for o in cmd], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+
+
+needs_namespace = pytest.mark.skipif(sys.platform != "linux" or not may_unshare(), reason="no network namespace may be made here")
+
+
+@needs_namespace
+def test_the_first_command_without_a_network(tmp_path):
+    "Once the model is in the cache, nothing is asked of the world."
+    from qlora_nb.base.model_files import smollm2_folder
+    smollm2_folder()
+    r = offline(sys.executable, "-c", "from qlora_nb.apps.cli import finetune_main as f; f()", "--max-steps", 1, "--eval-rows", 0,
+                "--output-dir", tmp_path/"run")
+    assert r.returncode == 0, r.stderr[-2000:]
+    assert json.loads((tmp_path/"run/run.json").read_text(encoding="utf-8"))["steps"] == 1
+
+
+@needs_namespace
+@pytest.mark.parametrize("page", ["1_foundations/01_why", "2_training/20_mask_viewer"])
+def test_a_page_without_a_network(page):
+    r = offline(sys.executable, "tests/run_notebook.py", f"nbs/{page}.ipynb")
+    assert r.returncode == 0, r.stderr[-2000:]
+
+
+@needs_namespace
+def test_there_is_no_network_there():
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
+    assert "unreachable" in offline(sys.executable, "-c", code).stderr
