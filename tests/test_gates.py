@@ -132,3 +132,38 @@ def test_a_page_without_a_network(page):
 def test_there_is_no_network_there():
     code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
     assert "unreachable" in offline(sys.executable, "-c", code).stderr
+
+
+# ---- what draws and trains on Colab ----
+
+COLAB = ("ipython==7.34.0 ipykernel==6.17.1 ipywidgets==7.7.1 widgetsnbextension==3.6.10 jupyterlab-widgets==3.0.13 trl==0.29.1 "
+         "decorator==5.2.1 backcall==0.2.0 pickleshare==0.7.5 ipython-genutils==0.2.0").split()
+
+
+@pytest.fixture(scope="module")
+def colab(tmp_path_factory):
+    "A folder of Colab's versions, to be found before ours; its torch and transformers are too large to be fetched for a test."
+    folder = tmp_path_factory.mktemp("colab")
+    cmd = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check", "--target", folder, *COLAB]
+    r = subprocess.run([str(o) for o in cmd], capture_output=True, text=True)
+    if r.returncode and ("No matching distribution" in r.stderr or "connection" in r.stderr.lower()): pytest.skip("the package index does not answer")
+    assert r.returncode == 0, r.stderr[-2000:]
+    return folder
+
+
+def with_colab(colab, *args, **how):
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(colab), str(ROOT)]), PYDEVD_DISABLE_FILE_VALIDATION="1")
+    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+
+
+def test_the_versions_are_those_of_colab(colab):
+    shipped = dict(o.strip().split("==") for o in (ROOT/"tests/colab-2026-08.txt").read_text(encoding="utf-8").splitlines() if "==" in o)
+    code = "import IPython, ipywidgets, trl; print(IPython.__version__, ipywidgets.__version__, trl.__version__)"
+    assert with_colab(colab, "-c", code).stdout.split() == [shipped["ipython"], shipped["ipywidgets"], "0.29.1"]
+
+
+@pytest.mark.parametrize("page", ["base/quiz", "2_training/20_mask_viewer", "2_training/22_training_loop"])
+def test_a_page_on_colabs_versions(page, colab):
+    "Widgets of 2022, IPython 7, and the oldest TRL that we support."
+    r = with_colab(colab, "tests/run_notebook.py", f"nbs/{page}.ipynb")
+    assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
