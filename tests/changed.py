@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ALL = {"pytest.ini", "constraints.txt", "tests/conftest.py"}  # what every test depends on
 RUNNER = "tests/run_notebook.py"                             # every page depends on it
-HOUSE = "tests/test_frame.py"                                # looks at every file of the project, in a few seconds
+HOUSE = {"tests/test_frame.py", "tests/test_zh.py"}          # look at every file or page of the project, in a few seconds
 
 
 def git(*args): return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
@@ -32,8 +32,8 @@ def code(path):
 
 
 def sources(root=ROOT):
-    "{path in the project: code} of modules, tools, tests and pages."
-    files = [o for p in ("qlora_nb/**/*.py", "tools/*.py", "tests/*.py", "nbs/**/*.ipynb") for o in sorted(root.glob(p))]
+    "{path in the project: code} of modules, tools, tests and pages; the Chinese pages hold no code of their own."
+    files = [o for p in ("qlora_nb/**/*.py", "tools/*.py", "tests/*.py", "nbs/**/*.ipynb") for o in sorted(root.glob(p)) if o.parent.name != "zh"]
     return {o.relative_to(root).as_posix(): code(o) for o in files}
 
 
@@ -68,7 +68,7 @@ def touched(changed, texts):
     if ALL & set(changed): return set(texts)
     found = {o for o in changed if o in texts}
     found |= {p for p, t in texts.items() for o in changed if o not in texts and names(t, o)}
-    if changed: found |= {HOUSE} & set(texts)
+    if changed: found |= HOUSE & set(texts)
     front = tuple(re.findall(r'(\w+)="(\w+\.\w+)"', texts.get("qlora_nb/__init__.py", "")))
     needs = {p: needed(p, t, front) - {p} | ({RUNNER} if p.endswith(".ipynb") else set()) for p, t in texts.items()}
     while more := {p for p, n in needs.items() if p not in found and n & found}: found |= more

@@ -11,7 +11,8 @@ from qlora_nb.base.cells import directives
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT/"qlora_nb"
 NBS = ROOT/"nbs"
-PAGES = sorted(NBS.glob("*/*.ipynb"))           # in the order of the course: 1_foundations … 7_speed, apps, base
+# In the order of the course: 1_foundations … 7_speed, apps, base. The pages in zh are translations: tests/test_zh.py.
+PAGES = sorted(o for o in NBS.glob("*/*.ipynb") if o.parent.name != "zh")
 NOTEBOOKS = [*PAGES, NBS/"index.ipynb"]
 LESSONS = [o for o in PAGES if o.name[0].isdigit()]
 MODULES = sorted(o for o in PACKAGE.rglob("*.py") if not o.name.startswith("_"))

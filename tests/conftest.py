@@ -83,7 +83,7 @@ def spoken_of(path, words):
 def page_words(expression):
     "The words of a `-k` expression when each is a part of a page's name and none is denied; else nothing."
     words = re.findall(r"[\w.]+", expression.lower())
-    pages = [o.name for o in (changed.ROOT/"nbs").rglob("*.ipynb")]
+    pages = [o.name for o in (changed.ROOT/"nbs").rglob("*.ipynb") if o.parent.name != "zh"]
     if {"not"} & set(words): return []
     words = [o for o in words if o not in ("and", "or")]
     return words if all(any(w in p for p in pages) for w in words) else []

@@ -51,6 +51,7 @@ def top(page, before, after, pages, table):
     ways = [link(before, here, f"← {before['title']}")] if before else []
     ways += [f"[all parts]({index}#The-course)"] + ([link(after, here, f"{after['title']} →")] if after else [])
     number = f"Part {part['folder'][0]}, {part['title']}" if lesson else f"{part['title']}, no lesson"
+    if (NBS/"zh"/f"{page['name']}.ipynb").exists(): ways.append(f"[中文](../zh/{page['name']}.ipynb)")
     lines = [f"**{number}** · " + " · ".join(ways)]
     if page.get("can"): lines += ["After this page you can", "\n".join(f"- {o}" for o in page["can"])]
     first = ", ".join(link(pages[o], here) for o in page["first"])

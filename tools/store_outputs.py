@@ -40,7 +40,7 @@ def collect(paths):
     return store
 
 
-def make_store(): return json.dumps(collect((ROOT/"nbs").rglob("*.ipynb")), indent=1, ensure_ascii=False) + "\n"
+def make_store(): return json.dumps(collect(o for o in (ROOT/"nbs").rglob("*.ipynb") if o.parent.name != "zh"), indent=1, ensure_ascii=False) + "\n"
 
 
 def main():
