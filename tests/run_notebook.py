@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 cfg = ConfigParser(delimiters=["="])
 cfg.read(ROOT/"settings.ini", encoding="utf-8")
 FLAGS = set(cfg["DEFAULT"]["tst_flags"].split())
+WIDGET = "application/vnd.jupyter.widget-view+json"
 # A reader without the Hub is the default reader; thread pools of several libraries would fight over two cores.
 QUIET = dict(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", PYTHONHASHSEED="0")
 
@@ -63,6 +64,12 @@ def hide_paths(nb):
         for p in home: o.text = o.text.replace(f"{p}/", "")
 
 
+def without_kernel(nb):
+    "Of a widget that has another form than its plain text, keep that form alone: a stored widget shows nothing."
+    for o in (o for c in nb.cells for o in c.get("outputs", [])):
+        if o.get("data", {}).keys() - {WIDGET, "text/plain"}: o.data.pop(WIDGET, None)
+
+
 def run(path, flags=(), save=False, timeout=900, everything=False, **how):
     """Run `path`; raises nbclient's CellExecutionError, with the cell's source, when a cell fails.
 
@@ -81,6 +88,7 @@ def run(path, flags=(), save=False, timeout=900, everything=False, **how):
         raise RuntimeError(f"{path}: an error inside a widget callback: {errs[0]['ename']}: {errs[0]['evalue']}")
     if save:
         hide_paths(run_nb)
+        without_kernel(run_nb)
         nb.metadata.pop("widgets", None)
         if any("jupyter.widget-view" in str(c.get("outputs")) for c in run_nb.cells) and "widgets" in run_nb.metadata:
             nb.metadata["widgets"] = run_nb.metadata["widgets"]

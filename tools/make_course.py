@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 NBS = ROOT/"nbs"
 TOP, END, TABLE = "course-top", "course-end", "course-table"   # the cells that this tool writes
+QUIZ = "quiz"                                                  # the heading of the questions about a part
 
 
 def course(path=NBS/"course.toml"):
@@ -105,6 +106,12 @@ def put(nb, key, text, place):
     if text: cells.insert(place, dict(cell_type="markdown", id=key, metadata={}, source=text.splitlines(True)))
 
 
+def before_quiz(nb):
+    "Where the table of a part's pages stands: before the questions about them, if there are some."
+    ids = [c.get("id") for c in nb["cells"] if c.get("id") != TABLE]
+    return ids.index(QUIZ) if QUIZ in ids else len(ids)
+
+
 PLUMBING = re.compile(r"^#\|\s*(hide|code-fold|default_exp|echo: false|eval: false)\b", re.M)
 
 
@@ -133,7 +140,7 @@ def written(parts, table):
         before, after = (lessons[i-1] if i else None, lessons[i+1] if i is not None and i + 1 < len(lessons) else None)
         nb = json.loads((NBS/p["path"]).read_text(encoding="utf-8"))
         put(nb, TOP, top(p, before, after, pages, table), 1)
-        if is_start(p): put(nb, TABLE, pages_of(p["part"], p["path"]), len(nb["cells"]))
+        if is_start(p): put(nb, TABLE, pages_of(p["part"], p["path"]), before_quiz(nb))
         put(nb, END, end(p, after), len(nb["cells"]))
         out[NBS/p["path"]] = nb
     index = json.loads((NBS/"index.ipynb").read_text(encoding="utf-8"))
