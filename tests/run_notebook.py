@@ -37,6 +37,18 @@ def widget_errors(nb):
             for o in m["state"].get("outputs", []) if o.get("output_type") == "error"]
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def without_widgets(nb):
+    "Widgets out of the outputs: without their kernel they show their names at best. What stands beside them in another form stays."
+    for c in (c for c in nb.cells if c.cell_type == "code"):
+        views = [o for o in c.outputs if WIDGET in o.get("data", {})]
+        for o in views: del o.data[WIDGET]
+        c.outputs = [o for o in c.outputs if o not in views or o.data.keys() - {"text/plain"}]
+    nb.metadata.pop("widgets", None)
+
+
 class Client(NotebookClient):
     """nbclient, looking for a reply every half second instead of once.
 
@@ -79,11 +91,9 @@ def run(path, flags=(), save=False, timeout=900, everything=False, **how):
     client.execute(env=env)
     if errs := widget_errors(run_nb):
         raise RuntimeError(f"{path}: an error inside a widget callback: {errs[0]['ename']}: {errs[0]['evalue']}")
+    without_widgets(run_nb)
     if save:
         hide_paths(run_nb)
-        nb.metadata.pop("widgets", None)
-        if any("jupyter.widget-view" in str(c.get("outputs")) for c in run_nb.cells) and "widgets" in run_nb.metadata:
-            nb.metadata["widgets"] = run_nb.metadata["widgets"]
         nbformat.write(nb, path)
         from nbdev.clean import nbdev_clean
         nbdev_clean.__wrapped__(str(path))
