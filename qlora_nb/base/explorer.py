@@ -6,7 +6,6 @@
 __all__ = ['WIDE', 'VIEW', 'panels', 'picture', 'choice', 'toggle', 'text', 'number', 'NotDrawn', 'show', 'Explorer', 'explore']
 
 # %% ../../nbs/base/explorer.ipynb #f64be8c5
-import ipywidgets as W
 from .core import figure_data
 from .errors import QLoRAError
 
@@ -36,21 +35,25 @@ WIDE = dict(description_width="initial")   # labels are never cut
 
 def choice(label:str, *options, value=None):  # The first option, unless `value` is given
     "One of several values."
+    import ipywidgets as W
     return W.Dropdown(options=options, value=options[0] if value is None else value,
                       description=label, style=WIDE, layout=W.Layout(width="max-content"))
 
 def toggle(label:str, value:bool=False):
     "Yes or no."
+    import ipywidgets as W
     return W.Checkbox(value, description=label, indent=False, layout=W.Layout(width="max-content"))
 
 def text(label:str, value:str, rows:int=3):
     "Some words, taken over when the box is left."
+    import ipywidgets as W
     return W.Textarea(value, description=label, rows=rows, continuous_update=False, style=WIDE,
                       layout=W.Layout(width="100%"))
 
 # %% ../../nbs/base/explorer.ipynb #ca732cf8
 def number(label:str, low, high, step, value):
     "A number: typed into a box, or moved by the slider beside it, its `slider`."
+    import ipywidgets as W
     whole = all(isinstance(o, int) for o in (low, high, step, value))
     Slider, Box = ((W.IntSlider, W.BoundedIntText) if whole
                    else (W.FloatSlider, W.BoundedFloatText))
@@ -78,6 +81,7 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 class Explorer:
     "A figure, its controls, and the figure that they lead to."
     def __init__(self, draw, caption:str, **controls):  # As in `explore`
+        import ipywidgets as W
         self.draw, self.caption, self.controls, self.live = draw, caption, controls, None
         self.first = self.now = picture(draw, **self.values)
         self.live = W.interactive_output(self.move, controls)
