@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/apps/chat.ipynb #ebb6fb21
 from ..base.errors import QLoRAError
-from ..base.explorer import number
+from ..base.explorer import WIDE, choice, number
 from ..training.data import encode_prompt
 from ..training.saved_adapters import load_adapter
 from ..using.inference import stream
@@ -82,16 +82,15 @@ class Chat:
 @patch
 def widgets(self:Chat, max_new_tokens, temperature, top_p):
     "Whom to ask, and how; buttons, the text, and everything in one box."
-    names, style = adapter_names(self.model), dict(description_width="initial")
+    names = adapter_names(self.model)
     who = [*((n, (n,)) for n in names), ("base", (None,)),
            *((f"base and {n}", (None, n)) for n in names)]
-    self.who = W.Dropdown(options=who, value=(active_adapter(self.model),), description="ask",
-                          style=style)
+    self.who = choice("ask", *who, value=(active_adapter(self.model),))
     self.temperature = number("temperature", 0., max(2., temperature), .05, float(temperature))
     self.top_p = number("top-p", 0., 1., .01, float(top_p))
     self.longest = number("max tokens", 1, max(1024, max_new_tokens), 1, max_new_tokens)
-    self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3, style=style,
-                           description="message", layout=W.Layout(width="auto"))
+    self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3, description="message",
+                           style=WIDE, layout=W.Layout(width="auto"))
     self.send, self.stop, self.clear = (W.Button(description=o) for o in ("Send", "Stop", "Clear"))
     self.send.on_click(self.ask), self.stop.on_click(self.end), self.clear.on_click(self.forget)
     self.status, self.log = W.HTML(), W.VBox()
