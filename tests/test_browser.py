@@ -153,7 +153,9 @@ def test_in_lab(lab, asked): asked(lab)
 
 # ---- Notebook 6 with ipywidgets 7, as on Colab and on many servers of universities ----
 
-OLD = "notebook==6.5.7 ipywidgets==7.7.1 ipython==7.34.0 ipykernel==6.29.5 jupyter-client==7.4.9 traitlets==5.9.0 pyzmq==24.0.1 setuptools<81".split()
+# widgetsnbextension 3.6.10 cannot make an Output widget ("_deserialize_state is not a function"), whatever it is to show.
+OLD = ("notebook==6.5.7 ipywidgets==7.7.1 widgetsnbextension==3.6.6 ipython==7.34.0 ipykernel==6.29.5 jupyter-client==7.4.9 "
+       "traitlets==5.9.0 pyzmq==24.0.1 setuptools<81").split()
 
 
 @pytest.fixture(scope="module")
