@@ -40,7 +40,7 @@ def test_links_agree_with_settings(path):
 def test_colab_badge(path):
     url = f"https://colab.research.google.com/github/{USER}/{REPO}/blob/{BRANCH}/nbs/{path.relative_to(NBS).as_posix()}"
     title = next(c.source for c in read(path).cells if c.cell_type == "markdown")
-    assert title.startswith("# ") and f"(https://colab.research.google.com/assets/colab-badge.svg)]({url})" in title
+    assert title.startswith("# ") and f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})" in title   # words, where no image loads
 
 
 @each_notebook
