@@ -104,6 +104,7 @@ def a_slider_moved_by_keyboard(page):
     slider.focus()
     first = press(page, "ArrowRight")
     assert page.get_by_label("r", exact=True).input_value() == "9"
+    assert page.locator(MOVED).get_attribute("alt").startswith("Adapters of rank 9, alpha 16, on mlp: ")
     assert page.evaluate("document.activeElement.matches('[role=slider], .ui-slider-handle')")   # and can be moved on
     assert press(page, "ArrowRight") != first and page.get_by_label("r", exact=True).input_value() == "10"
 

@@ -7,6 +7,7 @@ __all__ = ['WIDE', 'VIEW', 'panels', 'picture', 'choice', 'toggle', 'textbox', '
            'explore']
 
 # %% ../../nbs/base/explorer.ipynb #f64be8c5
+from html import escape
 from .core import figure_data
 from .errors import QLoRAError
 
@@ -101,7 +102,9 @@ class Explorer:
             at = ", ".join(f"{k}={v!r}" for k, v in values.items())
             kind = "" if isinstance(e, QLoRAError) else f"{type(e).__name__}: "
             raise NotDrawn(f"There is no figure for {at}: {kind}{e}") from e
-        show(*self.now)
+        png = f"data:image/png;base64,{self.now[0]['image/png']}"
+        image = f'<img alt="{escape(self.alt)}" src="{png}">'
+        show({"text/html": image, "text/plain": self.alt}, {})
     def __repr__(self):
         return f"An explorer of {', '.join(f'{k}={v!r}' for k, v in self.values.items())}."
 

@@ -170,6 +170,6 @@ def draw_sampling(scores:torch.Tensor,  # (1, vocabulary), of the model
            title=f"{kept:,} of {len(after):,} tokens can be drawn")
     ax.invert_yaxis(), fig.legend(loc="outside lower center", ncols=2, frameon=False)
     fig.set_label(f"temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}, min_p {min_p:g}: "
-                  f"{kept:,} of {len(after):,} tokens can be drawn. The likeliest, {shown[0]}, goes "
-                  f"from {before[best[0]]:.1%} to {after[best[0]]:.1%}.")
+                  f"{kept:,} of {len(after):,} tokens can be drawn. The likeliest, {shown[0]}, "
+                  f"goes from {before[best[0]]:.1%} to {after[best[0]]:.1%}.")
     return fig
