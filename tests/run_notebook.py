@@ -38,6 +38,18 @@ def widget_errors(nb):
             for o in m["state"].get("outputs", []) if o.get("output_type") == "error"]
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def without_widgets(nb):
+    "Widgets out of the outputs: without their kernel they show their names at best. What stands beside them in another form stays."
+    for c in (c for c in nb.cells if c.cell_type == "code"):
+        views = [o for o in c.outputs if WIDGET in o.get("data", {})]
+        for o in views: del o.data[WIDGET]
+        c.outputs = [o for o in c.outputs if o not in views or o.data.keys() - {"text/plain"}]
+    nb.metadata.pop("widgets", None)
+
+
 class Client(NotebookClient):
     """nbclient, looking for a reply every half second instead of once.
 
@@ -64,12 +76,6 @@ def hide_paths(nb):
         for p in home: o.text = o.text.replace(f"{p}/", "")
 
 
-def without_kernel(nb):
-    "Of a widget that has another form than its plain text, keep that form alone: a stored widget shows nothing."
-    for o in (o for c in nb.cells for o in c.get("outputs", [])):
-        if o.get("data", {}).keys() - {WIDGET, "text/plain"}: o.data.pop(WIDGET, None)
-
-
 def run(path, flags=(), save=False, timeout=900, everything=False, **how):
     """Run `path`; raises nbclient's CellExecutionError, with the cell's source, when a cell fails.
 
@@ -86,12 +92,9 @@ def run(path, flags=(), save=False, timeout=900, everything=False, **how):
     client.execute(env=env)
     if errs := widget_errors(run_nb):
         raise RuntimeError(f"{path}: an error inside a widget callback: {errs[0]['ename']}: {errs[0]['evalue']}")
+    without_widgets(run_nb)
     if save:
         hide_paths(run_nb)
-        without_kernel(run_nb)
-        nb.metadata.pop("widgets", None)
-        if any("jupyter.widget-view" in str(c.get("outputs")) for c in run_nb.cells) and "widgets" in run_nb.metadata:
-            nb.metadata["widgets"] = run_nb.metadata["widgets"]
         nbformat.write(nb, path)
         from nbdev.clean import nbdev_clean
         nbdev_clean.__wrapped__(str(path))

@@ -115,13 +115,13 @@ def test_stop_in_mid_stream_and_two_quick_sends(model, tok, monkeypatch):
     c.who.value = ("default",)
     c.text.value = "one"
     c.send.click()
-    assert gate["there"].wait(10) and c.busy and c.send.disabled and not c.stop.disabled and c.text.value == ""
+    assert gate["there"].wait(10) and c.busy and not c.send.disabled and c.text.value == ""
     c.text.value = "two"
     c.send.click(), c.send.click()
     assert c.text.value == "two" and "Still answering" in c.status.value and len(c.turns) == 1 == len(c.log.children)
     c.stop.click(), gate["go"].set(), c.wait(10)
     assert c.turns[0]["answers"] == dict(default="first second ") and c.turns[0]["stopped"] and "stopped" in c.log.children[0].value
-    assert not c.send.disabled and c.stop.disabled and c.status.value == ""
+    assert c.status.value == ""
     c.send.click(), c.wait(10)      # the second one, now in its turn
     assert [t["user"] for t in c.turns] == ["one", "two"] and not c.turns[1]["stopped"]
 
@@ -184,6 +184,31 @@ def test_clear_while_it_writes(model, tok, monkeypatch):
     threading.Timer(.05, gate["go"].set).start()
     c.clear.click()
     assert c.turns == [] and not c.busy and not c.thread.is_alive()
+
+
+def test_nothing_to_stop(model, tok):
+    c = Chat(model, tok, max_new_tokens=3)
+    c.stop.click()
+    assert c.status.value == "There is nothing to stop."
+    assert say(c, "Hello")["stopped"] is False and c.status.value == ""
+
+
+def controls(widget):
+    "What can be operated in a tree of widgets."
+    if hasattr(widget, "children"): return [o for w in widget.children for o in controls(w)]
+    return [widget] if not isinstance(widget, (W.HTML, W.Output)) else []
+
+
+def test_each_control_has_a_name_and_keeps_the_focus(model, tok, monkeypatch):
+    monkeypatch.setattr(module, "stream", scripted("yes"))
+    c, seen = Chat(model, tok), []
+    unnamed = [o for o in controls(c.box) if not o.description]
+    assert unnamed == [o.slider for o in (c.longest, c.temperature, c.top_p)]   # each beside its box, which has the name
+    c.longest.slider.value = 5
+    assert c.longest.value == 5
+    for o in controls(c.box): o.observe(lambda change: seen.append(change["owner"]), "disabled")
+    say(c, "Hello"), c.stop.click(), c.clear.click()
+    assert not seen and not any(o.disabled for o in controls(c.box))
 
 
 def test_nothing_to_send(model, tok):

@@ -10,9 +10,10 @@ import forks, qlora_nb
 from common import (LESSONS, MODULES, NBS, NOTEBOOKS, PACKAGE, PAGES, ROOT, SETTINGS, code_cells, exported_module, install_cells,
                     module_name, read)
 from qlora_nb import FRONT
+from qlora_nb.base.cells import directives
 
 sys.path.insert(0, str(ROOT/"tools"))
-from make_course import course, stale
+from make_course import accelerate, course, stale
 from make_links import fix_links
 from make_readme import make_readme
 
@@ -39,7 +40,7 @@ def test_links_agree_with_settings(path):
 def test_colab_badge(path):
     url = f"https://colab.research.google.com/github/{USER}/{REPO}/blob/{BRANCH}/nbs/{path.relative_to(NBS).as_posix()}"
     title = next(c.source for c in read(path).cells if c.cell_type == "markdown")
-    assert title.startswith("# ") and f"(https://colab.research.google.com/assets/colab-badge.svg)]({url})" in title
+    assert title.startswith("# ") and f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})" in title   # words, where no image loads
 
 
 @each_notebook
@@ -51,6 +52,7 @@ def test_install_cell(path):
     assert code_cells(nb)[0].source == mine[0], "the install cell must come before all other code"
     head, *body = mine[0].splitlines()
     assert head == "#| eval: false" and 'if "google.colab" in sys.modules:' in body
+    assert any(o.startswith('elif find_spec("qlora_nb") is None:') for o in body), "no help where the package is missing"
     assert all(o.startswith("    ") for o in body if "%pip" in o), "%pip runs outside Colab too"
     assert f'"git+{SETTINGS["git_url"]}@{BRANCH}"' in mine[0]
 
@@ -104,6 +106,23 @@ def test_course_holds_every_page_in_order():
 
 def test_pages_say_what_the_course_says():
     assert not (found := stale()), f"run tools/make_course.py: {', '.join(o.stem for o in found)}"
+
+
+@each_notebook
+def test_colab_gives_a_gpu_to_pages_that_need_one(path):
+    nb = read(path)
+    needs = any("cuda" in directives(c.source) for c in code_cells(nb))
+    said = {k: nb.metadata[k] for k in ("accelerator", "colab") if k in nb.metadata}
+    assert said == (dict(accelerator="GPU", colab=dict(gpuType="T4")) if needs else {}), "run tools/make_course.py"
+
+
+def test_a_page_is_given_a_gpu_and_loses_it():
+    nb = dict(metadata=dict(kernelspec=1), cells=[dict(cell_type="code", source=["#| cuda\n", "1"])])
+    accelerate(nb)
+    assert nb["metadata"] == dict(accelerator="GPU", colab=dict(gpuType="T4"), kernelspec=1)
+    nb["cells"][0]["source"] = ["# no cuda"]
+    accelerate(nb)
+    assert nb["metadata"] == dict(kernelspec=1)
 
 
 def test_nothing_is_needed_before_it_was_taught():

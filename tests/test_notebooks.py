@@ -8,7 +8,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from common import NOTEBOOKS, code_cells, read
 from forks import Kernels
-from run_notebook import run, skipped
+from run_notebook import WIDGET, run, skipped
 
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 HEAD, TAIL = 8, 20  # lines of a traceback to show: where it left the notebook, and what went wrong in the end
@@ -128,6 +128,8 @@ def test_committed_outputs(path):
     assert not [o for o in outputs if o.output_type == "error"], "an error is committed as an output"
     for o in outputs:
         data = o.get("data", {})
+        assert WIDGET not in data and not re.match(r"[VH]?Box\(|\w+\(description=", data.get("text/plain", "")), (
+            f"{path.name} holds a widget, which shows nothing without its kernel")
         for kind in data:
             if kind.startswith("image/"):
                 alt = o.metadata.get(kind, {}).get("alt", "").strip()

@@ -7,7 +7,7 @@ import nbformat, pytest
 from common import LESSONS, ROOT, read
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.quiz import Question, Quiz, quiz_html, quiz_widget
-from run_notebook import WIDGET, without_kernel
+from run_notebook import WIDGET, without_widgets
 
 PARTS = [o for o in LESSONS if o.stem.endswith("_start")]
 each_part = pytest.mark.parametrize("path", PARTS, ids=lambda o: o.stem)
@@ -144,15 +144,15 @@ def test_two_forms_of_one_quiz():
 
 
 def test_what_is_saved_of_a_widget():
-    "Its other form, where it has one; a widget without one stays, and so does everything else."
+    "Its other form, where it has one; a widget without one goes, and everything else stays."
     view, cell = {WIDGET: {"model_id": "x"}}, nbformat.v4.new_code_cell
     out = lambda data: nbformat.v4.new_output("display_data", data)
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("a"), cell("b", outputs=[
         out(view | {"text/html": "<p></p>", "text/plain": "p"}), out(view | {"text/plain": "VBox()"}), out({"text/html": "<p></p>"}),
         nbformat.v4.new_output("stream", text="c")])])
-    without_kernel(nb)
-    assert [o.data.keys() for o in nb.cells[1].outputs[:3]] == [{"text/html", "text/plain"}, {WIDGET, "text/plain"}, {"text/html"}]
-    assert nb.cells[1].outputs[3].text == "c"
+    without_widgets(nb)
+    assert [o.data.keys() for o in nb.cells[1].outputs[:2]] == [{"text/html", "text/plain"}, {"text/html"}]
+    assert nb.cells[1].outputs[2].text == "c"
 
 
 def test_a_question_without_a_reason_is_refused():

@@ -1,5 +1,5 @@
 """Write what nbs/course.toml says about the course into its pages: where each stands, what to know first, the next one.
-Cells that are plumbing are collapsed.
+Cells that are plumbing are collapsed, the install cell of the first page is that of all, and pages with cells for a GPU open on one.
 
     python tools/make_course.py          # write it, after a change of course.toml, of a title or of a page's length
     python tools/make_course.py --check  # say which pages are not up to date; exit 1 when there are any
@@ -130,6 +130,21 @@ def fold(nb):
         c["metadata"] = dict(sorted(meta.items()))
 
 
+def is_install(cell): return cell["cell_type"] == "code" and text_of(cell).startswith("#| eval: false") and "%pip install" in text_of(cell)
+
+
+def install(nb, first):
+    "Every page installs what the first one does."
+    for c in filter(is_install, nb["cells"]): c["source"] = next(filter(is_install, first["cells"]))["source"]
+
+
+def accelerate(nb):
+    "Colab gives a GPU to a page with cells that need one, and to no other."
+    meta = {k: v for k, v in nb["metadata"].items() if k not in ("accelerator", "colab")}
+    needs = any(c["cell_type"] == "code" and re.search(r"^#\|\s*cuda\b", text_of(c), re.M) for c in nb["cells"])
+    nb["metadata"] = dict(sorted((meta | (dict(accelerator="GPU", colab=dict(gpuType="T4")) if needs else {})).items()))
+
+
 def written(parts, table):
     "{path: text} of every notebook as course.toml wants it."
     pages = {p["name"]: p for part in parts for p in part["page"]}
@@ -147,7 +162,8 @@ def written(parts, table):
     heading = next(i for i, c in enumerate(index["cells"]) if text_of(c).startswith("## The course"))
     put(index, TABLE, parts_table(parts), heading + 1)
     out[NBS/"index.ipynb"] = index
-    for nb in out.values(): fold(nb)
+    first = next(iter(out.values()))
+    for nb in out.values(): fold(nb), install(nb, first), accelerate(nb)
     return {p: json.dumps(nb, indent=1, ensure_ascii=False) + "\n" for p, nb in out.items()}
 
 

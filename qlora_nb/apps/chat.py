@@ -15,6 +15,7 @@ from fastcore.basics import patch
 
 # %% ../../nbs/apps/chat.ipynb #ebb6fb21
 from ..base.errors import QLoRAError
+from ..base.explorer import WIDE, choice, number
 from ..training.data import encode_prompt
 from ..training.saved_adapters import load_adapter
 from ..using.inference import stream
@@ -81,24 +82,20 @@ class Chat:
 @patch
 def widgets(self:Chat, max_new_tokens, temperature, top_p):
     "Whom to ask, and how; buttons, the text, and everything in one box."
-    names, style = adapter_names(self.model), dict(description_width="7em")
+    names = adapter_names(self.model)
     who = [*((n, (n,)) for n in names), ("base", (None,)),
            *((f"base and {n}", (None, n)) for n in names)]
-    how = dict(continuous_update=False, style=style)
-    self.who = W.Dropdown(options=who, value=(active_adapter(self.model),), description="ask",
-                          style=style)
-    self.temperature = W.FloatSlider(temperature, min=0, max=max(2, temperature), step=.05,
-                                     description="temperature", **how)
-    self.top_p = W.FloatSlider(top_p, min=0, max=1, step=.01, description="top-p", **how)
-    self.longest = W.IntSlider(max_new_tokens, min=1, max=max(1024, max_new_tokens),
-                               description="max tokens", **how)
-    self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3,
-                           layout=W.Layout(width="auto"))
+    self.who = choice("ask", *who, value=(active_adapter(self.model),))
+    self.temperature = number("temperature", 0., max(2., temperature), .05, float(temperature))
+    self.top_p = number("top-p", 0., 1., .01, float(top_p))
+    self.longest = number("max tokens", 1, max(1024, max_new_tokens), 1, max_new_tokens)
+    self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3, style=WIDE,
+                           description="message", layout=W.Layout(width="auto"))
     self.send, self.stop, self.clear = (W.Button(description=o) for o in ("Send", "Stop", "Clear"))
     self.send.on_click(self.ask), self.stop.on_click(self.end), self.clear.on_click(self.forget)
-    self.stop.disabled, self.status, self.log = True, W.HTML(), W.VBox()
-    rows = ([self.send, self.stop, self.clear, self.status], [self.who, self.longest],
-            [self.temperature, self.top_p])
+    self.status, self.log = W.HTML(), W.VBox()
+    numbers = ([o, o.slider] for o in (self.longest, self.temperature, self.top_p))
+    rows = ([self.send, self.stop, self.clear, self.status], [self.who], *numbers)
     rows = [W.HBox(o, layout=W.Layout(flex_flow="row wrap")) for o in rows]
     self.box = W.VBox([W.HTML(self.hello()), self.log, self.text, *rows])
 
@@ -129,7 +126,6 @@ def ask(self:Chat, _=None):
         self.busy = True
     self.halt.clear()
     self.text.value, self.status.value = "", "answering ..."
-    self.send.disabled, self.stop.disabled = True, False
     turn, view = dict(user=question, answers={}, error=None, stopped=False), W.HTML()
     how = dict(self.how, max_new_tokens=self.longest.value, temperature=self.temperature.value,
                top_p=self.top_p.value)
@@ -142,7 +138,10 @@ def ask(self:Chat, _=None):
 
 # %% ../../nbs/apps/chat.ipynb #7e00f90d
 @patch
-def end(self:Chat, _=None): self.halt.set()   # Stop: no more pieces
+def end(self:Chat, _=None):
+    "Stop: no more pieces."
+    self.halt.set()
+    if not self.busy: self.status.value = "There is nothing to stop."
 
 @patch
 def forget(self:Chat, _=None):
@@ -187,7 +186,6 @@ def work(self:Chat, turn, view, *args):
     finally:
         view.value = turn_html(turn)
         self.status.value, self.busy = "", False
-        self.send.disabled, self.stop.disabled = False, True
 
 # %% ../../nbs/apps/chat.ipynb #b303426c
 @patch

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['with_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'penalize', 'check_sampling', 'process_logits', 'seeded',
-           'generate_ids']
+           'generate_ids', 'drawn_from', 'draw_sampling']
 
 # %% ../../nbs/4_using/41_sampling.ipynb #3b66cc40
 import contextlib, math
 import torch
 from torch.nn import functional as F
+from ..base.core import COLORS
 from ..base.errors import QLoRAError
+from ..base.explorer import panels
 
 # %% ../../nbs/4_using/41_sampling.ipynb #73501d24
 def with_temperature(scores:torch.Tensor,  # (batch, vocabulary)
@@ -137,3 +139,37 @@ def generate_ids(model,  # A causal language model that takes `position_ids`, as
             done = done | (new[:, 0] == stop_id) if stop_id is not None else done
             if done.all(): break
     return ids
+
+# %% ../../nbs/4_using/41_sampling.ipynb #bd652664
+def drawn_from(scores:torch.Tensor,  # (1, vocabulary), of the model
+               **how) -> torch.Tensor:  # Settings of `process_logits` → (vocabulary,), sums to 1
+    "The distribution that a token is drawn from; with temperature 0, all of it on one token."
+    check_sampling(**how)
+    left = process_logits(scores, scores.new_zeros(1, 1, dtype=torch.long), **how)[0]
+    if how.get("temperature"): return left.softmax(-1)
+    return F.one_hot(left.argmax(), len(left)).to(left.dtype)
+
+# %% ../../nbs/4_using/41_sampling.ipynb #5d20e4c3
+def draw_sampling(scores:torch.Tensor,  # (1, vocabulary), of the model
+                  names,                # Of tokens: a function of a list of ids → list of texts
+                  temperature:float=1., top_k:int=0, top_p:float=1.,
+                  min_p:float=0.):      # → matplotlib Figure
+    "The twelve likeliest tokens: what the model says of each, and what is drawn from."
+    after = drawn_from(scores, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    before, kept = scores[0].softmax(-1), int((after > 0).sum())
+    best = before.topk(min(12, len(before))).indices.tolist()
+    shown, (fig, ax) = names(best), panels(3.6)
+    ax.barh(range(len(best)), before[best], .8, color=COLORS[5], label="the model")
+    ax.barh(range(len(best)), after[best], .4, color=COLORS[0], label="drawn from")
+    for y, i in enumerate(best):
+        p = max(before[i], after[i]).item()
+        ax.text(p, y, f" {after[i]:.1%}" if after[i] > 0 else " cut", va="center", size=9)
+    ax.set_yticks(range(len(best)), shown, parse_math=False)   # a token may hold two $
+    ax.set(xlabel="probability",
+           xlim=(0, 1.25*max(before.max(), after.max()).item()),
+           title=f"{kept:,} of {len(after):,} tokens can be drawn")
+    ax.invert_yaxis(), fig.legend(loc="outside lower center", ncols=2, frameon=False)
+    fig.set_label(f"temperature {temperature:g}, top_k {top_k}, top_p {top_p:g}, min_p {min_p:g}: "
+                  f"{kept:,} of {len(after):,} tokens can be drawn. The likeliest, {shown[0]}, "
+                  f"goes from {before[best[0]]:.1%} to {after[best[0]]:.1%}.")
+    return fig

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['adapter_names', 'free_name', 'add_adapter_from', 'same_trainable', 'find_adapter', 'use_adapter', 'active_adapter',
-           'answering_as', 'drop_adapter', 'unload', 'shrink', 'scale_one', 'sum_error', 'check_combination',
-           'combine_adapters', 'save_one']
+           'answering_as', 'draw_sides', 'drop_adapter', 'unload', 'shrink', 'scale_one', 'sum_error',
+           'check_combination', 'combine_adapters', 'save_one']
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #818970d6
 import contextlib, shutil, tempfile, torch, warnings
 from pathlib import Path
 from peft.tuners.lora import LoraLayer
 from ..base.adapter_files import describe_adapter
+from ..base.core import COLORS
 from ..base.errors import QLoRAError
+from ..base.explorer import panels
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
 from ..base.runs import content_id
@@ -96,6 +98,28 @@ def answering_as(model, name:str|None):  # An adapter on the model; None: the ba
             with model.disable_adapter() if off else contextlib.nullcontext(): yield model
         finally:
             if name not in (None, was): use_adapter(model, was)
+
+# %% ../../nbs/4_using/43_several_adapters.ipynb #3becce54
+def draw_sides(said:dict):   # Of `side_by_side` → matplotlib Figure
+    "Each token of each answer, and how likely each model finds it."
+    fig, axs = panels(5.2, len(said), sharey=True)
+    for ax, (who, answer) in zip(axs, said.items()):
+        for k, (name, p) in enumerate(answer["probs"].items()):
+            ax.bar([i + .4*k - .2 for i in range(len(p))], p, .4, color=COLORS[k],
+                   hatch="//"*k, edgecolor="white", label=name)
+        ax.set_xticks(range(len(answer["tokens"])), map(repr, answer["tokens"]), rotation=90,
+                      family="monospace", parse_math=False)
+        ax.set(ylim=(0, 1), ylabel="probability", title=f"the answer of {who}")
+    fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+               frameon=False)
+    words = []
+    for who, a in said.items():
+        other = next(o for o in a["probs"] if o != who)
+        p, token = min(zip(a["probs"][other], a["tokens"]))
+        words.append(f"{who} answers {''.join(a['tokens'])!r}; of its tokens, {other} finds "
+                     f"{token!r} the least likely ({p:.1%}).")
+    fig.set_label(" ".join(words))
+    return fig
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #25e1d9a4
 def drop_adapter(model, name:str) -> str:  # The adapter that is in use afterwards
