@@ -20,6 +20,7 @@ nb_ipywidgets_js = {}
 nb_merge_streams = True
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 4
+toc_object_entries_show_parents = "hide"
 mathjax_path = "mathjax/tex-chtml.js"   # beside the pages; build_site puts it there
 
 # Reference
@@ -36,6 +37,7 @@ html_copy_source = html_show_sourcelink = False
 html_theme_options = dict(
     repository_url=cfg["git_url"], repository_branch="student", path_to_docs="nbs", use_repository_button=True,
     use_download_button=False, use_fullscreen_button=False, show_toc_level=2,
+    collapse_navbar=True, max_navbar_depth=2,   # the menu of the part that one is in: half the time of a build otherwise
     launch_buttons=dict(colab_url="https://colab.research.google.com"))
 
 
@@ -44,6 +46,8 @@ def page_language(app, pagename, templatename, context, doctree):
 
 
 def setup(app):
+    # numbers chapters, where asked to, and does not say that pages can be read side by side; we ask for no numbers
+    app.extensions["sphinx_multitoc_numbering"].parallel_read_safe = True
     app.connect("autodoc-process-docstring", docments_of)
     app.connect("html-page-context", page_language)
     return dict(parallel_read_safe=True, parallel_write_safe=True)

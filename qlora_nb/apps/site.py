@@ -15,18 +15,20 @@ from .site_pages import checkout, course, settings, site_page
 from ..base.cells import directives
 from ..base.errors import QLoRAError
 
-# %% ../../nbs/apps/site.ipynb #2a46f2c8
+# %% ../../nbs/apps/site.ipynb #2d28035d
 def as_rst(text:str) -> str:
     "A docstring in reStructuredText: code between double backticks, no character with a meaning."
-    parts = text.split("`")
-    if len(parts) % 2 == 0: return re.sub(r"([\\*|`_])", r"\\\1", text)   # a lone backtick
-    return "".join(f"``{o}``" if i % 2 and o.strip() else re.sub(r"([\\*|_])", r"\\\1", o)
-                   for i, o in enumerate(parts))
+    def span(m):
+        if not m[1]: return "\\" + m[0]
+        before, after = text[:m.start()][-1:], text[m.end():][:1]
+        return ("\\ " if before.isalnum() else "") + f"``{m[1].strip()}``" + (
+            "\\ " if after.isalnum() else "")
+    return re.sub(r"`([^`]*[^`\s][^`]*)`|[\\*|_`]", span, text)
 
-# %% ../../nbs/apps/site.ipynb #1548be2c
+# %% ../../nbs/apps/site.ipynb #8a642ddb
 def docments_of(app, what, name, obj, options, lines):
     "Sphinx's hook: the docments of `obj` as the fields of its docstring `lines`."
-    lines[:] = [as_rst(o) for o in lines]
+    lines[:] = as_rst("\n".join(lines)).split("\n")
     if what not in ("function", "method", "class"): return
     from fastcore.docments import docments
     try: found = docments(obj, full=True, returns=True)
