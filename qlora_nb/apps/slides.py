@@ -32,7 +32,9 @@ def output_html(o:dict) -> tuple[str, int]:   # HTML, and about how many lines h
     if "image/png" in data:
         alt = html.escape(o["metadata"].get("image/png", {}).get("alt", ""))
         return f'<img alt="{alt}" src="data:image/png;base64,{data["image/png"].strip()}">', 16
-    if "text/html" in data: return data["text/html"], 1 + data["text/html"].count("<tr")
+    if "text/html" in data:
+        shown, words = data["text/html"], re.sub(r"<[^>]+>", "", data["text/html"])
+        return shown, 1 + max(shown.count("<tr"), words.count("\n"), len(words)//90)
     if WIDGET in o.get("data", {}) or "text/plain" not in data: return "", 0
     return pre(data["text/plain"])
 
