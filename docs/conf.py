@@ -1,5 +1,6 @@
 "How Sphinx makes the site out of the pages that qlora_nb.apps.site writes for it."
 import sys
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -23,19 +24,21 @@ myst_heading_anchors = 4
 toc_object_entries_show_parents = "hide"
 mathjax_path = "mathjax/tex-chtml.js"   # beside the pages; build_site puts it there
 
-# Reference
+# Reference. The modules are imported here, before Sphinx divides into processes, and not in each of these again.
+for o in sorted((ROOT/"qlora_nb").rglob("[a-z]*.py")): import_module(".".join(o.relative_to(ROOT).with_suffix("").parts))
 autodoc_inherit_docstrings = False      # torch's docstrings are torch's
 autodoc_typehints = "signature"
 
 # Look
 html_theme = "sphinx_book_theme"
 html_title = cfg["title"]
+html_context = dict(default_mode="auto")
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_favicon = "_static/icon.svg"
 html_copy_source = html_show_sourcelink = False
 html_theme_options = dict(
-    repository_url=cfg["git_url"], repository_branch="student", path_to_docs="nbs", use_repository_button=True,
+    repository_url=cfg["git_url"], repository_branch="student", path_to_docs="", use_repository_button=True,
     use_download_button=False, use_fullscreen_button=False, show_toc_level=2,
     collapse_navbar=True, max_navbar_depth=2,   # the menu of the part that one is in: half the time of a build otherwise
     launch_buttons=dict(colab_url="https://colab.research.google.com"))

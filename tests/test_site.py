@@ -112,7 +112,7 @@ def test_pages_are_fit_to_be_read(site):
         assert not re.search(r"^#\| ?[a-z]", words, re.M), o
         assert not re.search(r"^\s*### (BEGIN|END|WRONG)\b", words, re.M), o
         for tag in re.findall(r"<img\b[^>]*>", main): assert re.search(r'alt="[^"]{3}', tag), (o, tag)
-        assert f"/nbs/{o.removesuffix('.html')}.ipynb" in text, f"{o} has no badge"
+        assert f"/blob/student/{o.removesuffix('.html')}.ipynb" in main, f"{o} has no badge"
 
 
 def test_reference_has_docments(site):
