@@ -64,7 +64,7 @@ STUB = r"\1# YOUR CODE HERE\n\1raise NotImplementedError()\n"   # as nbgrader ha
 def without_solutions(nb:dict):   # A notebook, changed in place
     "A stub for each solution, no hidden check and no raw cell."
     nb["cells"] = [c for c in nb["cells"] if c["cell_type"] != "raw"]
-    for c in nb["cells"]:
+    for c in (c for c in nb["cells"] if c.get("id", "").startswith("ex-")):
         text = "".join(c["source"])
         for mark, stub in (("SOLUTION", STUB), ("HIDDEN TESTS", "")):
             text, n = re.subn(rf"^([ \t]*)### BEGIN {mark}.*?### END {mark}[^\n]*\n?", stub, text,
@@ -128,7 +128,7 @@ def site_page(nb:dict, here:str, pages:set, cfg:dict) -> dict:
     nb["cells"] = [c for c in nb["cells"] if c["source"].strip()]
     head, other = nb["cells"][0], partner(here, pages)
     link = os.path.relpath(other or here, Path(here).parent).replace(os.sep, "/")
-    if other and link not in head["source"]:
+    if other and not any(link in c["source"] for c in nb["cells"][:2]):
         head["source"] += f"\n\n[{'English' if here.startswith('zh/') else '中文'}]({link})"
     nb["metadata"] = dict(kernelspec=nb["metadata"].get("kernelspec", {}),
                           language_info=dict(name="python", pygments_lexer="ipython3"))
