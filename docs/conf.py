@@ -19,6 +19,7 @@ external_toc_path = "_toc.yml"
 nb_execution_mode = "off"
 nb_ipywidgets_js = {}
 nb_merge_streams = True
+nb_render_markdown_format = "gfm"         # outputs in Markdown have tables
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence"]
 myst_heading_anchors = 4
 toc_object_entries_show_parents = "hide"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'WIDGET', 'IN_JUPYTER', 'STUB', 'STUDENT', 'BADGE', 'LINK', 'HREF', 'checkout', 'settings', 'course',
-           'site_cell', 'without_solutions', 'slug', 'address', 'site_links', 'html_links', 'partner', 'site_page']
+           'site_cell', 'without_solutions', 'slug', 'address', 'site_links', 'output_links', 'partner', 'site_page']
 
 # %% ../../nbs/apps/site_pages.ipynb #aed53bac
 import os, re, tomllib
@@ -76,7 +76,7 @@ def without_solutions(nb:dict):   # A notebook, changed in place
 STUDENT = "student"   # the branch with the notebooks without solutions
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s#]*)(#[^)\s]*)?\)")
-HREF = re.compile(r'href="(?!https?:|mailto:)([^"#]*)(#[^"]*)?"')   # the same in HTML
+HREF = re.compile(r'(href="|\]\()(?!https?:)([^"#)\s]+\.(?:ipynb|py|md|json))(#[^")\s]*)?')
 
 def slug(anchor:str) -> str:   # `#The-course` as Jupyter has it
     "An anchor as MyST and GitHub write it."
@@ -101,11 +101,11 @@ def site_links(text:str, here:str, pages:set, cfg:dict) -> str:
     text = text.replace(f"{colab}/{cfg['branch']}/nbs/", f"{colab}/{STUDENT}/")
     return LINK.sub(moved, text).replace(BADGE, "/images/colab.svg")
 
-def html_links(text:str, here:str, pages:set, cfg:dict) -> str:
-    "Links of an output in HTML, which MyST leaves as they are."
+def output_links(text:str, here:str, pages:set, cfg:dict) -> str:
+    "Links of an output in HTML or Markdown, which MyST leaves as they are."
     def moved(m):
-        to = re.sub(r"\.ipynb$", ".html", address(m[1], here, pages, cfg)) if m[1] else ""
-        return f'href="{to}{slug(m[2] or "")}"'
+        to = re.sub(r"\.ipynb$", ".html", address(m[2], here, pages, cfg))
+        return f"{m[1]}{to}{slug(m[3] or '')}"
     return HREF.sub(moved, text)
 
 # %% ../../nbs/apps/site_pages.ipynb #0f8af5ae
@@ -121,8 +121,9 @@ def site_page(nb:dict, here:str, pages:set, cfg:dict) -> dict:
     without_solutions(nb)
     for c in nb["cells"]:
         if c["cell_type"] == "code": site_cell(c)
-        for data in (o["data"] for o in c.get("outputs", []) if "text/html" in o.get("data", {})):
-            data["text/html"] = html_links("".join(data["text/html"]), here, pages, cfg)
+        for data in (o["data"] for o in c.get("outputs", []) if "data" in o):
+            for k in {"text/html", "text/markdown"} & set(data):
+                data[k] = output_links("".join(data[k]), here, pages, cfg)
         if c["cell_type"] == "markdown":
             c["source"] = site_links("".join(c["source"]), here, pages, cfg)
     nb["cells"] = [c for c in nb["cells"] if c["source"].strip()]

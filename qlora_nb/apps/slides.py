@@ -36,6 +36,7 @@ def output_html(o:dict) -> tuple[str, int]:   # HTML, and about how many lines h
     if "text/html" in data:
         shown, words = data["text/html"], re.sub(r"<[^>]+>", "", data["text/html"])
         return shown, 1 + max(shown.count("<tr"), words.count("\n"), len(words)//90)
+    if "text/markdown" in data: return prose_html(data["text/markdown"])
     if WIDGET in o.get("data", {}) or "text/plain" not in data: return "", 0
     return pre(data["text/plain"])
 
@@ -53,12 +54,12 @@ def to_deck(target, decks, cfg):   # Of a relative link
     name = Path(target).stem
     return f"{name}.html" if name in decks else cfg["git_url"] if target else ""
 
-def prose_html(text:str, decks:set, cfg:dict) -> tuple[str, int]:
-    "Markdown, without badges."
+def prose_html(text:str, decks:set=(), cfg:dict=None) -> tuple[str, int]:
+    "Markdown, without badges; links as they are where there are no decks."
     from nbconvert.filters.markdown_mistune import markdown2html_mistune
     text = re.sub(r"\[!\[[^\]]*\]\([^)]*\)\]\([^)]*\)", "", text)
     lines = [1.5 if o.startswith("|") else 1.2*(1 + len(o)//85) for o in text.splitlines() if o]
-    text = LINK.sub(lambda m: f"]({to_deck(m[1], decks, cfg)})" if m[1] else m[0], text)
+    if decks: text = LINK.sub(lambda m: f"]({to_deck(m[1], decks, cfg)})" if m[1] else m[0], text)
     return markdown2html_mistune(text), round(sum(lines))
 
 # %% ../../nbs/apps/slides.ipynb #d4cd552e
@@ -86,7 +87,7 @@ def blocks(nb:dict, decks:set, cfg:dict):   # Yields (kind, HTML, lines)
             yield "code", *code_html(re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip())
         for o in c["outputs"] if "outputs" in parts else []:
             text, lines = output_html(o)
-            text = HREF.sub(lambda m: f'href="{to_deck(m[1], decks, cfg)}"', text)
+            text = HREF.sub(lambda m: m[1] + to_deck(m[2], decks, cfg), text)
             if text: yield "output", text, lines
 
 # %% ../../nbs/apps/slides.ipynb #e62878a2
@@ -105,7 +106,7 @@ def columns(blocks) -> list:   # Of columns, which are lists of slides, which ar
 
 # %% ../../nbs/apps/slides.ipynb #66874829
 def title_slide(title, subtitle, part, can):
-    goals = "".join(f"<li>{prose_html(o, set(), {})[0]}</li>" for o in can)
+    goals = "".join(f"<li>{prose_html(o)[0]}</li>" for o in can)
     goals = goals and f"<p>After this page you can</p><ul>{goals}</ul>"
     return (f'<section><div class="slide"><h1>{html.escape(title)}</h1>'
             f'<p class="subtitle">{html.escape(subtitle)}</p><p>{html.escape(part)}</p>{goals}'
