@@ -42,11 +42,14 @@ def student_rows(grades, roster:dict) -> list:
 def tables(grades, roster:dict={}, folder:str|Path=".") -> list:  # (heading, columns, rows)
     "The three tables of a report."
     folder = Path(folder).expanduser()
-    def place(path): return str(path.relative_to(folder)) if folder in Path(path).parents else str(path)
+    def place(path):
+        path = Path(path)
+        return str(path.relative_to(folder)) if folder in path.parents else str(path)
+    students, files = student_rows(grades, roster), [[place(o), why] for o, why in grades.problems]
     return [("Exercises", ["page", "exercise", "points", "answered", "passed", "what stopped others"],
              exercise_rows(grades)),
-            ("Students", ["student", "page", "what failed", "points"], student_rows(grades, roster)),
-            ("Files that need a look", ["file", "why"], [[place(o), why] for o, why in grades.problems])]
+            ("Students", ["student", "page", "what failed", "points"], students),
+            ("Files that need a look", ["file", "why"], files)]
 
 # %% ../../nbs/apps/class_report.ipynb #11000012
 def one_line(text) -> str:
@@ -69,12 +72,14 @@ def report_markdown(grades, roster:dict={}, folder:str|Path=".") -> str:
     return "\n".join(out) + "\n"
 
 # %% ../../nbs/apps/class_report.ipynb #11000015
-STYLE = """<style>:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;
-max-width:70em;padding:0 1em}table{border-collapse:collapse;width:100%}
+STYLE = """<style>:root{color-scheme:light dark}
+body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}
+table{border-collapse:collapse;width:100%}
 th,td{border-bottom:1px solid #8886;padding:.3em .6em;text-align:left;vertical-align:top}</style>"""
 
 def html_row(cells:list, kind:str) -> str:
-    return "<tr>" + "".join(f"<{kind}>{html.escape(one_line(o))}</{kind[:2]}>" for o in cells) + "</tr>"
+    inside = "".join(f"<{kind}>{html.escape(one_line(o))}</{kind[:2]}>" for o in cells)
+    return f"<tr>{inside}</tr>"
 
 def report_html(grades, roster:dict={}, folder:str|Path=".") -> str:
     "The report as one HTML file that loads nothing."
