@@ -32,7 +32,8 @@ def make_key(path:str|Path) -> str:  # The public key
     path, key = Path(path).expanduser(), ed25519().Ed25519PrivateKey.generate()
     try: fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
-        raise QLoRAError("there is a file here already.", str(path), "Choose another name.") from None
+        raise QLoRAError("there is a file here already.", str(path),
+                         "Choose another name.") from None
     except OSError as e:
         raise QLoRAError(f"the key cannot be written ({e.strerror}).", str(path),
                          "Choose another place.") from e
@@ -46,9 +47,10 @@ def read_key(path:str|Path):
     path = Path(path).expanduser()
     try:
         if os.name == "posix" and path.stat().st_mode & 0o077:
-            raise QLoRAError("others can read this private key.", str(path), f"Run chmod 600 {path}.")
-        raw = base64.b64decode(json.loads(path.read_text(encoding="utf-8"))["private"], validate=True)
-        return ed25519().Ed25519PrivateKey.from_private_bytes(raw)
+            raise QLoRAError("others can read this private key.", str(path),
+                             f"Run chmod 600 {path}.")
+        text = json.loads(path.read_text(encoding="utf-8"))["private"]
+        return ed25519().Ed25519PrivateKey.from_private_bytes(base64.b64decode(text, validate=True))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise QLoRAError(f"this is no private key ({type(e).__name__}).", str(path),
                          "Make one with --new-key FILE.") from e

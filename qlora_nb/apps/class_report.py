@@ -46,8 +46,8 @@ def tables(grades, roster:dict={}, folder:str|Path=".") -> list:  # (heading, co
         path = Path(path)
         return str(path.relative_to(folder)) if folder in path.parents else str(path)
     students, files = student_rows(grades, roster), [[place(o), why] for o, why in grades.problems]
-    return [("Exercises", ["page", "exercise", "points", "answered", "passed", "what stopped others"],
-             exercise_rows(grades)),
+    columns = ["page", "exercise", "points", "answered", "passed", "what stopped the others"]
+    return [("Exercises", columns, exercise_rows(grades)),
             ("Students", ["student", "page", "what failed", "points"], students),
             ("Files that need a look", ["file", "why"], files)]
 

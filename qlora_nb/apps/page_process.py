@@ -67,9 +67,8 @@ def become(role, fds:list, space:dict, limits:Limits, folder:str|None):
         if o not in fds:
             try: os.close(o)
             except OSError: pass
-    if folder:
-        os.chdir(folder)
-        os.setsid()
+    os.setsid()   # a signal to the whole process group would leave the namespace
+    if folder: os.chdir(folder)
     else: own_view(limits.disk, limits.files)
     own_limits(limits.memory, limits.seconds, limits.disk, limits.processes)
     if not folder: no_privileges()

@@ -37,8 +37,8 @@ def start_page(place:str, fd:int, isolated:bool, cache:str) -> subprocess.Popen:
                OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1",
                PYTHONDONTWRITEBYTECODE="1", QLORA_NB_CACHE=cache)
     command = [*(ISOLATED if isolated else []), sys.executable, "-I", "-c", code, str(fd)]
-    return subprocess.Popen(command, env=env, pass_fds=[fd], cwd="/", stdin=subprocess.DEVNULL,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=env, pass_fds=[fd], cwd="/", start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 # %% ../../nbs/apps/sandbox.ipynb #ef000011
 class Sandbox:
