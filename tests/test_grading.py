@@ -1,5 +1,5 @@
 "A class is graded, thirty honest students and more than thirty who are not; each of them costs only itself."
-import csv, io, json, os, socket, subprocess, sys, threading, time
+import csv, io, json, os, re, socket, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 import psutil, pytest
@@ -17,7 +17,6 @@ try: check_isolation()
 except QLoRAError as e: pytestmark = pytest.mark.skip(reason=str(e))
 
 SECONDS = 1.5
-MARK = "hidden-" + "7741"     # stands in the hidden tests; an answer looks for it in its memory
 
 
 # ---- a page with two exercises ----
@@ -40,12 +39,12 @@ SCALE = """def scale(x, by=2):
 ### BEGIN SOLUTION
 bits = 4.5
 ### END SOLUTION"""
-SCALE_CHECK = f"""got = scale(torch.ones(3, dtype=torch.bfloat16), by=3)
-assert got.dtype == torch.bfloat16, f"The type should stay bfloat16, yours is {{got.dtype}}."
-assert got.tolist() == [3, 3, 3], f"scale multiplies: three times one is three, not {{got.tolist()}}."
-assert bits == 4.5, f"bits is 4.5, not {{bits}}."
+SCALE_CHECK = """got = scale(torch.ones(3, dtype=torch.bfloat16), by=3)
+assert got.dtype == torch.bfloat16, f"The type should stay bfloat16, yours is {got.dtype}."
+assert got.tolist() == [3, 3, 3], f"scale multiplies: three times one is three, not {got.tolist()}."
+assert bits == 4.5, f"bits is 4.5, not {bits}."
 ### BEGIN HIDDEN TESTS
-assert scale([1, 2]) == [1, 2, 1, 2], "{MARK}: a list is repeated."
+assert scale([1, 2]) == [1, 2, 1, 2], "a list is repeated."
 ### END HIDDEN TESTS"""
 SCALE_WRONG = """### WRONG: adds instead of multiplying
 def scale(x, by=2): return x + by
@@ -77,10 +76,11 @@ def write(path, *cells):
 
 def handed_in(scale=None, count=None):
     "The two answer cells of a submission; None leaves the stub."
-    stub = "def {}:\n    # YOUR CODE HERE\n    raise NotImplementedError()"
-    return [new_code_cell(scale or stub.format("scale(x, by=2)"), id="ex-scale-answer", metadata=marks("scale", solution=True)),
+    def stub(code): return re.sub(r"( *)### BEGIN SOLUTION.*?### END SOLUTION",
+                                  r"\1# YOUR CODE HERE\n\1raise NotImplementedError()", code, flags=re.S)
+    return [new_code_cell(scale or stub(SCALE), id="ex-scale-answer", metadata=marks("scale", solution=True)),
             new_code_cell("assert True", id="ex-scale-check", metadata=marks("scale-check", grade=True)),
-            new_code_cell(count or stub.format("count(rows)"), id="ex-count-answer", metadata=marks("count", solution=True))]
+            new_code_cell(count or stub(COUNT), id="ex-count-answer", metadata=marks("count", solution=True))]
 
 
 GOOD = "def scale(x, by=2): return x*by\nbits = 4.5"
@@ -108,6 +108,20 @@ def flood(data):
 """
 FRAME = "head = json.dumps({}).encode(); flood(struct.pack('>II', len(head), 0) + head)\n"
 SLOW = "while True: pass"
+SEARCH = """STEP = -1
+keep = b"4321-lortnoc"[::STEP]     # what is looked for stands in this code backwards alone
+read, found, control, maps = 0, False, False, list(open("/proc/self/maps"))
+with open("/proc/self/mem", "rb") as f:
+    for line in maps:
+        a, b = (int(o, 16) for o in line.split()[0].split("-"))
+        if line.split()[1] != "rw-p" or not 1 << 17 <= b - a <= 1 << 25 or read > 1 << 27: continue
+        f.seek(a)
+        back = f.read(b - a)[::-1]
+        read += b - a
+        found |= b"detaeper si tsil a" in back
+        control |= b"4321-lortnoc" in back
+raise RuntimeError(f"found is {found}, control is {control}")
+"""
 ATTACKS = dict(
     exits="import os; os._exit(0)",
     exits_late="import os\ndef scale(x, by=2): os._exit(0)\nbits = 4.5",
@@ -139,7 +153,9 @@ ATTACKS = dict(
     writes_package="import qlora_nb; open(qlora_nb.__file__, 'a').write('# me')\n" + GOOD,
     unmounts="import ctypes\nl = ctypes.CDLL(None)\nassert l.umount2(b'/scratch', 2) == 0 or l.unshare(0x10020000) == 0, 'no'\n" + GOOD,
     kills="import os; os.kill(-1, 9); raise OSError",
-    kills_parent="import os; os.kill(os.getppid(), 9); raise OSError",
+    kills_parent="import os; os.kill(os.getppid() or -1, 9); raise OSError",
+    kills_group="import os; os.kill(0, 9); raise OSError",     # a process group reaches through PID namespaces
+    kills_session="import os; os.setpgid(0, 0); os.killpg(os.getpgid(0), 9); raise OSError",
     equals="class A:\n    def __eq__(self, o): return True\n    def tolist(self): return [3, 3, 3]\ndef scale(x, by=2): return A()\nbits = A()",
     liar="class A:\n    __class__ = float\n    def __eq__(self, o): return True\nbits = A()\ndef scale(x, by=2): return x*by",
     floats="class A(float):\n    def __eq__(self, o): return True\n    __hash__ = None\nbits = A(1)\ndef scale(x, by=2): return x*by",
@@ -167,12 +183,7 @@ ATTACKS = dict(
     evil_error="class E(Exception):\n    def __str__(self): raise SystemExit\nraise E",
     evil_name="E = type('=cmd|x\\n\\x1b[31m<script>', (Exception,), {})\ndef scale(x, by=2): raise E('=1+1\\n<img src=x>|')\nbits = 4.5",
     asserts="raise AssertionError('passed')",
-    memory_search="import gc\ntext = 'hidden-' + str(7700 + 41)\n"
-                  "found = any(text in o for o in gc.get_objects() if isinstance(o, str))\n"
-                  "for line in open('/proc/self/maps'):\n    a, b = (int(o, 16) for o in line.split()[0].split('-'))\n"
-                  "    if '[heap]' in line or line.split()[1:2] == ['rw-p'] and b - a < 1 << 24:\n"
-                  "        with open('/proc/self/mem', 'rb') as f:\n            f.seek(a)\n            found |= ' a list is rep'.encode() + b'eated' in f.read(b - a)\n"
-                  "raise RuntimeError(f'found is {found}')",
+    memory_search=SEARCH,
     null="x = '\0'",
     nested="("*100_000,
     other_encoding="# -*- coding: rot13 -*-\nqrs fpnyr(k): cnff",
@@ -181,6 +192,9 @@ ATTACKS = dict(
     leaves_thread="import threading\ndef f():\n    while True: pass\nthreading.Thread(target=f).start()\nbits = 0",
     at_exit="import atexit, time\natexit.register(time.sleep, 1000)\nclass A:\n    def __del__(self): time.sleep(1000)\na = A()\nbits = 0")
 EXPECT = dict(scale={}, count=1)    # 0 points for the attack, the whole for the honest answer
+
+
+def still_there(root): return [o for o in psutil.process_iter(["cmdline"]) if str(root) in " ".join(o.info["cmdline"] or [])]
 
 
 @pytest.fixture(scope="module")
@@ -202,15 +216,19 @@ def graded(tmp_path_factory):
         for k, v in names.items(): code = code.replace(k, str(v)) if k in ("PORT", "SOURCE", "CLASS", "HOME") else code
         write(folder/f"attack_{name}/toy.ipynb", *handed_in(code, GOOD_COUNT))
     odd_files(folder, root)
-    before, start = set(Path("/tmp").glob("qlora-grading-*")), time.monotonic()
+    (root/"tmp").mkdir()
+    tempfile.tempdir, start = str(root/"tmp"), time.monotonic()
     os.environ["GRADER_SECRET"] = "token"
+    sys.path.append(str(root))     # stands in the command line of each process that is started
     grades = grade(folder, source, Limits(seconds=SECONDS, memory=1 << 30), total=20, progress=False)
-    del os.environ["GRADER_SECRET"]
     took = time.monotonic() - start
+    tempfile.tempdir = None
+    del os.environ["GRADER_SECRET"]
+    sys.path.remove(str(root))
     time.sleep(.2)
     server.close()
-    left = [o for o in psutil.process_iter(["cmdline"]) if "page_process" in " ".join(o.info["cmdline"] or [])]
-    return dict(grades=grades, took=took, calls=calls, left=left, files=set(Path("/tmp").glob("qlora-grading-*")) - before, folder=folder)
+    left = still_there(root)
+    return dict(grades=grades, took=took, calls=calls, left=left, files=[*(root/"tmp").iterdir()], folder=folder)
 
 
 def points(graded, student): return {o.slug: o.points for o in graded["grades"].results if o.student == student}
@@ -247,7 +265,8 @@ def odd_files(folder, root):
     for c in (twice := handed_in(GOOD, GOOD_COUNT)): c.metadata["nbgrader"]["grade_id"] += "-copy"
     write(folder/"fair_grade_ids/toy.ipynb", *twice)
     write(folder/"fair_no_ids/toy.ipynb", *(new_code_cell(c.source) for c in good))
-    write(folder/"fair_duplicated/toy.ipynb", *handed_in(GOOD, GOOD_COUNT), *handed_in())
+    for c in (copies := handed_in()): c.id += "-copy"
+    write(folder/"fair_duplicated/toy.ipynb", *handed_in(GOOD, GOOD_COUNT), *copies)
     write(folder/"fair_no_checks/toy.ipynb", good[0], good[2])
     write(folder/"fair_bom/toy.ipynb", *good)
     (folder/"fair_bom/toy.ipynb").write_bytes(b"\xef\xbb\xbf" + (folder/"fair_bom/toy.ipynb").read_bytes())
@@ -276,7 +295,7 @@ def test_there_are_thirty_hostile_ones(graded):
 def test_what_is_said_of_attacks(graded):
     said = {o: message(graded, f"attack_{o}") for o in ATTACKS}
     expected = dict(endless="It takes longer than 1.5 s.", segfault="Its process was ended by SIGSEGV.", exits="It ended its process.",
-                    memory_search="RuntimeError: found is False", reads_secrets="no secret", unmounts="no")
+                    memory_search="RuntimeError: found is False, control is True", reads_secrets="no secret", unmounts="no")
     for name, words in expected.items(): assert words in said[name], said
     assert "unreachable" in said["network"] and "Read-only" in said["writes_package"], said
     for name in ("reads_source", "reads_others", "reads_home"): assert "No such file" in said[name], said
@@ -285,7 +304,6 @@ def test_what_is_said_of_attacks(graded):
 
 def test_nothing_is_left_and_nobody_was_called(graded):
     assert not graded["calls"] and not graded["left"] and not graded["files"]
-    assert not [o for o in psutil.Process().children(recursive=True) if "unshare" in o.name()]
 
 
 def test_time_is_bounded(graded):
@@ -343,29 +361,30 @@ def test_no_isolation_is_refused_unless_asked_for(monkeypatch):
     with pytest.raises(QLoRAError, match="cannot be isolated.*--no-isolation"): Sandbox("")
 
 
-def test_without_isolation_limits_still_hold(tmp_path):
+def test_without_isolation_limits_still_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     attacks = {k: ATTACKS[k] for k in "exits endless segfault memory disk many_files equals leaves_daemon huge_result".split()}
     with Sandbox("import torch", Limits(seconds=SECONDS, memory=1 << 30, disk=40 << 20), isolated=False) as box:
         assert check_answer(box, GOOD, SCALE, SCALE_CHECK) is None
         said = {k: check_answer(box, v, SCALE, SCALE_CHECK) for k, v in attacks.items()}
-        place = Path(box.place)
     assert all(said.values()) and "disk" in said["disk"] and "files" in said["many_files"], said
     time.sleep(.3)
-    assert not place.exists() and not list(Path("/tmp").glob("qlora-grading-*"))
-    assert not [o for o in psutil.process_iter(["cmdline"]) if "page_process" in " ".join(o.info["cmdline"] or [])]
+    assert not [*tmp_path.iterdir()]
+    assert not still_there(tmp_path)
 
 
-def test_a_killed_grader_leaves_no_process():
+def test_a_killed_grader_leaves_no_process(tmp_path):
     code = ("import sys, time; from qlora_nb.apps.sandbox import *; box = Sandbox('')\n"
             "print('ready', flush=True); check_answer(box, 'while True: pass', 'x = 1', '')")
-    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert p.stdout.readline() == "ready\n"
     time.sleep(.3)
     family = psutil.Process(p.pid).children(recursive=True)
     assert len(family) >= 4, family    # unshare, the page, and two forks with their watchers
     p.kill(), p.wait()
     assert not psutil.wait_procs(family, timeout=10)[1]
-    for o in Path("/tmp").glob("qlora-grading-*"): o.rmdir()    # a killed process cannot tidy up
+    assert sum(1 for _ in tmp_path.rglob("*")) <= 1    # an empty folder, which a killed process cannot remove
 
 
 # ---- the course's own exercises ----

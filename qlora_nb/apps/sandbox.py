@@ -33,8 +33,9 @@ def start_page(place:str, fd:int, isolated:bool, cache:str) -> subprocess.Popen:
     paths = [o for o in sys.path if o and os.path.exists(o)]
     code = (f"import runpy, sys; sys.path[:] = {paths!r}; "
             "runpy.run_module('qlora_nb.apps.page_process', run_name='__main__')")
-    env = dict(PATH="/usr/bin:/bin", HOME=SCRATCH if isolated else place, LANG="C.UTF-8",
-               OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1",
+    home = SCRATCH if isolated else place
+    env = dict(PATH="/usr/bin:/bin", HOME=home, TMPDIR=home, LANG="C.UTF-8", OMP_NUM_THREADS="1",
+               MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1",
                PYTHONDONTWRITEBYTECODE="1", QLORA_NB_CACHE=cache)
     command = [*(ISOLATED if isolated else []), sys.executable, "-I", "-c", code, str(fd)]
     return subprocess.Popen(command, env=env, pass_fds=[fd], cwd="/", start_new_session=True,
