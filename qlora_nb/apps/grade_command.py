@@ -8,6 +8,7 @@ __all__ = ['grade_parser', 'signer', 'write_all', 'grade_main', 'verify_parser',
 # %% ../../nbs/apps/grade_command.ipynb #41000004
 import argparse
 from pathlib import Path
+import qlora_nb
 from .cli import one_line_errors
 
 # %% ../../nbs/apps/grade_command.ipynb #41000007
@@ -40,7 +41,6 @@ def grade_parser() -> argparse.ArgumentParser:
 def signer(o:argparse.Namespace) -> dict|None:
     "The arguments of `write_certificates` that the options give, or None where no key is given."
     from datetime import date
-    from qlora_nb import __version__
     from qlora_nb.apps.certificate import make_key, read_key
     from qlora_nb.base.errors import QLoRAError
     if not (o.key or o.new_key): return None
@@ -49,8 +49,8 @@ def signer(o:argparse.Namespace) -> dict|None:
         raise QLoRAError(f"'{o.supported_until}' is no date.", "--supported-until",
                          "Write it as 2027-09-30.") from None
     if o.new_key: make_key(o.new_key)
-    return dict(key=read_key(o.new_key or o.key), course=o.course, version=o.term or __version__,
-                until=until, least=o.least)
+    return dict(key=read_key(o.new_key or o.key), course=o.course, until=until, least=o.least,
+                version=o.term or qlora_nb.__version__)
 
 def write_all(grades, out:Path, o:argparse.Namespace, roster:dict, sign:dict|None) -> list:
     "Gradebook files, report and certificates in a folder; what there is to say about them."

@@ -116,4 +116,6 @@ def serve(fd:int):
         for o in fds: os.close(o)
 
 # %% ../../nbs/apps/page_process.ipynb #fb000020
-if __name__ == "__main__" and len(sys.argv) == 2 and sys.argv[1].isdigit(): serve(int(sys.argv[1]))
+if __name__ == "__main__" and len(sys.argv) == 2 and sys.argv[1].isdigit():
+    serve(int(sys.argv[1]))
+    os._exit(0)   # at once: there is nothing to tidy up

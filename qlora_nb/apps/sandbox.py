@@ -66,7 +66,7 @@ class Sandbox:
                          f"({got['error']}).", cure="Run the page itself first.")
     def close(self):
         self.control.close()   # which ends all its processes
-        try: self.process.wait(2)
+        try: self.process.wait(5)
         except subprocess.TimeoutExpired: self.process.kill(), self.process.wait()
         self.process.stderr.close()
         shutil.rmtree(self.place, ignore_errors=True)
