@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'MATHJAX', 'as_rst', 'docments_of', 'exported', 'api_page', 'listing', 'chapter', 'toc', 'write_sources',
-           'write', 'write_page', 'write_listings', 'put_mathjax', 'may_replace', 'build_site', 'run_sphinx']
+           'write', 'write_page', 'write_listings', 'put_mathjax', 'may_replace', 'name_toggles', 'build_site',
+           'run_sphinx']
 
 # %% ../../nbs/apps/site.ipynb #ffce73a4
 import json, os, re, shutil, subprocess, sys, tempfile
@@ -132,6 +133,13 @@ def may_replace(out:Path):
     if out.exists(): raise QLoRAError("there is something here that is no site.", str(out),
                                       "Choose another folder, or remove it.")
 
+# %% ../../nbs/apps/site.ipynb #6e871ac4
+def name_toggles(page:Path):   # A file in HTML, changed in place
+    "A name for the arrows of the menu."
+    text = page.read_text(encoding="utf-8")
+    named = text.replace("<summary><span", '<summary aria-label="Pages of this part"><span')
+    if named != text: page.write_text(named, encoding="utf-8")
+
 # %% ../../nbs/apps/site.ipynb #6ad041b0
 def build_site(out:str|Path,               # The folder of the site
                source:str|Path|None=None,  # A checkout (None: the one that this package lies in)
@@ -146,6 +154,7 @@ def build_site(out:str|Path,               # The folder of the site
         write_sources(root, pages := Path(d)/"pages")
         run_sphinx(root, pages, new := Path(d)/"site", jobs)
         put_mathjax(new/"_static"/"mathjax")
+        for o in new.rglob("*.html"): name_toggles(o)
         if out.exists(): shutil.rmtree(out)
         shutil.copytree(new, out)
     return out
