@@ -1,6 +1,5 @@
 "A class is graded, thirty honest students and more than thirty who are not; each of them costs only itself."
 import csv, io, json, os, re, socket, subprocess, sys, tempfile, threading, time
-from pathlib import Path
 
 import psutil, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell, writes
@@ -183,7 +182,6 @@ ATTACKS = dict(
     evil_error="class E(Exception):\n    def __str__(self): raise SystemExit\nraise E",
     evil_name="E = type('=cmd|x\\n\\x1b[31m<script>', (Exception,), {})\ndef scale(x, by=2): raise E('=1+1\\n<img src=x>|')\nbits = 4.5",
     asserts="raise AssertionError('passed')",
-    memory_search=SEARCH,
     null="x = '\0'",
     nested="("*100_000,
     other_encoding="# -*- coding: rot13 -*-\nqrs fpnyr(k): cnff",
@@ -295,7 +293,7 @@ def test_there_are_thirty_hostile_ones(graded):
 def test_what_is_said_of_attacks(graded):
     said = {o: message(graded, f"attack_{o}") for o in ATTACKS}
     expected = dict(endless="It takes longer than 1.5 s.", segfault="Its process was ended by SIGSEGV.", exits="It ended its process.",
-                    memory_search="RuntimeError: found is False, control is True", reads_secrets="no secret", unmounts="no")
+                    reads_secrets="no secret", unmounts="no")
     for name, words in expected.items(): assert words in said[name], said
     assert "unreachable" in said["network"] and "Read-only" in said["writes_package"], said
     for name in ("reads_source", "reads_others", "reads_home"): assert "No such file" in said[name], said
@@ -396,6 +394,9 @@ def test_the_exercises_of_a_page_are_graded_as_they_are_checked():
     try:
         learn(graded)    # each solution passes
         for ex in exercises: assert graded.run(ex, ex.stub), ex.slug
+        assert check_answer(graded.box, GOOD, SCALE, SCALE_CHECK) is None
+        said = check_answer(graded.box, SEARCH, SCALE, SCALE_CHECK)    # no answer finds a hidden test in its memory
     finally: graded.box.close()
+    assert said == "RuntimeError: found is False, control is True"
     assert not [o for o in graded.known if o[1] == "It passes."]
     assert sum(map(len, graded.known.values())) == sum(len(o.wrong) for o in exercises)

@@ -8,7 +8,6 @@ __all__ = ['run_code', 'said', 'answer_calls', 'student', 'Ended', 'AnswerError'
 
 # %% ../../nbs/apps/answers.ipynb #03000004
 import builtins
-from types import TracebackType
 import torch
 from .by_value import Channel, NotPlain, dumps
 
