@@ -38,7 +38,7 @@ def test_links_agree_with_settings(path):
 
 @each_notebook
 def test_colab_badge(path):
-    url = f"https://colab.research.google.com/github/{USER}/{REPO}/blob/{BRANCH}/nbs/{path.relative_to(NBS).as_posix()}"
+    url = f"https://colab.research.google.com/github/{USER}/{REPO}/blob/student/{path.relative_to(NBS).as_posix()}"
     title = next(c.source for c in read(path).cells if c.cell_type == "markdown")
     assert title.startswith("# ") and f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})" in title   # words, where no image loads
 
@@ -61,7 +61,7 @@ def test_links_can_be_moved_and_checked():
     raw = text("nbs/base/core.ipynb")
     fork = dict(user="someone", repo="their_copy", branch="dev", git_url="https://github.com/someone/their_copy")
     moved = fix_links(raw, fork)
-    assert "/github/someone/their_copy/blob/dev/nbs/base/core.ipynb" in moved and f"{USER}/{REPO}" not in moved
+    assert "/github/someone/their_copy/blob/student/base/core.ipynb" in moved and f"{USER}/{REPO}" not in moved
     assert "git+https://github.com/someone/their_copy@dev" in moved
     assert fix_links(moved, SETTINGS) == raw
     foreign = "https://github.com/huggingface/peft and https://colab.research.google.com/github/a/b/blob/c/d.ipynb"

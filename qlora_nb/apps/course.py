@@ -73,9 +73,9 @@ def build_course(out:str|Path,                 # A new folder
     note = release_note(release, until, source) if release else None
     exercises = 0
     with new_folder(Path(out).expanduser()) as new:
-        for path in [source/"index.ipynb", *pages]:
+        for path in [source/"index.ipynb", *pages, *sorted((source/"zh").glob("*.ipynb"))]:
             nb = nbformat.read(path, as_version=4)
-            exercises += len(exercises_of(path, nb))
+            exercises += len(exercises_of(path, nb)) if path in pages else 0
             for name, version in VERSIONS.items():
                 made = frozen(version(nb), release) if release else version(nb)
                 file = new/name/path.relative_to(source)

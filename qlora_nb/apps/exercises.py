@@ -32,8 +32,6 @@ def student_version(nb:nbformat.NotebookNode # A page of the course
     nb.cells = [c for c in nb.cells if not c.id.endswith("-wrong")]
     for c in nb.cells:
         if c.cell_type == "code" and c.id.startswith("ex-"): c.outputs, c.execution_count = [], None
-        if c.cell_type == "markdown":
-            c.source = re.sub(r"/blob/\w+/nbs/(?=[\w/]+\.ipynb\))", "/blob/student/", c.source)
     if not any(c.id == "exercises" for c in nb.cells): return nb
     return _cleared(nb, "ClearSolutions", "LockCells", "ClearHiddenTests", "ComputeChecksums")
 
