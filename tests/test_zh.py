@@ -7,7 +7,7 @@ from common import read as notebook
 from test_frame import heading_anchors, text
 
 sys.path.insert(0, str(ROOT/"tools"))
-from make_zh import EXPORTS, HASHES, UNPAIRED, Chinese, digest, is_code, paragraphs, read, text_of
+from make_zh import EXPORTS, HASHES, WRONG, Chinese, digest, is_code, paragraphs, read, text_of
 
 ZH = Chinese()
 PAGES = ZH.pages()
@@ -21,7 +21,7 @@ def translated(name):
     else:
         cells = {c["id"]: c for c in read(ZH.folder/f"{name}.ipynb")["cells"]}
         for c in read(ZH.english(name))["cells"]:
-            if c["cell_type"] != "markdown" or UNPAIRED.match(c["id"]): continue
+            if c["cell_type"] != "markdown": continue
             yield from zip(paragraphs(text_of(c)), paragraphs(text_of(cells[c["id"]])), strict=True)
 
 
@@ -30,7 +30,7 @@ def test_the_pages_that_were_promised_are_there(): assert not set(FIRST) - set(P
 
 @each_page
 def test_code_and_outputs_are_those_of_the_english_page(name):
-    english = [c for c in read(ZH.english(name))["cells"] if not UNPAIRED.match(c["id"])]
+    english = [c for c in read(ZH.english(name))["cells"] if not WRONG.match(c["id"])]
     code = [c | dict(source=EXPORTS.sub("", text_of(c)).splitlines(True)) for c in english if c["cell_type"] == "code"]
     code = [c for c in code if "#| default_exp" not in text_of(c)]
     cells = read(ZH.folder/f"{name}.ipynb")["cells"]
@@ -46,8 +46,8 @@ def test_every_paragraph_is_translated_and_fresh():
 
 
 def chinese_share(p):
-    "Chinese characters among all letters of a paragraph's prose: no code, no formula, no address, no name in brackets."
-    p = re.sub(r"\[[^]]*（英文）( →)?\]\([^)]*\)|`[^`]*`|\$[^$]*\$|\]\([^)]*\)|https?:\S+", " ", p)
+    "Chinese characters among all letters of a paragraph's prose: no code, no formula, no address, no tag, no name in brackets."
+    p = re.sub(r"\[[^]]*（英文）( →)?\]\([^)]*\)|`[^`]*`|\$[^$]*\$|\]\([^)]*\)|https?:\S+|</?(?:details|summary)>", " ", p)
     han, words = len(re.findall(r"[\u4e00-\u9fff]", p)), len(re.findall(r"[A-Za-z]{2,}", p))
     return han/max(1, han + words), words
 

@@ -4,6 +4,7 @@
     python tools/make_zh.py --take FILE.json PAGE  # take translations, {cell id: markdown}, of 03_nf4, say, or of README
 
 A Chinese page has the cells of its English page under the same ids. Code and outputs are copies, without what exports a module.
+Wrong answers of exercises are left out.
 Prose is a translation, and the metadata of its cell keep a hash of each English paragraph: where that has another hash now,
 the translation is stale. What tools/make_course.py writes is translated by rule, but for its lists.
 README.zh.md is the translation of README.md, one cell as it were, with its hashes in a comment at the end.
@@ -13,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PARTS = dict(Foundations="基础", Training="训练", Memory="内存", Using="使用", Evaluation="评估", Beyond="进阶", Speed="速度")
-UNPAIRED = re.compile(r"exercises$|exercise-setup$|ex-")    # ids of cells that are not on the Chinese pages yet
+KINDS = {"Code": "编程", "Predict": "预测", "Find the bug": "找错"}
+WRONG = re.compile(r"ex-.+-wrong$")                         # ids of cells with wrong answers, which only test the checks
 EXPORTS = re.compile(r"^#\|\s*exports?\b.*\n?", re.M)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#|/|attachment:)([^)\s#]+)(#[^)\s]*)?\)")
 IMAGE = re.compile(r"^(!\[[^]]*\])(\(\S+\))$")              # its address, which a fork changes, is copied
@@ -39,7 +41,7 @@ def is_code(p): return p.startswith("```") or all(o.startswith("    ") for o in 
 
 def headings(path):
     "A notebook's headings, as links name them."
-    cells = [c for c in read(path)["cells"] if c["cell_type"] == "markdown" and not UNPAIRED.match(c["id"])]
+    cells = [c for c in read(path)["cells"] if c["cell_type"] == "markdown"]
     return ["#" + o.replace(" ", "-") for c in cells for o in re.findall(r"^#+ (.+)$", text_of(c), re.M)]
 
 
@@ -72,13 +74,17 @@ class Chinese:
         "The Chinese of a paragraph that a tool wrote in English, its links already turned; None for any other."
         if p.startswith("[![Open in Colab]"): return re.sub(r"/nbs/\w+/(\w+\.ipynb)", r"/nbs/zh/\1", p)
         if p == "After this page you can": return "学完本页，你能够"
+        if p == "## Exercises": return "## 练习"
+        if p == "Run the next cell first. The exercises need nothing else from this page, and each stands alone.":
+            return "先运行下一个单元格。练习不需要本页的其他代码，各题也互不依赖。"
+        if (m := re.fullmatch(r"\*(.+) · (★+) · (\d+) minutes\*", p)) and m[1] in KINDS: return f"*{KINDS[m[1]]} · {m[2]} · {m[3]} 分钟*"
         if m := re.fullmatch(r"## What to remember of part (\d)", p): return f"## 第 {m[1]} 部分要点"
         if m := re.match(r"\*\*Next:\*\* \[.+?\]\((.+?)\)", p): return "**下一页**：[{}]({link})。{}".format(*self.head(m[1]), link=m[1])
         if m := re.match(r"\*\*Part (\d), (\w+)\*\* · ", p):
             ways = re.sub(r" · \[中文\]\(.+?\)", "", p[m.end():]).replace("[all parts]", "[全部内容]")
             ways = re.sub(r"\[← .+?\]\((.+?)\)", lambda o: f"[← {self.head(o[1])[0]}]({o[1]})", ways)
             ways = re.sub(r"\[[^]]+ →\]\((.+?)\)", lambda o: f"[{self.head(o[1])[0]} →]({o[1]})", ways)
-            note = "本页译自英文页：代码和输出相同，导出模块的标记（`#| export`、`#| exports`）和练习只在英文页里。"
+            note = "本页译自英文页：代码和输出相同，导出模块的标记（`#| export`、`#| exports`）只在英文页里；练习的检查给出的提示仍是英文。"
             return f"**第 {m[1]} 部分，{PARTS[m[2]]}** · {ways} · [English]({relative(self.english(name), self.folder)})  \n{note}"
         if p.startswith(("**Know first:**", "**Reading:**")):
             p = re.sub(r"\*\*Know first:\*\* (.+?)\. (?=\*\*)", lambda o: f"**预备知识**：{o[1].replace('nothing else', '无').replace(', ', '、')}。", p)
@@ -121,7 +127,7 @@ class Chinese:
         if unknown := take.keys() - {c["id"] for c in nb["cells"]}: raise ValueError(f"{name} has no cells {sorted(unknown)}")
         for c in nb["cells"]:
             text = text_of(c)
-            if UNPAIRED.match(c["id"]) or c["cell_type"] == "code" and "#| default_exp" in text: continue
+            if WRONG.match(c["id"]) or c["cell_type"] == "code" and "#| default_exp" in text: continue
             if c["cell_type"] == "code": text = EXPORTS.sub("", text)
             if c["cell_type"] == "markdown":
                 was = old.get(c["id"], dict(source=[], metadata={}))
