@@ -396,6 +396,8 @@ def test_the_exercises_of_a_page_are_graded_as_they_are_checked():
         for ex in exercises: assert graded.run(ex, ex.stub), ex.slug
         assert check_answer(graded.box, GOOD, SCALE, SCALE_CHECK) is None
         said = check_answer(graded.box, SEARCH, SCALE, SCALE_CHECK)    # no answer finds a hidden test in its memory
+        temporary = "import tempfile\nwith tempfile.NamedTemporaryFile() as f: place = f.name"   # PyTorch's compiler wants one
+        assert check_answer(graded.box, temporary, "place = 1", "assert place.startswith('/scratch/'), place") is None
     finally: graded.box.close()
     assert said == "RuntimeError: found is False, control is True"
     assert not [o for o in graded.known if o[1] == "It passes."]

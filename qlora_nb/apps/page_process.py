@@ -101,6 +101,7 @@ def serve(fd:int):
     limits, isolated = Limits(**start["limits"]), start["isolated"]
     try:
         if isolated: new_root(start["place"], start["readable"])
+        tempfile.tempdir = os.environ.get("TMPDIR")   # it was looked for when the root was another
         torch.set_num_threads(1)
         run_code(start["setup"], "exercise-setup", space)
     except BaseException as e: return channel.send(dict(error=f"{type(e).__name__}: {said(e)}"))
