@@ -66,7 +66,7 @@ def prose_html(text:str, decks:set=(), cfg:dict=None) -> tuple[str, int]:
 def shown(cell:dict) -> set:   # Of "prose", "code", "outputs"
     "What a deck shows of a cell."
     source, key = "".join(cell["source"]), cell.get("id", "")
-    if key in ("course-top", "course-end", "course-table"): return set()
+    if key in ("course-top", "course-end"): return set()
     if cell["cell_type"] == "markdown": return {"prose"}
     d = directives(source)
     if cell["cell_type"] == "raw" or {"hide", "eval", "default_exp"} & set(d): return set()
