@@ -68,7 +68,7 @@ def lab_page(chromium, folder):
         page.goto(f"{url}/lab/tree/page.ipynb?token={token}", timeout=60_000)
         page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel", timeout=60_000)
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        page.get_by_label("message", exact=True).wait_for(timeout=120_000)   # the chat, the last cell
+        page.get_by_label("message", exact=True).wait_for(timeout=240_000)   # the chat, the last cell
         yield page
 
 
@@ -192,9 +192,10 @@ def classic(chromium, old_jupyter, tmp_path_factory):
     command = [str(old_jupyter/"jupyter-notebook"), *CLASSIC.split()[1:]]
     with serving(*command, cwd=folder, env=homes(folder)) as (url, token), chromium() as page:
         page.goto(f"{url}/notebooks/page.ipynb?token={token}", timeout=60_000)
-        page.wait_for_function("window.Jupyter?.notebook?.kernel?.is_connected()", timeout=60_000)
+        ready = "window.Jupyter?.notebook?._fully_loaded && Jupyter.notebook.kernel?.info_reply?.status"
+        page.wait_for_function(ready, timeout=60_000)
         page.evaluate("Jupyter.notebook.execute_all_cells()")
-        page.get_by_label("message", exact=True).wait_for(timeout=120_000)
+        page.get_by_label("message", exact=True).wait_for(timeout=240_000)
         yield page
 
 
