@@ -37,6 +37,13 @@ def test_exercises_are_numbered_and_stand_at_the_end():
         assert numbers == list(range(1, len(numbers) + 1)), (p.name, numbers)
 
 
+def test_enough_of_them():
+    "About sixty in all, twenty-four of them in part 1, of three kinds."
+    first = [o for o in EXERCISES if (ROOT/"nbs/1_foundations"/f"{o.page}.ipynb").exists()]
+    assert len(first) >= 24 and len(EXERCISES) >= 60, (len(first), len(EXERCISES))
+    assert {o.kind for o in EXERCISES} == {"Code", "Predict", "Find the bug"}
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if any(o.page == p.stem for o in EXERCISES)], ids=lambda p: p.stem)
 def test_what_a_student_gets(page):
     "No solution, no hidden test, no mistake; the lesson as it was, with its outputs; and the answer cells can be edited."
@@ -78,3 +85,9 @@ def test_a_check_that_accepts_too_much_is_noticed():
     ex.check, ex.wrong = "raise TypeError('no')", {}
     said = doubts(ex)
     assert any(o.startswith("the solution fails") for o in said) and "only 0 wrong answers" in said, said
+
+
+def test_every_teaching_page_has_some():
+    "Three or more at the end of each page of the parts, but for the pages that open a part."
+    few = {p.stem: n for p in PAGES if not p.stem.endswith("_start") and (n := sum(o.page == p.stem for o in EXERCISES)) < 3}
+    assert not few, few
