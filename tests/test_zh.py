@@ -98,7 +98,7 @@ def test_the_two_languages_point_at_each_other(name):
     folder = ZH.english(name).parent.name
     assert f"[中文](../zh/{name}.ipynb)" in ZH.english(name).read_text(encoding="utf-8")
     chinese = (ZH.folder/f"{name}.ipynb").read_text(encoding="utf-8")
-    assert f"[English](../{folder}/{name}.ipynb)" in chinese and f"/nbs/zh/{name}.ipynb)" in chinese and f"/nbs/{folder}/" not in chinese
+    assert f"[English](../{folder}/{name}.ipynb)" in chinese and f"/student/zh/{name}.ipynb)" in chinese and f"/student/{folder}/" not in chinese
 
 
 # ---- the tool itself: it must be able to fail ----

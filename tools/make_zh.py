@@ -72,7 +72,7 @@ class Chinese:
 
     def by_rule(self, p, name):
         "The Chinese of a paragraph that a tool wrote in English, its links already turned; None for any other."
-        if p.startswith("[![Open in Colab]"): return re.sub(r"/nbs/\w+/(\w+\.ipynb)", r"/nbs/zh/\1", p)
+        if p.startswith("[![Open in Colab]"): return re.sub(r"/student/\w+/(\w+\.ipynb)", r"/student/zh/\1", p)
         if p == "After this page you can": return "学完本页，你能够"
         if p == "## Exercises": return "## 练习"
         if p == "Run the next cell first. The exercises need nothing else from this page, and each stands alone.":
