@@ -14,7 +14,7 @@ def fix_links(text, cfg):
     user, repo, branch = cfg["user"], cfg["repo"], cfg["branch"]
     badge = r"(research\.google\.com/github/)[\w.-]+/[\w.-]+/blob/[^\s\"')]+?(/(?:(?:\d_\w+|base|apps|zh)/\w+|index)\.ipynb)"
     text = re.sub(badge, rf"\g<1>{user}/{repo}/blob/student\2", text)   # the version without solutions
-    text = re.sub(r"""(--no-deps\s+\\?["']?git\+)https://[^@\s]+@[\w./-]+""", rf"\g<1>{cfg['git_url']}@{branch}", text)
+    text = re.sub(r"""(pip install -q (?:--no-deps )?\\?["']?git\+)https://[^@\s]+@[\w./-]+""", rf"\g<1>{cfg['git_url']}@{branch}", text)
     return re.sub(rf"(\b(?:github\.com|raw\.githubusercontent\.com|/github)/)[\w.-]+/{re.escape(repo)}(?![\w-])",
                   rf"\g<1>{user}/{repo}", text)
 
