@@ -1,5 +1,6 @@
 "The suite itself: what a change touches, how long things take and in which order they run, and the limit of `.ci/run`."
 import json, os, shutil, subprocess, sys
+from types import SimpleNamespace
 
 import nbformat, pytest
 from nbclient.exceptions import CellExecutionError
@@ -70,6 +71,16 @@ def test_pages_over_their_budget():
             "tests/test_a.py::long": (500, 500)}
     assert list(durations.over_budget(took, ROWS)) == ["45_merge took 121 CPU seconds; its budget is 80"]
     assert list(durations.over_budget({PAGE.format("core"): (13.5, 9)}, ROWS)) == ["core took 14 CPU seconds; its budget is 8"]
+
+
+@pytest.mark.parametrize("asked, status", [(False, 0), (True, 1)])
+def test_a_page_over_its_budget_fails_where_that_is_asked_for(asked, status, monkeypatch):
+    import conftest
+    monkeypatch.setattr(durations, "load", lambda: {durations.kind(): ROWS})
+    gathered, session = conftest.Durations(SimpleNamespace(option=SimpleNamespace(budgets=asked))), SimpleNamespace(exitstatus=0)
+    gathered.took[PAGE.format("45_merge")] = 121, 90
+    gathered.pytest_sessionfinish(session)
+    assert session.exitstatus == status and len(gathered.over()) == 1
 
 
 def test_the_table_is_written_and_read(tmp_path):
