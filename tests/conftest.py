@@ -148,13 +148,17 @@ def pytest_runtest_setup(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
+    forks.peak_kilobytes()
     try: return (yield)
-    finally: item.user_properties.append(("cpu_seconds", round(cpu_seconds() - item.cpu_before, 2)))
+    finally:
+        item.user_properties.append(("cpu_seconds", round(cpu_seconds() - item.cpu_before, 2)))
+        item.user_properties.append(("peak", forks.peak_kilobytes()))
 
 
 class Durations:
     "Gathers, in the process that reports, what each test that passed took."
-    def __init__(self, config): self.config, self.took, self.setup, self.failed = config, {}, {}, 0
+    def __init__(self, config):
+        self.config, self.took, self.peaks, self.setup, self.failed = config, {}, {}, {}, 0
 
     def pytest_runtest_logreport(self, report):
         self.failed += report.failed
@@ -162,6 +166,7 @@ class Durations:
         if report.when == "call" and report.passed:
             cpu = dict(report.user_properties).get("cpu_seconds", 0.)
             self.took[report.nodeid] = cpu, report.duration + self.setup.get(report.nodeid, 0.)
+            self.peaks[report.nodeid] = dict(report.user_properties).get("peak", 0)
 
     def over(self): return [*durations.over_budget(self.took, durations.load().get(durations.kind(), {}))]
 
@@ -174,5 +179,5 @@ class Durations:
         if not self.config.option.save_durations: return
         option, whole = self.config.option, self.config.args_source == pytest.Config.ArgsSource.TESTPATHS
         whole &= not (self.failed or option.keyword or option.markexpr or self.config.touched is not None)
-        durations.save(self.took, whole)
+        durations.save(self.took, whole, peaks=self.peaks)
         terminalreporter.write_line(f"{durations.TABLE.name}: {len(self.took)} tests, on {durations.kind()}")

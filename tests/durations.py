@@ -1,7 +1,7 @@
 """How long pages and tests take: the table `durations.json`, which `pytest --save-durations` writes.
 
 For each kind of processor, {name: [CPU seconds, seconds on the clock]}:
-pages, test files, and tests of more than `SLOW` seconds.
+pages, test files, and tests of more than `SLOW` seconds; and of pages the gigabytes that their kernel had at its highest.
 CPU seconds are those of the test and of the processes that it started, such as a page's kernel."""
 import json, os, platform
 from pathlib import Path
@@ -36,6 +36,11 @@ def page_of(nodeid):
     return name.removesuffix("]").removesuffix(".ipynb") if name and head.endswith("test_notebooks.py") else None
 
 
+def gigabytes(peaks):
+    "{page: gigabytes} from {test: kilobytes}, of the pages whose kernel was asked."
+    return {page_of(test): round(n*1024/1e9, 1) for test, n in sorted(peaks.items()) if n and page_of(test)}
+
+
 def summary(tests):
     "Rows of the table from {test: (CPU seconds, seconds)}."
     rows = dict(pages={}, files={}, tests={})
@@ -48,13 +53,14 @@ def summary(tests):
     return {k: {n: [round(o, 1) for o in v] for n, v in sorted(kind_rows.items())} for k, kind_rows in rows.items()}
 
 
-def save(tests, whole, path=TABLE):
+def save(tests, whole, path=TABLE, peaks={}):
     "Write what a run took: after the whole suite all rows of this processor, else those of pages and single tests."
     table, new = load(path), summary(tests)
+    memory = (table.get(kind(), {}).get("memory", {}) if not whole else {}) | gigabytes(peaks)
     if not whole:
         old = table.get(kind(), {})
         new = {k: {**old.get(k, {}), **({} if k == "files" else rows)} for k, rows in new.items()}
-    table[kind()] = new
+    table[kind()] = new | (dict(memory=memory) if memory else {})
     path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 

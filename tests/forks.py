@@ -18,6 +18,7 @@ compiled = cache(jinja2.Environment.compile)  # of the card that PEFT writes bes
 jinja2.Environment.compile = lambda self, source, *args, **kw: compiled(self, source, *args, **kw)
 gc.collect(), gc.freeze()  # a collection in a fork leaves these objects alone, and their memory shared
 kept = []  # or they would be waited for by `subprocess` itself
+peak = 0   # kilobytes of the largest fork that has ended since this was asked for
 def new(job):  # beside a GPU the imports have opened CUDA, which does not survive a fork
     streams = [open(name, mode) for name, mode in zip(job["streams"], ("r", "a", "a"))]
     kept.append(subprocess.Popen([sys.executable, "-c", job["code"], *job["args"]], cwd=job["cwd"],
@@ -28,8 +29,13 @@ for line in sys.stdin:
     if "cpu" in job:
         print(json.dumps(sum(os.times()[2:4])), flush=True)
         continue
+    if "peak" in job:
+        print(json.dumps(peak), flush=True)
+        peak = 0
+        continue
     if "pid" in job:
-        pid, status = os.waitpid(job["pid"], os.WNOHANG)
+        pid, status, used = os.wait4(job["pid"], os.WNOHANG)
+        if pid: peak = max(peak, used.ru_maxrss)
         print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
         continue
     if (pid := new(job) if torch.cuda.is_initialized() else os.fork()) == 0: break
@@ -57,6 +63,11 @@ def ask(**job):
 def cpu_seconds():
     "CPU seconds of the forks that have ended."
     return ask(cpu=True) if server.cache_info().currsize else 0.
+
+
+def peak_kilobytes():
+    "What the largest fork had in memory that has ended since the last call, what it shares with others included."
+    return ask(peak=True) if server.cache_info().currsize else 0
 
 
 class Fork:

@@ -47,6 +47,12 @@ def seconds(page, table):
     return " and ".join(f"{said(s)} on {kind}" for kind, s in found.items())
 
 
+def memory(page, table):
+    "What the page's kernel had in memory at its highest, where that was measured; the largest, where on several processors."
+    found = [m for rows in table.values() if (m := rows.get("memory", {}).get(page["name"]))]
+    return f", and {max(found):g} GB of memory" if found else ""
+
+
 def top(page, before, after, pages, table):
     "The cell below a page's title."
     here, part = page["path"], page["part"]
@@ -62,7 +68,7 @@ def top(page, before, after, pages, table):
     facts = [f"**Know first:** {first or 'nothing else'}." if lesson or first else "", f"**Reading:** about {page['minutes']} minutes."]
     if todo := page["exercises"]: facts.append(f"**Exercises:** {len(todo)}, about {sum(todo)} minutes.")
     took = seconds(page, table)
-    if took: facts.append(f"**Running:** {took}, of computing on two cores without a GPU.")
+    if took: facts.append(f"**Running:** {took}, of computing on two cores without a GPU{memory(page, table)}.")
     return "\n\n".join([*lines, " ".join(filter(None, facts))])
 
 

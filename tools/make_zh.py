@@ -90,8 +90,10 @@ class Chinese:
             p = re.sub(r"\*\*Know first:\*\* (.+?)\. (?=\*\*)", lambda o: f"**预备知识**：{o[1].replace('nothing else', '无').replace(', ', '、')}。", p)
             p = re.sub(r"\*\*Reading:\*\* about (\d+) minutes\. ?", r"**阅读**：约 \1 分钟。", p)
             p = re.sub(r"\*\*Exercises:\*\* (\d+), about (\d+) minutes\. ?", r"**练习**：\1 道，约 \2 分钟。", p)
+            cores = r", of computing on two cores without a GPU(?:, and ([\d.]+) GB of memory)?\."
+            p = re.sub(cores, lambda o: "（两个 CPU 核的计算时间，不用 GPU）" + (f"，内存最多 {o[1]} GB" if o[1] else "") + "。", p)
             p = re.sub(r"([\d.]+) (s|min) on ([\w-]+)", lambda o: f"在 {o[3]} 上 {o[1]} {dict(s='秒', min='分钟')[o[2]]}", p).replace(" and ", "，")
-            return re.sub(r"\*\*Running:\*\* (.+?), of computing on two cores without a GPU\.", r"**运行**：\1（两个 CPU 核的计算时间，不用 GPU）。", p)
+            return p.replace("**Running:** ", "**运行**：")
 
     def readme_rule(self, p, name):
         if p.startswith("<!-- Made from"): return "<!-- 译自 README.md；代码由 tools/make_zh.py 照抄。 -->"
