@@ -1,5 +1,5 @@
 "The exercises of the course: each check is tested by the stub, the solution and the mistakes that people make."
-import copy, re
+import ast, copy, re
 from pathlib import Path
 
 import nbformat
@@ -91,3 +91,14 @@ def test_every_teaching_page_has_some():
     "Three or more at the end of each page of the parts, but for the pages that open a part."
     few = {p.stem: n for p in PAGES if not p.stem.endswith("_start") and (n := sum(o.page == p.stem for o in EXERCISES)) < 3}
     assert not few, few
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(o.page == p.stem for o in EXERCISES)], ids=lambda p: p.stem)
+def test_a_student_knows_which_names_are_asked_for(page):
+    "What the solution defines is named in the task or beside the place for the answer."
+    cells = {c.id: c.source for c in nbformat.read(page, as_version=4).cells}
+    for ex in exercises_of(page):
+        tree = ast.parse(ex.solution).body
+        names = [o.name for o in tree if isinstance(o, ast.FunctionDef)]
+        names += [n.id for o in tree if isinstance(o, ast.Assign) for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        for name in names: assert re.search(rf"`[^`]*\b{name}\b[^`]*`", cells[f"ex-{ex.slug}"]) or re.search(rf"\b{name}\b", ex.stub), (ex.slug, name)
