@@ -74,9 +74,9 @@ def fetched_from_elsewhere(folder):
 
 
 def test_broken_links_are_found(tmp_path):
-    (tmp_path/"a.html").write_text('<a href="b.html#x">1</a><a href="b.html#y">2</a><a href="c.html">3</a><a href="https://x.org/d">4</a>')
-    (tmp_path/"b.html").write_text('<p id="x"></p><img alt="" src="https://x.org/a.png"><link rel="stylesheet" href="//x.org/a.css">')
-    (tmp_path/"s.css").write_text("@import 'https://x.org/f.css'; a {background: url(https://x.org/b.png)}")
+    (tmp_path/"a.html").write_text('<a href="b.html#x">1</a><a href="b.html#y">2</a><a href="c.html">3</a><a href="https://x.org/d">4</a>', encoding="utf-8")
+    (tmp_path/"b.html").write_text('<p id="x"></p><img alt="" src="https://x.org/a.png"><link rel="stylesheet" href="//x.org/a.css">', encoding="utf-8")
+    (tmp_path/"s.css").write_text("@import 'https://x.org/f.css'; a {background: url(https://x.org/b.png)}", encoding="utf-8")
     assert sorted(broken(tmp_path)[0]) == [("a.html", "b.html#y"), ("a.html", "c.html")]
     assert len(fetched_from_elsewhere(tmp_path)) == 4
 
@@ -129,11 +129,11 @@ def checkout_of(folder, *texts):
     shutil.copytree(NBS/"images", folder/"nbs"/"images")
     shutil.copy(ROOT/"settings.ini", folder)
     names = [f"{i:02}_page" for i in range(len(texts))]
-    (folder/"nbs"/"course.toml").write_text('[[part]]\nfolder = "1_a"\ntitle = "A"\n' + "".join(f'[[part.page]]\nname = "{o}"\n' for o in names))
+    (folder/"nbs"/"course.toml").write_text('[[part]]\nfolder = "1_a"\ntitle = "A"\n' + "".join(f'[[part.page]]\nname = "{o}"\n' for o in names), encoding="utf-8")
     (folder/"nbs"/"1_a").mkdir()
     for name, text in {"index": "# Index", **{f"1_a/{o}": t for o, t in zip(names, texts)}}.items():
         cells = [dict(cell_type="markdown", id="a", metadata={}, source=text)]
-        (folder/"nbs"/f"{name}.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+        (folder/"nbs"/f"{name}.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)), encoding="utf-8")
     return folder
 
 
@@ -192,7 +192,7 @@ WIDER = """() => { const w = document.documentElement.clientWidth;
 
 @browsing
 def test_what_is_wrong_is_noticed(page, site, address):
-    (site/"bad.html").write_text('<!DOCTYPE html><main><pre style="width:3000px">x</pre></main><img src="http://127.0.0.2:9/a.png"><script>no()</script>')
+    (site/"bad.html").write_text('<!DOCTYPE html><main><pre style="width:3000px">x</pre></main><img src="http://127.0.0.2:9/a.png"><script>no()</script>', encoding="utf-8")
     try: page.goto(f"{address}/bad.html")
     finally: (site/"bad.html").unlink()
     assert any("127.0.0.2" in o for o in page.wrong) and any("no is not defined" in o for o in page.wrong)

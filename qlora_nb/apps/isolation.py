@@ -59,7 +59,7 @@ def show(place:str, path:str):
     if os.path.islink(path) and path.count("/") == 1:   # /bin → usr/bin
         return os.symlink(os.readlink(path), there)
     if os.path.isdir(path): os.mkdir(there)
-    else: open(there, "w").close()
+    else: Path(there).touch()
     mount(path, there, None, BIND | REC)
 
 # %% ../../nbs/apps/isolation.ipynb #d2000021
@@ -88,7 +88,7 @@ def new_root(place:str,    # An empty folder
     call("pivot_root", ".", ".")    # the old root lies over the new one now
     call("umount2", ".", 2)         # and is taken away
     os.chdir(SCRATCH)
-    Path("/proc/sys/user/max_user_namespaces").write_text("0")   # nobody starts anew in here
+    with open("/proc/sys/user/max_user_namespaces", "wb") as f: f.write(b"0")   # nobody starts anew
     close_mounts()
 
 # %% ../../nbs/apps/isolation.ipynb #d2000024
