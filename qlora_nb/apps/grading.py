@@ -18,10 +18,11 @@ from ..base.errors import QLoRAError
 
 # %% ../../nbs/apps/grading.ipynb #dc000007
 def pages_of(source:str|Path) -> dict:  # {name: list of `Exercise`}
-    "The exercises of a notebook, or of all notebooks in a folder."
+    "The exercises of a notebook, or of all in a folder; translations ask for the same answers."
     source = Path(source).expanduser()
     files = [source] if source.is_file() else sorted(source.rglob("*.ipynb"))
-    pages = {o.stem: exercises_of(o) for o in files if ".ipynb_checkpoints" not in o.parts}
+    left_out = {".ipynb_checkpoints", "zh"}
+    pages = {o.stem: exercises_of(o) for o in files if not left_out & {*o.parts}}
     if not any(pages.values()):
         raise QLoRAError("there are no exercises here.", str(source),
                          "Give the notebooks with the solutions, such as nbs.")
