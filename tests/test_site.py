@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from filelock import FileLock
 
 from common import MODULES, NBS, PAGES, ROOT, module_name
 from qlora_nb.apps.site import NEEDED, build_site
@@ -16,7 +17,7 @@ from qlora_nb.base.errors import QLoRAError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 gone = [o for o in [*NEEDED, "sphinx_revealjs"] if find_spec(o) is None]
-pytestmark = [pytest.mark.xdist_group("site"), pytest.mark.skipif(bool(gone), reason=f"not installed: {gone}")]
+pytestmark = pytest.mark.skipif(bool(gone), reason=f"not installed: {gone}")
 browsing = pytest.mark.skipif(CHROMIUM is None or find_spec("playwright") is None,
                               reason="needs Chromium (apt install chromium) and pip install playwright")
 NAMES = [p.relative_to(NBS).with_suffix(".html").as_posix() for p in [NBS/"index.ipynb", *PAGES, *sorted(NBS.glob("zh/*.ipynb"))]]
@@ -25,15 +26,23 @@ AXE = ["index.html", "1_foundations/03_nf4.html", "2_training/20_mask_viewer.htm
        "apps/glossary.html", "api/training.data.html"]
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory): return build_site(tmp_path_factory.mktemp("site")/"site")
-
-
-@pytest.fixture(scope="session")
-def slides(tmp_path_factory):
-    out = tmp_path_factory.mktemp("slides")/"slides"
-    build_slides(out)
+def once(tmp_path_factory, worker_id, name, build):
+    "The folder that `build` makes, once for all workers of a run: the first builds, the others wait."
+    folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    out, done = folder/name, folder/f"{name}.done"
+    with FileLock(folder/f"{name}.lock"):
+        if not done.exists():
+            build(out)
+            done.touch()
     return out
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory, worker_id): return once(tmp_path_factory, worker_id, "site", build_site)
+
+
+@pytest.fixture(scope="session")
+def slides(tmp_path_factory, worker_id): return once(tmp_path_factory, worker_id, "slides", build_slides)
 
 
 # ---- the files ----
@@ -191,10 +200,10 @@ WIDER = """() => { const w = document.documentElement.clientWidth;
 
 
 @browsing
-def test_what_is_wrong_is_noticed(page, site, address):
-    (site/"bad.html").write_text('<!DOCTYPE html><main><pre style="width:3000px">x</pre></main><img src="http://127.0.0.2:9/a.png"><script>no()</script>', encoding="utf-8")
-    try: page.goto(f"{address}/bad.html")
-    finally: (site/"bad.html").unlink()
+def test_what_is_wrong_is_noticed(page, address):
+    bad = '<!DOCTYPE html><main><pre style="width:3000px">x</pre></main><img src="http://127.0.0.2:9/a.png"><script>no()</script>'
+    page.route(f"{address}/bad.html", lambda r: r.fulfill(body=bad, content_type="text/html"))   # the site itself is shared
+    page.goto(f"{address}/bad.html")
     assert any("127.0.0.2" in o for o in page.wrong) and any("no is not defined" in o for o in page.wrong)
     assert page.evaluate(WIDER)
 
