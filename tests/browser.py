@@ -31,7 +31,7 @@ def answers(url):
 
 
 @contextmanager
-def serving(*command, cwd, ready="/api", seconds=60, env={}, log="server.log"):
+def serving(*command, cwd, ready="/api", seconds=240, env={}, log="server.log"):
     """Start `command`, a server that takes `{port}` and `{token}` in its arguments, and wait until `ready` answers; stop it and
     its children afterwards. Yields (address, token)."""
     port, token = free_port(), secrets.token_hex(16)
@@ -77,6 +77,7 @@ def browsing():
         def open(**how):
             context = chromium.new_context(**dict(viewport=dict(width=1200, height=900)) | how)
             page = context.new_page()
+            page.set_default_timeout(120_000)    # a busy machine is slow, and nothing is wrong with the page
             page.watch = Watch(page)
             try: yield page
             finally: context.close()

@@ -65,8 +65,8 @@ def lab_page(chromium, folder):
     write(folder)
     command = [str(Path(sys.executable).parent/"jupyter-lab"), *LAB.split()[1:]]
     with serving(*command, cwd=folder, env=homes(folder)) as (url, token), chromium() as page:
-        page.goto(f"{url}/lab/tree/page.ipynb?token={token}", timeout=60_000)
-        page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel", timeout=60_000)
+        page.goto(f"{url}/lab/tree/page.ipynb?token={token}", timeout=240_000)
+        page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel", timeout=240_000)
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         page.get_by_label("message", exact=True).wait_for(timeout=240_000)   # the chat, the last cell
         yield page
@@ -85,7 +85,7 @@ def press(page, key, times=1):
     before = source(page) if page.locator(MOVED).count() else None
     for _ in range(times): page.keyboard.press(key)
     page.wait_for_function("([path, old]) => { const i = document.querySelector(path); return i && i.src != old }",
-                           arg=[MOVED, before], timeout=30_000)
+                           arg=[MOVED, before], timeout=120_000)
     return source(page)
 
 
@@ -121,12 +121,12 @@ def an_error_in_one_sentence(page):
     type_into(page, "lora_alpha", "13")
     page.keyboard.press("Tab")
     said = page.get_by_text("There is no figure for").last
-    said.wait_for(timeout=30_000)
+    said.wait_for(timeout=120_000)
     assert said.inner_text().strip().endswith("RuntimeError: it broke") and page.locator(MOVED).count() == 0
     assert "Traceback" not in page.inner_text("body") and "draw_lora(updates" not in said.inner_text()
     type_into(page, "lora_alpha", "16")
     page.keyboard.press("Tab")
-    page.wait_for_selector(MOVED, timeout=30_000)     # and it goes on
+    page.wait_for_selector(MOVED, timeout=120_000)     # and it goes on
     assert page.get_by_text("There is no figure for").count() == 0
 
 
@@ -135,7 +135,7 @@ def the_chat_keeps_the_focus(page):
         type_into(page, "message", question)
         page.get_by_role("button", name="Send").focus()
         page.keyboard.press("Enter")
-        page.wait_for_function("n => document.body.innerText.split('forty-two').length > n", arg=n, timeout=30_000)
+        page.wait_for_function("n => document.body.innerText.split('forty-two').length > n", arg=n, timeout=120_000)
         assert page.evaluate("document.activeElement.textContent") == "Send"
 
 
@@ -191,9 +191,9 @@ def classic(chromium, old_jupyter, tmp_path_factory):
     write(folder)
     command = [str(old_jupyter/"jupyter-notebook"), *CLASSIC.split()[1:]]
     with serving(*command, cwd=folder, env=homes(folder)) as (url, token), chromium() as page:
-        page.goto(f"{url}/notebooks/page.ipynb?token={token}", timeout=60_000)
+        page.goto(f"{url}/notebooks/page.ipynb?token={token}", timeout=240_000)
         ready = "window.Jupyter?.notebook?._fully_loaded && Jupyter.notebook.kernel?.info_reply?.status"
-        page.wait_for_function(ready, timeout=60_000)
+        page.wait_for_function(ready, timeout=240_000)
         page.evaluate("Jupyter.notebook.execute_all_cells()")
         page.get_by_label("message", exact=True).wait_for(timeout=240_000)
         yield page

@@ -164,7 +164,13 @@ def browser():
 
 
 class Quiet(SimpleHTTPRequestHandler):
+    "Serves the site and, below /slides, the decks, which lie in a folder beside it; nothing is copied, as workers share both."
     def log_message(self, *args): pass
+    def translate_path(self, path):
+        usual = self.directory
+        if path.startswith("/slides/"): self.directory = str(Path(usual).parent)
+        try: return super().translate_path(path)
+        finally: self.directory = usual
 
 
 class Server(ThreadingHTTPServer):
@@ -174,7 +180,6 @@ class Server(ThreadingHTTPServer):
 @pytest.fixture(scope="session")
 def address(site, slides):
     "A server of the site and, below /slides, the decks."
-    if not (site/"slides").exists(): shutil.copytree(slides, site/"slides")
     server = Server(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -185,6 +190,7 @@ def address(site, slides):
 def page(browser, address):
     "A page of a browser that notes what goes wrong, and every request to another server."
     context = browser.new_context(viewport=dict(width=1200, height=900))
+    context.set_default_timeout(120_000)    # a busy machine is slow, and nothing is wrong with the page
     page, page.wrong = context.new_page(), []
     page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda e: page.wrong.append(str(e)))
