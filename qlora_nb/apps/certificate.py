@@ -33,7 +33,7 @@ def make_key(path:str|Path) -> str:  # The public key
     try: fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
         raise QLoRAError("there is a file here already.", str(path),
-                         "Choose another name.") from None
+                         "Choose another name, or use it: --key.") from None
     except OSError as e:
         raise QLoRAError(f"the key cannot be written ({e.strerror}).", str(path),
                          "Choose another place.") from e

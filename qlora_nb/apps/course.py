@@ -6,28 +6,26 @@
 __all__ = ['MAIN', 'VERSIONS', 'OTHERS', 'notebooks', 'frozen', 'release_note', 'build_course', 'course_parser', 'course_main']
 
 # %% ../../nbs/apps/course.ipynb #kit00004
-import argparse, re, shutil, sys, tomllib
+import argparse, re, shutil, sys
 from datetime import date
 from pathlib import Path
 import nbformat
 import qlora_nb
 from .cli import one_line_errors
 from .exercises import exercises_of, instructor_version, student_version
+from .site_pages import checkout, course
 from .slides import build_slides
 from ..base.errors import QLoRAError
 from ..base.new_folder import new_folder
 
 # %% ../../nbs/apps/course.ipynb #kit00007
-def notebooks(source:str|Path|None=None # `nbs` of a checkout; None: beside this package
-             ) -> tuple:                # (the folder, its pages in the order of the course)
+def notebooks(source:str|Path|None=None # A checkout, or its `nbs`; None: beside this package
+             ) -> tuple:                # (the folder `nbs`, its pages in the order of the course)
     "The pages of the course. Raises `QLoRAError` where there are none."
-    source = Path(source) if source else Path(qlora_nb.__file__).parent.parent/"nbs"
-    if not (source/"course.toml").is_file():
-        raise QLoRAError("no pages of the course here", source,
-                         "Give --source, the folder nbs of a checkout of the repository.")
-    parts = tomllib.loads((source/"course.toml").read_text(encoding="utf-8"))["part"]
-    return source, [source/part["folder"]/f"{page['name']}.ipynb"
-                    for part in parts for page in part["page"]]
+    root = checkout(source)
+    nbs = root/"nbs"
+    return nbs, [nbs/part["folder"]/f"{page['name']}.ipynb"
+                 for part in course(root) for page in part["page"]]
 
 # %% ../../nbs/apps/course.ipynb #kit00010
 def frozen(nb:nbformat.NotebookNode, # A version for a class
@@ -35,7 +33,8 @@ def frozen(nb:nbformat.NotebookNode, # A version for a class
           ) -> nbformat.NotebookNode: # The same notebook, changed in place
     "Pin what a notebook installs, and the branch that its badge opens, to a release."
     for c in nb.cells:
-        if c.cell_type == "code": c.source = c.source.replace("qlora_nb@main", f"qlora_nb@{tag}")
+        if c.cell_type == "code":
+            c.source = re.sub(r"(git\+https://[^@\s\"]+@)[\w./-]+", rf"\g<1>{tag}", c.source)
         else: c.source = c.source.replace("/blob/student/", f"/blob/student-{tag}/")
     return nb
 
@@ -45,6 +44,8 @@ def release_note(tag:str, until:str, # Until when it is supported: YYYY-MM-DD
                  source:Path         # The folder of the pages, beside which constraints.txt lies
                 ) -> str:            # Markdown
     "What a term was frozen with. Raises `QLoRAError` for a date that is none, or that has passed."
+    if not re.fullmatch(r"\w[\w.-]*", tag):
+        raise QLoRAError("not the name of a release", tag, "Such as 2027-spring.")
     try: ends = date.fromisoformat(until)
     except ValueError: raise QLoRAError("not a date", until, "Write it as 2027-09-30.") from None
     if ends <= date.today(): raise QLoRAError("the support of a release ends in the past", until)
@@ -97,7 +98,7 @@ def course_parser() -> argparse.ArgumentParser:
     words = p.add_subparsers(dest="word", required=True, metavar="WORD")
     def word(name, says, source=True):
         w = words.add_parser(name, help=says, description=says)
-        if source: w.add_argument("--source", help="nbs of a checkout (default: beside us)")
+        if source: w.add_argument("--source", help="a checkout (default: beside us)")
         return w.add_argument
     add = word("build", "write student/ and instructor/ from the pages")
     add("--out", default="course_kit", help="a new folder (%(default)s)")
@@ -128,7 +129,7 @@ def course_main(argv:list|None=None): # None: the options that the command was c
                   f"{made['decks']} decks of slides.")
         elif o.word == "site":
             from qlora_nb.apps.site import build_site
-            print(build_site(o.out, Path(o.source).parent if o.source else None))
+            print(build_site(o.out, o.source))
         elif o.word == "exam":
             from qlora_nb.apps.exam import write_exam
             print(*write_exam(o.seed, o.out, o.questions), sep="\n")

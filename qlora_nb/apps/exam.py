@@ -12,7 +12,7 @@ from random import Random
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell
 from .exam_questions import QUESTIONS
-from .exercises import Exercise, attempt, doubts, exercises_of
+from .exercises import Exercise, doubts, exercises_of
 from .exercises import instructor_version, student_version
 from ..base.errors import QLoRAError
 
@@ -78,13 +78,12 @@ def write_exam(seed:int|str,     # Another seed, another exam
         raise QLoRAError("this seed cannot be part of a file's name", f"{seed}"[:80],
                          "Letters, digits, - and _, at most 80.")
     nb, out = exam_notebook(seed, n), Path(out).expanduser()
-    files = out/"exam"/f"exam_{seed}.ipynb", out/"solutions"/f"exam_{seed}.ipynb"
-    for path, version in zip(files, (student_version(nb), instructor_version(nb))):
-        if path.exists():
-            raise QLoRAError("an exam of this seed is there already", path,
-                             "Take another --out or --seed.")
+    files = [out/o for o in (f"exam/exam_{seed}.ipynb", f"solutions/exam_{seed}.ipynb",
+                             f"solutions/exam_{seed}_source.ipynb")]
+    if found := [o for o in files if o.exists()]:
+        raise QLoRAError("an exam of this seed is there already", found[0],
+                         "Take another --out or --seed.")
+    for path, version in zip(files, (student_version(nb), instructor_version(nb), nb)):
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(version, path)
-    source = out/"solutions"/f"exam_{seed}_source.ipynb"
-    nbformat.write(nb, source)
-    return files
+    return tuple(files[:2])
