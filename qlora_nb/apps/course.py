@@ -45,10 +45,10 @@ def release_note(tag:str, until:str, # Until when it is supported: YYYY-MM-DD
                 ) -> str:            # Markdown
     "What a term was frozen with. Raises `QLoRAError` for a date that is none, or that has passed."
     if not re.fullmatch(r"\w[\w.-]*", tag):
-        raise QLoRAError("not the name of a release", tag, "Such as 2027-spring.")
+        raise QLoRAError("not the name of a release.", tag, "Such as 2027-spring.")
     try: ends = date.fromisoformat(until)
-    except ValueError: raise QLoRAError("not a date", until, "Write it as 2027-09-30.") from None
-    if ends <= date.today(): raise QLoRAError("the support of a release ends in the past", until)
+    except ValueError: raise QLoRAError("not a date.", until, "Write it as 2027-09-30.") from None
+    if ends <= date.today(): raise QLoRAError("the support of a release ends in the past.", until)
     tested = (source.parent/"constraints.txt").read_text(encoding="utf-8")
     pins = dict(re.findall(r"^([\w.-]+)==(\S+)", tested, re.M))
     rows = "\n".join(f"| {o} | {pins[o]} |" for o in MAIN)
@@ -69,7 +69,7 @@ def build_course(out:str|Path,                 # A new folder
     "Write `student/`, `instructor/`, `slides/`; `out` has to be new. `QLoRAError` without pages."
     source, pages = notebooks(source)
     if bool(release) != bool(until):
-        raise QLoRAError("a release has a name and a date of support",
+        raise QLoRAError("a release has a name and a date of support.",
                          cure="Give --release and --until.")
     note = release_note(release, until, source) if release else None
     exercises = 0

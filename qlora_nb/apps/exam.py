@@ -41,7 +41,7 @@ def exam_notebook(seed:int|str,       # Another seed, another exam
                  ) -> nbformat.NotebookNode: # With solutions, hidden tests and mistakes
     "An exam as a page of exercises. Raises `QLoRAError` where `n` is more than there are."
     if n is not None and not 1 <= n <= len(QUESTIONS):
-        raise QLoRAError(f"an exam of {n} questions", cure=f"There are 1 to {len(QUESTIONS)}.")
+        raise QLoRAError(f"an exam of {n} questions.", cure=f"There are 1 to {len(QUESTIONS)}.")
     chosen = Random(f"{seed}").sample(QUESTIONS, n or len(QUESTIONS))
     drawn = [_clear(q, seed) for q in sorted(chosen, key=QUESTIONS.index)]
     points, minutes = (sum(o[k] for o in drawn) for k in ("points", "minutes"))
@@ -75,13 +75,13 @@ def write_exam(seed:int|str,     # Another seed, another exam
               ) -> tuple:        # (the file for students, the file with solutions)
     "Write an exam and, apart from it, its solutions. Raises `QLoRAError` where one is there."
     if not re.fullmatch(r"[\w.-]{1,80}", f"{seed}") or f"{seed}".startswith("."):
-        raise QLoRAError("this seed cannot be part of a file's name", f"{seed}"[:80],
+        raise QLoRAError("this seed cannot be part of a file's name.", f"{seed}"[:80],
                          "Letters, digits, - and _, at most 80.")
     nb, out = exam_notebook(seed, n), Path(out).expanduser()
     files = [out/o for o in (f"exam/exam_{seed}.ipynb", f"solutions/exam_{seed}.ipynb",
                              f"solutions/exam_{seed}_source.ipynb")]
     if found := [o for o in files if o.exists()]:
-        raise QLoRAError("an exam of this seed is there already", found[0],
+        raise QLoRAError("an exam of this seed is there already.", found[0],
                          "Take another --out or --seed.")
     for path, version in zip(files, (student_version(nb), instructor_version(nb), nb)):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ def _cleared(nb, *names):
             warnings.simplefilter("ignore")
             from nbgrader import preprocessors
     except ImportError as e:
-        raise QLoRAError("the versions for a class are made by nbgrader, which is missing",
+        raise QLoRAError("the versions for a class are made by nbgrader, which is missing.",
                          cure="pip install 'qlora_nb[course]'") from e
     for o in names: nb, _ = getattr(preprocessors, o)().preprocess(nb, {})
     return nb
@@ -75,7 +75,7 @@ def exercises_of(page:str|Path,                        # A notebook's file
         lost = [o for o in ("exercise-setup", *parts) if o not in cells]
         if lost or not head:
             lacks = lost[0] if lost else "heading"
-            raise QLoRAError(f"exercise '{slug}' has no {lacks}", page.name,
+            raise QLoRAError(f"exercise '{slug}' has no {lacks}.", page.name,
                              "It takes a heading with kind, stars and minutes, and four cells.")
         number, title, kind, stars, minutes = head.groups()
         answer, check, wrong = (cells[p] for p in parts)

@@ -21,7 +21,7 @@ class Question:
     def __post_init__(self):
         said = dict(self.wrong) | dict([self.right])
         if len(self.wrong) < 2 or len(said) == len(self.wrong) or not all(said.values()):
-            raise QLoRAError("a question has one right answer, two wrong ones, a reason for each",
+            raise QLoRAError("a question has one right answer, two wrong ones, a reason for each.",
                              self.ask, "Write what is missing.")
     def options(self):
         "[(answer, is it right?, reason)] in an order that is drawn."
