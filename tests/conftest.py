@@ -14,7 +14,7 @@ sys.modules.setdefault("rfc3987_syntax", None)
 
 import jinja2, psutil, pytest
 
-import changed, durations, forks
+import browser, changed, durations, forks
 
 GIB = 2**30
 PER_WORKER = 4*GIB  # a page that loads SmolLM2-135M several times peaks below this, together with its worker
@@ -131,6 +131,13 @@ def templates_compiled_once():
         compiled = cache(jinja2.Environment.compile)
         m.setattr(jinja2.Environment, "compile", lambda self, source, *a, **k: compiled(self, source, *a, **k))
         yield
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    "Opens pages of one Chromium for all tests of a worker: a thread can hold Playwright only once."
+    browser.need_browser()
+    with browser.browsing() as open: yield open
 
 
 # ---- what they take ----

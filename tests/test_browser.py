@@ -9,10 +9,9 @@ import nbformat, pytest
 from filelock import FileLock
 from nbformat.v4 import new_code_cell, new_notebook
 
-from browser import browsing, need_browser, serving
+from browser import serving
 from common import ROOT
 
-pytestmark = pytest.mark.xdist_group("browser")   # one server for all, in one worker
 EXPLORER = """
 import torch
 from qlora_nb.base.explorer import choice, explore, number
@@ -33,12 +32,6 @@ chat.stream = lambda *a, **k: iter(["forty", "-two"])
 chat.Chat(tiny_model("llama", vocab_size=len(tok)), tok)
 """
 MOVED = ".widget-output img, .jupyter-widgets-output-area img"   # the figure below the controls
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    need_browser()
-    with browsing() as open: yield open
 
 
 def write(folder):
@@ -148,8 +141,8 @@ def nothing_went_wrong(page):
 ASKED = [a_slider_moved_by_keyboard, controls_by_name, an_error_in_one_sentence, the_chat_keeps_the_focus, nothing_went_wrong]
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=lambda o: o.__name__)
-def test_in_lab(lab, asked): asked(lab)
+def test_in_lab(lab):
+    for asked in ASKED: asked(lab)   # one test, as each goes on from where the one before left the page
 
 
 # ---- Notebook 6 with ipywidgets 7, as on Colab and on many servers of universities ----
@@ -205,5 +198,5 @@ def test_versions(old_jupyter):
     assert r.stdout.split() == ["7.34.0", "7.7.1", "6.5.7"]
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=lambda o: o.__name__)
-def test_in_notebook_6(classic, asked): asked(classic)
+def test_in_notebook_6(classic):
+    for asked in ASKED: asked(classic)

@@ -15,11 +15,8 @@ from qlora_nb.apps.slides import build_slides
 from qlora_nb.apps.site_pages import course
 from qlora_nb.base.errors import QLoRAError
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 gone = [o for o in [*NEEDED, "sphinx_revealjs"] if find_spec(o) is None]
 pytestmark = pytest.mark.skipif(bool(gone), reason=f"not installed: {gone}")
-browsing = pytest.mark.skipif(CHROMIUM is None or find_spec("playwright") is None,
-                              reason="needs Chromium (apt install chromium) and pip install playwright")
 NAMES = [p.relative_to(NBS).with_suffix(".html").as_posix() for p in [NBS/"index.ipynb", *PAGES, *sorted(NBS.glob("zh/*.ipynb"))]]
 LESSONS = [o for o in dict.fromkeys(NAMES) if o[0].isdigit()]
 AXE = ["index.html", "1_foundations/03_nf4.html", "2_training/20_mask_viewer.html", "3_memory/38_gpus.html",
@@ -154,15 +151,6 @@ def test_a_dead_link_fails_the_build(tmp_path):
 
 # ---- in a browser ----
 
-@pytest.fixture(scope="session")
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 class Quiet(SimpleHTTPRequestHandler):
     "Serves the site and, below /slides, the decks, which lie in a folder beside it; nothing is copied, as workers share both."
     def log_message(self, *args): pass
@@ -187,17 +175,15 @@ def address(site, slides):
 
 
 @pytest.fixture
-def page(browser, address):
+def page(chromium, address):
     "A page of a browser that notes what goes wrong, and every request to another server."
-    context = browser.new_context(viewport=dict(width=1200, height=900))
-    context.set_default_timeout(120_000)    # a busy machine is slow, and nothing is wrong with the page
-    page, page.wrong = context.new_page(), []
-    page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda e: page.wrong.append(str(e)))
-    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else page.wrong.append(r.url))
-    page.on("requestfailed", lambda r: None if "ABORTED" in r.failure else page.wrong.append(f"{r.url}: {r.failure}"))   # by going on
-    yield page
-    context.close()
+    with chromium() as page:
+        page.wrong = []
+        page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda e: page.wrong.append(str(e)))
+        page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else page.wrong.append(r.url))
+        page.on("requestfailed", lambda r: None if "ABORTED" in r.failure else page.wrong.append(f"{r.url}: {r.failure}"))   # by going on
+        yield page
 
 
 WIDER = """() => { const w = document.documentElement.clientWidth;
@@ -205,7 +191,6 @@ WIDER = """() => { const w = document.documentElement.clientWidth;
     .filter(e => e.getBoundingClientRect().right > w + 1).slice(0, 5).map(e => e.outerHTML.slice(0, 120)).concat(['wider']) }"""
 
 
-@browsing
 def test_what_is_wrong_is_noticed(page, address):
     bad = '<!DOCTYPE html><main><pre style="width:3000px">x</pre></main><img src="http://127.0.0.2:9/a.png"><script>no()</script>'
     page.route(f"{address}/bad.html", lambda r: r.fulfill(body=bad, content_type="text/html"))   # the site itself is shared
@@ -214,7 +199,6 @@ def test_what_is_wrong_is_noticed(page, address):
     assert page.evaluate(WIDER)
 
 
-@browsing
 def test_a_walk_through_the_pages(page, address):
     "No page is wider than the screen, on a desk or in a hand; no error; no request to another server."
     found = {}
@@ -228,7 +212,6 @@ def test_a_walk_through_the_pages(page, address):
     assert not found, json.dumps(found, indent=1)[:4000]
 
 
-@browsing
 def test_search_finds_a_page(page, address):
     page.goto(f"{address}/search.html?q=codebook")
     page.wait_for_selector("#search-results li a")
@@ -236,7 +219,6 @@ def test_search_finds_a_page(page, address):
     assert not page.wrong
 
 
-@browsing
 def test_formulas_are_typeset(page, address):
     page.goto(f"{address}/1_foundations/05_lora.html")
     page.wait_for_selector("mjx-container")
@@ -250,7 +232,6 @@ def serious(page):
     return [(v["id"], n["html"][:160], n["any"][:1]) for v in found if v["impact"] in ("serious", "critical") for n in v["nodes"]]
 
 
-@browsing
 @pytest.mark.skipif(find_spec("axe_playwright_python") is None, reason="needs pip install axe-playwright-python")
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe(page, address, theme):
@@ -270,7 +251,6 @@ CUT = """() => { const out = []; for (const s of document.querySelectorAll('sect
   return out }"""
 
 
-@browsing
 def test_decks(page, address, slides):
     "Every lesson has a deck; a deck opens, can be gone through, and cuts no code at 1280 x 720."
     names = [Path(o).stem for o in LESSONS]
