@@ -1,12 +1,12 @@
-"How Sphinx makes the site out of the pages that qlora_nb.apps.site writes for it."
+"How Sphinx makes the site out of the pages that qlora_nb.classroom.site writes for it."
 import sys
 from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from qlora_nb.apps.site import docments_of
-from qlora_nb.apps.site_pages import settings
+from qlora_nb.classroom.site import docments_of
+from qlora_nb.classroom.site_pages import settings
 
 cfg = settings(ROOT)
 project, author, copyright = cfg["lib_name"], cfg["author"], cfg["copyright"]

@@ -11,7 +11,7 @@ from qlora_nb.base.cells import directives
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT/"qlora_nb"
 NBS = ROOT/"nbs"
-# In the order of the course: 1_foundations … 7_speed, apps, base. The pages in zh are translations: tests/test_zh.py.
+# In the order of the course: 1_foundations … 7_speed, apps, base, classroom. The pages in zh are translations: tests/test_zh.py.
 PAGES = sorted(o for o in NBS.glob("*/*.ipynb") if o.parent.name != "zh")
 NOTEBOOKS = [*PAGES, NBS/"index.ipynb"]
 LESSONS = [o for o in PAGES if o.name[0].isdigit()]

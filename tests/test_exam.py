@@ -2,9 +2,9 @@
 import nbformat
 import pytest
 
-from qlora_nb.apps.exam import exam_notebook, write_exam
-from qlora_nb.apps.exam_questions import QUESTIONS
-from qlora_nb.apps.exercises import doubts, exercises_of
+from qlora_nb.classroom.exam import exam_notebook, write_exam
+from qlora_nb.classroom.exam_questions import QUESTIONS
+from qlora_nb.classroom.exercises import doubts, exercises_of
 from qlora_nb.base.errors import QLoRAError
 
 

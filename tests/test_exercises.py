@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from qlora_nb.apps.exercises import doubts, exercises_of, instructor_version, student_version
+from qlora_nb.classroom.exercises import doubts, exercises_of, instructor_version, student_version
 from qlora_nb.base.errors import QLoRAError
 
 ROOT = Path(__file__).parent.parent

@@ -5,11 +5,11 @@ import psutil, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell, writes
 
 from common import NBS
-from qlora_nb.apps.class_report import report_html, report_markdown
-from qlora_nb.apps.gradebook import canvas_csv, moodle_csv, nbgrader_csv
-from qlora_nb.apps.grading import Graded, grade, learn, pages_of
-from qlora_nb.apps.isolation import check_isolation
-from qlora_nb.apps.sandbox import Limits, Sandbox, check_answer
+from qlora_nb.classroom.class_report import report_html, report_markdown
+from qlora_nb.classroom.gradebook import canvas_csv, moodle_csv, nbgrader_csv
+from qlora_nb.classroom.grading import Graded, grade, learn, pages_of
+from qlora_nb.classroom.isolation import check_isolation
+from qlora_nb.classroom.sandbox import Limits, Sandbox, check_answer
 from qlora_nb.base.errors import QLoRAError
 
 try: check_isolation()
@@ -373,7 +373,7 @@ def test_without_isolation_limits_still_hold(tmp_path, monkeypatch):
 
 
 def test_a_killed_grader_leaves_no_process(tmp_path):
-    code = ("import sys, time; from qlora_nb.apps.sandbox import *; box = Sandbox('')\n"
+    code = ("import sys, time; from qlora_nb.classroom.sandbox import *; box = Sandbox('')\n"
             "print('ready', flush=True); check_answer(box, 'while True: pass', 'x = 1', '')")
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert p.stdout.readline() == "ready\n"

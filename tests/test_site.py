@@ -10,9 +10,9 @@ import pytest
 from filelock import FileLock
 
 from common import MODULES, NBS, PAGES, ROOT, module_name
-from qlora_nb.apps.site import NEEDED, build_site
-from qlora_nb.apps.slides import build_slides
-from qlora_nb.apps.site_pages import course
+from qlora_nb.classroom.site import NEEDED, build_site
+from qlora_nb.classroom.slides import build_slides
+from qlora_nb.classroom.site_pages import course
 from qlora_nb.base.errors import QLoRAError
 
 gone = [o for o in [*NEEDED, "sphinx_revealjs"] if find_spec(o) is None]
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(bool(gone), reason=f"not installed: {gone}")
 NAMES = [p.relative_to(NBS).with_suffix(".html").as_posix() for p in [NBS/"index.ipynb", *PAGES, *sorted(NBS.glob("zh/*.ipynb"))]]
 LESSONS = [o for o in dict.fromkeys(NAMES) if o[0].isdigit()]
 AXE = ["index.html", "1_foundations/03_nf4.html", "2_training/20_mask_viewer.html", "3_memory/38_gpus.html",
-       "apps/glossary.html", "api/training.data.html"]
+       "classroom/glossary.html", "api/training.data.html"]
 
 
 def once(tmp_path_factory, worker_id, name, build):
@@ -124,9 +124,9 @@ def test_pages_are_fit_to_be_read(site):
 def test_reference_has_docments(site):
     text = re.sub(r"<[^>]+>", "", (site/"api"/"training.data.html").read_text(encoding="utf-8"))
     assert "load_rows" in text
-    source = (ROOT/"qlora_nb"/"apps"/"site.py").read_text(encoding="utf-8")
+    source = (ROOT/"qlora_nb"/"classroom"/"site.py").read_text(encoding="utf-8")
     said = re.search(r"jobs:int=2\) -> Path:\s+# (.+)", source)[1]
-    assert said in re.sub(r"<[^>]+>", "", (site/"api"/"apps.site.html").read_text(encoding="utf-8"))
+    assert said in re.sub(r"<[^>]+>", "", (site/"api"/"classroom.site.html").read_text(encoding="utf-8"))
 
 
 def checkout_of(folder, *texts):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 def fix_links(text, cfg):
     "`text` of a notebook file with the address of `cfg` in each link to this project, whoever it named before."
     user, repo, branch = cfg["user"], cfg["repo"], cfg["branch"]
-    badge = r"(research\.google\.com/github/)[\w.-]+/[\w.-]+/blob/[^\s\"')]+?(/(?:(?:\d_\w+|base|apps|zh)/\w+|index)\.ipynb)"
+    badge = r"(research\.google\.com/github/)[\w.-]+/[\w.-]+/blob/[^\s\"')]+?(/(?:(?:\d_\w+|base|apps|classroom|zh)/\w+|index)\.ipynb)"
     text = re.sub(badge, rf"\g<1>{user}/{repo}/blob/student\2", text)   # the version without solutions
     text = re.sub(r"""(pip install -q (?:--no-deps )?\\?["']?git\+)https://[^@\s]+@[\w./-]+""", rf"\g<1>{cfg['git_url']}@{branch}", text)
     return re.sub(rf"(\b(?:github\.com|raw\.githubusercontent\.com|/github)/)[\w.-]+/{re.escape(repo)}(?![\w-])",
