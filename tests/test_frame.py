@@ -134,6 +134,33 @@ def test_nothing_is_needed_before_it_was_taught():
             seen.add(p["name"])
 
 
+# ---- figures ----
+
+def captioned(cells):
+    "{id of a cell that shows a picture: has it a caption?} A line in italics, below it or (an explorer's) among its outputs."
+    found = {}
+    for c, after in zip(cells, [*cells[1:], None]):
+        shown = [o.get("data", {}) for o in c.get("outputs", ())]
+        if not any(k.startswith("image/") or k == "text/html" and re.search("<svg|<img", v) for o in shown for k, v in o.items()): continue
+        below = [o.get("text/markdown", "") for o in shown] + [after.source if after and after.cell_type == "markdown" else ""]
+        found[c.id] = any(re.match(r"\*[^\s*][^\n]{9,}\*( |\n|$)", o) for o in below)
+    return found
+
+
+@each_notebook
+def test_each_figure_has_a_caption(path):
+    "Front ends drop alternative texts, and a reader who skims reads captions."
+    bare = [k for k, has in captioned(read(path).cells).items() if not has]
+    assert not bare, f"{path.name}: no caption, *a line in italics*, at the top of the cell below {bare}"
+
+
+def test_a_figure_without_a_caption_is_found():
+    figure = [nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})]
+    def cells(*below): return [nbformat.v4.new_code_cell("1", outputs=figure), *map(nbformat.v4.new_markdown_cell, below)]
+    said = [[*captioned(cells(*o)).values()] for o in (["*What it shows.* And more."], ["**Bold** words"], ["Prose"], [])]
+    assert said == [[True], [False], [False], [False]]
+
+
 # ---- versions and packages ----
 
 def test_one_version():
