@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'as_named', 'refused', 'adapted_layers', 'adapted_parameters', 'chosen_layers', 'short_names',
-           'add_adapters', 'adapter_coverage', 'save_adapter', 'sizes_explained', 'names_known', 'attach_adapter',
-           'read_adapter', 'tiny_qlora']
+           'refuse_options', 'peft_explained', 'add_adapters', 'adapter_coverage', 'save_adapter', 'sizes_explained',
+           'names_known', 'attach_adapter', 'read_adapter', 'tiny_qlora']
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #0e572188
 import contextlib, re, shutil, tempfile, torch, warnings
@@ -87,26 +87,45 @@ def short_names(model, names:list) -> list:
     meant = {n for o in find_targets(model, short).values() for n in o}
     return short if meant == set(names) else names
 
+# %% ../../nbs/1_foundations/09_adapters.ipynb #5a680002
+def refuse_options(model, more:dict):   # Of LoraConfig
+    "Raise `QLoRAError` for what our own layers do not have: they are LoRA or rsLoRA."
+    if odd := [k for k, v in more.items() if v and k != "use_rslora"] if is_scratch(model) else []:
+        raise QLoRAError(f"our own layers know nothing of {', '.join(odd)}.", type(model).__name__,
+                         "Use PEFT's: backend='bnb' (--backend bnb).")
+
+@contextlib.contextmanager
+def peft_explained():
+    "Turn what PEFT refuses, such as PiSSA on a packed weight, into one sentence."
+    try: yield
+    except (TypeError, ValueError) as e:
+        why = " ".join(str(e).split())[:200].rstrip(".")
+        raise QLoRAError(f"PEFT cannot make such adapters here ({why}).") from e
+
 # %% ../../nbs/1_foundations/09_adapters.ipynb #fc268044
 def add_adapters(model,                       # A 4-bit model of either backend
                  r:int=16,                    # Rank: the inner size of each adapter
                  lora_alpha:float=32,         # The update is scaled by lora_alpha / r
                  lora_dropout:float=0.,       # On the adapters' input
                  target_modules:str|list="all-linear",   # Or names, or a regular expression
-                 target_parameters:list|None=None):      # Experts, such as ["experts.down_proj"]
+                 target_parameters:list|None=None,       # Experts, such as ["experts.down_proj"]
+                 **more):                     # Of PEFT's LoraConfig, such as use_dora=True
     "Put LoRA adapters on `model`, PEFT's or ours. Raises `QLoRAError` where a target misses."
+    refuse_options(model, more)
     if isinstance(target_modules, str) and not is_pattern(target_modules):
         target_modules = [target_modules]
     stacks = chosen_parameters(model, target_parameters, lora_dropout) if target_parameters else []
     names = chosen_layers(model, target_modules) if target_modules or not stacks else []
     how = short_names(model, names) if names else []
     if is_scratch(model):           # our own layers take our own adapters
-        add_lora(model, how, r, lora_alpha, lora_dropout)
+        add_lora(model, how, r, lora_alpha, lora_dropout, more.get("use_rslora", False))
         model.disable_adapter = partial(disable_adapter, model)   # as PEFT's models have it
     else:
         cfg = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=how,
-                         target_parameters=target_parameters or None, task_type="CAUSAL_LM")
-        with as_named(), stacks_as_parameters(model): model = get_peft_model(model, cfg)
+                         target_parameters=target_parameters or None, task_type="CAUSAL_LM",
+                         **more)
+        with as_named(), stacks_as_parameters(model), peft_explained():
+            model = get_peft_model(model, cfg)
     if odd := {*adapted_layers(model), *adapted_parameters(model)} ^ {*names, *stacks}:
         raise QLoRAError(f"{len(odd)} layers have an adapter that should not, or none: {min(odd)}.",
                          type(model).__name__)
