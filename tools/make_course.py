@@ -8,6 +8,9 @@ import argparse, json, os, re, sys, tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from qlora_nb.classroom.exercises import HEAD
+
 NBS = ROOT/"nbs"
 TOP, END, TABLE = "course-top", "course-end", "course-table"   # the cells that this tool writes
 QUIZ = "quiz"                                                  # the heading of the questions about a part
@@ -28,7 +31,7 @@ def look_at(path):
     """Title, subtitle, reading time: 200 words a minute, and four seconds a line of code that is not hidden.
     Exercises are counted apart, with the minutes that their headings state."""
     cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c.get("id") not in (TOP, END, TABLE)]
-    exercises = [int(o) for c in cells for o in re.findall(r"^### Exercise \d+\. .+\n\n\*.+ · (\d+) minutes\*$", text_of(c), re.M)]
+    exercises = [int(m[5]) for c in cells if (m := HEAD.match(text_of(c)))]
     cells = [c for c in cells if not re.match(r"exercises$|exercise-setup$|ex-", c.get("id", ""))]
     head = text_of(cells[0])
     prose = [text_of(c) for c in cells if c["cell_type"] == "markdown"]

@@ -7,9 +7,6 @@ __all__ = ['QUESTIONS', 'fill', 'number', 'bits_of_a_weight', 'parameters_of_lor
            'draw_bug', 'bug_question', 'broken_pack', 'broken_lora', 'broken_labels', 'nucleus',
            'perplexity_of_batches', 'interval_of_a_score']
 
-# %% ../../nbs/classroom/exam_questions.ipynb #exam0004
-from random import Random
-
 # %% ../../nbs/classroom/exam_questions.ipynb #exam0007
 def fill(slug, title, kind, stars, minutes, points, task, answer, check, wrong, **drawn):
     "The parts of a question with `<<name>>` replaced by what was drawn."

@@ -20,7 +20,8 @@ def grade_parser() -> argparse.ArgumentParser:
                     "and few files; its check runs in another.")
     add = p.add_argument
     add("folder", help="with STUDENT/PAGE.ipynb or STUDENT.ipynb")
-    add("--source", default="nbs", help="the notebooks with solutions: a folder, or one of them")
+    add("--source", default=None, help="a checkout, or notebooks with solutions: a folder, or one "
+        "(None: beside this package)")
     add("--out", required=True, help="a new folder for grades, report and certificates")
     add("--roster", default=None, help="a CSV with student_id, and perhaps last_name, first_name, "
         "email, canvas_id, sis_user_id, section")
@@ -29,8 +30,10 @@ def grade_parser() -> argparse.ArgumentParser:
     add("--memory", type=float, default=2, help="GiB that an answer may take beside PyTorch")
     add("--also-read", nargs="*", default=[], help="more files and folders that answers may read")
     add("--no-isolation", action="store_true", help="run answers with your files and your network")
+    add = p.add_mutually_exclusive_group().add_argument
     add("--key", default=None, help="a private key: writes certificates")
-    add("--new-key", default=None, help="make a private key in this file, and write certificates")
+    add("--new-key", default=None, help="a file for a new private key: writes certificates")
+    add = p.add_argument
     add("--course", default="QLoRA, built piece by piece", help="the name on a certificate")
     add("--term", default=None, help="the version on a certificate (None: that of the package)")
     add("--supported-until", default=None, help="a date such as 2027-09-30, on a certificate")
@@ -41,20 +44,22 @@ def grade_parser() -> argparse.ArgumentParser:
 def signer(o:argparse.Namespace) -> dict|None:
     "The arguments of `write_certificates` that the options give, or None where no key is given."
     from datetime import date
-    from qlora_nb.classroom.certificate import make_key, read_key
+    from qlora_nb.classroom.certificate import check_new, new_key, read_key
     from qlora_nb.base.errors import QLoRAError
     if not (o.key or o.new_key): return None
     try: until = date.fromisoformat(o.supported_until) if o.supported_until else None
     except ValueError:
         raise QLoRAError(f"'{o.supported_until}' is no date.", "--supported-until",
                          "Write it as 2027-09-30.") from None
-    if o.new_key: make_key(o.new_key)
-    return dict(key=read_key(o.new_key or o.key), course=o.course, until=until, least=o.least,
-                version=o.term or qlora_nb.__version__)
+    if o.new_key: check_new(o.new_key)
+    return dict(key=new_key() if o.new_key else read_key(o.key), course=o.course, until=until,
+                least=o.least, version=o.term or qlora_nb.__version__)
 
+# %% ../../nbs/classroom/grade_command.ipynb #41000022
 def write_all(grades, out:Path, o:argparse.Namespace, roster:dict, sign:dict|None) -> list:
     "Gradebook files, report and certificates in a folder; what there is to say about them."
-    from qlora_nb.classroom.certificate import fingerprint, public_key, write_certificates
+    from qlora_nb.classroom.certificate import (fingerprint, public_key, write_certificates,
+                                                  write_key)
     from qlora_nb.classroom.class_report import report_html, report_markdown
     from qlora_nb.classroom.gradebook import write_gradebooks
     write_gradebooks(grades, out, roster)
@@ -65,6 +70,8 @@ def write_all(grades, out:Path, o:argparse.Namespace, roster:dict, sign:dict|Non
     if sign is None: return said
     (folder := out/"certificates").mkdir()
     got, public = write_certificates(grades, folder, roster=roster, **sign), public_key(sign["key"])
+    if not got: return [*said, "No certificate was earned, and no key was written."]
+    if o.new_key: write_key(sign["key"], o.new_key)
     return [*said, f"{len(got)} certificates, signed by {public} ({fingerprint(public)})"]
 
 # %% ../../nbs/classroom/grade_command.ipynb #41000010

@@ -12,6 +12,7 @@ import json, os, re, shutil, subprocess, sys, tempfile
 from importlib.util import find_spec
 from pathlib import Path
 import yaml
+from .exercises import read_page
 from .site_pages import checkout, course, settings, site_page
 from ..base.cells import directives
 from ..base.errors import QLoRAError
@@ -69,7 +70,7 @@ def toc(parts:list, chinese:list, modules:dict) -> dict:   # {part of the packag
               if not folder[0].isdigit()]
     api = [chapter([f"api/{k}", *(f"api/{o}" for o in v)]) for k, v in modules.items()]
     groups = {"The course": lessons, "中文": [dict(file=o) for o in chinese],
-              "Base and applications": others, "API reference": api}
+              "Base, applications, classroom": others, "API reference": api}
     return dict(format="jb-book", root="index",
                 parts=[dict(caption=k, chapters=v) for k, v in groups.items() if v])
 
@@ -82,7 +83,6 @@ def write_sources(root:Path, to:Path) -> dict:   # The table of contents
     names = [f"{p['folder']}/{o['name']}" for p in parts for o in p["page"]]
     pages = {f"{o}.ipynb" for o in ["index", *names, *chinese]}
     shutil.copytree(root/"nbs"/"images", to/"images")
-    shutil.copy(root/"docs"/"_static"/"colab.svg", to/"images")
     modules, titles = {}, {}
     for o in sorted(pages): write_page(root, to, o, pages, cfg, modules, titles)
     write_listings(to, parts, modules, titles)
@@ -97,7 +97,7 @@ def write(path:Path, text:str):
 
 def write_page(root, to, here, pages, cfg, modules, titles):
     "Write a page and its module's reference; note its module and its title."
-    nb = json.loads((root/"nbs"/here).read_text(encoding="utf-8"))
+    nb = read_page(root/"nbs"/here)
     if module := exported(nb):
         modules.setdefault(module.partition(".")[0], []).append(module)
         write(to/"api"/f"{module}.md", api_page(module, here))

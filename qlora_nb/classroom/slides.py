@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from .site import put_mathjax
-from .site_pages import (HREF, LINK, WIDGET, checkout, course, settings,
-                                      without_solutions)
+from .site_pages import HREF, LINK, WIDGET, checkout, course, settings
 from ..base.cells import directives
 from ..base.errors import QLoRAError
 
@@ -120,7 +119,6 @@ def section_html(column):
 # %% ../../nbs/classroom/slides.ipynb #de4cc349
 def deck(nb:dict, page:dict, part:dict, decks:set, cfg:dict, template:str) -> tuple[str, str]:
     "Title and HTML of a page's deck."
-    without_solutions(nb)
     head, *rest = nb["cells"]
     text = "".join(head["source"])
     title, subtitle = (re.search(rf"^{o} (.+)$", text, re.M)[1] for o in ("#", ">"))
