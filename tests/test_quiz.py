@@ -93,7 +93,7 @@ def test_where_it_stands(path):
     assert cells[0].source.startswith("## Check yourself\n") and cells[-1].source == "Quiz(questions)"
     for c in cells[1:-1]: assert c.metadata.get("cellView") == "form" and c.metadata.jupyter.source_hidden, c.id
     assert all(c.source.startswith("#| code-fold\n") for c in cells[2:-1])
-    for c in cells[1:]: assert len(lines := c.source.splitlines()) <= 30 and max(map(len, lines)) <= 100, c.id
+    for c in cells[1:]: assert len(lines := c.source.splitlines()) <= 15 and max(map(len, lines)) <= 100, c.id
 
 
 # ---- counting, and the radio buttons ----
