@@ -1,13 +1,15 @@
 "Gates: a T4, which has no bfloat16; no network; and the versions of what draws on Colab."
-import json, os, subprocess, sys
+import ast, json, os, re, subprocess, sys
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from IPython.core.inputtransformer2 import TransformerManager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from transformers import FalconConfig
 
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import quiet
@@ -15,8 +17,9 @@ from qlora_nb.foundations.adapters import BACKENDS
 from qlora_nb.memory.planner import plan
 from qlora_nb.training.data import encode_prompt
 from qlora_nb.training.finetune import finetune
+from qlora_nb.training.settings import Settings
 from qlora_nb.using.inference import generate
-from common import small_tokenizer
+from common import PAGES, code_cells, read, small_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,6 +92,79 @@ def test_the_watch_sees_bfloat16():
                          ids=["plan's", "finetune's", "lora", "full"])
 def test_the_packaged_model_fits_a_t4(how):
     assert plan("smollm2", dtype=torch.float16, **how).peak < 15e9
+
+
+# ---- each model of the pages on a T4 ----
+
+LOADS = "load_model load_base load_chat from_pretrained from_config finetune finetune_and_evaluate".split()
+LEVERS = "per_device_train_batch_size max_length r gradient_checkpointing".split()   # settings that `plan` takes too
+FALCON = "tiiuae/falcon-rw-1b"
+
+
+def literal(node):
+    try: return ast.literal_eval(node)
+    except ValueError: return None
+
+
+def calls(source):
+    "(model, settings) of each call in a cell that loads or trains one; the model is None where no name stands in its place."
+    for node in ast.walk(ast.parse(TransformerManager().transform_cell(re.sub(r"^%%?time\b *", "", source, flags=re.M)))):
+        if not isinstance(node, ast.Call): continue
+        name, keys = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+        kind = name.rpartition(".")[2]
+        if kind not in LOADS or "Tokenizer" in name: continue
+        place = keys.get("model") or keys.get("name") or (node.args[0] if node.args and kind != "finetune_and_evaluate" else ast.Constant("smollm2"))
+        how = {k: v for k in LEVERS if k in keys and (v := literal(keys[k])) and v > 0}   # what is refused on a page needs nothing
+        if kind.startswith("finetune"): how = {k: v for k in LEVERS if (v := getattr(Settings(), k)) is not None} | how
+        if kind == "from_config" or "bits" in keys and literal(keys["bits"]) is None: how["method"] = "lora"
+        if "dtype" in keys and ast.unparse(keys["dtype"]) == "torch.float32": how["dtype"] = torch.float32
+        yield (model if isinstance(model := literal(place), str) else None), how
+
+
+def planned(pages):
+    """{(model, settings): cells} of all pages. Behind a variable may be any model that its page names; what a page draws at
+    random and saves is smaller than the packaged one, or `test_no_page_takes_more_than_a_t4` would notice."""
+    out = {}
+    for path in pages:
+        cells = [(c.id, c.source) for c in code_cells(read(path)) if any(o in c.source for o in LOADS)]
+        found = [(f"{path.stem}: {i}", *o) for i, source in cells for o in calls(source)]
+        named = {o[1] for o in found} - {None} | ({FALCON} if "FALCON_RW_1B" in path.read_text(encoding="utf-8") else set())
+        for cell, model, how in found:
+            for name in [model] if model else named: out.setdefault((name, tuple(sorted(how.items()))), []).append(cell)
+    return out
+
+
+def falcon():
+    "The configuration as its page writes it down: nothing is asked of the Hub."
+    text = "\n".join(c.source for c in code_cells(read(ROOT/"nbs/5_evaluation/58_falcon.ipynb")) if "FALCON_RW_1B = " in c.source)
+    node = next(o for o in ast.parse(text).body if ast.unparse(o).startswith("FALCON_RW_1B = "))
+    return FalconConfig(**eval(ast.unparse(node.value)))
+
+
+def test_calls_are_found():
+    source = "%time m = load_model(bits=None, dtype=torch.float32)\nfinetune(model='a/b', r=8, max_steps=n)\nload_model(folder)"
+    train = dict(per_device_train_batch_size=4, max_length=512, gradient_checkpointing=False)
+    found = dict(calls(source))
+    assert found == {"smollm2": dict(method="lora", dtype=torch.float32), "a/b": train | dict(r=8), None: {}}
+    assert list(calls("finetune_and_evaluate(rows)")) == [("smollm2", train)]
+
+
+def test_every_model_of_the_pages_fits_a_t4():
+    "Each as it is loaded or trained there, with CUDA's own part; to load alone takes less than the step that is planned."
+    jobs, configs = planned(PAGES), {FALCON: falcon(), "smollm2": "smollm2"}
+    assert {m for m, _ in jobs} == configs.keys(), "give the new model's configuration, or say here why it cannot be planned"
+    wide = {}
+    for (model, how), cells in jobs.items():
+        needs = plan(configs[model], **dict(dtype=torch.float16) | dict(how)).needs()
+        if needs >= 15e9: wide[model, how] = (needs, cells)
+    assert not wide, wide
+    assert sum(map(len, jobs.values())) > 60
+
+
+def test_no_page_takes_more_than_a_t4():
+    "What the kernel of each page had in memory, weights and all, where it computes on a processor."
+    table = json.loads((ROOT/"tests/durations.json").read_text(encoding="utf-8"))
+    assert not {k: gb for rows in table.values() for k, gb in rows["memory"].items() if gb >= 15}
 
 
 # ---- no network ----
