@@ -24,7 +24,7 @@ from ..base.model_files import locate
 from ..base.nf4_config import quiet
 
 # %% ../../nbs/2_training/29_finetune.ipynb #2524b1a9
-from .optimizers import float32_adapters
+from .optimizers import float32_adapters, use_loraplus
 from .document_mask import collate_packed, separate_documents
 from .packing import pack
 from .rehearsal import not_in_file, rehearse
@@ -68,7 +68,7 @@ def make_trainer(model,              # With adapters, on a 4-bit base
                  collator=None,      # Examples → a batch; None: `collate`
                  describe=None,      # Numbers of examples → words, for the guard
                  per_device_train_batch_size:int=4, learning_rate:float=2e-4,
-                 **settings) -> AdapterTrainer:  # See `trainer_settings`
+                 loraplus_lr_ratio=None, **settings) -> AdapterTrainer:  # See `trainer_settings`
     "TRL's trainer with our masks, sealed checkpoints, a guard against NaN and an evaluation."
     def pad(chosen): return collate(chosen, tokenizer.pad_token_id)
     dtype, n = model.get_input_embeddings().weight.dtype, per_device_train_batch_size
@@ -78,12 +78,12 @@ def make_trainer(model,              # With adapters, on a 4-bit base
     with quiet():
         trainer = AdapterTrainer(model, args, train_dataset=numbers, processing_class=tokenizer,
                                  data_collator=batch, eval_dataset=numbers if held_out else None)
-    words = dict(describe=describe) if describe else {}
-    trainer.guard = Guard(**words, learning_rate=learning_rate)
+    trainer.guard = Guard(*[describe] if describe else [], learning_rate=learning_rate)
     trainer.held_out = Pieces(held_out, n, pad)
     trainer.rehearse = partial(rehearse, trainer, tokenizer, examples, collator or pad, pad,
                                mean_loss)
     float32_adapters(trainer.model), trainer.remove_callback(PrinterCallback)
+    if loraplus_lr_ratio: use_loraplus(trainer, loraplus_lr_ratio)
     bars = [ProgressBar()] + [LivePlot()]*in_notebook() if progress else []
     for cb in [*bars, KeepBest(early_stopping_patience), Sealer()]: trainer.add_callback(cb)
     return trainer
@@ -163,7 +163,8 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
     model, more = put_adapters(model, s)
     with told_of("the rows to evaluate on"):
         held = held and encode_rows(held, tokenizer, s["template"], s["max_length"], s["long"])
-    own = "per_device_train_batch_size gradient_accumulation_steps learning_rate seed optim".split()
+    own = ("per_device_train_batch_size gradient_accumulation_steps learning_rate seed optim "
+           "loraplus_lr_ratio").split()
     trainer = make_trainer(model, tokenizer, examples, folder/"checkpoints", progress, held,
                            s["early_stopping_patience"], collator, max_steps=steps,
                            describe=lambda drawn: name_rows(drawn, examples, rows),
@@ -205,8 +206,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     if not len(numbers):
         raise QLoRAError("no row is left to train on.", source, "Leave fewer rows out.")
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
-    if source == "tickets" and not example:
-        example = as_messages(rows[0])[-2]["content"]   # they are made up anyway
+    if source == "tickets": example = example or as_messages(rows[0])[-2]["content"]   # made up
     targets = settings["target_modules"] or usual_targets(model, source, settings["adapter"])
     settings |= dict(eval_sha256=digest(held), target_modules=targets)
     model, tokenizer, settings = run_settings(model, tokenizer, kept, device, backend, settings)
@@ -218,10 +218,10 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
                                      *map(settings.get, ("backend", "model_revision", "adapter")))
         model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers) - 1], held,
                                         folder, settings, progress, source, **how)
-        named = dict(adapter=settings["adapter"], revision=settings["model_revision"])
+        named = dict(adapter=settings["adapter"], revision=settings["model_revision"],
+                     example=example)
         notes |= {k: v for k, v in named.items() if v}
         notes["base_sha256"] = content_id(locate(settings["model"]), revision=named["revision"])
-        if example: notes["example"] = example
         return train_run(model, tokenizer, trainer, folder, rows, settings, notes, callbacks,
                          resume, progress)
 

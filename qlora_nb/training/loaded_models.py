@@ -73,7 +73,8 @@ def shape_of(config:dict) -> dict:   # Of an adapter, as PEFT describes it
     return dict(r=config["r"], lora_alpha=config["lora_alpha"],
                 lora_dropout=config.get("lora_dropout", 0.),
                 target_modules=sorted(targets) if listed else targets or "all-linear",
-                target_parameters=sorted(config.get("target_parameters") or ()) or None)
+                target_parameters=sorted(config.get("target_parameters") or ()) or None,
+                **{k: bool(config.get(k)) for k in ("use_rslora", "use_dora")})
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #ee226e1b
 def own_adapter(model) -> dict|None:  # Of `Settings`; None where there is none
@@ -110,8 +111,13 @@ def put_adapters(model, s:dict) -> tuple:  # (model with adapters, what to say)
     "New adapters, or the one that is there. Raises `QLoRAError` for one on the output head."
     refuse_head(model, s.get("target_modules"))
     if not any(hasattr(m, "lora_A") for m in model.modules()):
+        more = {k: bool(s.get(k)) for k in ("use_rslora", "use_dora")}
+        more |= s.get("peft_config") or {}   # what is left of one
         return add_adapters(model, s["r"], s["lora_alpha"], s["lora_dropout"], s["target_modules"],
-                            s.get("target_parameters")), None
+                            s.get("target_parameters"), **more), None
+    if s.get("peft_config"):
+        raise QLoRAError("the model carries an adapter, so peft_config has none to make.",
+                         cure="Leave it out, or load the base again.")
     further = f"(r={s['r']}, lora_alpha={s['lora_alpha']:g})"
     if s.get("adapter"):
         return model, (f"The adapter in {s['adapter']} {further} is trained further; its file "

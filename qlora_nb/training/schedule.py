@@ -19,6 +19,7 @@ from pathlib import Path
 from ..base.errors import QLoRAError
 from ..base.files import digest
 from ..base.mapped import count, whereabouts
+from .adapter_options import with_config
 from .data import encode_rows, load_rows, numbered
 from .end_tokens import (check_answers, check_ids, check_labels, end_ids,
                                           note_ends)
@@ -78,6 +79,7 @@ def settle(data, asked:dict, more=()) -> tuple:   # (`FIXED`, `FREE`, `OPTIONS` 
     reading = {k: v for k, v in asked.items() if k in OPTIONS}
     settings = {k: v for k, v in asked.items() if k not in OPTIONS}
     refuse_unknown(settings, list(dict.fromkeys([*more, *asdict(Settings()), *OPTIONS])))
+    settings = with_config(settings)
     check_settings(**settings)
     given = asdict(Settings(**settings))
     s = split_names({k: plain(v) if isinstance(v, Real) else v for k, v in given.items()})
