@@ -163,13 +163,12 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
     model, more = put_adapters(model, s)
     with told_of("the rows to evaluate on"):
         held = held and encode_rows(held, tokenizer, s["template"], s["max_length"], s["long"])
-    own = ("per_device_train_batch_size gradient_accumulation_steps learning_rate seed optim "
-           "loraplus_lr_ratio").split()
+    own = "per_device_train_batch_size gradient_accumulation_steps learning_rate seed optim".split()
     trainer = make_trainer(model, tokenizer, examples, folder/"checkpoints", progress, held,
                            s["early_stopping_patience"], collator, max_steps=steps,
                            describe=lambda drawn: name_rows(drawn, examples, rows),
                            eval_steps=s["eval_steps"] if held else None,
-                           **{k: s[k] for k in own}, **how)
+                           **{k: s[k] for k in [*own, "loraplus_lr_ratio"]}, **how)
     trainer.source = source
     if s["fast"]: trainer.speed_up(float(tokens)/len(examples))
     tell(trainer, [*said, more], progress)
