@@ -1,8 +1,13 @@
 "How Sphinx makes the site out of the pages that qlora_nb.classroom.site writes for it."
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from sphinx.highlighting import PygmentsBridge
+from sphinx.search.en import SearchEnglish
+
+sys.modules.setdefault("rfc3987_syntax", None)   # no schema here has addresses, and jsonschema compiles 38 grammars for them
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from qlora_nb.classroom.site import docments_of
@@ -43,6 +48,21 @@ html_theme_options = dict(
     use_download_button=False, use_fullscreen_button=False, show_toc_level=2,
     collapse_navbar=True, max_navbar_depth=2,   # the menu of the part that one is in: half the time of a build otherwise
     launch_buttons=dict(colab_url="https://colab.research.google.com"))
+
+
+# What would be computed again for each page, and for each block of code: a third of the time in which pages are written
+SearchEnglish.stem = cache(SearchEnglish.stem)
+new_formatter, formatters = PygmentsBridge.get_formatter, {}
+
+
+def get_formatter(self, **how):
+    "A formatter with its style sheet, made once for all blocks that are shown alike."
+    key = self, repr(how)
+    if key not in formatters: formatters[key] = new_formatter(self, **how)
+    return formatters[key]
+
+
+PygmentsBridge.get_formatter = get_formatter
 
 
 def page_language(app, pagename, templatename, context, doctree):

@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-LOCAL = {"127.0.0.1", "localhost"}
+LOCAL = ("127.0.0.1", "localhost")
+ALONE = "--host-resolver-rules=MAP * ~NOTFOUND, " + ", ".join(f"EXCLUDE {o}" for o in LOCAL)   # no other name has an address
 
 
 def need_browser():
@@ -58,13 +59,11 @@ class Watch:
     "What a page did that a reader must never meet."
     def __init__(self, page):
         self.abroad, self.errors = [], []
-        page.route("**/*", self.request)
+        page.on("request", self.request)   # a route would switch the browser's cache off, and ask this process about each file
         page.on("pageerror", lambda e: self.errors.append(str(e)))
-    def request(self, route):
-        url = urlsplit(route.request.url)
-        if url.scheme in ("data", "blob") or url.hostname in LOCAL: return route.continue_()
-        self.abroad.append(route.request.url)
-        route.abort()
+    def request(self, request):
+        url = urlsplit(request.url)
+        if url.scheme not in ("data", "blob") and url.hostname not in LOCAL: self.abroad.append(request.url)
 
 
 @contextmanager
@@ -72,7 +71,7 @@ def browsing():
     "Chromium without a window. Yields a context manager that opens a page, with a `watch`; options go to Playwright."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as pw:
-        chromium = pw.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        chromium = pw.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage", ALONE])
         @contextmanager
         def open(**how):
             context = chromium.new_context(**dict(viewport=dict(width=1200, height=900)) | how)

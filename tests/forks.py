@@ -105,10 +105,10 @@ class Fork:
         return self.said(), self.streams[2].read_text(encoding="utf-8")
 
 
-def run(code, *args, **kw):
+def run(code, *args, timeout=300, **kw):
     "`python -c code args...` as `subprocess.run` runs it when it captures text."
     p = Fork(code, *args, **kw)
-    out, err = p.communicate()
+    out, err = p.communicate(timeout)
     return subprocess.CompletedProcess(args, p.returncode, out, err)
 
 
