@@ -11,6 +11,7 @@ from pathlib import Path
 from queue import Empty
 from time import monotonic
 
+sys.modules.setdefault("rfc3987_syntax", None)   # jsonschema would compile 38 grammars at import, for addresses that no notebook's schema has
 import nbformat
 from nbclient import NotebookClient
 
