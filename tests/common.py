@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import nbformat
+from filelock import FileLock
 
 from qlora_nb.base.cells import directives
 
@@ -35,6 +36,17 @@ def small_tokenizer(size=1000):
     For models whose weights are random anyway: most of their time would go into the head, and into a GGUF's vocabulary.
     It is learnt once, and each test gets a copy of its own."""
     return deepcopy(learnt_tokenizer(size))
+
+
+def once(tmp_path_factory, worker_id, name, build):
+    "The folder that `build` makes, once for all workers of a run: the first builds, the others wait."
+    folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    out, done = folder/name, folder/f"{name}.done"
+    with FileLock(folder/f"{name}.lock"):
+        if not done.exists():
+            build(out)
+            done.touch()
+    return out
 
 
 def read(path): return nbformat.read(path, as_version=4)

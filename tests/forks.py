@@ -11,7 +11,7 @@ from jupyter_client.manager import AsyncKernelManager
 SERVER = """
 import gc, json, os, subprocess, sys
 sys.modules.setdefault("rfc3987_syntax", None)   # as in conftest.py
-import bitsandbytes, datasets, gguf, ipykernel.kernelapp, ipywidgets, matplotlib.pyplot, peft, safetensors.torch
+import bitsandbytes, datasets, gguf, ipykernel.kernelapp, ipywidgets, matplotlib.pyplot, nbformat, peft, safetensors.torch
 import torch, transformers, trl
 from functools import cache
 import jinja2

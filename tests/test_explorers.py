@@ -1,6 +1,5 @@
 "Explorers: each figure over a grid of its settings with the extremes, each control as a reader moves it, and errors that are said."
 import base64, re
-from functools import cache
 
 import matplotlib.pyplot as plt, nbformat, pytest, torch
 from nbformat.v4 import new_code_cell, new_notebook
@@ -76,25 +75,17 @@ def grid(options):
     for i in (1, -1): yield {k: v[i] for k, v in options.items()}
 
 
-@cache
-def drawn(make):
-    "(values, figure) of the grid."
-    draw, options = make()
-    return [(values, draw(**values)) for values in grid(options)]
-
-
 @each
-def test_each_setting_draws(make):
-    figures = [f for _, f in drawn(make)]
+def test_each_setting_draws_and_no_label_covers_another(make):
+    "One test, for workers share no figures, and some take long to draw."
+    draw, options = make()
+    drawn = [(values, draw(**values)) for values in grid(options)]
+    figures = [f for _, f in drawn]
     assert not plt.get_fignums()
     assert all(f.get_label().strip().endswith(".") and f.get_size_inches()[0] <= 5 for f in figures)
     smallest = min(t.get_size() for f in figures for ax in f.axes for t in [*ax.texts, *ax.get_xticklabels(), *ax.get_yticklabels()])
     assert smallest >= 8, smallest   # on a phone, 460 pixels of a figure become about 360
-
-
-@each
-def test_no_label_covers_another(make):
-    bad = {str(values): found for values, f in drawn(make) if (found := crowded(f))}
+    bad = {str(values): found for values, f in drawn if (found := crowded(f))}
     assert not bad, bad
 
 

@@ -28,7 +28,7 @@ EAGER = "aot_eager_decomp_partition"   # decides on memory as the real compiler 
 def folders(tmp_path_factory):
     "Small random models with a small tokenizer beside them."
     made, tok = {}, small_tokenizer()
-    for kind, layers in dict(llama=2, falcon=2, one_llama=1).items():
+    for kind, layers in dict(llama=2, falcon=2, one_llama=1, one_falcon=1).items():
         made[kind] = tmp_path_factory.mktemp(kind)
         with quiet():
             tiny_model(kind.removeprefix("one_"), vocab_size=len(tok), hidden_size=64, num_hidden_layers=layers, pad_token_id=2).save_pretrained(made[kind])
@@ -79,7 +79,7 @@ def test_fused_layers_have_the_same_gradients(folders, kind, backend, rank):
     assert again[0] == want[0] and all(torch.equal(g, again[1][n]) for n, g in want[1].items())
 
 
-@pytest.mark.parametrize("kind", ["one_llama", "falcon"])   # each layer is compiled by itself, a Llama's in seven seconds
+@pytest.mark.parametrize("kind", ["one_llama", "falcon"])   # each layer is compiled by itself, a Llama's in seven seconds, so that one model has two
 def test_the_whole_step(folders, kind):
     "All activations recomputed; `test_cuda_graphs` keeps some of them."
     model, b, other = adapted(folders[kind]), batch(), batch(1, rows=3, tokens=31)
@@ -113,7 +113,7 @@ def test_evaluation_and_generation_do_not_change(folders):
     assert not torch.equal(off, want[0])
 
 
-@pytest.mark.parametrize("kind, compile", [("llama", False), ("falcon", False), ("one_llama", EAGER), ("falcon", EAGER)])
+@pytest.mark.parametrize("kind, compile", [("llama", False), ("falcon", False), ("one_llama", EAGER), ("one_falcon", EAGER)])
 def test_cuda_graphs(folders, kind, compile):
     "Some activations kept, rows of documents that stay apart, and both replayed; the first two steps of a shape go through the layers."
     model, b = separate_documents(adapted(folders[kind])), batch()

@@ -244,13 +244,10 @@ def with_colab(colab, *args, **how):
     return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
 
 
-def test_the_versions_are_those_of_colab(colab):
+def test_pages_on_colabs_versions(colab):
+    "Widgets of 2022, IPython 7, and the oldest TRL that we support; one test, as each worker would install them."
     shipped = dict(o.strip().split("==") for o in (ROOT/"tests/colab-2026-08.txt").read_text(encoding="utf-8").splitlines() if "==" in o)
     code = "import IPython, ipywidgets, trl; print(IPython.__version__, ipywidgets.__version__, trl.__version__)"
     assert with_colab(colab, "-c", code).stdout.split() == [shipped["ipython"], shipped["ipywidgets"], "0.29.1"]
-
-
-def test_pages_on_colabs_versions(colab):
-    "Widgets of 2022, IPython 7, and the oldest TRL that we support."
     r = with_colab(colab, "-c", RUN_PAGES, "base/quiz", "2_training/20_mask_viewer", "2_training/22_training_loop")
     assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]

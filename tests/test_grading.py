@@ -1,10 +1,10 @@
 "A class is graded, thirty honest students and more than thirty who are not; each of them costs only itself."
-import csv, io, json, os, re, socket, subprocess, sys, tempfile, threading, time
+import csv, io, json, os, pickle, re, socket, subprocess, sys, tempfile, threading, time
 
 import psutil, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell, writes
 
-from common import NBS
+from common import NBS, once
 from qlora_nb.classroom.class_report import report_html, report_markdown
 from qlora_nb.classroom.gradebook import canvas_csv, moodle_csv, nbgrader_csv
 from qlora_nb.classroom.grading import Graded, grade, learn, pages_of
@@ -196,9 +196,12 @@ def still_there(root): return [o for o in psutil.process_iter(["cmdline"]) if st
 
 
 @pytest.fixture(scope="module")
-def graded(tmp_path_factory):
-    "The class, graded once: grades, seconds, and what was left behind."
-    root = tmp_path_factory.mktemp("class")
+def graded(tmp_path_factory, worker_id):
+    "The class, graded once for all workers: grades, seconds, and what was left behind."
+    return pickle.loads((once(tmp_path_factory, worker_id, "class", grade_class)/"graded").read_bytes())
+
+
+def grade_class(root):
     source, folder = root/"source/toy.ipynb", root/"submitted"
     write(source, new_markdown_cell("## Exercises", id="exercises"), new_code_cell("import torch", id="exercise-setup"),
           *exercise("scale", 1, 3, SCALE, SCALE_CHECK, SCALE_WRONG), *exercise("count", 2, 1, COUNT, COUNT_CHECK, COUNT_WRONG))
@@ -226,7 +229,8 @@ def graded(tmp_path_factory):
     time.sleep(.2)
     server.close()
     left = still_there(root)
-    return dict(grades=grades, took=took, calls=calls, left=left, files=[*(root/"tmp").iterdir()], folder=folder)
+    found = dict(grades=grades, took=took, calls=list(map(str, calls)), left=list(map(str, left)), files=[*(root/"tmp").iterdir()], folder=folder)
+    (root/"graded").write_bytes(pickle.dumps(found))
 
 
 def points(graded, student): return {o.slug: o.points for o in graded["grades"].results if o.student == student}

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from filelock import FileLock
 
 import forks
-from common import MODULES, NBS, PAGES, ROOT, module_name
+from common import MODULES, NBS, PAGES, ROOT, module_name, once
 from qlora_nb.classroom.site import NEEDED, build_site
 from qlora_nb.classroom.slides import build_slides
 from qlora_nb.classroom.site_pages import course
@@ -23,17 +22,6 @@ NAMES = [p.relative_to(NBS).with_suffix(".html").as_posix() for p in [NBS/"index
 LESSONS = [o for o in dict.fromkeys(NAMES) if o[0].isdigit()]
 AXE = ["index.html", "1_foundations/03_nf4.html", "2_training/20_mask_viewer.html", "3_memory/38_gpus.html",
        "classroom/glossary.html", "api/training.data.html"]
-
-
-def once(tmp_path_factory, worker_id, name, build):
-    "The folder that `build` makes, once for all workers of a run: the first builds, the others wait."
-    folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
-    out, done = folder/name, folder/f"{name}.done"
-    with FileLock(folder/f"{name}.lock"):
-        if not done.exists():
-            build(out)
-            done.touch()
-    return out
 
 
 def build_forked(out):
