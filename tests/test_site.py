@@ -29,7 +29,7 @@ def build_forked(out):
     def sphinx(call, env, **kw):
         return forks.run("import sys; from sphinx.cmd.build import main; sys.exit(main(sys.argv[1:]))", *call[3:], env=env, timeout=900)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("qlora_nb.apps.site.subprocess", SimpleNamespace(run=sphinx))
+        m.setattr("qlora_nb.classroom.site.subprocess", SimpleNamespace(run=sphinx))
         build_site(out)
 
 
