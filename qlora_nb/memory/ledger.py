@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOW', 'HIGH', 'BUILT', 'on_card', 'tensors_in', 'Ledger', 'Flash', 'Autocast', 'config_of', 'whole', 'blocks_of',
-           'layer_groups', 'some_layers', 'Lookup', 'Planned']
+           'layer_groups', 'some_layers', 'Lookup', 'dora_change', 'Planned']
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #36234e6e
 import copy, weakref
@@ -168,11 +168,20 @@ class Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g @ g.new_empty(ctx.shape), None
 
+# %% ../../nbs/3_memory/36_ledger.ipynb #5a360002
+def dora_change(W, x, y, A, B, m, change):
+    "What PEFT's DoRA adds to an output `y`, operation by operation; `W`: the weight, written out."
+    eye = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+    BA = nn.functional.linear(nn.functional.linear(eye, A), B).T.to(x.dtype)
+    norm = torch.linalg.norm(W.to(x.dtype) + 2.*BA.detach(), dim=1).to(x.dtype).detach()
+    g = (m/norm).view(1, -1)
+    return (g - 1)*y + g*change*2.
+
 # %% ../../nbs/3_memory/36_ledger.ipynb #62ced6c2
 class Planned(nn.Module):
     """A mock of a frozen linear layer with an adapter: it allocates what bitsandbytes and PEFT
     allocate."""
-    def __init__(self, linear, four_bit:bool, r:int, dtype:torch.dtype):
+    def __init__(self, linear, four_bit:bool, r:int, dtype:torch.dtype, use_dora:bool=False):
         super().__init__()
         w = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
         self.shape, n, blocks, self.dtype = w.shape, w.numel(), -(-w.numel()//64), dtype
@@ -180,8 +189,8 @@ class Planned(nn.Module):
         if four_bit: self.packed = [torch.empty(-(-n//2), dtype=torch.uint8)]
         self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)),
                        torch.empty(256), torch.empty(16), torch.empty(())] if four_bit else []
-        self.adapter = nn.ParameterList([torch.empty(r, w.shape[1]), torch.empty(w.shape[0], r)]
-                                        if r else [])
+        sizes = [(r, w.shape[1]), (w.shape[0], r), (w.shape[0],)][:(2 + use_dora)*(r > 0)]
+        self.adapter = nn.ParameterList([torch.empty(o) for o in sizes])
     weight = property(lambda self: torch.empty(self.shape, dtype=self.dtype) if self.wide is None
                       else self.wide)   # some take it themselves
     def forward(self, x):
@@ -191,5 +200,6 @@ class Planned(nn.Module):
         else: y = nn.functional.linear(x, self.wide, self.bias)
         if not self.adapter: return y
         if not self.packed: x = x.float()   # PEFT casts here, and autocast casts back
-        A, B = self.adapter
-        return y + nn.functional.linear(nn.functional.linear(x, A), B)*2.
+        A, B, *m = self.adapter
+        change = nn.functional.linear(nn.functional.linear(x, A), B)
+        return y + dora_change(self.weight, x, y, A, B, *m, change) if m else y + change*2.

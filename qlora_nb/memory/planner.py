@@ -25,7 +25,7 @@ METHODS = ("qlora", "lora", "full")
 
 # %% ../../nbs/3_memory/37_planner.ipynb #6fc54d0f
 def skeleton(cfg, method:str, r:int, target_modules, dtype:torch.dtype, keep:list|None=None,
-             target_parameters=()) -> nn.Module:
+             target_parameters=(), use_dora:bool=False) -> nn.Module:
     """A model without memory: frozen layers replaced by mocks, except the head. With `keep`,
     these layers only."""
     model = whole(cfg, torch.float32 if method == "full" else dtype)
@@ -40,7 +40,8 @@ def skeleton(cfg, method:str, r:int, target_modules, dtype:torch.dtype, keep:lis
             if type(m) not in (nn.Linear, Conv1D) or m is model.get_output_embeddings(): continue
             parent, _, child = name.rpartition(".")
             rank = r if hits is None or name in hits else 0
-            setattr(model.get_submodule(parent), child, Planned(m, method == "qlora", rank, dtype))
+            mock = Planned(m, method == "qlora", rank, dtype, use_dora)
+            setattr(model.get_submodule(parent), child, mock)
     return model
 
 # %% ../../nbs/3_memory/37_planner.ipynb #5b50956b
@@ -100,12 +101,12 @@ def forward_loss(model, ids, loss, mark):
 # %% ../../nbs/3_memory/37_planner.ipynb #b10e1abe
 def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_modules,
              gradient_checkpointing, optim, loss, dtype, keep=None, ledger=None,
-             target_parameters=()) -> tuple:
+             target_parameters=(), use_dora=False) -> tuple:
     "One training step without memory: (parts that stay, moments of a `Ledger`)."
     whole(cfg, torch.float32 if method == "full" else dtype)   # before anything is entered
     gc.freeze()   # garbage is looked for among what comes now, and not in the whole process
     with ledger or Ledger() as ledger, torch.device("meta"):
-        model = skeleton(cfg, method, r, target_modules, dtype, keep, target_parameters)
+        model = skeleton(cfg, method, r, target_modules, dtype, keep, target_parameters, use_dora)
         trained = [p for p in model.parameters() if p.requires_grad]
         states = [torch.empty(state_bytes(p, optim), dtype=torch.uint8) for p in trained]
         gc.collect(), gc.unfreeze()
@@ -139,15 +140,15 @@ def refuse_recurrent(cfg, groups:list, how:dict):   # Of `layer_groups`; setting
                          "whose memory is not known.", cfg.model_type, "Measure a step on a card.")
 
 # %% ../../nbs/3_memory/37_planner.ipynb #ee0c768f
-def count(cfg, method, r, target_modules, optim, dtype, target_parameters=(), **rest
-          ) -> tuple:  # (groups of layers, some of each, the parts that stay), on all layers
+def count(cfg, method, r, target_modules, optim, dtype, target_parameters=(), use_dora=False,
+          **rest) -> tuple:  # (groups of layers, some of each, the parts that stay), on all layers
     "What stays, as for `rehearse`. Raises `QLoRAError` for a model that goes from token to token."
     how = dict(method=method, r=r, target_modules=target_modules, optim=optim, dtype=dtype,
-               target_parameters=target_parameters)
+               target_parameters=target_parameters, use_dora=use_dora)
     if (key := _key(cfg, how)) in KNOWN: return KNOWN[key]
     groups = layer_groups(whole(cfg, torch.float32 if method == "full" else dtype))
     refuse_recurrent(cfg, groups, how)
-    model = skeleton(cfg, method, r, target_modules, dtype, target_parameters=target_parameters)
+    model = skeleton(cfg, method, r, target_modules, dtype, None, target_parameters, use_dora)
     parts = parts_of(model) | dict(optimizer=sum(state_bytes(p, optim) for p in model.parameters()
                                                  if p.requires_grad))
     KNOWN[key] = groups, sorted(i for g in groups for i in g[:2]), parts
@@ -212,7 +213,7 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
          optim:str="adamw",    # "adamw", "adamw_8bit" or "paged_adamw_8bit"
          loss:str="chunked",   # "chunked", as TRL 1.x computes it, or "full": all logits at once
          dtype:torch.dtype=torch.bfloat16,       # Computed in
-         target_parameters=None) -> Plan:        # Stacks of experts with adapters
+         target_parameters=None, use_dora:bool=False) -> Plan:   # Stacks of experts with adapters
     """Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError`
     for unknown settings."""
     how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, r=r)
@@ -223,6 +224,7 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
     check_stacks(cfg, method, target_parameters, dtype)
     how |= dict(method=method, gradient_checkpointing=gradient_checkpointing, optim=optim,
                 loss=loss, dtype=dtype, target_parameters=tuple(target_parameters or ()),
+                use_dora=use_dora,
                 target_modules=target_modules if named else tuple(target_modules))
     try: return Plan(cfg, how, *grow(cfg, **how))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError,
