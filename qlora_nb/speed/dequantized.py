@@ -50,7 +50,7 @@ def keep_dequantized(model,             # On a CPU; changed in place, `drop_dequ
                     ) -> int:           # Bytes kept; 0 without room, and on other devices
     """Dequantize each 4-bit weight once and multiply with the result. The packed weights stay
     what they are."""
-    layers = [m for m in four_bit_layers(model) if "forward" not in vars(m)]
+    layers = [m for m in four_bit_layers(model) if not {"forward", "shards"} & set(vars(m))]
     size = model.get_input_embeddings().weight.element_size()
     need = sum(m.in_features*m.out_features for m in layers)*size
     if model.device.type != "cpu" or need > share*psutil.virtual_memory().available: return 0

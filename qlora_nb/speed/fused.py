@@ -121,6 +121,7 @@ def active_names(layer) -> tuple:
 def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
     "The reason for which this layer cannot be fused, or None."
     base, names = layer.base_layer, active_names(layer)
+    if hasattr(base, "shards"): return "its base is sharded"   # of `82_sharded_base`
     state = getattr(getattr(base, "weight", None), "quant_state", None)
     if len(names) != 1: return f"{len(names)} adapters are active"
     name = names[0]
