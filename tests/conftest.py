@@ -133,6 +133,15 @@ def templates_compiled_once():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_waits_for_the_disk():
+    """No test pulls the plug, and a checkpoint waits for the disk at each of its files, for a quarter of a second in all. In which
+    order files are written and synced is checked on the page of `runs`, where a process of its own calls the real function."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def chromium():
     "Opens pages of one Chromium for all tests of a worker: a thread can hold Playwright only once."

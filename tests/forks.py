@@ -17,6 +17,7 @@ from functools import cache
 import jinja2
 compiled = cache(jinja2.Environment.compile)  # of the card that PEFT writes beside each adapter, of each checkpoint too
 jinja2.Environment.compile = lambda self, source, *args, **kw: compiled(self, source, *args, **kw)
+os.fsync = lambda fd: None  # nothing waits for the disk: conftest.py
 gc.collect(), gc.freeze()  # a collection in a fork leaves these objects alone, and their memory shared
 kept = []  # or they would be waited for by `subprocess` itself
 peak = 0   # kilobytes of the largest fork that has ended since this was asked for
