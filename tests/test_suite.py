@@ -126,7 +126,7 @@ def pytest_in(folder, *args):
 @pytest.fixture
 def small(tmp_path):
     "A small project with the suite's own conftest: two pages that need nothing, and a test file that cannot be imported."
-    for o in ("conftest", "changed", "durations", "forks"): (tmp_path/"tests").mkdir(exist_ok=True), shutil.copy(ROOT/"tests"/f"{o}.py", tmp_path/"tests")
+    for o in ("browser", "conftest", "changed", "durations", "forks"): (tmp_path/"tests").mkdir(exist_ok=True), shutil.copy(ROOT/"tests"/f"{o}.py", tmp_path/"tests")
     (tmp_path/"nbs").mkdir(), shutil.copy(ROOT/"pytest.ini", tmp_path)
     for o in ("00_one", "01_two"): (tmp_path/"nbs"/f"{o}.ipynb").write_text('{"cells": []}', encoding="utf-8")
     (tmp_path/"tests"/"test_notebooks.py").write_text(
