@@ -123,6 +123,7 @@ KERNEL = """
 import os, sys, matplotlib
 os.environ.update(JPY_PARENT_PID=str(os.getppid()), MPLBACKEND="module://matplotlib_inline.backend_inline")
 matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]  # as it would have been read at its import
+sys.modules["debugpy"] = None  # its import takes longer than all else here, and no page is debugged
 from ipykernel.kernelapp import launch_new_instance
 launch_new_instance(argv=sys.argv[1:])
 """
