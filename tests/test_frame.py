@@ -1,5 +1,5 @@
 "What holds the house together: one address, one version, imports that go downwards, modules that stay small."
-import ast, os, re, shlex, subprocess, sys
+import ast, json, os, re, shlex, subprocess, sys
 
 import nbformat, pytest, yaml
 from IPython.core.inputtransformer2 import TransformerManager
@@ -11,9 +11,10 @@ from common import (LESSONS, MODULES, NBS, NOTEBOOKS, PACKAGE, PAGES, ROOT, SETT
                     module_name, read)
 from qlora_nb import FRONT
 from qlora_nb.base.cells import directives
+from qlora_nb.base.diagrams import crowded, part_map, steps_of, texts_of
 
 sys.path.insert(0, str(ROOT/"tools"))
-from make_course import accelerate, course, stale
+from make_course import accelerate, course, map_pages, stale
 from make_links import fix_links
 from make_readme import make_readme
 
@@ -160,6 +161,31 @@ def test_a_figure_without_a_caption_is_found():
     def cells(*below): return [nbformat.v4.new_code_cell("1", outputs=figure), *map(nbformat.v4.new_markdown_cell, below)]
     said = [[*captioned(cells(*o)).values()] for o in (["*What it shows.* And more."], ["**Bold** words"], ["Prose"], [])]
     assert said == [[True], [False], [False], [False]]
+
+
+STARTS = [p for p in COURSE if p["folder"][0].isdigit()]
+
+
+@pytest.mark.parametrize("part", STARTS, ids=lambda o: o["folder"])
+def test_the_map_of_a_part_shows_each_page(part):
+    start, *lessons = part["page"]
+    cell = next(c for c in read(NBS/start["path"]).cells if c.id == "course-map")
+    pages = map_pages(part)
+    assert [k.split()[0] for k in pages] == [p["name"].split("_")[0] for p in lessons]
+    assert all(json.dumps(k, ensure_ascii=False) in cell.source for k in pages), "run tools/make_course.py"
+    fig = part_map(pages)
+    assert crowded(fig) == [] and [t.get_text() for t in texts_of(fig) if t.get_text() in pages] == [*pages]
+    assert cell.outputs[0].data["text/plain"] == fig.get_label() and all(k in fig.get_label() for k in pages)
+
+
+def test_a_map_leads_to_what_each_page_needs():
+    "From each page one comes back, along arrows, to all pages of its part that it says to know first."
+    for part in STARTS:
+        pages = map_pages(part)
+        steps, names = steps_of(pages), [k.split()[0] for k in pages]
+        below = {i: {j for j, k in steps if k == i} for i in range(len(pages))}
+        for i in below: below[i] |= set().union(*(below[j] for j in below[i]))
+        for i, v in enumerate(pages.values()): assert {names.index(o) for o in v.split() if o in names} <= below[i], (part["folder"], names[i])
 
 
 # ---- versions and packages ----

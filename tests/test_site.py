@@ -194,16 +194,21 @@ WIDER = """() => { const w = document.documentElement.clientWidth;
     .filter(e => e.getBoundingClientRect().right > w + 1).slice(0, 5).map(e => e.outerHTML.slice(0, 120)).concat(['wider']) }"""
 
 
+BROKEN = """() => [...document.querySelectorAll('main td')].filter(e => { const r = document.createRange(); r.selectNodeContents(e);
+  return new Set([...r.getClientRects()].map(o => Math.round(o.bottom/6))).size > e.innerText.trim().split(/[\\s\u00a0-]+/).length + 2 })
+  .slice(0, 5).map(e => 'a word in pieces: ' + e.innerText.slice(0, 60))"""
+
+
 def test_what_is_wrong_is_noticed(page, address):
-    bad = '<!DOCTYPE html><main><pre style="width:3000px">x</pre></main><img src="http://127.0.0.2:9/a.png"><script>no()</script>'
+    bad = '<!DOCTYPE html><main><pre style="width:3000px">x</pre><table><td style="overflow-wrap:anywhere;max-width:1px">pieces</table></main><img src="http://127.0.0.2:9/a.png"><script>no()</script>'
     page.route(f"{address}/bad.html", lambda r: r.fulfill(body=bad, content_type="text/html"))   # the site itself is shared
     page.goto(f"{address}/bad.html")
     assert any("127.0.0.2" in o for o in page.wrong) and any("no is not defined" in o for o in page.wrong)
-    assert page.evaluate(WIDER)
+    assert page.evaluate(WIDER) and page.evaluate(BROKEN)
 
 
 def test_a_walk_through_the_pages(page, address):
-    "No page is wider than the screen, on a desk or in a hand; no error; no request to another server."
+    "No page is wider than the screen, on a desk or in a hand, and no table cuts words; no error; no request to another server."
     found, widths = {}, [1200, 390]
     for o in [*NAMES, "api/training.data.html", "api/training.html", "search.html", "genindex.html"]:
         page.wrong.clear()
@@ -211,7 +216,7 @@ def test_a_walk_through_the_pages(page, address):
         widths.sort(key=lambda w: w != page.viewport_size["width"])   # the width that it was laid out for comes first
         for width in widths:
             if width != page.viewport_size["width"]: page.set_viewport_size(dict(width=width, height=900))
-            if wide := page.evaluate(WIDER): page.wrong.append(f"{width}: {wide}")
+            if bad := page.evaluate(WIDER) + page.evaluate(BROKEN): page.wrong.append(f"{width}: {bad}")
         if page.wrong: found[o] = [*page.wrong]
     assert not found, json.dumps(found, indent=1)[:4000]
 

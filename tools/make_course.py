@@ -4,7 +4,7 @@ Cells that are plumbing are collapsed, the install cell of the first page is tha
     python tools/make_course.py          # write it, after a change of course.toml, of a title or of a page's length
     python tools/make_course.py --check  # say which pages are not up to date; exit 1 when there are any
 """
-import argparse, json, os, re, sys, tomllib
+import argparse, ast, json, os, re, sys, tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 from qlora_nb.classroom.exercises import HEAD
 
 NBS = ROOT/"nbs"
-TOP, END, TABLE = "course-top", "course-end", "course-table"   # the cells that this tool writes
+TOP, END, TABLE, MAP = "course-top", "course-end", "course-table", "course-map"   # the cells that this tool writes
 QUIZ = "quiz"                                                  # the heading of the questions about a part
 
 
@@ -30,7 +30,7 @@ def text_of(cell): return "".join(cell["source"])
 def look_at(path):
     """Title, subtitle, reading time: 200 words a minute, and four seconds a line of code that is not hidden.
     Exercises are counted apart, with the minutes that their headings state."""
-    cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c.get("id") not in (TOP, END, TABLE)]
+    cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c.get("id") not in (TOP, END, TABLE, MAP)]
     exercises = [int(m[5]) for c in cells if (m := HEAD.match(text_of(c)))]
     cells = [c for c in cells if not re.match(r"exercises$|exercise-setup$|ex-", c.get("id", ""))]
     head = text_of(cells[0])
@@ -85,10 +85,48 @@ def end(page, after):
     return "\n\n".join(lines)
 
 
+CAPTION = """*The pages of this part in their order. An arrow leads to a page from one that it builds on; blue pages need none of this part,
+and at the right stands what to know from elsewhere.*""".replace("\n", " ")
+
+
+def map_pages(part):
+    "{page: what to know first} as `part_map` takes it."
+    def short(name): return name[:2] if name[0].isdigit() else name
+    return {f"{short(p['name'])} {p['title'].replace('`', '')}": " ".join(map(short, p["first"])) for p in part["page"] if not is_start(p)}
+
+
+def map_of(part):
+    "The cell that draws a part's map. It holds the pages itself, since a reader on Colab has no course.toml."
+    rows = map_pages(part)
+    lines = [f"    {json.dumps(k, ensure_ascii=False)}: {json.dumps(v)}," for k, v in rows.items()]
+    head = ["#| code-fold: true", "from qlora_nb.base.core import show_figure", "from qlora_nb.base.diagrams import part_map", "pages = {"]
+    return "\n".join([*head, *lines, "}", "show_figure(fig := part_map(pages), fig.get_label())"])
+
+
+def drawn(source):
+    "The output of such a cell."
+    from qlora_nb.base.core import figure_data
+    from qlora_nb.base.diagrams import part_map
+    fig = part_map(ast.literal_eval(re.search(r"pages = (\{.+\})", source, re.S)[1]))
+    data, metadata = figure_data(fig, fig.get_label())
+    data["text/plain"] = [data["text/plain"]]
+    return dict(data=dict(sorted(data.items())), metadata=metadata, output_type="display_data")
+
+
+def put_map(nb, source):
+    "The cell with the map stands above the table; it is drawn again when the course has changed, and not otherwise."
+    cells, place = nb["cells"], next(i for i, c in enumerate(nb["cells"]) if c.get("id") == TABLE)
+    old = next((c for c in cells if c.get("id") == MAP), None)
+    if old and text_of(old) == source and old["outputs"]: return
+    new = dict(cell_type="code", execution_count=None, id=MAP, metadata={}, outputs=[drawn(source)], source=source.splitlines(True))
+    if old: cells[cells.index(old)] = new
+    else: cells.insert(place, new)
+
+
 def pages_of(part, here):
     "The table of a part's pages."
     rows = [f"| {link(p, here)} | {p['title']} | {p['builds']} | {p['against']} | {p['minutes']} |" for p in part["page"] if not is_start(p)]
-    return "\n".join(["| page | title | what it builds | proven against | minutes |", "|---|---|---|---|---|", *rows])
+    return "\n".join([CAPTION, "", "| page | title | what it builds | proven against | minutes |", "|---|---|---|---|---|", *rows])
 
 
 def is_start(page): return page["name"].endswith("_start")
@@ -164,7 +202,9 @@ def written(parts, table):
         before, after = (lessons[i-1] if i else None, lessons[i+1] if i is not None and i + 1 < len(lessons) else None)
         nb = json.loads((NBS/p["path"]).read_text(encoding="utf-8"))
         put(nb, TOP, top(p, before, after, pages, table), 1)
-        if is_start(p): put(nb, TABLE, pages_of(p["part"], p["path"]), before_quiz(nb))
+        if is_start(p):
+            put(nb, TABLE, pages_of(p["part"], p["path"]), before_quiz(nb))
+            put_map(nb, map_of(p["part"]))
         put(nb, END, end(p, after), len(nb["cells"]))
         out[NBS/p["path"]] = nb
     index = json.loads((NBS/"index.ipynb").read_text(encoding="utf-8"))

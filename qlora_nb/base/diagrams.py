@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'canvas', 'box', 'arrow', 'note', 'key', 'texts_of', 'crowded', 'transformer_block', 'layer_key',
-           'qlora_layer']
+           'qlora_layer', 'steps_of', 'lanes_of', 'part_map']
 
 # %% ../../nbs/base/diagrams.ipynb #2ce036de
+from textwrap import fill
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
@@ -144,4 +145,51 @@ def qlora_layer() -> Figure:
     arrow(ax, (right - d, 3.83), (right - d, 4.45 + d), (mid + .26, 4.45 + d))
     arrow(ax, (mid + .26, 4.45 - d), (right + d, 4.45 - d), (right + d, 3.83), backward=True)
     layer_key(ax)
+    return fig
+
+# %% ../../nbs/base/diagrams.ipynb #ba100002
+def steps_of(pages:dict    # {"03 NF4": "02 rows"}: a page, and what to know first
+            ) -> list:     # (row, row of a page that needs it)
+    "Which page leads to which, without what follows from others."
+    row = {k.split()[0]: i for i, k in enumerate(pages)}
+    needs = [{row[o] for o in v.split() if o in row} for v in pages.values()]
+    known = []   # all that a page rests on
+    for near in needs: known.append(near.union(*(known[j] for j in near)))
+    return [(j, i) for i, near in enumerate(needs) for j in sorted(near)
+            if not any(j in known[k] for k in near)]
+
+# %% ../../nbs/base/diagrams.ipynb #ba100005
+def lanes_of(steps:list) -> dict:  # Row of a page → (its lane, 0 is nearest; the last row it leads to)
+    "Room for the arrows that pass pages by."
+    last = {}
+    for j, i in steps:
+        if i > j + 1: last[j] = max(i, last.get(j, 0))
+    lanes = {}
+    for j, e in sorted(last.items(), key=lambda o: o[1] - o[0]):
+        taken = {k for a, (k, b) in lanes.items() if a <= e and j <= b}
+        lanes[j] = next(k for k in range(len(last)) if k not in taken), e
+    return lanes
+
+# %% ../../nbs/base/diagrams.ipynb #ba100007
+def part_map(pages:dict) -> Figure:  # As in `steps_of`; the figure's label says what it shows
+    "Pages in their order, with arrows to what needs them."
+    steps, n, h, w = steps_of(pages), len(pages), .36, 2.35
+    lanes, led = lanes_of(steps), {i for _, i in steps}
+    left = .25 + .17*max((k + 1 for k, _ in lanes.values()), default=0)
+    fig, ax = canvas(4.6, h*n + .06)
+    def y(row): return h*(n - row - .5) + .03
+    for i, (label, first) in enumerate(pages.items()):
+        box(ax, left + w/2, y(i), w, .28, label, "plain" if i in led else "frozen")
+        own = {k.split()[0] for k in pages}
+        also = [o for o in first.split() if o not in own]
+        note(ax, left + w + .1, y(i), fill("know " + ", ".join(also), 18) if also else "", 8,
+             ha="left")
+    for j, i in steps:
+        if i == j + 1: arrow(ax, (left + .6, y(j) - .14), (left + .6, y(i) + .14))
+        else:
+            x, e = left - .17*(lanes[j][0] + 1), y(i) + .05
+            arrow(ax, (left, y(j) - .05), (x, y(j) - .05), (x, e), (left, e))
+            if i < lanes[j][1]: ax.plot(x, e, "o", ms=3, color="#333333")   # it goes on
+    said = [f"{k} needs {v.replace(' ', ', ') or 'none'}" for k, v in pages.items()]
+    fig.set_label(f"A map of {n} pages in their order. {'; '.join(said)}.")
     return fig
