@@ -159,7 +159,8 @@ def steps_of(pages:dict    # {"03 NF4": "02 rows"}: a page, and what to know fir
             if not any(j in known[k] for k in near)]
 
 # %% ../../nbs/base/diagrams.ipynb #ba100005
-def lanes_of(steps:list) -> dict:  # Row of a page → (its lane, 0 is nearest; the last row it leads to)
+def lanes_of(steps:list  # As `steps_of` gives them
+            ) -> dict:   # Row of a page → its lane (0 is nearest), and the last row it leads to
     "Room for the arrows that pass pages by."
     last = {}
     for j, i in steps:
