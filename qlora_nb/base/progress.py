@@ -107,15 +107,14 @@ SMALL = [("learning_rate", "learning rate", 1), ("tokens_per_s", "tokens/s", 1),
 def plot_run(history:list
              ) -> Figure:  # With `tokens_per_s` and `memory` beside the trainer's own keys
     "Loss, learning rate, tokens a second and memory of a run."
-    fig = Figure(figsize=(7, 3.5), layout="constrained")
-    grid = fig.add_gridspec(3, 3)
-    draw_loss(fig.add_subplot(grid[:, :2]), history)
-    for row, (key, name, unit) in enumerate(SMALL):
+    fig = Figure(figsize=(5.2, 4.2), layout="constrained")
+    grid = fig.add_gridspec(2, 3, height_ratios=[2, 1])
+    draw_loss(fig.add_subplot(grid[0, :]), history)
+    for place, (key, name, unit) in enumerate(SMALL):
         x, y = curve(history, key)
-        ax = fig.add_subplot(grid[row, 2], ylabel=name, ylim=(0, 1.1*unit*max(y, default=1)))
+        ax = fig.add_subplot(grid[1, place], xlabel="step", ylim=(0, 1.1*unit*max(y, default=1)))
         ax.plot(x, [unit*o for o in y], color=COLORS[2])
-        ax.yaxis.label.set_size(8), ax.tick_params(labelsize=7)
-    ax.set_xlabel("step")
+        ax.set_title(name, size=9), ax.tick_params(labelsize=8)
     return fig
 
 # %% ../../nbs/base/progress.ipynb #64ef977c

@@ -93,7 +93,7 @@ def draw_lora(updates:dict,        # Name of a weight → its update
            title=f"{within:.1%} of the energy; error {error:.1%}")
     ax.set_xticks(ticks := [2**k for k in range(9) if 2**k <= ranks[-1]], ticks)
     ax.minorticks_off()
-    ax.legend(frameon=False, ncols=2)
+    ax.legend(frameon=False, loc="upper right")
     fig.set_label(f"Adapters of rank {r}, alpha {lora_alpha:g}, on {target}: {n:,} parameters, "
                   f"{n/full:.1%} of the {len(chosen)} matrices. The first {r} singular values hold "
                   f"{within:.1%} of the updates' energy; relative error {error:.1%}.")
