@@ -178,15 +178,17 @@ def part_map(pages:dict) -> Figure:  # As in `steps_of`; the figure's label says
     lanes, led = lanes_of(steps), {i for _, i in steps}
     left = .25 + .17*max((k + 1 for k, _ in lanes.values()), default=0)
     fig, ax = canvas(4.6, h*n + .06)
+    room = int((4.4 - left - w)/.062)   # letters beside a box
     def y(row): return h*(n - row - .5) + .03
     for i, (label, first) in enumerate(pages.items()):
-        box(ax, left + w/2, y(i), w, .28, label, "plain" if i in led else "frozen")
+        box(ax, left + w/2, y(i), w, .3, fill(label, 33), "plain" if i in led else "frozen",
+            9 if len(label) <= 33 else 7.5)
         own = {k.split()[0] for k in pages}
         also = [o for o in first.split() if o not in own]
-        note(ax, left + w + .1, y(i), fill("know " + ", ".join(also), 18) if also else "", 8,
+        note(ax, left + w + .1, y(i), fill("know " + ", ".join(also), room) if also else "", 8,
              ha="left")
     for j, i in steps:
-        if i == j + 1: arrow(ax, (left + .6, y(j) - .14), (left + .6, y(i) + .14))
+        if i == j + 1: arrow(ax, (left + .6, y(j) - .15), (left + .6, y(i) + .15))
         else:
             x, e = left - .17*(lanes[j][0] + 1), y(i) + .05
             arrow(ax, (left, y(j) - .05), (x, y(j) - .05), (x, e), (left, e))
