@@ -128,7 +128,10 @@ def the_chat_keeps_the_focus(page):
         type_into(page, "message", question)
         page.get_by_role("button", name="Send").focus()
         page.keyboard.press("Enter")
-        page.wait_for_function("n => document.body.innerText.split('forty-two').length > n", arg=n, timeout=120_000)
+        said = page.get_by_role("log", name="answers").filter(has_text=question)   # what a screen reader reads: the whole answer, once
+        said.wait_for(state="attached", timeout=120_000)
+        assert "forty-two" in said.text_content() and said.get_attribute("aria-live") == "polite"
+        assert page.inner_text("body").count("forty-two") > n   # the bubbles so far, and what is read
         assert page.evaluate("document.activeElement.textContent") == "Send"
 
 

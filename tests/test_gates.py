@@ -249,5 +249,12 @@ def test_pages_on_colabs_versions(colab):
     shipped = dict(o.strip().split("==") for o in (ROOT/"tests/colab-2026-08.txt").read_text(encoding="utf-8").splitlines() if "==" in o)
     code = "import IPython, ipywidgets, trl; print(IPython.__version__, ipywidgets.__version__, trl.__version__)"
     assert with_colab(colab, "-c", code).stdout.split() == [shipped["ipython"], shipped["ipywidgets"], "0.29.1"]
-    r = with_colab(colab, "-c", RUN_PAGES, "base/quiz", "2_training/20_mask_viewer", "2_training/22_training_loop")
+    r = with_colab(colab, "-c", RUN_PAGES, "base/quiz", "base/explorer", "1_foundations/00_start", "1_foundations/03_nf4",
+                   "2_training/20_mask_viewer", "2_training/22_training_loop", "2_training/30_packing")
     assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
+
+
+def test_the_chat_on_colabs_versions(colab):
+    "Its page trains for half a minute; what it is held to in `test_chat.py` takes seconds."
+    r = with_colab(colab, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_chat.py")
+    assert r.returncode == 0 and " passed" in r.stdout, (r.stdout + r.stderr)[-3000:]
