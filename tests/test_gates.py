@@ -252,9 +252,6 @@ def test_pages_on_colabs_versions(colab):
     r = with_colab(colab, "-c", RUN_PAGES, "base/quiz", "base/explorer", "1_foundations/00_start", "1_foundations/03_nf4",
                    "2_training/20_mask_viewer", "2_training/22_training_loop", "2_training/30_packing")
     assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
-
-
-def test_the_chat_on_colabs_versions(colab):
-    "Its page trains for half a minute; what it is held to in `test_chat.py` takes seconds."
+    # the chat's page trains for half a minute; what test_chat.py holds it to takes seconds
     r = with_colab(colab, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_chat.py")
     assert r.returncode == 0 and " passed" in r.stdout, (r.stdout + r.stderr)[-3000:]
