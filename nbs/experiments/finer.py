@@ -1,0 +1,169 @@
+"""Finer quantization on SmolLM2-135M: errors of the weights, KL to the unquantized logits and perplexity, row by row.
+
+    python nbs/experiments/finer.py nbs/results/finer.json [--groups plain alpha flip] [--rows 4] [--only "nf4 64" ...] [--again]
+
+The text is the Python reference in rows of 512 tokens: its first 4 rows, or 16, the 8,192 tokens of the other pages, with --rows 16. The
+second moments of the layers' inputs come from 2,048 other tokens of it, from token 32,768 on. Weights and their errors are computed in
+float32, the model in bfloat16, in about 10 s of one core for a format and 4 rows. The packaged weights come from a file of 4 bits
+(Q4_1), so "unquantized" means: not quantized by us. Formats that are stored with as many rows are kept, unless --again.
+
+The rule for decisions, written before the first run:
+- a method *helps* when the paired 95 % interval over the rows of its KL less that of the same format without it, at the same
+  storage, lies below zero; it *harms* when the interval lies above; else it is *not told apart*. Perplexity is shown, not decided on.
+- an error *predicts* the model when its rank correlation with KL over the plain formats is above 0.9, and when in pairs of formats
+  whose KL differ beyond their interval it names the better one more often than the weight error does.
+- the linear rule (KL as a sum over groups of layers of a constant times the squared relative error) *holds* when NF4's sum of the
+  groups alone lies within 10 % of NF4's own KL, and the constants predict the KL of the other 4-bit formats within 10 %.
+- a default changes only on a gain outside its interval on two models. This script measures one.
+"""
+import argparse, json, time
+from pathlib import Path
+
+import torch
+
+from qlora_nb.base.core import cpu_kind, versions
+from qlora_nb.base.model_files import load_tokenizer
+from qlora_nb.beyond.which_error import divergence, input_moments, linear_layers, log_probs, relative_errors
+from qlora_nb.evaluation.data_types import bits_per_weight, round_tensor
+from qlora_nb.evaluation.perplexity import prose
+from qlora_nb.foundations.loading import load_model
+from qlora_nb.foundations.nf4 import book, nearest_code, scale_blocks
+
+WINDOW, CALIBRATION = 512, (32768, 2048)   # first token, tokens
+
+
+def to_levels(W, code, block_size=64):
+    "Rounded to the nearest of any levels, in blocks scaled by absmax."
+    x, absmax = scale_blocks(W, block_size)
+    return (code[nearest_code(x, code).int()]*absmax[:, None]).view(-1)[:W.numel()].view(W.shape)
+
+
+def noise(W, seed):
+    "NF4's error of each layer in size, in a random direction."
+    size = (round_tensor(W, "nf4") - W).square().mean().sqrt()
+    return W + size*torch.randn(W.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain():
+    "{name: (bits a weight, W, H → what stands in its place)}: formats that round each weight to the nearest level, and noise."
+    def rounding(kind, block, double=False): return bits_per_weight(kind, block, double), lambda W, H: round_tensor(W, kind, block, double)
+    out = {f"{kind} {block}": rounding(kind, block) for kind in ("nf4", "fp4", "int4") for block in (32, 64, 128, 256, 1024)}
+    out["nf4 64 double"] = rounding("nf4", 64, True)
+    for kind, bits in (("NF", 3), ("NF", 5), ("Int", 5), ("FP", 5), ("Int", 6)):
+        out[f"{kind.lower()}{bits} 64"] = bits + .5, lambda W, H, code=book(kind, bits): to_levels(W, code)
+    out["noise as nf4 64"] = None, lambda W, H: noise(W, W.shape[0])
+    first = "nf4 64", "nf4 64 double", "int4 64", "fp4 64"
+    return {k: out[k] for k in [*first, *out]}
+
+
+GROUPS = dict(plain=plain)
+
+
+def group_of(name, layers=30):
+    "A layer's kind and third of the depth: 21 groups."
+    _, _, i, *_, kind = name.split(".")
+    return f"{kind} {3*int(i)//layers}"
+
+
+class Bench:
+    "The model, its weights, its answers, and the moments of its layers' inputs."
+    def __init__(self, n):
+        self.model, tok = load_model(bits=None, dtype=torch.bfloat16, device="cpu"), load_tokenizer()
+        ids = tok(prose(), add_special_tokens=False, return_tensors="pt").input_ids[0]
+        self.rows, self.layers = ids[:n*WINDOW].view(n, WINDOW), linear_layers(self.model)
+        self.W = {n: m.weight.detach().float() for n, m in self.layers.items()}
+        self.H = input_moments(self.model, ids[CALIBRATION[0]:sum(CALIBRATION)])
+        self.reference = [log_probs(self.model, row).exp() for row in self.rows]
+        self.loss = [-p[:-1].gather(1, r[1:, None]).log().mean().item() for p, r in zip(self.reference, self.rows)]
+
+    @torch.no_grad()
+    def put(self, f, only=None):
+        "Each layer's weight replaced by f(W, H), or only those of one group; the three errors of each layer."
+        errors = {}
+        for n, m in self.layers.items():
+            m.weight.copy_(self.W[n])
+            if only and only != group_of(n) and only not in group_of(n).split(): continue
+            m.weight.copy_(Q := f(self.W[n], self.H[n]))
+            errors[n] = relative_errors(self.W[n], Q, self.H[n])
+        return errors
+
+    def measure(self, n=None): return divergence(self.model, self.reference[:n], self.rows[:n])
+
+
+def mean_square(errors): return [sum(e[i]**2 for e in errors)/len(errors) for i in range(3)]
+
+
+def row_of(bench, name, group, bits, f):
+    start = time.process_time()
+    errors = bench.put(f)
+    made = time.process_time() - start
+    kl, loss = bench.measure()
+    groups = {}
+    for n, e in errors.items(): groups.setdefault(group_of(n), []).append(e)
+    weight, weighted, output = (o**.5 for o in mean_square(errors.values()))
+    return dict(name=name, group=group, bits=bits, weight=weight, weighted=weighted, output=output, kl=sum(kl)/len(kl),
+                perplexity=torch.tensor(loss).double().mean().exp().item(), kl_rows=kl, loss_rows=loss,
+                groups={g: mean_square(o) for g, o in groups.items()}, seconds_to_make=round(made, 1))
+
+
+def alphas(bench, n=2):
+    "NF4 on one group of layers at a time, on the first rows: KL and the three squared errors."
+    out = {}
+    for g in dict.fromkeys(map(group_of, bench.layers)):   # 7 kinds in 3 thirds
+        errors = bench.put(lambda W, H: round_tensor(W, "nf4"), only=g)
+        kl, _ = bench.measure(n)
+        out[g] = dict(kl=sum(kl)/n, kl_rows=kl, layers=len(errors), squares=mean_square(errors.values()))
+        print(g, out[g]["kl"], flush=True)
+    return out
+
+
+def flip(bench, n=2):
+    "Int4 and FP4 on one kind of layer, or one third of the depth, at a time: KL on the first rows."
+    out = {}
+    for part in dict.fromkeys(o for n in bench.layers for o in group_of(n).split()):
+        for kind in ("int4", "fp4"):
+            errors = bench.put(lambda W, H: round_tensor(W, kind), only=part)
+            kl, _ = bench.measure(n)
+            out[f"{part} {kind}"] = dict(kl=sum(kl)/n, kl_rows=kl, layers=len(errors), squares=mean_square(errors.values()))
+            print(part, kind, out[f"{part} {kind}"]["kl"], flush=True)
+    return out
+
+
+def rounded(o):
+    if isinstance(o, float): return float(f"{o:.6g}")
+    if isinstance(o, dict): return {k: rounded(v) for k, v in o.items()}
+    return [rounded(v) for v in o] if isinstance(o, (list, tuple)) else o
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path), p.add_argument("--groups", nargs="+", default=[*GROUPS, "alpha", "flip"])
+    p.add_argument("--again", action="store_true"), p.add_argument("--rows", type=int, default=4)
+    p.add_argument("--only", nargs="+", help="names of formats")
+    a = p.parse_args()
+    bench = Bench(a.rows)
+    kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(rows=[], alpha={})
+    kept |= dict(hardware=cpu_kind(), versions=versions(), settings=dict(window=WINDOW, calibration=CALIBRATION,
+                 dtype="bfloat16", model="SmolLM2-135M-Instruct, from Q4_1"))
+    if a.rows >= len(kept.get("unquantized", dict(loss_rows=[]))["loss_rows"]):
+        kept["unquantized"] = dict(loss_rows=bench.loss, perplexity=torch.tensor(bench.loss).double().mean().exp().item())
+
+    def save():
+        text = json.dumps(rounded(kept), separators=(",", ":")).replace('{"name"', '\n{"name"')
+        a.out.write_text(text + "\n", encoding="utf-8")
+    print("unquantized", kept["unquantized"]["perplexity"], flush=True)
+    for g in a.groups:
+        if g in ("alpha", "flip"):
+            kept[g] = dict(alpha=alphas, flip=flip)[g](bench)
+            save()
+            continue
+        for name, (bits, f) in GROUPS[g]().items():
+            stored = any(r["name"] == name and len(r["kl_rows"]) >= a.rows for r in kept["rows"])
+            if a.only and name not in a.only or stored and not a.again: continue
+            row = row_of(bench, name, g, bits, f)
+            kept["rows"] = [r for r in kept["rows"] if r["name"] != name] + [row]
+            save()
+            print(name, *(f"{k} {row[k]:.5g}" for k in ("weight", "weighted", "output", "kl", "perplexity", "seconds_to_make")), flush=True)
+
+
+if __name__ == "__main__": main()
