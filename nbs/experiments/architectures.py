@@ -1,13 +1,16 @@
-"""Tiny random models of more than thirty architectures, through the whole way: load, audit, adapters, step, save, load again.
+"""Tiny random models of more than forty architectures, through the whole way: load, audit, adapters, step, save, load again;
+and through `finetune` as a user calls it: rows to adapter, loaded again, scored, merged.
 
     python nbs/experiments/architectures.py                    # all of them, both backends; prints the matrix
     python nbs/experiments/architectures.py mixtral gpt2       # some of them
+    python nbs/experiments/architectures.py --finetune         # the second way instead of the first
     python nbs/experiments/architectures.py --save             # and keep the table in nbs/results/architectures.json
 
 `ZOO` names, for each architecture, the config class of transformers and the fields that make it small. Weights are
 random, biases and norms too, and every model builds in milliseconds.
 """
 import json, sys, tempfile, time, warnings
+from functools import cache
 from pathlib import Path
 
 import torch, transformers
@@ -19,9 +22,15 @@ from transformers.pytorch_utils import Conv1D
 from qlora_nb.foundations.adapters import BACKENDS, adapted_layers, adapter_coverage, add_adapters, attach_adapter, save_adapter
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import Table, set_seed, versions
+from qlora_nb.base.model_files import load_tokenizer
 from qlora_nb.base.nf4_config import quiet
+from qlora_nb.evaluation.evaluation import evaluate
 from qlora_nb.foundations.loading import audit_4bit
 from qlora_nb.foundations.expert_weights import dequantize_stacks
+from qlora_nb.training.finetune import finetune
+from qlora_nb.training.saved_adapters import load_adapter
+from qlora_nb.training.tickets import make_tickets
+from qlora_nb.using.merge import merge_and_save
 
 BASE = dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0, bos_token_id=1,
             eos_token_id=2)
@@ -89,10 +98,10 @@ IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 COLUMNS = "model backend four_bit wide skipped adapted covered logits cosine adapters_without_gradient reload refused".split()
 
 
-def build(name, folder):
+def build(name, folder, config=None):
     "Save a random model of this architecture, none of whose biases and norms is zero or one; returns the folder."
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config or config_of(name), dtype=torch.float32)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1: p.add_(torch.randn_like(p)*.02)
@@ -158,15 +167,68 @@ def right(facts):
             and not facts["adapters_without_gradient"] and facts["adapted"] > 0)
 
 
+# ---- as a user goes ----
+
+RUN_COLUMNS = "model loss reload answer_loss merged said refused".split()
+
+
+@cache
+def small_vocabulary():
+    "SmolLM2's tokenizer, its rules and its template, with a thousand entries learnt from the tickets."
+    return load_tokenizer().train_new_from_iterator([str(row) for row in make_tickets("train")], 1000, show_progress=False)
+
+
+def run_base(name, folder):
+    "The model of `build` with that vocabulary and room for 512 positions, its tokenizer beside it."
+    tok, (kind, fields) = small_vocabulary(), ZOO[name]
+    place = "n_positions" if "n_positions" in fields else "max_position_embeddings"
+    config = getattr(transformers, f"{kind}Config")(**fields | {"vocab_size": len(tok), place: 512})
+    build(name, folder, config), tok.save_pretrained(folder)
+    return folder
+
+
+def logits(model):
+    with torch.no_grad(): return model.eval()(input_ids=IDS + 100).logits.float()
+
+
+def apart(a, b): return ((a - b).norm()/b.norm()).item()
+
+
+def whole_run(name, **how):   # Of `finetune`
+    "Rows to adapter, load it again, score it, merge it: facts, or the sentence with which it was refused."
+    facts, rows = dict(model=name), make_tickets("train")[:8]
+    with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings(action="ignore"), quiet():
+        base = run_base(name, f"{tmp}/base")
+        try:
+            run = finetune(base, rows, f"{tmp}/run", **dict(max_steps=3, device="cpu", progress=False, per_device_train_batch_size=2, max_length=256) | how)
+            facts |= dict(loss=run.info["losses"][-1], said=run.info["said"][-1])
+            facts["reload"] = apart(logits(load_adapter(run).model), logits(run.model))
+            facts["answer_loss"] = evaluate(run.model, run.tokenizer, rows[:2], max_length=256).answer_loss
+            merge_and_save(run, f"{tmp}/merged", dtype="float32")
+            merged = AutoModelForCausalLM.from_pretrained(f"{tmp}/merged", dtype=torch.float32)
+            facts["merged"] = apart(logits(merged), logits(load_adapter(run, device="cpu", dtype=torch.float32).model))
+        except QLoRAError as e: facts["refused"] = str(e)
+    return facts
+
+
+def right_run(facts):
+    "Trained, scored, and the same again after loading and after merging?"
+    return "refused" not in facts and facts["loss"] < 10 and facts["answer_loss"] < 10 and facts["reload"] == 0 and facts["merged"] < 1e-5
+
+
 def main(args):
     names, start = [o for o in args if o in ZOO] or list(ZOO), time.process_time()
-    rows = [check(n, b) for n in names for b in BACKENDS]
-    print(Table([["" if right(r) else "WRONG", *(r.get(c, "") for c in COLUMNS)] for r in rows], ["", *COLUMNS], ".6g"))
-    print(f"{len(rows)} ways, {sum(map(right, rows))} right, {time.process_time() - start:.0f} CPU seconds")
+    runs = "--finetune" in args
+    kind, columns, well = ("runs", RUN_COLUMNS, right_run) if runs else ("rows", COLUMNS, right)
+    rows = [whole_run(n) for n in names] if runs else [check(n, b) for n in names for b in BACKENDS]
+    print(Table([["" if well(r) else "WRONG", *(r.get(c, "") for c in columns)] for r in rows], ["", *columns], ".6g"))
+    print(f"{len(rows)} ways, {sum(map(well, rows))} right, {time.process_time() - start:.0f} CPU seconds")
     if "--save" in args:
         hardware = dict(cpu=versions()["cpu"], cores=versions()["cores"])
         path = Path(__file__).parent.parent/"results"/"architectures.json"
-        path.write_text(json.dumps(dict(hardware=hardware, versions=versions(), rows=rows), indent=1), encoding="utf-8")
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found |= dict(hardware=hardware, versions=versions()) | {kind: rows}
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__": main(sys.argv[1:])

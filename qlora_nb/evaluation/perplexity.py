@@ -10,7 +10,7 @@ import math, torch
 from torch.nn import functional as F
 from tqdm import tqdm
 from ..base.errors import QLoRAError
-from ..speed.logits import own_logits, plain_head
+from ..speed.logits import head_logits, own_logits, plain_head
 
 # %% ../../nbs/5_evaluation/55_perplexity.ipynb #4c9c39f6
 def prose() -> str:
@@ -51,7 +51,7 @@ def token_losses(model, ids:torch.Tensor,   # (n,) token ids
         rows = torch.stack([ids[b:e] for b, e, _ in group]).to(model.device)
         hidden = model.get_decoder()(input_ids=rows, use_cache=False)[0] if plain else rows
         for h, (b, e, first), row in zip(hidden, group, rows):
-            if plain: logits = model.get_output_embeddings()(h[first-b-1:e-b-1])
+            if plain: logits = head_logits(model, h[first-b-1:e-b-1])
             else:
                 logits = own_logits(model, dict(input_ids=row[None]),
                                     torch.arange(first-b-1, e-b-1, device=row.device))[0]

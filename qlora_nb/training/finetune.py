@@ -17,13 +17,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState
 from ..base.errors import QLoRAError
 from ..base.core import count_params, free_memory, set_seed, versions
 from ..foundations.adapters import save_adapter
-from .data import as_messages, collate, digest, encode_rows, load_rows
+from .data import as_messages, collate, digest, load_rows
 from ..base.failures import Guard, explain_failure
 from ..base.mapped import Pieces, all_but, count, take
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
 
 # %% ../../nbs/2_training/29_finetune.ipynb #2524b1a9
+from .end_tokens import note_ends
 from .optimizers import float32_adapters, use_loraplus
 from .document_mask import collate_packed, separate_documents
 from .packing import pack
@@ -32,13 +33,12 @@ from ..base.runs import (Run, content_id, hold_run, last_checkpoint, open_run, s
                                 write_json)
 
 # %% ../../nbs/2_training/29_finetune.ipynb #e6347ac4
-from .schedule import (count_steps, encode_checked, name_rows, repetitions,
-                                        say_overlap, say_schedule, set_aside, settle, source_of,
-                                        tell, told_of)
+from .schedule import (count_steps, name_rows, repetitions, say_overlap,
+                                        say_schedule, set_aside, settle, source_of, tell)
 from .settings import Settings, trainer_settings, write_config
 from ..base.sources import shared_options
-from .loaded_models import (check_alone, load_base, put_adapters, run_settings,
-                                             usual_targets)
+from .loaded_models import (before_weights, check_alone, load_base, put_adapters,
+                                             run_settings, usual_targets)
 from .training_loop import AdapterTrainer, KeepBest, mean_loss, out_of_patience
 from ..base.progress import (LivePlot, ProgressBar, check_reports, close_bars, curve,
                                     in_notebook, plot_loss)
@@ -143,11 +143,11 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), r
     return Run(model.eval(), tokenizer, folder, info)
 
 # %% ../../nbs/2_training/29_finetune.ipynb #6d8c1f8b
-def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, source,
+def prepare(model, tokenizer, rows, numbers, held, encoded, folder, s:dict, progress, source,
             **how) -> tuple:   # (model, trainer, notes for the adapter)
-    "Encode the rows, put adapters on the model, build the trainer."
-    examples, said, ends = encode_checked(model, tokenizer, rows, numbers, s, source)
-    lengths, collator = count(examples, "tokens", lambda o: len(o["input_ids"])), None
+    "Put adapters on the model, build the trainer. `encoded`: of `encode_checked`."
+    (examples, said, ends, to_evaluate), collator = encoded, None
+    lengths = count(examples, "tokens", lambda o: len(o["input_ids"]))
     tokens = np.sum(lengths, dtype=np.int64)
     if s["packing"]:
         examples = pack(examples, s["max_length"])
@@ -159,12 +159,11 @@ def prepare(model, tokenizer, rows, numbers, held, folder, s:dict, progress, sou
     trained, unit = take(rows, numbers - 1), "packs" if s["packing"] else "rows"
     said += [say_schedule(steps, *shape, unit, repetitions(trained)),
              say_overlap(trained, held) if held else None]
+    ends = note_ends(model, tokenizer, ends, template=s["template"])   # generation stops at these
     set_seed(s["seed"])
     model, more = put_adapters(model, s)
-    with told_of("the rows to evaluate on"):
-        held = held and encode_rows(held, tokenizer, s["template"], s["max_length"], s["long"])
     own = "per_device_train_batch_size gradient_accumulation_steps learning_rate seed optim".split()
-    trainer = make_trainer(model, tokenizer, examples, folder/"checkpoints", progress, held,
+    trainer = make_trainer(model, tokenizer, examples, folder/"checkpoints", progress, to_evaluate,
                            s["early_stopping_patience"], collator, max_steps=steps,
                            describe=lambda drawn: name_rows(drawn, examples, rows),
                            eval_steps=s["eval_steps"] if held else None,
@@ -181,7 +180,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
              output_dir:str|Path="runs/latest",  # The folder of the run
              tokenizer=None,        # Of a model that is loaded; None: the one of its base
              eval_data=None,        # Rows to evaluate on; None: some of `data`, if wanted
-             backend:str="bnb",     # Or "scratch": our `qlora` and `lora`
+             backend:str|None=None, # "bnb", or "scratch": our `qlora` and `lora`
              device:str|None=None,  # See `load_model`
              callbacks=(),          # Of transformers' Trainer, beside our own
              example:str|None=None, # A prompt to show to its users; none is taken from your rows
@@ -210,13 +209,15 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     settings |= dict(eval_sha256=digest(held), target_modules=targets)
     model, tokenizer, settings = run_settings(model, tokenizer, kept, device, backend, settings)
     with hold_run(folder):
-        open_run(folder, settings, resume)
-        if not (folder/"config.yaml").exists():
+        if open_run(folder, settings, resume) or not (folder/"config.yaml").exists():
             write_config(folder/"config.yaml", config_yaml, left)
+        mine = mine[np.asarray(numbers) - 1]
+        tokenizer, encoded = before_weights(model, tokenizer, rows, mine, held, settings | how,
+                                            source)
         model, tokenizer = load_base(model, tokenizer, device,
                                      *map(settings.get, ("backend", "model_revision", "adapter")))
-        model, trainer, notes = prepare(model, tokenizer, rows, mine[np.asarray(numbers) - 1], held,
-                                        folder, settings, progress, source, **how)
+        model, trainer, notes = prepare(model, tokenizer, rows, mine, held, encoded, folder,
+                                        settings, progress, source, **how)
         named = dict(adapter=settings["adapter"], revision=settings["model_revision"],
                      example=example)
         notes |= {k: v for k, v in named.items() if v}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Loaded', 'find_folder', 'read_notes', 'adapter_folder', 'misfits', 'check_fits', 'base_for', 'revision_for',
-           'revision_of', 'check_base', 'trained_dtype', 'load_adapter']
+           'revision_of', 'check_base', 'trained_dtype', 'load_adapter', 'shape_of', 'more_than_lora', 'meant',
+           'check_wishes']
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #fb1d432a
 import warnings
@@ -17,10 +18,10 @@ from ..base.core import has_native_bf16, pick_device, pick_dtype
 from ..base.errors import QLoRAError
 from ..base.model_files import load_tokenizer, locate
 from ..base.runs import content_id
-from ..base.targets import layer_size
+from ..base.targets import is_pattern, layer_size
 from ..base.weights import clean_name, full_shape
 from ..base.adapter_files import open_tensors, read_json
-from ..foundations.adapters import BACKENDS, attach_adapter
+from ..foundations.adapters import BACKENDS, attach_adapter, chosen_layers
 from .end_tokens import note_loaded
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #d23db30a
@@ -160,3 +161,40 @@ def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds 
     model = attach_adapter(model, folder, name)
     note_loaded(model, name, notes)
     return Loaded(model.eval(), load_tokenizer(base, revision), notes)
+
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #8c77582d
+def shape_of(config:dict) -> dict:   # Of an adapter, as PEFT describes it
+    "What `finetune` calls the settings of an adapter."
+    targets = config.get("target_modules")
+    listed = isinstance(targets, (list, set))
+    return dict(r=config["r"], lora_alpha=config["lora_alpha"],
+                lora_dropout=config.get("lora_dropout", 0.),
+                target_modules=sorted(targets) if listed else targets or "all-linear",
+                target_parameters=sorted(config.get("target_parameters") or ()) or None,
+                **{k: bool(config.get(k)) for k in ("use_rslora", "use_dora")})
+
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #78da672e
+def more_than_lora(config:dict) -> str|None:   # `adapter_config.json`
+    "What an adapter has that cannot be trained further here, or None."
+    if (kind := config.get("peft_type")) != "LORA": return f"peft_type={kind}"
+    if more := config.get("modules_to_save"): return f"modules_to_save={more}"
+
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #5f000001
+def meant(model, targets) -> set|None:  # Any model; `target_modules`
+    "The layers that are meant. None where there is no model."
+    if model is None: return None
+    named = [targets] if isinstance(targets, str) and not is_pattern(targets) else targets
+    with warnings.catch_warnings(action="ignore"):   # of what is left out
+        return {clean_name(n) for n in chosen_layers(model, named)}
+
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #971bc149
+def check_wishes(own:dict, s:dict, folder,   # Of the adapter; settings that were asked for
+                 covered=lambda targets: False):  # Are these the layers that it has?
+    "Raise `QLoRAError` for a setting that asks for another adapter than the one that is there."
+    def same(k, a, b):
+        if k == "target_modules" and covered(b): return True
+        return a == b or isinstance(a, list) and isinstance(b, (list, tuple)) and set(a) == set(b)
+    asked = {k: v for k, v in s.items() if k in own and v is not None}
+    if odd := [f"{k} {v} instead of {own[k]}" for k, v in asked.items() if not same(k, own[k], v)]:
+        raise QLoRAError(f"an adapter is trained further as it is; asked for was {', '.join(odd)}.",
+                         str(folder), "Leave these options out, or start a new adapter.")

@@ -21,8 +21,7 @@ from ..base.files import digest
 from ..base.mapped import count, whereabouts
 from .adapter_options import with_config
 from .data import encode_rows, load_rows, numbered
-from .end_tokens import (check_answers, check_ids, check_labels, end_ids,
-                                          note_ends)
+from .end_tokens import check_answers, check_ids, check_labels, end_ids
 from ..base.sources import OPTIONS
 from .settings import (FIXED, FREE, Settings, check_settings, plain,
                                         refuse_unknown, split_names)
@@ -214,12 +213,18 @@ def number_rows(rows:list, numbers:list, tokenizer, template:str, max_length:int
     return examples
 
 # %% ../../nbs/2_training/26_schedule.ipynb #9f91afa3
-def encode_checked(model, tokenizer, rows, numbers, s:dict, source:str
-                   ) -> tuple:  # (examples, sentences to say, end tokens)
-    "The rows of these numbers as examples, held against the model and the tokenizer."
+def encode_checked(model, tokenizer, rows, numbers, s:dict, source:str, held=()
+                   ) -> tuple:  # (examples, sentences to say, ids of end tokens, held-out examples)
+    """The rows of these numbers, and those to evaluate on, as examples, held against model and
+    tokenizer. Without a model (None), ids are not looked at."""
+    how = tokenizer, s["template"], s["max_length"], s["long"]
+    def checked(rows, numbers):
+        examples = number_rows(rows, numbers, *how)
+        if model is not None: check_ids(model, tokenizer, examples)
+        return examples
     with told_of(source):
-        examples = number_rows(rows, numbers, tokenizer, s["template"], s["max_length"], s["long"])
-        check_ids(model, tokenizer, examples)
+        examples = checked(rows, numbers)
         said = [whereabouts(rows), check_answers(examples, rows, tokenizer)]
-    ends = note_ends(model, tokenizer, end_ids(examples), template=s["template"])
-    return examples, said, ends   # generation stops at `ends`
+    with told_of("the rows to evaluate on"):
+        held = checked(held, range(1, len(held) + 1)) if len(held) else []
+    return examples, said, end_ids(examples), held

@@ -52,8 +52,9 @@ class Settings:
         None, "an adapter to train further: the folder of a run or of an adapter (None: a new one)")
     model_revision: str|None = option(None, "branch, tag or commit of a base on the Hub",
                                       aliases=["--revision"])
-    template: str = option(
-        "auto", "prompt template: auto, chat, article, no-thinking, or the text of a chat template")
+    template: str|None = option(
+        None, "prompt template: auto, chat, article, no-thinking, or the text of a chat template "
+              "(None: auto, or that of adapter)")
     max_length: int = option(512, "longest example, in tokens")
     long: str = option("drop", "longer examples: leave them out, cut their question, or stop",
                        choices=["drop", "cut", "error"])

@@ -20,7 +20,8 @@ from ..base.errors import QLoRAError
 from ..base.core import count_params
 from ..base.mapped import Order
 from ..foundations.adapters import read_adapter, save_lora
-from ..speed.logits import evaluating, own_loss, picked_logits, plain_head
+from ..speed.logits import (evaluating, head_logits, own_loss, picked_logits,
+                                   plain_head)
 from ..speed.shared_prefix import hidden_states
 from ..foundations.qlora import is_scratch
 
@@ -33,7 +34,7 @@ def row_marks(model, batch  # `input_ids`, `attention_mask`, `labels`: (rows, to
     if plain := plain_head(model): hidden, labels, rows = hidden_states(model, batch)
     else: labels, rows = batch["labels"], None
     picked, inputs = labels[:, 1:] != -100, {k: v for k, v in batch.items() if k != "labels"}
-    logits = (model.get_output_embeddings()(hidden[:, :-1][picked]) if plain
+    logits = (head_logits(model, hidden[:, :-1][picked]) if plain
               else picked_logits(model, inputs, picked))
     losses, missed = torch.zeros(picked.shape, device=labels.device), torch.zeros_like(picked)
     right = labels[:, 1:][picked]
