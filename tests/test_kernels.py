@@ -12,6 +12,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 cuda = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def eager():
+    "Compiling a fallback of bitsandbytes for each odd shape takes most of the time."
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
 def quantized(shape, dtype=torch.float16, **how):
     W = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
     return BF.quantize_4bit(W, **(dict(quant_type="nf4", blocksize=64, compress_statistics=True) | how))
