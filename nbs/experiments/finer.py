@@ -1,6 +1,6 @@
 """Finer quantization on SmolLM2-135M: errors of the weights, KL to the unquantized logits and perplexity, row by row.
 
-    python nbs/experiments/finer.py nbs/results/finer.json [--groups plain alpha flip] [--rows 4] [--only "nf4 64" ...] [--again]
+    python nbs/experiments/finer.py nbs/results/finer.json [--groups plain alpha search ...] [--rows 4] [--only "nf4 64" ...] [--again]
 
 The text is the Python reference in rows of 512 tokens: its first 4 rows, or 16, the 8,192 tokens of the other pages, with --rows 16. The
 second moments of the layers' inputs come from 2,048 other tokens of it, from token 32,768 on. Weights and their errors are computed in
@@ -23,19 +23,17 @@ import torch
 
 from qlora_nb.base.core import cpu_kind, versions
 from qlora_nb.base.model_files import load_tokenizer
+from qlora_nb.beyond.codebooks import af4, bof4, equal_use, fp8_levels, power_scales, round_to, to_e4m3
+from qlora_nb.beyond.error_feedback import feedback_codes, feedback_quantize
+from qlora_nb.beyond.scale_search import search_quantize, search_scales
 from qlora_nb.beyond.which_error import divergence, input_moments, linear_layers, log_probs, relative_errors
 from qlora_nb.evaluation.data_types import bits_per_weight, round_tensor
 from qlora_nb.evaluation.perplexity import prose
+from qlora_nb.foundations.double_quantization import double_quantize
 from qlora_nb.foundations.loading import load_model
-from qlora_nb.foundations.nf4 import book, nearest_code, scale_blocks
+from qlora_nb.foundations.nf4 import book, nf4_codebook, to_blocks
 
 WINDOW, CALIBRATION = 512, (32768, 2048)   # first token, tokens
-
-
-def to_levels(W, code, block_size=64):
-    "Rounded to the nearest of any levels, in blocks scaled by absmax."
-    x, absmax = scale_blocks(W, block_size)
-    return (code[nearest_code(x, code).int()]*absmax[:, None]).view(-1)[:W.numel()].view(W.shape)
 
 
 def noise(W, seed):
@@ -50,13 +48,65 @@ def plain():
     out = {f"{kind} {block}": rounding(kind, block) for kind in ("nf4", "fp4", "int4") for block in (32, 64, 128, 256, 1024)}
     out["nf4 64 double"] = rounding("nf4", 64, True)
     for kind, bits in (("NF", 3), ("NF", 5), ("Int", 5), ("FP", 5), ("Int", 6)):
-        out[f"{kind.lower()}{bits} 64"] = bits + .5, lambda W, H, code=book(kind, bits): to_levels(W, code)
+        out[f"{kind.lower()}{bits} 64"] = bits + .5, lambda W, H, code=book(kind, bits): round_to(W, code)
     out["noise as nf4 64"] = None, lambda W, H: noise(W, W.shape[0])
     first = "nf4 64", "nf4 64 double", "int4 64", "fp4 64"
     return {k: out[k] for k in [*first, *out]}
 
 
-GROUPS = dict(plain=plain)
+def search():
+    "Scales that are searched, beside absmax."
+    out = {}
+    ways = dict(search={}, weighted=dict(weighted=True), signed=dict(signed=True), both=dict(weighted=True, signed=True))
+    for double in (True, False):
+        for name, how in ways.items():
+            def f(W, H, double=double, how=how):
+                kw = dict(weights=H.diagonal()) if how.get("weighted") else {}
+                return search_quantize(W, double=double, signed=how.get("signed", False), **kw).dequantize()
+            out[f"nf4 64 {name}" + " double"*double] = bits_per_weight("nf4", 64, double), f
+    return out
+
+
+def codebooks():
+    "Other levels, and levels that FP8 holds, in blocks of 64."
+    s, nf4 = bof4(signed=True), nf4_codebook()
+    exact, _ = fp8_levels(nf4)
+
+    def twice(W, H):
+        Q = round_tensor(W, "nf4")
+        row = Q.abs().amax(1, keepdim=True)/448
+        return to_e4m3(Q/row)*row
+    def searched(W, H): return round_to(W, s, scales=search_scales(W, s, signed=True))
+    out = {"bof4s 64": lambda W, H: round_to(W, s, signed=True), "equal use 64": lambda W, H, v=equal_use(): round_to(W, v),
+           "af4 64": lambda W, H, v=af4(): round_to(W, v), "bof4 64": lambda W, H, v=bof4(): round_to(W, v),
+           "bof4s 64 search": searched, "nf4 on e4m3 64": lambda W, H: round_to(W, exact), "nf4 then e4m3 64": twice,
+           "nf4 on e4m3 64, powers of two": lambda W, H: round_to(W, exact, scales=power_scales(W, exact))}
+    return {k: (4.5, f) for k, f in out.items()}
+
+
+def rotated(W, H):
+    "NF4 after a random Hadamard rotation of each 64 inputs, and turned back."
+    R = torch.ones(1, 1)
+    while len(R) < 64: R = torch.cat([torch.cat([R, R], 1), torch.cat([R, -R], 1)])
+    signs = torch.randint(0, 2, (W.shape[1],), generator=torch.Generator().manual_seed(0))*2. - 1
+    turned = ((W*signs).view(-1, 64)@R/8).view_as(W)
+    return (round_tensor(turned, "nf4", 64, True).view(-1, 64)@R/8).view_as(W)*signs
+
+
+def feedback():
+    "Error feedback into NF4, and a rotation, in blocks of 64 with double quantization."
+    fed = {"nf4 64 feedback double": lambda W, H: feedback_quantize(W, H).dequantize(),
+           "nf4 64 feedback, no search double": lambda W, H: no_search(W, H), "nf4 64 rotated double": rotated}
+    return {k: (bits_per_weight("nf4", 64, True), f) for k, f in fed.items()}
+
+
+def no_search(W, H):
+    "Error feedback with absmax as it is, to tell the two apart."
+    scales = double_quantize(to_blocks(W.reshape(-1), 64).abs().amax(1)).dequantize()
+    return feedback_codes(W, H, scales, nf4_codebook())
+
+
+GROUPS = dict(plain=plain, search=search, codebooks=codebooks, feedback=feedback)
 
 
 def group_of(name, layers=30):
