@@ -463,11 +463,6 @@ def test_models_from_elsewhere(base, rows, tmp_path):
     with pytest.raises(QLoRAError, match="set model.qlora_nb_name"): finetune(tiny_model(), rows[:4], tmp_path/"b", max_steps=1, **QUIET)
 
 
-def test_under_torchrun(base, rows, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(QLoRAError, match="2 processes"): finetune(base, rows, tmp_path/"run", max_steps=1, **QUIET)
-
-
 # ---- the rehearsal ----
 
 def test_the_rehearsal_changes_no_bit(base, rows, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ def plan_parser() -> argparse.ArgumentParser:
     add("model", help="'smollm2', a local folder or a Hub id; only its config is read")
     add("--gpu", default="T4",
         help="a card by name, such as T4, RTX4090 or A100-80, or its memory in GB")
+    add("--gpus", type=int, default=1, help="how many such cards train together")
     add("--per-device-train-batch-size", type=int, default=1, help="rows of a forward pass")
     add("--max-length", type=int, default=2048, help="tokens of a row")
     add("--method", default="qlora", choices=["qlora", "lora", "full"],

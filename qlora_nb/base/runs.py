@@ -83,7 +83,8 @@ def comparable(settings:dict) -> dict:
     "The settings that make a run what it is: how a step is divided into batches does not."
     s = json.loads(json.dumps(settings, default=str))
     split = "per_device_train_batch_size", "gradient_accumulation_steps"
-    if all(o in s for o in split): s["rows_a_step"] = s.pop(split[0])*s.pop(split[1])
+    ranks = s.pop("num_processes", 1)
+    if all(o in s for o in split): s["rows_a_step"] = s.pop(split[0])*s.pop(split[1])*ranks
     if s.get("max_steps"): s.pop("num_train_epochs", None)
     for k in ("model", "adapter"):
         if s.get(f"{k}_sha256"): s.pop(k, None)   # known by its content

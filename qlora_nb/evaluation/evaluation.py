@@ -20,7 +20,7 @@ from ..speed.dequantized import dequantized
 from ..using.inference import generate
 from .intervals import interval, paired_interval
 from ..base.mapped import Mapped, all_but
-from ..base.runs import write_json
+from ..speed.data_parallel import rank, write_once
 from ..base.sources import OPTIONS, shared_options
 from ..training.settings import check_settings
 from ..training.schedule import NamedRows, pick_rows, repetitions, say_overlap, source_of
@@ -222,12 +222,12 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
     for o in said: warnings.warn(o)
     run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress,
                    **settings)
-    held, before, after, why = score_run(run, held, progress)
+    held, before, after, why = score_run(run, held, progress and rank() == 0)
     info = run.info | dict(data=source if isinstance(data, (str, Path)) else "rows",
                            eval_rows=len(held), not_evaluated=why if eval_rows else NOT_WANTED,
                            before=before and before._asdict(), after=after and after._asdict(),
                            model_bytes=model_bytes(run.model) - adapter_bytes(run.model),
                            total_seconds=round(time.perf_counter() - start, 2),
                            peak_memory_gb=round(peak_memory(run.model.device)/1e9, 3))
-    write_json(run.folder/"run.json", info)
+    write_once(run.folder/"run.json", info)
     return Report(run, before, after, held, info)

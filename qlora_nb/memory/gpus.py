@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEMORY_OPTIONS', 'CARDS', 'SHOWN', 'plot_plans', 'memory_options', 'card_bytes', 'fits', 'most', 'largest_batch',
-           'longest', 'how_far', 'advise', 'kv_cache_bytes', 'draw_memory', 'explorer']
+           'longest', 'how_far', 'each_of', 'advise_several', 'advise', 'kv_cache_bytes', 'draw_memory', 'explorer']
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #1273f5a3
-import difflib, re
+import copy, difflib, re
 from matplotlib.figure import Figure
 from numpy import polyfit
 from ..base.errors import QLoRAError
@@ -120,21 +120,46 @@ def how_far(p:Plan, card) -> str:
             f"{largest_batch(p.cfg, card, max_length=length, **how)}. "
             f"Longest rows at batch {rows}: {n} tokens{beyond}.{more}")
 
+# %% ../../nbs/3_memory/38_gpus.ipynb #d2b00002
+def each_of(p:Plan, gpus:int, sharded:bool=False) -> Plan:   # Of one GPU
+    "A plan for each of several GPUs. Raises `QLoRAError` where there is no 4-bit base to shard."
+    if gpus < 1: raise QLoRAError(f"gpus is {gpus}.", cure="It has to be 1 or more.")
+    packed, more = [k for k in ("4-bit weights", "scales") if k in p.parts], {}
+    if sharded and not packed:
+        raise QLoRAError("there is no 4-bit base to shard.", cure="Use method='qlora'.")
+    if gpus > 1: more["gradients on their way"] = p.parts.get("adapters", 0)
+    own = sum(p.parts[k] for k in packed)
+    if sharded: more["gathered blocks"] = 2*own//p.cfg.num_hidden_layers
+    less = {k: p.parts[k]/gpus - p.parts[k] if sharded else 0 for k in packed}
+    change = sum(more.values()) + sum(less.values())
+    out = copy.copy(p)
+    out.peak, out.parts = p.peak + change, p.parts | more | {k: p.parts[k] + less[k] for k in packed}
+    return out
+
 # %% ../../nbs/3_memory/38_gpus.ipynb #b274c3d8
+def advise_several(p:Plan, card, gpus:int) -> list:   # Lines
+    "What each of several cards needs, data parallel and with a sharded base."
+    ways = {"data parallel": each_of(p, gpus)}
+    if "4-bit weights" in p.parts: ways["sharded base"] = each_of(p, gpus, True)
+    rows = [[k, o.needs()/1e9, "yes" if fits(o, card) else "no"] for k, o in ways.items()]
+    return ["", str(Table(rows, [f"each of {gpus} cards", "needs (GB)", "fits?"]))]
+
 def advise(model, card="T4", max_length:int=2048, per_device_train_batch_size:int=1,
-           **settings) -> str:  # See `plan`
+           gpus:int=1, **settings) -> str:  # Such cards; see `plan`
     "A plan for a card, in words and tables."
     p = plan(model, per_device_train_batch_size, max_length, **settings)
-    out, known = [str(p), ""], getattr(p.cfg, "max_position_embeddings", None) or float("inf")
+    out, several = [str(p), ""], advise_several(p, card, gpus) if gpus != 1 else []
+    known = getattr(p.cfg, "max_position_embeddings", None) or float("inf")
     verdict = (f"needs {p.needs()/1e9:.1f} GB of {card_bytes(card)/1e9:.1f} GB, with CUDA's own "
                f"part and room for gaps")
     if max_length > known:
         out.append(f"These rows have {max_length} tokens, and the model knows {known:,} "
                    f"positions: it was never trained on more.")
-    if fits(p, card): return "\n".join([*out, f"It fits: {verdict}.", how_far(p, card)])
+    if fits(p, card):
+        return "\n".join([*out, f"It fits: {verdict}.", how_far(p, card), *several])
     rows = [[k, q.peak/1e9, "yes" if fits(q, card) else "no"] for k, q in memory_options(p).items()]
     table = Table(rows, ["one change", "peak (GB)", "fits?"])
-    return "\n".join([*out, f"It does not fit: {verdict}.", "", str(table)])
+    return "\n".join([*out, f"It does not fit: {verdict}.", "", str(table), *several])
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #b5396419
 def kv_cache_bytes(model, batch:int=1, length:int=2048, element:int=2

@@ -10,6 +10,7 @@ __all__ = ['to_16_bits', 'fast_loss', 'make_plain', 'fuse_layers', 'graph_layers
 import torch, warnings
 from functools import partial
 from ..base.errors import QLoRAError
+from ..base.ranks import everyone
 from ..base.core import Table, fmt_bytes
 from .dequantized import drop_dequantized, keep_dequantized
 from .cpu import cpu_pieces, cpu_pieces_undo
@@ -126,7 +127,8 @@ def first_step(model, fast, batch:dict, n=None) -> torch.Tensor:  # `fast(batch,
     dtype = model.get_input_embeddings().weight.dtype
     count = int((batch["labels"][:, 1:] != -100).sum())
     share = 1. if n is None else count/int(n)   # of a sum over several batches
-    if abs(got - want) <= share*near_enough(dtype, want/share, count):
+    near = share*near_enough(dtype, want/share, count)
+    if all(everyone(abs(got - want) <= near)):   # of all ranks, or of none
         model.step_loss = fast
         return loss
     warnings.warn(f"not made faster: the loss is {got:.4g}, {want:.4g} on the model's own logits")

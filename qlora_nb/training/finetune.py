@@ -28,17 +28,17 @@ from .end_tokens import note_ends
 from .optimizers import float32_adapters, use_loraplus
 from .document_mask import collate_packed, separate_documents
 from .packing import pack
+from ..speed.data_parallel import as_one, by_first, collated, holding, seal_once, step_shape
 from .rehearsal import not_in_file, rehearse
-from ..base.runs import (Run, content_id, hold_run, last_checkpoint, open_run, seal, sync,
-                                write_json)
+from ..base.runs import Run, content_id, last_checkpoint, open_run, sync, write_json
 
 # %% ../../nbs/2_training/29_finetune.ipynb #e6347ac4
 from .schedule import (count_steps, name_rows, repetitions, say_overlap,
                                         say_schedule, set_aside, settle, source_of, tell)
 from .settings import Settings, trainer_settings, write_config
 from ..base.sources import shared_options
-from .loaded_models import (before_weights, check_alone, load_base, put_adapters,
-                                             run_settings, usual_targets)
+from .loaded_models import (before_weights, load_base, put_adapters, run_settings,
+                                             usual_targets)
 from .training_loop import AdapterTrainer, KeepBest, mean_loss, out_of_patience
 from ..base.progress import (LivePlot, ProgressBar, check_reports, close_bars, curve,
                                     in_notebook, plot_loss)
@@ -47,14 +47,13 @@ from ..base.progress import (LivePlot, ProgressBar, check_reports, close_bars, c
 class Sealer(TrainerCallback):
     "Seals each checkpoint when the trainer says that it has saved it."
     def on_save(self, args, state, control, **kw):
-        seal(Path(args.output_dir)/f"checkpoint-{state.global_step}")
+        seal_once(Path(args.output_dir)/f"checkpoint-{state.global_step}")
 
 # %% ../../nbs/2_training/29_finetune.ipynb #f607a953
 def numbered_batches(examples:list, collator) -> tuple:  # (data set of numbers, collator for them)
     "Examples by their numbers; a batch knows the numbers of its `rows`."
     def batch(drawn):
-        picked = [o["number"] for o in drawn]
-        return collator([examples[i] for i in picked]) | dict(rows=picked)
+        return collated(collator, examples, [o["number"] for o in drawn])
     return Dataset.from_dict(dict(number=np.arange(len(examples)))), batch
 
 # %% ../../nbs/2_training/29_finetune.ipynb #f3c4065b
@@ -138,13 +137,14 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), r
                      steps=trainer.state.global_step,
                      train_seconds=round(time.perf_counter() - start, 2))
         free_memory()
-        info = finish(model, tokenizer, trainer, folder, rows, s, notes, **facts)
+        info = by_first(trainer.load_best, finish, model, tokenizer, trainer, folder, rows, s,
+                        notes, **facts)
     model.config.use_cache = True
     return Run(model.eval(), tokenizer, folder, info)
 
 # %% ../../nbs/2_training/29_finetune.ipynb #6d8c1f8b
 def prepare(model, tokenizer, rows, numbers, held, encoded, folder, s:dict, progress, source,
-            **how) -> tuple:   # (model, trainer, notes for the adapter)
+            sharded=False, **how) -> tuple:   # (model, trainer, notes for the adapter)
     "Put adapters on the model, build the trainer. `encoded`: of `encode_checked`."
     (examples, said, ends, to_evaluate), collator = encoded, None
     lengths = count(examples, "tokens", lambda o: len(o["input_ids"]))
@@ -154,14 +154,14 @@ def prepare(model, tokenizer, rows, numbers, held, encoded, folder, s:dict, prog
         model = separate_documents(model, min(s["max_length"], int(tokens)))   # of the longest pack
         collator = partial(collate_packed, pad_id=tokenizer.pad_token_id,
                            flat=model.packs_in_one_row)
-    shape = len(examples), s["per_device_train_batch_size"], s["gradient_accumulation_steps"]
+    shape = step_shape(len(examples), s)
     steps = s["max_steps"] or count_steps(s["num_train_epochs"], *shape)
     trained, unit = take(rows, numbers - 1), "packs" if s["packing"] else "rows"
     said += [say_schedule(steps, *shape, unit, repetitions(trained)),
              say_overlap(trained, held) if held else None]
     ends = note_ends(model, tokenizer, ends, template=s["template"])   # generation stops at these
     set_seed(s["seed"])
-    model, more = put_adapters(model, s)
+    model, more = put_adapters(model, s, sharded)
     own = "per_device_train_batch_size gradient_accumulation_steps learning_rate seed optim".split()
     trainer = make_trainer(model, tokenizer, examples, folder/"checkpoints", progress, to_evaluate,
                            s["early_stopping_patience"], collator, max_steps=steps,
@@ -189,7 +189,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
              config_yaml:dict|None=None,  # What `config.yaml` says; None: what can be written down
              **kwargs) -> Run:      # Of `Settings`, and `OPTIONS` of `load_rows`
     "Fine-tune LoRA adapters on a 4-bit model. Raises `QLoRAError` for bad data and bad settings."
-    check_alone()
+    progress, output_dir = as_one(device, progress, output_dir)
     settings, how, reading = settle(data, kwargs, ARGUMENTS)
     how["report_to"] = check_reports(how["report_to"])
     left = ["leave_out"] if config_yaml is None and len(leave_out) else []
@@ -208,8 +208,8 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     targets = settings["target_modules"] or usual_targets(model, source, settings["adapter"])
     settings |= dict(eval_sha256=digest(held), target_modules=targets)
     model, tokenizer, settings = run_settings(model, tokenizer, kept, device, backend, settings)
-    with hold_run(folder):
-        if open_run(folder, settings, resume) or not (folder/"config.yaml").exists():
+    with holding(folder) as first:
+        if first and (open_run(folder, settings, resume) or not (folder/"config.yaml").exists()):
             write_config(folder/"config.yaml", config_yaml, left)
         mine = mine[np.asarray(numbers) - 1]
         tokenizer, encoded = before_weights(model, tokenizer, rows, mine, held, settings | how,

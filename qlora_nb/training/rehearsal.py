@@ -26,6 +26,7 @@ from ..foundations.lora_model import adapter_tensors
 from ..base.mapped import Grouped, count
 from ..base.nf4_config import quiet
 from ..foundations.qlora import is_scratch
+from ..speed.data_parallel import counted_alone
 from ..speed.logits import near_enough
 from ..foundations.expert_weights import adapted_tensor
 
@@ -193,7 +194,7 @@ def check_reload(model, mine:dict, base:str):
 def _step(trainer, examples, collator, pad, measure, base, called):
     "(loss, adapters without a gradient, all adapters): what is measured in one step, undone."
     model, two = trainer.model, short_rows(examples)
-    with undisturbed(trainer) as mine, quiet():
+    with undisturbed(trainer) as mine, quiet(), counted_alone(trainer.args):
         model.eval(), stir(mine)
         batch, padded = collator([two] if isinstance(examples[0], list) else two), pad(two)
         batch = {k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)}
@@ -217,6 +218,9 @@ def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str
         raise QLoRAError(what, model.config.model_type) from e
     finally:
         for o in hooks: o.remove()
+    # DDP looks for adapters without a gradient only where there are any
+    if handler := getattr(trainer.accelerator, "ddp_handler", None):
+        handler.find_unused_parameters = bool(dead)
     four, under = coverage(model)
     said = [f"{four:.1%} of the weights of the layers are in 4 bits, {under:.1%} under adapters; "
             f"trainer, logits and evaluation agree on the loss of two rows ({loss:.3f})."]

@@ -70,6 +70,7 @@ class Settings:
     seed: int = option(0, "of the data's order, the adapters and dropout")
     save_steps: int = option(20, "a checkpoint every so many steps")
     gradient_checkpointing: bool = option(False, "save memory: compute activations twice")
+    sharded: bool = option(False, "with several processes: each keeps a share of the base")
     report_to: str = option("none", "tensorboard, wandb, or both with a comma between them")
 
 # %% ../../nbs/2_training/25_settings.ipynb #24198d5f
@@ -139,7 +140,7 @@ def split_names(settings:dict) -> dict:
     return {k: names(k, v) for k, v in settings.items()}
 
 # %% ../../nbs/2_training/25_settings.ipynb #8b4b8b98
-FREE = ("save_steps", "gradient_checkpointing", "report_to")
+FREE = ("save_steps", "gradient_checkpointing", "sharded", "report_to")
 FIXED = tuple(f.name for f in fields(Settings) if f.name not in FREE)   # a run is what they say
 
 # %% ../../nbs/2_training/25_settings.ipynb #8de6df76
@@ -162,6 +163,7 @@ def trainer_settings(folder, device, dtype, max_steps=150, per_device_train_batc
         lr_scheduler_type="cosine", warmup_steps=min(max_steps - 1, max(1, max_steps//20)),
         optim=pick_optimizer(optim, device), max_grad_norm=0.3,   # QLoRA paper, appendix B.2
         **mixed_precision(device, dtype), gradient_checkpointing=gradient_checkpointing,
+        ddp_broadcast_buffers=False,   # of our own layers, all of the base
         **evaluation, dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
         save_strategy="steps", save_steps=save_steps,
         save_total_limit=3 if eval_steps else 2,   # the best one is never deleted

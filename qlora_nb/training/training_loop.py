@@ -20,6 +20,7 @@ from ..base.errors import QLoRAError
 from ..base.core import count_params
 from ..base.mapped import Order
 from ..foundations.adapters import read_adapter, save_lora
+from ..speed.data_parallel import RankTrainer, called_through, counted_alone, first_of
 from ..speed.logits import (evaluating, head_logits, own_loss, picked_logits,
                                    plain_head)
 from ..speed.shared_prefix import hidden_states
@@ -79,7 +80,7 @@ class KeepBest(TrainerCallback):
         control.should_training_stop |= stop
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #7a828225
-class AdapterCheckpoints(SFTTrainer):
+class AdapterCheckpoints(RankTrainer, SFTTrainer):
     "TRL's trainer, whose checkpoints hold the adapters of either backend."
     def create_model_card(self, *args, **kw): pass   # TRL would write one with each checkpoint
     def _save(self, output_dir=None, state_dict=None):
@@ -120,7 +121,7 @@ class SureTrainer(AdapterCheckpoints):
         try: loss = super().compute_loss(model, inputs, False, n)
         except AttributeError as e: why = str(e)   # it asks the config for a name that is not there
         else:
-            if not (why := self.off(batch, n)):
+            if not (why := first_of(self.off(batch, n))):   # of all processes
                 self.sure = True
                 return loss
         warnings.warn(f"trained on the model's own loss, not on TRL's ({why})")
@@ -142,7 +143,7 @@ def models_loss(self:SureTrainer, model, inputs, return_outputs, n):
 def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
     "What is wrong with TRL's loss of a batch, or None."
     outs = []   # of the model; to ask TRL for them costs a second forward pass
-    with self.accelerator.autocast(), evaluating(self.model):   # no dropout: no random numbers
+    with self.accelerator.autocast(), evaluating(self.model), counted_alone(self.args):
         with self.model.register_forward_hook(lambda m, args, out: outs.append(out)):
             loss = SFTTrainer.compute_loss(self, self.model, dict(batch), num_items_in_batch=n)
         want = own_loss(self.model, batch, n).item()
@@ -162,7 +163,7 @@ class FastTrainer(SureTrainer):
         fast = getattr(self.model, "step_loss", None)   # of `speed_up`
         if fast is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = fast(inputs, n=num_items_in_batch)
+        loss = called_through(model, self.model, fast, inputs, n=num_items_in_batch)
         spread = self.args.average_tokens_across_devices and num_items_in_batch is not None
         return loss*self.accelerator.num_processes if spread else loss   # a mean follows
     def train(self, *args, **kw):

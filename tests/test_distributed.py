@@ -1,0 +1,108 @@
+"Two processes on one CPU: the same losses, one folder, one message, and nobody left behind."
+import json, os, subprocess, sys, time
+
+import psutil, pytest
+import torch
+
+from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.model_files import tiny_model
+from qlora_nb.base.nf4_config import quiet
+from qlora_nb.base.ranks import can_fork, on_ranks, rank
+from qlora_nb.training.data import load_rows
+from qlora_nb.training.finetune import finetune
+
+from common import small_tokenizer
+from forks import Fork
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="needs os.fork without CUDA")
+STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    had = torch.get_num_threads()
+    torch.set_num_threads(1)   # as in a rank
+    yield
+    torch.set_num_threads(had)
+
+
+@pytest.fixture(scope="module")
+def how(tmp_path_factory):
+    folder, tok = tmp_path_factory.mktemp("base"), small_tokenizer(300)
+    with quiet():
+        tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder)
+        tok.save_pretrained(folder)
+    # eleven rows: the end of a pass leaves one rank without any
+    return dict(model=str(folder), data=load_rows("tickets")[:11], max_steps=STEPS, device="cpu", progress=False, fast=False,
+                learning_rate=1e-2, per_device_train_batch_size=2, save_steps=2)
+
+
+@pytest.fixture(scope="module")
+def alone(how, tmp_path_factory):
+    return finetune(output_dir=tmp_path_factory.mktemp("alone")/"run", gradient_accumulation_steps=2, **how).info["losses"]
+
+
+def children(): return psutil.Process().children(recursive=True)
+
+
+def test_nobody_stays_behind():
+    before = {o.pid for o in children()}
+    def hang():
+        if rank() == 0: time.sleep(60)
+        raise ValueError("no")
+    with pytest.raises(QLoRAError, match="rank 1 of 2: ValueError: no") as e: on_ranks(2, hang, timeout=2)
+    assert "raise ValueError" in e.value.__notes__[0]
+    assert {o.pid for o in children()} <= before
+
+
+def test_packed_rows_and_our_own_layers(how, tmp_path):
+    more = dict(packing=True, max_length=300, per_device_train_batch_size=1, backend="scratch", max_steps=3)
+    want = finetune(output_dir=tmp_path/"one", gradient_accumulation_steps=2, **how | more).info["losses"]
+    assert on_ranks(2, lambda: finetune(output_dir=tmp_path/"two", **how | more).info["losses"]) == [want]*2
+
+
+def test_resumed_by_two(how, alone, tmp_path):
+    "One process begins, two go on; a step with another number of rows is another run."
+    begun = how | dict(output_dir=tmp_path/"run", gradient_accumulation_steps=2)
+    class Stop(Exception): pass
+    from transformers import TrainerCallback
+    class At3(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kw):
+            if state.global_step == 2: raise Stop
+    with pytest.raises(Stop): finetune(callbacks=[At3()], **begun)
+    with pytest.raises(QLoRAError, match="rows_a_step was 4, now 8"): on_ranks(2, lambda: finetune(resume=True, **begun))
+    got = on_ranks(2, lambda: finetune(resume=True, **begun | dict(gradient_accumulation_steps=1)).info)
+    assert [o["losses"] for o in got] == [alone]*2 and got[0]["resumed_from"] == "checkpoint-2"
+
+
+def test_the_command_under_a_launcher(how, alone, tmp_path):
+    "Two processes as torchrun starts them: one report, one folder, and the others end before the scores."
+    (tmp_path/"rows.jsonl").write_text("".join(json.dumps(o) + "\n" for o in how["data"]), encoding="utf-8")
+    argv = f"finetune --model {how['model']} --data {tmp_path/'rows.jsonl'} --eval-rows 2 --output-dir {tmp_path/'run'} --max-steps 2 --device cpu"
+    code = "import sys; from qlora_nb.apps.cli import main; main(sys.argv[1:])"
+    env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    both = [Fork(code, *argv.split(), env=env | dict(RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE="2")) for r in (0, 1)]
+    (out, err), (out1, err1) = [o.communicate(100) for o in both]
+    assert [o.returncode for o in both] == [0, 0], err + err1
+    assert "exact match" in out and out1 == "" and "training" not in err1
+    assert json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))["settings"]["num_processes"] == 2
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_spawned(monkeypatch):
+    "As on macOS, or beside a GPU: a function that cannot be imported goes to a new Python."
+    import qlora_nb.base.ranks as module
+    assert can_fork()
+    monkeypatch.setattr(module, "can_fork", lambda: False)
+    def gathered(k):
+        import torch.distributed as dist
+        got = [None]*2
+        dist.all_gather_object(got, k + dist.get_rank())
+        return got
+    assert on_ranks(2, gathered, 5) == [[5, 6]]*2
