@@ -133,10 +133,11 @@ def each_of(p:Plan, gpus:int, sharded:bool=False) -> Plan:   # Of one GPU
     less = {k: p.parts[k]/gpus - p.parts[k] if sharded else 0 for k in packed}
     change = sum(more.values()) + sum(less.values())
     out = copy.copy(p)
-    out.peak, out.parts = p.peak + change, p.parts | more | {k: p.parts[k] + less[k] for k in packed}
+    out.peak = p.peak + change
+    out.parts = p.parts | more | {k: p.parts[k] + less[k] for k in packed}
     return out
 
-# %% ../../nbs/3_memory/38_gpus.ipynb #b274c3d8
+# %% ../../nbs/3_memory/38_gpus.ipynb #d2b00005
 def advise_several(p:Plan, card, gpus:int) -> list:   # Lines
     "What each of several cards needs, data parallel and with a sharded base."
     ways = {"data parallel": each_of(p, gpus)}
@@ -144,6 +145,7 @@ def advise_several(p:Plan, card, gpus:int) -> list:   # Lines
     rows = [[k, o.needs()/1e9, "yes" if fits(o, card) else "no"] for k, o in ways.items()]
     return ["", str(Table(rows, [f"each of {gpus} cards", "needs (GB)", "fits?"]))]
 
+# %% ../../nbs/3_memory/38_gpus.ipynb #b274c3d8
 def advise(model, card="T4", max_length:int=2048, per_device_train_batch_size:int=1,
            gpus:int=1, **settings) -> str:  # Such cards; see `plan`
     "A plan for a card, in words and tables."
