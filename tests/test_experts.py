@@ -10,6 +10,7 @@ from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import set_seed
 from qlora_nb.training.data import load_rows
 from qlora_nb.base.nf4_config import quiet
+from qlora_nb.evaluation.evaluation import evaluate
 from qlora_nb.training.finetune import finetune
 
 from common import small_tokenizer
@@ -69,6 +70,14 @@ def test_the_loss_of_the_routers_counts_once_a_step(make, tmp_path, kind, said):
     warnings.filterwarnings(said, message="trained on the model's own loss")
     one, two = (finetune(base, rows, tmp_path/str(n), **HOW | dict(max_steps=1, per_device_train_batch_size=4//n, gradient_accumulation_steps=n)).info["losses"][0] for n in (1, 2))
     assert one == pytest.approx(two, abs=.2), (one, two)   # counted twice, it is off by 1
+
+
+def test_a_trained_mixture_answers_at_once(make, tmp_path):
+    "TRL asks the model for its routers' logits while it trains; afterwards they are not asked for, and answers need none."
+    base, rows = make("Mixtral"), load_rows("tickets")[:4]
+    run = finetune(base, rows, tmp_path/"run", **HOW | dict(max_steps=1))
+    assert run.model.config.output_router_logits is False
+    assert evaluate(run.model, run.tokenizer, rows[:2]).n == 2
 
 
 def test_our_own_backend_packs_experts_while_they_are_read(make, monkeypatch):

@@ -203,7 +203,13 @@ class AdapterTrainer(FastTrainer):
     guard, held_out, tokens = None, (), 0
     def __init__(self, model, args, **kw):
         if args.gradient_checkpointing: check_checkpointing(model)
+        self.routers = getattr(model.config.get_text_config(), "output_router_logits", None)
         super().__init__(model, args, **kw)
+    def train(self, *args, **kw):
+        try: return super().train(*args, **kw)
+        finally:   # TRL has asked a mixture of experts for its routers' logits
+            if self.routers is not None:
+                self.model.config.get_text_config().output_router_logits = self.routers
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows, labels = inputs.pop("rows", []), inputs["labels"]
         self.tokens += int(inputs.get("attention_mask", torch.ones_like(labels)).sum())
