@@ -21,8 +21,7 @@ from ..base.core import count_params
 from ..base.mapped import Order
 from ..foundations.adapters import read_adapter, save_lora
 from ..speed.data_parallel import RankTrainer, called_through, counted_alone, first_of
-from ..speed.logits import (evaluating, head_logits, own_loss, picked_logits,
-                                   plain_head)
+from ..speed.logits import evaluating, head_logits, own_loss, picked_logits, plain_head
 from ..speed.shared_prefix import hidden_states
 from ..foundations.qlora import is_scratch
 
@@ -168,7 +167,9 @@ class FastTrainer(SureTrainer):
         return loss*self.accelerator.num_processes if spread else loss   # a mean follows
     def train(self, *args, **kw):
         try: return super().train(*args, **kw)
-        finally:   # what comes next may need the memory of CUDA graphs
+        finally:   # what comes next needs no routers' logits, and may need CUDA graphs' memory
+            if getattr(self, "aux_loss_enabled", False):
+                self.model.config.get_text_config().output_router_logits = False
             if stack := getattr(self.model, "stack", None): stack.forget()
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #01bea415
@@ -203,13 +204,7 @@ class AdapterTrainer(FastTrainer):
     guard, held_out, tokens = None, (), 0
     def __init__(self, model, args, **kw):
         if args.gradient_checkpointing: check_checkpointing(model)
-        self.routers = getattr(model.config.get_text_config(), "output_router_logits", None)
         super().__init__(model, args, **kw)
-    def train(self, *args, **kw):
-        try: return super().train(*args, **kw)
-        finally:   # TRL has asked a mixture of experts for its routers' logits
-            if self.routers is not None:
-                self.model.config.get_text_config().output_router_logits = self.routers
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows, labels = inputs.pop("rows", []), inputs["labels"]
         self.tokens += int(inputs.get("attention_mask", torch.ones_like(labels)).sum())
