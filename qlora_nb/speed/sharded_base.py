@@ -8,16 +8,16 @@ __all__ = ['all_gather', 'join_bytes', 'split_bytes', 'my_piece', 'ShardedFuncti
 
 # %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200004
 import torch
-from bitsandbytes.nn import Linear4bit
-from fastcore.basics import patch
-from torch import distributed as dist, nn
-from torch.nn import functional as F
 from ..base.core import Table
 from ..base.errors import QLoRAError
 from ..foundations.double_quantization import QuantizedTensor
 from ..foundations.expert_weights import Stack
 from ..foundations.qlora import NF4Linear, Packed, dequantize_weight
 from .cuda_graphs import decoder_layers
+from bitsandbytes.nn import Linear4bit
+from fastcore.basics import patch
+from torch import distributed as dist, nn
+from torch.nn import functional as F
 
 # %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200009
 def join_bytes(tensors:list) -> tuple:   # (bytes, where each tensor is in them)
