@@ -76,6 +76,14 @@ READ = {
     "spaces after the commas": ("spaced.csv", 'prompt, response\nHi, "Hello, you"\n', [pair("Hi", "Hello, you")], []),
     "columns and rows that a spreadsheet adds": ("sheet.csv", "prompt,response,,\nHi,Hello,,\n,,,\n,,,\n", [pair("Hi", "Hello")], []),
     "parts without a kind": ("parts.jsonl", lines(messages(user([dict(text="Hi")]), assistant("Hello"))), [messages(user("Hi"), assistant("Hello"))], []),
+    "one chat under a key": ("export.json", json.dumps(dict(version="2", data=messages(user("Hi"), assistant("Hello")))), [messages(user("Hi"), assistant("Hello"))], ["`version` (1 row, the first is row 1, '2')"]),
+    "bare chats under a key": ("export.json", json.dumps(dict(train=[[user("Hi"), assistant("Hello")]])), [messages(user("Hi"), assistant("Hello"))], []),
+    "a chat in columns": ("columns.jsonl", lines(dict(conversations={"from": ["human", "gpt"], "value": ["Hi", "Hello"]})), [messages(user("Hi"), assistant("Hello"))], []),
+    "roles with spaces": ("roles.jsonl", lines(messages(dict(role=" User", content="Hi"), dict(role="assistant\n", content="Hello"))), [messages(user("Hi"), assistant("Hello"))], []),
+    "calls as LangChain and Anthropic write them": ("calls.jsonl", lines(*[messages(user("Tide?"), assistant(None, tool_calls=[{"id": "call_7", "name": "tide", "type": "tool_call", k: dict(port="Ostby")}])) for k in ("args", "input")]),
+        [messages(user("Tide?"), assistant("", tool_calls=[READ_TIDE]))]*2, []),
+    "a call without arguments": ("calls.jsonl", lines(*[messages(user("Tide?"), assistant(None, tool_calls=[dict(name="tide", arguments=o)])) for o in (None, "", "{}", {})]),
+        [messages(user("Tide?"), assistant("", tool_calls=[dict(type="function", function=dict(name="tide", arguments={}))]))]*4, []),
     "a mark and two ends of lines": ("marked.jsonl", '\ufeff{"prompt": "Hi", "response": "Hello"}\r\n\r\n{"prompt": "Bye", "response": "See you"}', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
 }
 
@@ -135,6 +143,13 @@ REFUSED = {
     "the page around a file": ("page.jsonl", "\n<!DOCTYPE html>\n<html>", ": this is a web page. Download the file itself, by its raw address."),
     "a pointer": ("lfs.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n", ": this is a pointer of Git LFS, not the file. Run git lfs pull."),
     "a workbook": ("sheet.csv", "PK\3\4...", ": this is a ZIP archive or a workbook. Unpack it, or save a sheet as 'CSV UTF-8'."),
+    "arguments that break off": (*one(user("Tide?"), assistant(None, tool_calls=[dict(name="tide", arguments='{"port": "Ost')])), f", row 2: the arguments of the tool call of message 2 are no JSON object. {SKIP}"),
+    "more in a call": (*one(user("Tide?"), assistant(None, tool_calls=[dict(name="tide", arguments={}, result="low")])), f", row 2: the field 'result' of the tool call of message 2 ('low') would be lost. {SKIP}"),
+    "calls in two fields": (*one(user("Tide?"), assistant(None, tool_calls=[TEXT_TIDE], function_call=dict(name="wind", arguments="{}"))), f", row 2: message 2 has both `tool_calls` and `function_call`. {SKIP}"),
+    "lists of text": ("lists.jsonl", lines(pair(["a", "c"], ["b", "d"])), f", row 1: `prompt` must be text, not list. {SKIP}"),
+    "a column twice": ("split.json", json.dumps(dict(columns=["prompt", "response", "prompt"], index=[0], data=[["a", "b", "c"]])), ": the column 'prompt' is there twice. Rename one, such as prompt."),
+    "a row that is too short": ("split.json", json.dumps(dict(columns=["prompt", "response"], index=[0], data=[["a"]])), ": a row has another length than the list of columns."),
+    "a row around another, with a field of the same name": ("viewer.jsonl", lines(dict(note=RIVER, row=pair("Hi", "Hello", note="x"))), f", row 1: the field `note beside it` ({RIVER[:40]!r}".rstrip("'") + "…') would be lost. " + LOST.format("note beside it", name_columns(prompt="prompt", response="response"))),
     "a split in one file": ("both.json", json.dumps(dict(train=[pair("a", "b")], test=[pair("c", "d")])), ": the file holds several lists of rows: 'train', 'test'. Save the one that is meant as a .jsonl file."),
 }
 
@@ -176,7 +191,43 @@ def test_tables_of_every_kind():
     row, frame = pair("Hi", "Hello"), pd.DataFrame([["Hi", "Hello"]])
     assert load_rows(pa.Table.from_pylist([row])) == load_rows(frame, columns=dict(prompt=0, response=1)) == [row]
     with pytest.raises(QLoRAError, match="none of the known fields; it has '0', '1'"): load_rows(frame)
-    with pytest.raises(QLoRAError, match="a column is there twice"): load_rows(pd.DataFrame([["Hi", "Hello", "Bye"]], columns=["prompt", "response", "response"]))
+    with pytest.raises(QLoRAError, match="the column 'response' is there twice"): load_rows(pd.DataFrame([["Hi", "Hello", "Bye"]], columns=["prompt", "response", "response"]))
+
+
+def test_text_beside_the_only_list_is_named(tmp_path):
+    (path := tmp_path/"export.json").write_text(json.dumps(dict(preamble=RIVER, version="2", meta=dict(tags=[dict(a=1)]), data=[pair("Hi", "Hello")])), encoding="utf-8")
+    with pytest.warns(UserWarning, match=f"not used, beside the rows: `preamble` \\('{RIVER[:20]}.*`meta`"): assert load_rows(path) == [pair("Hi", "Hello")]
+
+
+def test_columns_that_are_there_twice_and_broken_parquet(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    table = pa.table([["a"], ["b"], ["c"]], names=["prompt", "response", "prompt"])
+    pq.write_table(table, path := tmp_path/"twice.parquet")
+    pq.write_table(pa.table(dict(prompt=["Hi"]*99, response=["Hello"]*99)), broken := tmp_path/"broken.parquet")
+    broken.write_bytes((o := broken.read_bytes())[:20] + b"\xff"*30 + o[50:])
+    for data in (table, path):
+        with pytest.raises(QLoRAError, match="the column 'prompt' is there twice"): load_rows(data)
+    with pytest.raises(QLoRAError, match="not a Parquet file .*Write it again"): load_rows(broken)
+
+
+def test_arrays_formats_and_other_frames():
+    "What tables hold besides text: arrays within arrays, tensors, NA; a table shown as another library's."
+    import datasets, numpy as np, pandas as pd, torch
+    row, table = pair("Hi", "Hello"), datasets.Dataset.from_list([pair("Hi", "Hello", extra="x")])
+    for kind in ("arrow", "pandas", "numpy", "torch"):
+        assert load_rows(table.with_format(kind, columns=["prompt", "response"])) == [row]
+    class Frame:   # as polars has it
+        columns = ["prompt", "response"]
+        def to_dicts(self): return [row]
+        def to_dict(self): raise AssertionError
+    assert load_rows(Frame()) == [row]
+    calls = np.array([user("Tide?"), assistant("", tool_calls=np.array([READ_TIDE]))], dtype=object)
+    for data in (pd.DataFrame(dict(messages=[calls])), [dict(messages=calls)]):
+        assert load_rows(data) == [messages(user("Tide?"), assistant("", tool_calls=[READ_TIDE]))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # `seen` is named
+        assert load_rows([row | dict(seen=o) for o in (np.array([1, 2]), torch.ones(2), pd.NA, pd.NaT)]) == [row]*4
+    with pytest.raises(QLoRAError, match="the field `choices`"): load_rows([row | dict(choices=np.array(["oar", "sail"]))])
 
 
 @pytest.mark.parametrize("options, said", [
@@ -187,3 +238,23 @@ def test_options_with_which_no_row_can_be_read(options, said, tmp_path):
     for read in (load_rows, lambda o, **k: map_rows(o, cache_dir=tmp_path, **k)):
         with pytest.raises(QLoRAError, match=said) as e: read(rows, **dict(columns=dict(prompt="q", response="a")) | options)
         assert not e.value.where
+
+
+def test_rows_are_scored_without_a_padding_token_and_wrong_ones_named():
+    from qlora_nb.base.model_files import load_tokenizer, tiny_model
+    from qlora_nb.evaluation.answer_loss import answer_loss, fit_rows
+    from qlora_nb.evaluation.evaluation import evaluate
+    from qlora_nb.training.data import encode_prompt
+    from qlora_nb.using.inference import generate
+    tok, bare, rows = load_tokenizer("smollm2"), load_tokenizer("smollm2"), [pair("Where is Ostby?", "At the sea."), pair("Hi", "Hello")]
+    bare.pad_token, model = None, tiny_model("llama", vocab_size=len(tok), hidden_size=64)
+    prompts = [encode_prompt(o, tok) for o in rows]
+    assert generate(model, tok, prompts, max_new_tokens=2) == generate(model, bare, prompts, max_new_tokens=2)
+    bare.pad_token = None
+    assert answer_loss(model, tok, rows) == answer_loss(model, bare, rows)
+    with pytest.raises(QLoRAError, match="tickets: this is a name, and rows are wanted"): evaluate(model, tok, "tickets")
+    with pytest.raises(QLoRAError, match="no row to evaluate on is left"): evaluate(model, tok, [])
+    tok.chat_template = "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}" + tok.chat_template
+    with pytest.warns(UserWarning, match="1 of 3 rows to evaluate on cannot be written: the first is row 1: .*no system"):
+        assert fit_rows([rows[0] | dict(system="Be kind."), *rows], tok) == rows
+    with pytest.raises(QLoRAError, match="no system"): fit_rows([rows[0] | dict(system="Be kind.")], tok)

@@ -1,12 +1,13 @@
 "Plans against what is really there: every parameter counted, layers of every kind, attention of every form, and one sentence for the rest."
 import pytest, torch
+from peft import LoraConfig, get_peft_model
 from transformers import (AutoModelForCausalLM, BloomConfig, DeepseekV3Config, Gemma2Config, Glm4MoeConfig, GPT2Config, GptOssConfig, JetMoeConfig,
                           Llama4TextConfig, LlamaConfig, MambaConfig, MixtralConfig, PhimoeConfig)
 
 from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import count_params
-from qlora_nb.memory.ledger import blocks_of, layer_groups, some_layers, whole
+from qlora_nb.memory.ledger import blocks_of, layer_groups, on_card, some_layers, whole
 from qlora_nb.memory.planner import plan, rehearse, skeleton
 
 SIZE = dict(vocab_size=512, hidden_size=128, num_hidden_layers=6, num_attention_heads=4, pad_token_id=0)
@@ -87,3 +88,27 @@ def test_adapters_on_experts_are_counted_by_pefts_rule(kind, stacks):
     assert real*4 <= p.parts["adapters"] < real*4 + 512*200 and p.parts["adapters"] > q.parts["adapters"] and p.peak > q.peak
     with pytest.raises(QLoRAError, match="matches no stack"): plan(CONFIGS[kind], target_parameters=["experts.nothing"])
     with pytest.raises(QLoRAError, match="method='qlora' only"): plan(CONFIGS[kind], method="lora", target_parameters=stacks)
+
+
+NUMBERED = {r"model\.layers\.([2-4])\..*q_proj": 3*2, r".*\.(0|5)\.mlp\..*_proj": 2*3*2, r".*\.[135]\.self_attn\.(q|k)_proj": 3*2*2,
+            ("layers.1.self_attn.q_proj", "layers.4.mlp.up_proj", "v_proj"): (1 + 1 + 6)*2}
+
+@pytest.mark.parametrize("targets", NUMBERED)
+def test_layers_told_apart_by_number_are_counted_as_peft_does(targets):
+    "What is grown from some layers of each kind is what a rehearsal of all six takes, and its adapters are PEFT's."
+    cfg, wanted = CONFIGS["llama"], targets if isinstance(targets, str) else list(targets)
+    with torch.device("meta"): model = get_peft_model(AutoModelForCausalLM.from_config(cfg), LoraConfig(r=4, target_modules=wanted, task_type="CAUSAL_LM"))
+    real = [o.numel() for o in model.parameters() if o.requires_grad]
+    p = plan(cfg, 2, 64, r=4, target_modules=wanted)
+    assert len(real) == NUMBERED[targets] and p.parts["adapters"] == sum(on_card(4*n) for n in real)
+    how = dict(per_device_train_batch_size=2, max_length=64, method="qlora", r=4, target_modules=targets, gradient_checkpointing=False, optim="adamw", loss="chunked", dtype=torch.bfloat16)
+    assert rehearse(cfg, **how)[1] == p.moments
+
+
+def test_experts_told_apart_by_number_are_counted():
+    targets, stacks = r".*\.[24]\..*q_proj", ["layers.1.mlp.experts.gate_up_proj", "5.mlp.experts.down_proj"]
+    model = add_adapters(AutoModelForCausalLM.from_config(CONFIGS["mixtral"]), 4, 8, target_modules=targets, target_parameters=stacks)
+    real = [o.numel() for o in model.parameters() if o.requires_grad]
+    assert len(real) == 8                                     # two layers' q_proj, two stacks
+    assert plan(CONFIGS["mixtral"], 1, 16, r=4, target_modules=targets, target_parameters=stacks).parts["adapters"] == sum(on_card(4*n) for n in real)
+    with pytest.raises(QLoRAError, match="matches nothing"): plan(CONFIGS["llama"], target_modules=r".*\.[67]\..*q_proj")

@@ -28,8 +28,10 @@ CHOICE = re.compile(r"[a-e]|op[a-e]|(option|choice|distractor|answer)_?[a-e\d]",
 # %% ../../nbs/base/fields.ipynb #cd2d4d0d
 def is_empty(value) -> bool:
     "Does this value say nothing: null, NaN, an empty text, list or object?"
-    return (value is None or value != value
-            or isinstance(value, (str, list, tuple, dict)) and not value)
+    if hasattr(value, "tolist"): value = value.tolist()   # an array
+    if value is None or isinstance(value, (str, list, tuple, dict)): return not value
+    try: return bool(value != value)
+    except TypeError: return True   # NA of pandas, which is not even True or False
 
 # %% ../../nbs/base/fields.ipynb #e13659d7
 def carries_meaning(name:str,   # Of a field that is not used

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from .errors import QLoRAError
 from .fields import SKIP
-from .json_rows import json_file, json_values, known_names
+from .json_rows import check_columns, json_file, json_values, known_names, plain
 
 # %% ../../nbs/base/readers.ipynb #96cfbde7
 def _separator(line):
@@ -47,9 +47,7 @@ def _header(names, name, named):
                 "by columns=dict(prompt=..., response=...), or --columns prompt=...,response=...")
         raise QLoRAError(f"the header names no known columns (found: {found}).",
                          f"{name}, the header", cure)
-    if twice := [o for i, o in enumerate(names) if o in names[:i]]:
-        raise QLoRAError(f"the column {twice[0]!r} is there twice.", f"{name}, the header",
-                         "Rename one, such as prompt.")
+    check_columns(names, f"{name}, the header")
     return names
 
 # %% ../../nbs/base/readers.ipynb #403d828d
@@ -125,7 +123,10 @@ def without_nulls(value):
 
 def from_table(row) -> dict:
     "A row of an Arrow table, or of pandas, as plain Python."
-    row = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in row.items()}
+    if not hasattr(row, "items") or hasattr(row, "columns"):
+        raise QLoRAError(f"a row of the table is a {type(row).__name__}, not plain Python.",
+                         cure="Take its format off: data.with_format(None).")
+    row = {k: plain(v) for k, v in row.items()}
     return {k: without_nulls(v) if isinstance(v, (dict, list)) else v for k, v in row.items()}
 
 # %% ../../nbs/base/readers.ipynb #11f10afd
@@ -133,9 +134,11 @@ def parquet_rows(path):
     "The rows of a Parquet file, one by one, unchecked."
     import pyarrow as pa, pyarrow.parquet as pq
     try:
-        for piece in pq.ParquetFile(path).iter_batches(1000):
-            yield from map(from_table, piece.to_pylist())
-    except pa.ArrowInvalid as e:
+        file = pq.ParquetFile(path)
+        check_columns(file.schema_arrow.names, str(path))
+        for piece in file.iter_batches(1000): yield from map(from_table, piece.to_pylist())
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        if getattr(e, "errno", None): raise   # of the disk
         raise QLoRAError(f"this is not a Parquet file ({str(e).splitlines()[0]}).", where=str(path),
                          cure="Write it again, or save the rows as .jsonl.") from e
 

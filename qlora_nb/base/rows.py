@@ -6,11 +6,11 @@
 __all__ = ['NOTHING', 'map_columns', 'read_history', 'read_row', 'check_reading', 'check_row', 'check_rows', 'first_shape']
 
 # %% ../../nbs/base/rows.ipynb #793bbafe
-from .chats import parse_text, read_messages, read_tools
+from .chats import list_of_turns, parse_text, read_messages, read_tools
 from .errors import QLoRAError
 from .fields import (CHATS, EXPECTED, FIELDS, SKIP, brief, carries_meaning, check_text,
                                   fail, is_empty, kind_of, refuse_kind, say_columns, shape_of)
-from .json_rows import undress
+from .json_rows import is_turns, undress
 from .notes import Notes, Row, say_unused
 
 # %% ../../nbs/base/rows.ipynb #59a60ac8
@@ -85,7 +85,7 @@ def _pair(row, shape, note):
     if missing := [k for k in (asked, said) if k not in row]: _missing(row, missing[0], asked, said)
     system = _one_of(row, "system", (), note)
     first = [dict(role="system", content=system)]*bool(system)
-    if isinstance(row[asked], list) and isinstance(row[said], list):
+    if is_turns(row[asked]) and is_turns(row[said]):
         before = [o | dict(weight=0) if o.get("role") == "assistant" else o for o in row[asked]]
         return dict(messages=first + before + row[said])
     prompt, response = _question(row, asked, note), check_text(row[said], said)
@@ -99,8 +99,7 @@ def _pair(row, shape, note):
 # %% ../../nbs/base/rows.ipynb #6da35b1d
 def _chat(row, shape, note):
     "A row of a chat, in our form; the field `system` is its first message."
-    turns, system = row[shape], _one_of(row, "system", (), note)
-    turns = parse_text(turns) if isinstance(turns, str) else turns
+    turns, system = list_of_turns(row[shape]), _one_of(row, "system", (), note)
     return dict(messages=[dict(role="system", content=system), *turns] if system
                 and isinstance(turns, list) else turns)
 

@@ -9,6 +9,7 @@ __all__ = ['OPTIONS', 'NAMES', 'rows_given', 'Source', 'shared_options', 'is_mix
 import difflib, inspect, math, random
 from pathlib import Path
 from .errors import QLoRAError
+from .json_rows import check_columns
 from .mapped import join, take
 from .readers import from_table
 
@@ -24,12 +25,16 @@ def rows_given(data, split,
                              cure=f"Choose one by split=...: {', '.join(data)}.")
         data = data[split]
     if hasattr(data, "to_pylist"):   # of pyarrow
+        check_columns(data.schema.names, f"the {kind} given")
         return list(map(from_table, data.to_pylist())), f"the {kind} given"
     if hasattr(data, "column_names"):
+        shown = getattr(data, "format", None) or {}
+        if shown.get("type") not in (None, "custom"):
+            data = data.with_format(None, columns=shown["columns"])
         return (list if whole else iter)(map(from_table, data)), f"the {kind} given"
+    if hasattr(data, "to_dicts"): return data.to_dicts(), f"the {kind} given"   # of polars
     if hasattr(data, "columns") and hasattr(data, "to_dict"):
-        if not data.columns.is_unique:
-            raise QLoRAError("a column is there twice.", f"the {kind} given", "Rename one.")
+        check_columns(data.columns, f"the {kind} given")
         return list(map(from_table, data.to_dict("records"))), f"the {kind} given"
     cure = ("Give a file, a Hub data set id, a datasets.Dataset, a pandas.DataFrame or a list of "
             "dicts such as dict(prompt=..., response=...).")

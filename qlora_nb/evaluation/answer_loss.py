@@ -7,6 +7,7 @@ __all__ = ['mark_rows', 'answer_losses', 'answer_loss', 'fit_rows', 'read_off']
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #320d7fe1
 import warnings
+from pathlib import Path
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #5fcd4509
 from ..base.errors import QLoRAError
@@ -49,14 +50,19 @@ def answer_loss(model, tokenizer, rows:list, template:str="auto", max_length:int
 def fit_rows(rows:list, tokenizer, template:str="auto", max_length:int=512,
              long:str="drop") -> list:
     """The rows that fit into `max_length` tokens, as they would be trained; says how many are
-    left out or cut."""
-    kept, left, cut = [], [], []
+    left out or cut. Raises `QLoRAError` where none can be written."""
+    if isinstance(rows, (str, Path)):
+        raise QLoRAError("this is a name, and rows are wanted.", str(rows), "Use load_rows(...).")
+    kept, left, cut, refused = [], [], [], []
     for i, row in enumerate(rows, 1):
         try:
             whole = len(encode(row, tokenizer, template)["input_ids"]) <= max_length
             short = row if whole else None
             if not whole and long == "cut": short = shorten(row, tokenizer, template, max_length)
-        except QLoRAError: whole, short = False, None   # the template refuses it
+        except QLoRAError as e:   # the template refuses it
+            refused.append(f"row {i}: {e.what}")
+            if len(refused) == len(rows): raise QLoRAError(e.what, cure=e.cure) from e
+            continue
         kept += [short] if short else []
         if not whole: (cut if short else left).append(i)
     for what, numbers in (("cut in their questions", cut), ("left out", left)):
@@ -64,6 +70,9 @@ def fit_rows(rows:list, tokenizer, template:str="auto", max_length:int=512,
             warnings.warn(f"{len(numbers)} of {len(rows)} rows to evaluate on are {what}, as "
                           f"max_length is {max_length}: the first is row {numbers[0]} of them.",
                           stacklevel=2)
+    if refused:
+        warnings.warn(f"{len(refused)} of {len(rows)} rows to evaluate on cannot be written: the "
+                      f"first is {refused[0]}", stacklevel=2)
     return kept
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #4dce51ea

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOW', 'HIGH', 'BUILT', 'on_card', 'tensors_in', 'Ledger', 'Flash', 'Autocast', 'config_of', 'whole', 'blocks_of',
-           'layer_groups', 'some_layers', 'Lookup', 'dora_change', 'Planned']
+           'own_name', 'layer_groups', 'some_layers', 'Lookup', 'dora_change', 'Planned']
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #36234e6e
-import copy, weakref
+import copy, re, weakref
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #d87a764b
 import torch
@@ -132,16 +132,27 @@ def blocks_of(model) -> tuple:  # (the module that has them, its attribute, the 
 def _of_layers(v, n): return isinstance(v, (list, tuple)) and len(v) == n > len(set(map(str, v)))
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #8fb39d16
-def layer_groups(model) -> list:  # Of `whole`; lists of indices, of one kind each
-    "Which layers are alike."
+def own_name(model, keep:list|None):   # Of `whole`; indices of layers, or None for all
+    "A function: the name of something in a copy with these layers only → its name in the model."
+    if keep is None: return lambda name: name
+    layers = blocks_of(model)[2]
+    stem = re.escape(next(n for n, m in model.named_modules() if m is layers))
+    def number(hit): return f"{hit[1]}{keep[int(hit[2])]}"
+    return lambda name: re.sub(rf"^({stem}\.)(\d+)", number, name)
+
+def layer_groups(model, named=()) -> list:  # Of `whole`; lists of indices, of one kind each
+    "Which layers are alike, by their parts, and by which of these names they have."
     owner, name, layers = blocks_of(model)
     lists = [v for v in vars(model.get_decoder().config).values() if _of_layers(v, len(layers))]
     found = {}
+    stem = next((n for n, m in model.named_modules() if m is layers), "")
     for i, layer in enumerate(layers):
+        at = f"{stem}.{i}."
+        mine = tuple(n[len(at):] for n in named if n.startswith(at))
         sizes = tuple((n, tuple(p.shape)) for n, p in layer.named_parameters())
         switches = tuple((n, type(m).__name__, *sorted(k for k, v in vars(m).items() if v is True))
                          for n, m in layer.named_modules())
-        found.setdefault((sizes, switches, str([v[i] for v in lists])), []).append(i)
+        found.setdefault((sizes, switches, mine, str([v[i] for v in lists])), []).append(i)
     return list(found.values())
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #2dcdfc85

@@ -7,18 +7,16 @@ __all__ = ['METHODS', 'OPTIMIZERS', 'KNOWN', 'skeleton', 'parts_of', 'state_byte
            'refuse_recurrent', 'count', 'grow', 'Plan', 'check_plan', 'plan']
 
 # %% ../../nbs/3_memory/37_planner.ipynb #9c6f3415
-import contextlib, copy, gc, re
+import contextlib, copy, gc
 
 # %% ../../nbs/3_memory/37_planner.ipynb #a88f27f3
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from ..base.errors import QLoRAError
 from ..base.core import Table
-from ..base.targets import match_targets
-from .expert_memory import Unpacked, check_stacks, is_named, pack_experts
+from .expert_memory import LINEAR, Unpacked, adapted, check_stacks, pack_experts
 from .ledger import (Autocast, Ledger, Planned, config_of, layer_groups, on_card,
-                                    some_layers, whole)
+                                    own_name, some_layers, whole)
 
 # %% ../../nbs/3_memory/37_planner.ipynb #1f4e25a5
 METHODS = ("qlora", "lora", "full")
@@ -29,18 +27,17 @@ def skeleton(cfg, method:str, r:int, target_modules, dtype:torch.dtype, keep:lis
     """A model without memory: frozen layers replaced by mocks, except the head. With `keep`,
     these layers only."""
     model = whole(cfg, torch.float32 if method == "full" else dtype)
+    hits, of = {*adapted(model, method, target_modules, target_parameters)}, own_name(model, keep)
     with torch.device("meta"):
         model = some_layers(model, keep) if keep else copy.deepcopy(model)
         if method == "full": return model
         model.requires_grad_(False)
-        hits = None if target_modules == "all-linear" else match_targets(model, target_modules)
         for name, m in list(model.named_modules()):
             if method == "qlora":
-                pack_experts(m, dtype, lambda k: r*is_named(f"{name}.{k}", target_parameters))
-            if type(m) not in (nn.Linear, Conv1D) or m is model.get_output_embeddings(): continue
+                pack_experts(m, dtype, lambda k: r*(of(f"{name}.{k}") in hits))
+            if type(m) not in LINEAR or m is model.get_output_embeddings(): continue
             parent, _, child = name.rpartition(".")
-            rank = r if hits is None or name in hits else 0
-            mock = Planned(m, method == "qlora", rank, dtype, use_dora)
+            mock = Planned(m, method == "qlora", r*(of(name) in hits), dtype, use_dora)
             setattr(model.get_submodule(parent), child, mock)
     return model
 
@@ -146,7 +143,8 @@ def count(cfg, method, r, target_modules, optim, dtype, target_parameters=(), us
     how = dict(method=method, r=r, target_modules=target_modules, optim=optim, dtype=dtype,
                target_parameters=target_parameters, use_dora=use_dora)
     if (key := _key(cfg, how)) in KNOWN: return KNOWN[key]
-    groups = layer_groups(whole(cfg, torch.float32 if method == "full" else dtype))
+    model = whole(cfg, torch.float32 if method == "full" else dtype)
+    groups = layer_groups(model, adapted(model, method, target_modules, target_parameters))
     refuse_recurrent(cfg, groups, how)
     model = skeleton(cfg, method, r, target_modules, dtype, None, target_parameters, use_dora)
     parts = parts_of(model) | dict(optimizer=sum(state_bytes(p, optim) for p in model.parameters()
@@ -219,8 +217,6 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
     how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, r=r)
     check_plan(method, optim, loss, **how)
     cfg, named = config_of(model), isinstance(target_modules, str)
-    if named and re.search(r"\d", target_modules):   # of a few layers, which stand for all
-        raise QLoRAError("layers that are told apart by number cannot be planned.", target_modules)
     check_stacks(cfg, method, target_parameters, dtype)
     how |= dict(method=method, gradient_checkpointing=gradient_checkpointing, optim=optim,
                 loss=loss, dtype=dtype, target_parameters=tuple(target_parameters or ()),

@@ -167,13 +167,13 @@ def encode_rows(rows:list,             # From `load_rows`
 
 # %% ../../nbs/2_training/19_data.ipynb #183ca2df
 def collate(examples:list,  # Of `encode`'s dicts
-            pad_id:int      # Any id will do: neither the mask nor the labels look at it
+            pad_id:int|None # Any id will do: neither the mask nor the labels look at it
            # `input_ids`, `attention_mask`, `labels`: (batch, longest) int64, padded on the right
            ) -> dict:
     "One batch, no longer than its longest example; the masks come from lengths."
     T = max(len(o["input_ids"]) for o in examples)
     def pad(rows, value): return torch.tensor([r + [value]*(T - len(r)) for r in rows])
-    return dict(input_ids=pad([o["input_ids"] for o in examples], pad_id),
+    return dict(input_ids=pad([o["input_ids"] for o in examples], pad_id or 0),
                 attention_mask=pad([[1]*len(o["input_ids"]) for o in examples], 0),
                 labels=pad([o["labels"] for o in examples], -100))
 

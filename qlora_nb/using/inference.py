@@ -121,6 +121,7 @@ def sampling(tokenizer, temperature=0., top_p=1., top_k=0, min_p=0., repetition_
 # %% ../../nbs/4_using/42_inference.ipynb #4909a975
 def write(model, tokenizer, texts, max_new_tokens, streamer=None, stopping_criteria=None, **how):
     "Ids of the answers to one batch."
+    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token   # as on loading
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left",
                       add_special_tokens=False)
     batch = prefill_shared(model, batch.to(model.device))
