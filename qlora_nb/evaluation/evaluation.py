@@ -60,8 +60,7 @@ def evaluate(model, tokenizer,
     "Greedy answers to `rows`: exact match, each field, the loss on the right answers, their ends."
     rows = fit_rows(rows, tokenizer, template, max_length, long)
     if not rows:
-        raise QLoRAError("no row to evaluate on is left.",
-                         cure="Give rows, or a larger max_length.")
+        raise QLoRAError("no row to evaluate on is left.", cure="Give rows that fit max_length.")
     golds, ended = [answer_of(r) for r in rows], []
     with dequantized(model):   # on a CPU, where there is room: the same bits
         marks = mark_rows(model, tokenizer, rows, template, max_length)
