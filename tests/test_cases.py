@@ -9,6 +9,7 @@ from qlora_nb.training.data import Source, load_rows
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.training.finetune import finetune
+from qlora_nb.training.saved_adapters import load_adapter
 
 from common import small_tokenizer
 
@@ -304,3 +305,8 @@ def test_what_was_typed_in_another_locale(tmp_path):
     (tmp_path/"adapter_config.json").write_text("{}", encoding="utf-8")
     describe_adapter(tmp_path, raw("模型"), template="auto")
     assert json.loads((tmp_path/"qlora_nb.json").read_text(encoding="utf-8"))["base"] == "模型"
+
+
+def test_an_adapter_is_asked_for_by_its_folder(no_model, tmp_path):
+    with pytest.raises(QLoRAError, match="the folder of an adapter is wanted, not a dict"): load_adapter({}, tmp_path)
+    with pytest.raises(QLoRAError, match="there is no backend 'x'. Choose bnb, scratch"): load_adapter(tmp_path, backend="x")

@@ -151,6 +151,11 @@ def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds 
                 ) -> Loaded:
     """Load an adapter onto its 4-bit base, ready to answer. Raises `QLoRAError` where there is
     none, or it does not fit."""
+    if not isinstance(folder, (str, Path)):
+        raise QLoRAError(f"the folder of an adapter is wanted, not a {type(folder).__name__}.",
+                         cure="load_adapter(FOLDER) loads its base itself; base=... names another.")
+    if backend not in BACKENDS:
+        raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {', '.join(BACKENDS)}.")
     folder, notes, named = adapter_folder(folder)
     base = base_for(folder, named, base)
     revision = revision_for(base, named, notes, revision)
