@@ -449,7 +449,7 @@ def taught(tmp_path_factory):
     tok.eos_token = "<|endoftext|>"
     with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(d/"base"), tok.save_pretrained(d/"base")
     rows = [dict(prompt=f"{i}?", response="yes") for i in range(8)]
-    return finetune(d/"base", rows, d/"run", max_steps=40, learning_rate=3e-2, device="cpu", progress=False)
+    return finetune(d/"base", rows, d/"run", max_steps=40, learning_rate=1e-2, device="cpu", progress=False)
 
 
 def test_answers_stop_at_the_token_that_was_taught(taught):

@@ -60,14 +60,14 @@ def outcome(folder):
 # A process that has imported everything, and forks a child for each attempt: imports would take longer than the runs.
 FORKS = """
 import gc, json, os, random, signal, sys, time, torch
-import qlora_nb.training.finetune as training
+import qlora_nb.speed.data_parallel as data_parallel, qlora_nb.training.finetune as training
 from qlora_nb.training.data import load_rows
 base, folder, backend, kills, seed, how, rows = json.loads(sys.argv[1])
 rng, rows = random.Random(seed), load_rows("tickets")[:rows]
-real_seal, real_save = training.seal, torch.save
+real_seal, real_save = data_parallel.seal, torch.save
 def slow_seal(f): time.sleep(.15), real_seal(f), time.sleep(.02)       # a save takes longer, so that kills fall into it
 def slow_save(*a, **k): time.sleep(.1), real_save(*a, **k)
-training.seal, torch.save = slow_seal, slow_save
+data_parallel.seal, torch.save = slow_seal, slow_save
 gc.collect(), gc.freeze()
 def run(resume):
     training.finetune(base, rows, folder, backend=backend, resume=resume, **how)
@@ -437,7 +437,8 @@ def test_a_second_run_on_one_model(base, rows, tmp_path):
     was = {n: p.detach().clone() for n, p in first.model.named_parameters() if "lora_" in n}
     with pytest.raises(QLoRAError, match="carries the adapter of an earlier run. .*run.model.unload"): finetune(m, rows[4:8], tmp_path/"b", max_steps=1, **QUIET)
     assert all(torch.equal(p, was[n]) for n, p in first.model.named_parameters() if n in was) and not (tmp_path/"b").exists()
-    second = finetune(first, rows[4:8], tmp_path/"c", max_steps=1, r=4, **QUIET)
+    with pytest.raises(QLoRAError, match="asked for was r 4 instead of 16"): finetune(first, rows[4:8], tmp_path/"c", max_steps=1, r=4, **QUIET)
+    second = finetune(first, rows[4:8], tmp_path/"c", max_steps=1, **QUIET)
     assert second.info["settings"]["r"] == 16 and any("which is trained further" in o for o in second.info["said"])
     assert json.loads((tmp_path/"c"/"adapter"/"adapter_config.json").read_text(encoding="utf-8"))["r"] == 16
     m = second.model.unload()

@@ -35,8 +35,8 @@ class RunOptions:
                                         "latest run)")
     device: str|None = option(None, "cuda, mps or cpu (None: the best one here)")
     resume: bool = option(False, "go on from the last complete checkpoint of the run")
-    backend: str = option("bnb", "bitsandbytes and PEFT, or this course's own layers",
-                          choices=["bnb", "scratch"])
+    backend: str|None = option(None, "bitsandbytes and PEFT (None: these), or this course's own "
+                              "layers", choices=["bnb", "scratch"])
     example: str|None = option(None, "a prompt to show to those who use the adapter; none is taken "
                                      "from your rows")
 
