@@ -479,14 +479,14 @@ def test_the_rehearsal_changes_no_bit(base, rows, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words", [2, 200])
 def test_few_tokens_are_rounded_more_coarsely(base, words):
-    "In bfloat16 a mean over two tokens is four times as inexact as one over 32: 5 % are rounding there, and an error here."
+    "In bfloat16 a mean over two tokens is four times as inexact as one over 32: 4 % are rounding there, and an error here."
     from contextlib import nullcontext
     from qlora_nb.training.rehearsal import cross_entropy, same_losses
     model = tiny_model("llama").to(torch.bfloat16)
     ids = torch.arange(words + 1)[None] % 60
     batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
     trainer = SimpleNamespace(model=model, compute_loss_context_manager=nullcontext, aux_loss_enabled=False,
-                              compute_loss=lambda m, b, num_items_in_batch: m(**b).loss*1.05)
+                              compute_loss=lambda m, b, num_items_in_batch: m(**b).loss*1.04)
     judge = lambda: same_losses(trainer, batch, batch, lambda m, b: cross_entropy(trainer, b[0])[0])
     if words == 2: assert judge() == cross_entropy(trainer, batch)[0]
     else:
