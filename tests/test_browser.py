@@ -28,7 +28,7 @@ CHAT = """
 from qlora_nb.apps import chat
 from qlora_nb.base.model_files import load_tokenizer, tiny_model
 tok = load_tokenizer()
-chat.stream = lambda *a, **k: iter(["forty", "-two"])
+chat.stream = lambda *a, **k: (o for o in ("forty", "-two"))
 chat.Chat(tiny_model("llama", vocab_size=len(tok)), tok)
 """
 MOVED = ".widget-output img, .jupyter-widgets-output-area img"   # the figure below the controls

@@ -97,7 +97,8 @@ def widgets(self:Chat, max_new_tokens, temperature, top_p):
     self.top_p = number("top-p", 0., 1., .01, float(top_p))
     self.longest = number("max tokens", 1, max(1024, max_new_tokens), 1, max_new_tokens)
     self.text = W.Textarea(placeholder="Type a message, then press Send.", rows=3, style=WIDE,
-                           description="message", layout=W.Layout(width="auto"))
+                           description="message", layout=W.Layout(width="auto"),
+                           continuous_update=False)   # sent as a whole, before the click
     self.send, self.stop, self.clear = (W.Button(description=o) for o in ("Send", "Stop", "Clear"))
     self.send.on_click(self.ask), self.stop.on_click(self.end), self.clear.on_click(self.forget)
     self.status, self.log, self.spoken = W.HTML(), W.VBox(), W.HTML(spoken(""))
