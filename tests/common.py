@@ -38,6 +38,17 @@ def small_tokenizer(size=1000):
     return deepcopy(learnt_tokenizer(size))
 
 
+def small_base(folder, size):
+    "A folder with a small random Llama and a small tokenizer."
+    from qlora_nb.base.model_files import tiny_model
+    from qlora_nb.base.nf4_config import quiet
+    tok = small_tokenizer(size)
+    with quiet():
+        tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder)
+        tok.save_pretrained(folder)
+    return folder
+
+
 def once(tmp_path_factory, worker_id, name, build):
     "The folder that `build` makes, once for all workers of a run: the first builds, the others wait."
     folder = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent

@@ -9,7 +9,7 @@ from qlora_nb.foundations.adapters import BACKENDS, add_adapters, save_adapter
 from qlora_nb.foundations.loading import load_model
 from qlora_nb.training.finetune import finetune
 
-from common import small_tokenizer
+from common import small_base, small_tokenizer
 
 ROWS = [dict(messages=[dict(role="user", content=f"What is {i} and {i}?"), dict(role="assistant", content=f"It is {2*i}."),
                        dict(role="user", content="Are you sure about it?"), dict(role="assistant", content="Yes.")]) for i in range(12)]
@@ -18,11 +18,7 @@ DEAF = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    folder, tok = tmp_path_factory.mktemp("base"), small_tokenizer(400)
-    with quiet():
-        tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder)
-        tok.save_pretrained(folder)
-    return folder
+    return small_base(tmp_path_factory.mktemp("base"), 400)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,15 @@
 "Two processes on one CPU: the same losses, one folder, one message, and nobody left behind."
-import json, os, subprocess, sys, time
+import json, sys, time
 
 import psutil, pytest
 import torch
 
 from qlora_nb.base.errors import QLoRAError
-from qlora_nb.base.model_files import tiny_model
-from qlora_nb.base.nf4_config import quiet
 from qlora_nb.base.ranks import can_fork, on_ranks, rank
 from qlora_nb.training.data import load_rows
 from qlora_nb.training.finetune import finetune
 
-from common import small_tokenizer
+from common import small_base
 from forks import Fork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="needs os.fork without CUDA")
@@ -28,10 +26,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def how(tmp_path_factory):
-    folder, tok = tmp_path_factory.mktemp("base"), small_tokenizer(300)
-    with quiet():
-        tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder)
-        tok.save_pretrained(folder)
+    folder = small_base(tmp_path_factory.mktemp("base"), 300)
     # eleven rows: the end of a pass leaves one rank without any
     return dict(model=str(folder), data=load_rows("tickets")[:11], max_steps=STEPS, device="cpu", progress=False, fast=False,
                 learning_rate=1e-2, per_device_train_batch_size=2, save_steps=2)

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import nbformat, pytest
 
-from common import LESSONS, ROOT, read
+from common import LESSONS, read
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.quiz import Question, Quiz, quiz_html, quiz_widget
 from run_notebook import WIDGET, without_widgets
