@@ -1,10 +1,11 @@
-"""Which rate, which rank, which variant, which layers? SmolLM2 on the support tickets in 4 bits, about 120 runs on one GPU.
+"""Which rate, which rank, which variant, which layers? SmolLM2 on the support tickets, about 240 runs on one GPU.
 
-    python nbs/experiments/adapter_choice.py nbs/results/adapter_choice.json [--device cuda] [--steps 150] [--limit SECONDS]
+    python nbs/experiments/adapter_choice.py nbs/results/adapter_choice.json [--workers 8] [--limit SECONDS] [--steps 150]
 
-One run is a fine-tune of 150 steps and takes some 40 s on one GPU. Rows are written as they come in, and a second call goes on
-where the first one ended. The 64 held-out tickets of the main job are not looked at: as in `seeds.py`, the last words of each
-list make 256 tickets of their own. Prose is the Python reference, for what is forgotten.
+One run is a fine-tune of 150 steps. A step of a model this small is launch-bound, so it is recorded as a CUDA graph and replayed,
+and several processes share one GPU. Rows are written as they come in; a second call goes on where the first one ended, and after
+`--limit` seconds no new run is begun. The 64 held-out tickets of the main job are not looked at: as in `seeds.py`, the last words
+of each list make 256 tickets of their own. Prose is the Python reference, for what is forgotten.
 
 Four stages, each of which needs the ones before it:
 
@@ -12,6 +13,10 @@ Four stages, each of which needs the ones before it:
   seeds     each arm at its best rate, seeds 0 to 4; the seed fixes the rows' order, A and the batches, so arms are paired
   where     one kind of layer alone (leave one in) and all but one (leave one out), at the parameters of rank 8 on all layers
   allocate  the same budget by layer: uniform, random (three draws), by gradient spectra (water-filling), by input variance (EVA's)
+
+Arms (`--groups`): `ranks`, LoRA of five ranks, scaled by α/r with α = 2r; `scalings`, α = 32 at every rank, and rsLoRA with α = 8,
+so that all three rules scale by two at rank 16; `variants` at rank 16; `methods`, all weights trained, and LoRA on a base that is
+not quantized; `types`, the same adapters on bases rounded to other formats.
 
 Rules, written before any run:
 
@@ -22,33 +27,53 @@ Rules, written before any run:
      lies within 2 %. Anything else is undecided, and is called that.
   4. An allocation helps if it is better, by rule 3, than uniform and than random, taken over its draws. If random is equal to
      it, the measure that it allocates by is of no use, whatever its distance to uniform.
-  5. `suggest_lr(r)` is the line through log rate against log rank of `lora-1`, `lora-16` and `lora-64`. If its slope is within
-     the grid's half power of ten of zero over that range, the rate does not depend on the rank. The default of `finetune`
-     changes only where the best rate of rank 16 is more than a factor of three away from it.
+  5. `suggest_lr(r)` is the line through log rate against log rank of `lora-1` to `lora-256`. If its slope is within the grid's
+     half power of ten of zero over that range, the rate does not depend on the rank. The default of `finetune` changes only
+     where the best rate of rank 16 is more than a factor of three away from it.
   6. `where` has two seeds a kind and ranks kinds by their mean; the rank correlation with gradient spectra and with input
      variance is given with an interval over the seven kinds, and is no result when that holds zero.
+  7. An intruder is one of the ten strongest left singular vectors of a trained weight whose cosine with every one of the base's
+     is below 0.5 (PEFT's numbers; three blocks, seven layers each). Arms differ in it, or in prose, when the 95 % t interval of
+     the five paired differences leaves out zero.
 """
-import argparse, json, math, random, statistics, tempfile, time
+import argparse, gc, json, math, multiprocessing, os, random, statistics, threading, time, traceback
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
+from torch.nn import functional as F
 
 from qlora_nb.base.core import free_memory, set_seed, versions
 from qlora_nb.base.model_files import load_tokenizer
 from qlora_nb.base.targets import match_targets
+from qlora_nb.beyond.scale_search import put_weight
+from qlora_nb.beyond.variants import lora_ga, lorafa_gradient
+from qlora_nb.evaluation.data_types import round_weights
 from qlora_nb.evaluation.perplexity import perplexity, prose
 from qlora_nb.foundations.adapters import add_adapters
+from qlora_nb.foundations.double_quantization import quantize
 from qlora_nb.foundations.loading import load_model
+from qlora_nb.speed.cuda_graphs import capture
+from qlora_nb.speed.dequantized import dequantized_weight
 from qlora_nb.training import tickets
 from qlora_nb.training.data import collate, encode_rows
-from qlora_nb.training.finetune import make_trainer
 from seeds import score, set_words_aside
 
-ARMS = {f"lora-{r}": dict(r=r) for r in (1, 16, 64)}
-ARMS |= {f"rslora-{r}": dict(r=r, use_rslora=True) for r in (1, 64)}
-ARMS |= {"lora+": dict(r=16, loraplus=16.), "dora": dict(r=16, use_dora=True), "lora-fa": dict(r=16, freeze_a=True)}
+GROUPS = dict(
+    ranks={f"lora-{r}": dict(r=r) for r in (16, 1, 64, 4, 256)},
+    variants={"dora": dict(r=16, use_dora=True), "lora+": dict(r=16, loraplus=16.), "lora-fa": dict(r=16, freeze_a=True),
+              "pissa": dict(r=16, start="pissa"), "lora-ga": dict(r=16, start="lora-ga"), "bf16": dict(r=16, dtype="bfloat16")},
+    scalings={f"alpha32-{r}": dict(r=r, alpha=32) for r in (1, 64)} | {f"rslora-{r}": dict(r=r, alpha=8, use_rslora=True) for r in (1, 64)},
+    methods={"full": dict(r=0, base="all weights"), "lora-16bit": dict(r=16, base="none")},
+    types={f"{t}{'+dq'*d}": dict(r=16, base=t, double=d) for t, d in
+           [("nf4", False), ("nf4", True), ("fp4", False), ("int4", False), ("int8", False)]})
+ARMS = {k: v for o in GROUPS.values() for k, v in o.items()}
 KINDS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-START, FACTOR, SEEDS = 2e-3, 10**.5, 5
+FACTOR, SEEDS, START = 10**.5, 5, 2e-3/10**.5
+STARTS = {"full": START/10, "lora+": START/FACTOR, "pissa": START/FACTOR, "lora-ga": START/FACTOR, "alpha32-1": START/FACTOR,
+          "lora-256": START/FACTOR}   # where a bracket begins; it moves until the best one lies inside
+BLOCKS, TOP, COSINES = (5, 15, 25), 10, (.3, .5, .7, .9)   # where intruders are looked for, among how many, below what
 
 
 def sizes(model, targets="all-linear"):
@@ -77,7 +102,7 @@ def water_fill(budget, cost, spectra):
 
 
 def look(model, tokenizer, rows, names, what):
-    "Of 64 rows, for each layer: the singular values of its gradient (`gradient`), or of its inputs (`inputs`)."
+    "Of 64 rows, for each layer: the sum of its gradient (`gradient`), or of the products of its inputs (`inputs`)."
     sums, hooks = {}, []
     def add(n, M): sums[n] = sums.get(n, 0) + M
     for n in names:
@@ -87,133 +112,422 @@ def look(model, tokenizer, rows, names, what):
             elif y.requires_grad: y.register_hook(lambda dy: add(n, dy.flatten(0, -2).float().T @ x))
         hooks.append(model.get_submodule(n).register_forward_hook(after))
     model.enable_input_require_grads()
-    for k in range(0, 64, 8):
+    for k in range(0, min(64, len(rows)), 8):
         batch = collate(encode_rows(rows[k:k+8], tokenizer), tokenizer.pad_token_id)
         model(**{o: v.to(model.device) for o, v in batch.items()}).loss.backward()
     for o in hooks: o.remove()
     model.disable_input_require_grads()
-    values = {n: torch.linalg.svdvals(M) for n, M in sums.items()}
-    return {n: v.sqrt() if what == "inputs" else v for n, v in values.items()}
+    return sums
 
 
-def rank_pattern(kind, budget, model, tokenizer, rows, draw=0):
-    cost = sizes(model)
+def spectra_of(sums, what):
+    "Singular values of gradients, or the spread of inputs along their main directions."
+    def gram(M): return M if what == "inputs" else M.T @ M if M.shape[0] > M.shape[1] else M @ M.T
+    return {n: torch.linalg.eigvalsh(gram(M.double())).flip(0).clamp_min(0).sqrt().cpu() for n, M in sums.items()}
+
+
+def rank_pattern(kind, budget, cost, spectra, draw=0):
+    "Ranks by layer. `spectra`: a function of `gradient` or `inputs`."
     if kind == "uniform": return ranks_within(budget, cost, {n: 1. for n in cost})
     if kind == "random":
         draws = random.Random(draw)
         return ranks_within(budget, cost, {n: math.exp(draws.gauss(0, 1)) for n in cost})
-    spectra = look(model, tokenizer, rows, cost, dict(gradient="gradient", eva="inputs")[kind])
-    if kind == "gradient": return water_fill(budget, cost, spectra)
+    if kind == "gradient": return water_fill(budget, cost, spectra("gradient"))
     # EVA ranks directions by the share of a layer's variance that they explain
-    return water_fill(budget, {n: c for n, c in cost.items()},
-                      {n: (s.square()/s.square().sum()*cost[n]).sqrt() for n, s in spectra.items()})
+    return water_fill(budget, cost, {n: (s.square()/s.square().sum()*cost[n]).sqrt() for n, s in spectra("inputs").items()})
 
 
-def learn(task, steps, device, train, test):
-    "One fine-tune: what it scored, and what it cost in prose."
-    set_seed(task["seed"])
-    model, tokenizer = load_model(device=device), load_tokenizer()
+class Worker:
+    "What a process keeps from run to run: rows, a tokenizer, the base, its weights before quantization."
+    def __init__(self, a):
+        torch.set_num_threads(max(1, os.cpu_count()//a["workers"]//2))
+        set_words_aside()
+        self.steps, self.device, self.graphs = a["steps"], a["device"], a["graphs"] and a["device"] == "cuda"
+        self.test, self.train = tickets.make_tickets("test", a["test"], seed=7), tickets.make_tickets("train", a["train"])
+        self.tokenizer, self.prose_tokens = load_tokenizer(), a["prose"]
+        self.examples = encode_rows(self.train, self.tokenizer)
+        self.kept, self.weights, self.vectors, self.seen = {}, None, {}, {}
+
+    def base(self, task):
+        "A base for a run. Those that no run changes are kept."
+        kind = task.get("base", "qlora"), task.get("double")
+        if kind not in self.kept:
+            dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+            if kind[0] == "qlora": model = load_model(device=self.device)
+            elif kind[0] == "all weights": model = load_model(device=self.device, bits=None, dtype=torch.float32)
+            else:
+                model = load_model(device=self.device, bits=None, dtype=torch.float32)
+                if kind[0] != "none": round_weights(model, kind[0], 64, kind[1])
+                model = model.to(dtype)
+            if kind[0] == "all weights": return model
+            self.kept = {kind: model.requires_grad_(False)}   # one at a time
+        return self.kept[kind]
+
+    def wide(self):
+        "The weights before quantization, on the CPU."
+        if self.weights is None:
+            model = load_model(device="cpu", bits=None, dtype=torch.float32)
+            self.weights = {n: model.get_submodule(n).weight.detach() for n in sizes(model)}
+        return self.weights
+
+    def look(self, model, what):
+        "`look` at the 4-bit base, once."
+        if what not in self.seen: self.seen[what] = look(model, self.tokenizer, self.train, sizes(model), what)
+        return self.seen[what]
+
+    def spectra(self, model, what):
+        if (key := what + " spectra") not in self.seen: self.seen[key] = spectra_of(self.look(model, what), what)
+        return self.seen[key]
+
+    def strongest(self, r, s):
+        "`pissa` of each weight, by eigenvectors, which a GPU finds sooner."
+        if ("pissa", r) not in self.seen:
+            def parts(W):
+                U = left_vectors(W)[:, :r]
+                S = (W.double().T @ U).norm(dim=0)
+                root = (S/s).sqrt()
+                return (root[:, None]*(U.T @ W.double()/S[:, None])).float(), (U*root).float()
+            self.seen["pissa", r] = {n: parts(W.to(self.device)) for n, W in self.wide().items()}
+        return self.seen["pissa", r]
+
+
+def adapted(w, model, task):
+    "The model with this task's adapters, and how to take them off again."
+    if not task["r"]:
+        return model.requires_grad_(True), lambda: None
     how, targets = {k: v for k, v in task.items() if k == "use_rslora" or k == "use_dora"}, task.get("targets", "all-linear")
+    alpha, undo = task.get("alpha", 2*task["r"]), []
     if kind := task.get("allocation"):
-        ranks = rank_pattern(kind, task["budget"], model, tokenizer, train, task.get("draw", 0))
+        ranks = rank_pattern(kind, task["budget"], sizes(model), lambda what: w.spectra(model, what), task.get("draw", 0))
+        w.ranks = ranks
         how |= dict(rank_pattern={f"^{n.replace('.', chr(92) + '.')}$": r for n, r in ranks.items()},
                     alpha_pattern={f"^{n.replace('.', chr(92) + '.')}$": 2*r for n, r in ranks.items()})
-        set_seed(task["seed"])
-    model = add_adapters(model, task["r"], task.get("alpha", 2*task["r"]), 0., targets, **how)
-    if task.get("freeze_a"):
-        for n, p in model.named_parameters():
-            if "lora_A" in n: p.requires_grad_(False)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(model, tokenizer, encode_rows(train, tokenizer), folder, progress=False, max_steps=steps,
-                               learning_rate=task["lr"], seed=task["seed"], save_steps=10**6, optim="adamw_torch",
-                               loraplus_lr_ratio=task.get("loraplus"))
-        begin = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - begin
-    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    share, loss = score(model.eval(), tokenizer, test)
-    row = task | dict(answer_loss=loss, exact_match=share, trained=trained, seconds=round(seconds, 1), last_loss=losses[-1])
-    row["prose"] = perplexity(model, tokenizer, prose())
-    free_memory()
+    start = task.get("start")
+    grads = w.look(model, "gradient") if start == "lora-ga" else {}
+    set_seed(task["seed"])
+    model = add_adapters(model, task["r"], alpha, 0., targets, **how)
+    for n in sizes(model.get_base_model(), targets) if start or task.get("freeze_a") else []:
+        m = model.get_base_model().get_submodule(n)
+        A, B, s = m.lora_A["default"].weight, m.lora_B["default"].weight, m.scaling["default"]
+        if task.get("freeze_a"):
+            A.requires_grad_(False)
+            G = lorafa_gradient(A.detach(), torch.eye(len(A), device=A.device), s)
+            B.register_hook(lambda g, G=G: g @ G)
+        if start:   # A and B begin as directions of W or of its gradient, and what is left of W is quantized
+            W = w.wide()[n].to(A.device)
+            if start == "pissa": a, b = w.strongest(task["r"], s)[n]
+            else: a, b = lora_ga(grads[n], task["r"])
+            A.data.copy_(a), B.data.copy_(b)
+            old, q = m.base_layer.weight, m.base_layer.weight.quant_state
+            undo.append((m.base_layer, old.data.clone(), q.absmax.clone(), q.state2.absmax.clone(), q.offset.clone()))
+            put_weight(m.base_layer, quantize(W - s*B.data @ A.data, q.quant_type, q.blocksize, q.nested))
+    if task.get("dtype"):
+        for p in model.parameters():
+            if p.requires_grad: p.data = p.data.bfloat16()
+    def off():
+        for m, data, absmax, second, offset in undo:
+            m.weight.data, q = data, m.weight.quant_state
+            q.absmax, q.state2.absmax, q.offset = absmax, second, offset
+        model.unload()
+    return model, off
+
+
+def batches(w, seed, size=4):
+    "Numbers of the rows of each step."
+    order, draw = [], torch.Generator().manual_seed(seed)
+    while len(order) < w.steps*size: order += torch.randperm(len(w.examples), generator=draw).tolist()
+    return [order[k:k+size] for k in range(0, w.steps*size, size)]
+
+
+def rate(i, steps):
+    "What `finetune` multiplies its learning rate with: warm-up, then half a cosine."
+    warm = min(steps - 1, max(1, steps//20))
+    return i/warm if i < warm else .5*(1 + math.cos(math.pi*(i - warm)/(steps - warm)))
+
+
+def train(w, model, task):
+    "As `finetune` trains: AdamW, 0.3 as the norm of gradients at most. Every batch is padded to one length, so one graph does."
+    cuda, pad = w.device == "cuda", w.tokenizer.pad_token_id
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    fast = {n for n in named if "lora_B" in n} if task.get("loraplus") else set()
+    sets = [([p for n, p in named.items() if n not in fast], 1.), ([p for n, p in named.items() if n in fast], task.get("loraplus", 1.))]
+    groups = [dict(params=p, lr=torch.tensor(0., device=w.device), factor=f) for p, f in sets if p]
+    opt = torch.optim.AdamW(groups, weight_decay=0., fused=True, capturable=cuda)
+    longest = -(-max(len(e["input_ids"]) for e in w.examples)//8)*8
+    ids = torch.full((4, longest), pad, device=w.device)
+    labels = torch.full((4, longest), -100, device=w.device)
+    width = longest
+    def put(rows, lr, i):
+        new = collate([w.examples[k] for k in rows], pad)
+        ids.fill_(pad), labels.fill_(-100)
+        ids[:, :new["input_ids"].shape[1]] = new["input_ids"].to(w.device)
+        labels[:, :new["labels"].shape[1]] = new["labels"].to(w.device)
+        nonlocal width
+        width = longest if w.graphs else new["labels"].shape[1]
+        for g in opt.param_groups: g["lr"].fill_(lr*g["factor"]*rate(i, w.steps))
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=w.device).tril().expand(4, 1, -1, -1)
+    def loss_now():   # rows are padded on the right, where nothing looks
+        with torch.autocast(w.device, torch.bfloat16, enabled=cuda):
+            logits = model(input_ids=ids[:, :width], attention_mask=causal[..., :width, :width], use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:width].flatten())
+    def step():
+        loss = loss_now()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(named.values()), .3)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        return [loss.detach()]
+    model.train()
+    plan, losses, again, used = batches(w, task["seed"]), [], None, False
+    side = torch.cuda.Stream() if cuda else None
+    for i, rows in enumerate(plan):
+        put(rows, task["lr"], i)
+        if w.graphs and i == 3:   # the first steps have set up everything that allocates
+            gc.collect()
+            torch.cuda.current_stream().wait_stream(side), torch.cuda.synchronize()
+            with torch.no_grad(): expected = loss_now().item()
+            try: out, again = capture(step, torch.cuda.graph_pool_handle())
+            except Exception as e:
+                print("no graph:", type(e).__name__, str(e)[:300], flush=True)
+                w.graphs = False
+        if again:
+            again()
+            losses.append(out[0].clone())
+            if not used and not math.isclose(losses[-1].item(), expected, rel_tol=.02):
+                raise RuntimeError(f"the graph's first loss is {losses[-1].item()}, and has to be {expected}")
+            used = True
+        elif side:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side): losses += step()
+            torch.cuda.current_stream().wait_stream(side)
+        else: losses += step()
+    del again
+    return torch.stack(losses).tolist(), used
+
+
+def trained_weight(m):
+    "A layer's weight with what its adapter has made of it."
+    if not hasattr(m, "lora_A"): return m.weight.detach().float()
+    base = m.base_layer
+    W = (dequantized_weight(base)[0] if hasattr(base.weight, "quant_state") else base.weight.detach()).float()
+    V = W + m.scaling["default"]*(m.lora_B["default"].weight.detach().float() @ m.lora_A["default"].weight.detach().float())
+    if not getattr(m, "lora_magnitude_vector", None): return V
+    return m.lora_magnitude_vector["default"].weight.detach().float()[:, None]/V.norm(dim=1, keepdim=True)*V
+
+
+def left_vectors(W):
+    "Left singular vectors of a matrix, the strongest first."
+    W, tall = W.double(), W.shape[0] > W.shape[1]
+    values, vectors = torch.linalg.eigh(W.T @ W if tall else W @ W.T)
+    vectors = vectors.flip(1)
+    return W @ vectors/values.flip(0).clamp_min(1e-20).sqrt() if tall else vectors
+
+
+@torch.no_grad()
+def intruders(w, model, task):
+    "How many of the strongest directions of trained weights are none of the base's, and how long the updates are."
+    near, lengths = [], []
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    key = task.get("base", "qlora"), task.get("double")
+    for n in [n for n in w.wide() if int(n.split(".layers.")[1].split(".")[0]) in BLOCKS]:
+        if (key, n) not in w.vectors:
+            before = w.wide()[n] if key[0] in ("all weights", "none") else w.before[n]
+            w.vectors[key, n] = before.to(w.device).float(), left_vectors(before.to(w.device))
+        before, U = w.vectors[key, n]
+        after = trained_weight(inner.get_submodule(n))
+        lengths.append(((after - before).norm()/before.norm()).item())
+        near.append((left_vectors(after)[:, :TOP].T @ U).abs().max(1).values)
+    near = torch.cat(near)
+    return dict(intruders={str(c): int((near < c).sum()) for c in COSINES}, directions=len(near), update=statistics.mean(lengths))
+
+
+def keep_before(w, model, task):
+    "The base's weights in the blocks where intruders are looked for."
+    if task.get("base", "qlora") in ("all weights", "none"): return
+    def weight(m): return dequantized_weight(m)[0].float() if hasattr(m.weight, "quant_state") else m.weight.detach().float()
+    w.before = {n: weight(model.get_submodule(n)).cpu() for n in w.wide() if int(n.split(".layers.")[1].split(".")[0]) in BLOCKS}
+
+
+def kinds_seen(w, model, budget):
+    "What spectra promise: of each kind of layer, the energy that its share of the budget would hold; and of each block, all of it."
+    cost, row = sizes(model), {}
+    for what in ("gradient", "inputs"):
+        spectra, found, alone, shape = w.spectra(model, what), {}, {}, {}
+        for k in KINDS:
+            mine = {n: s for n, s in spectra.items() if n.endswith(k)}
+            r = round(budget/sum(cost[n] for n in mine))
+            shares = [(s.square()/s.square().sum()).cumsum(0) for s in mine.values()]
+            found[k] = sum(s[:r].square().sum().item() for s in mine.values())
+            alone[k] = statistics.mean(s[min(r, len(s)) - 1].item() for s in shares)
+            shape[k] = [round(statistics.mean(s[i - 1].item() for s in shares), 4) for i in (1, 2, 4, 8, 16, 32, 64, 128)]
+        row[what] = dict(energy=found, share=alone, shares=shape,
+                         layers={n: float(f"{s.square().sum().item():.4g}") for n, s in spectra.items()})
     return row
+
+
+def learn(w, task):
+    "One fine-tune: what it scored, and what it cost in prose."
+    begin = time.perf_counter()
+    model = w.base(task)
+    if "spectra" in task: return task | kinds_seen(w, model, task["budget"])
+    if task.get("lr") == 0:   # a base before it is trained
+        share, loss = score(model.eval(), w.tokenizer, w.test)
+        return task | dict(answer_loss=loss, exact_match=share, prose=perplexity(model, w.tokenizer, prose(), max_tokens=w.prose_tokens))
+    if (task.get("base", "qlora"), task.get("double")) not in {k for k, _ in w.vectors}: keep_before(w, model, task)
+    model, off = adapted(w, model, task)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    try:
+        start = time.perf_counter()
+        losses, graph = train(w, model, task)
+        seconds = time.perf_counter() - start
+        for p in model.parameters(): p.grad = None
+        with torch.autocast(w.device, torch.bfloat16, enabled=w.device == "cuda"):
+            share, loss = score(model.eval(), w.tokenizer, w.test)
+            after = perplexity(model, w.tokenizer, prose(), max_tokens=w.prose_tokens)
+        row = task | dict(answer_loss=loss, exact_match=share, prose=after, trained=trained, train_seconds=round(seconds, 1), graph=graph,
+                          first_loss=losses[0], last_loss=statistics.mean(losses[-10:])) | intruders(w, model, task)
+    finally: off()
+    if task.get("allocation"): row["ranks"] = {k: statistics.mean(r for n, r in w.ranks.items() if n.endswith(k)) for k in KINDS}
+    if task.get("base") == "all weights":
+        del model
+        w.kept = {}
+    gc.collect(), free_memory()
+    return row | dict(seconds=round(time.perf_counter() - begin, 1))
+
+
+WORKER = None
+
+def begin_worker(a):
+    global WORKER
+    WORKER = Worker(a)
+
+def work(task, until):
+    "A run in a worker, or None when time is up. What goes wrong with a graph is done again without."
+    if time.time() > until: return None
+    try: return learn(WORKER, task)
+    except Exception:
+        traceback.print_exc()
+        if not WORKER.graphs: raise
+        WORKER.graphs, WORKER.kept, WORKER.vectors = False, {}, {}
+        gc.collect(), free_memory()
+        return learn(WORKER, task)
+
+
+class TimeUp(Exception): pass
 
 
 class Rows:
     "Rows in a file, by task: what is there is not measured again."
-    def __init__(self, path, run, **settings):
-        self.path, self.run, self.start = path, run, time.time()
+    def __init__(self, path, submit, until, **settings):
+        self.path, self.submit, self.until, self.start, self.lock = path, submit, until, time.time(), threading.Lock()
         self.doc = json.loads(path.read_text(encoding="utf-8")) if path.exists() else dict(rows=[])
         if self.doc.setdefault("settings", settings) != settings: raise SystemExit(f"{path} holds runs of other settings")
+        self.under_way = {}
     def get(self, stage, **task):
-        for o in self.doc["rows"]:
-            if all(o.get(k) == v for k, v in task.items()): return o
-        row = dict(stage=stage) | self.run(task)
-        self.doc["rows"].append(row)
-        self.doc["versions"] = versions()
-        self.path.write_text(json.dumps(self.doc, indent=1) + "\n", encoding="utf-8")
-        print(round(time.time() - self.start), "s", len(self.doc["rows"]), json.dumps(row)[:240], flush=True)
+        "The row of a task, measured if it is not there."
+        key = json.dumps(task, sort_keys=True)
+        with self.lock:
+            for o in self.doc["rows"]:
+                if all(o.get(k) == v for k, v in task.items()): return o
+            mine = key not in self.under_way
+            if mine: self.under_way[key] = self.submit(task, self.until)
+        row = self.under_way[key].result()
+        if row is None: raise TimeUp
+        if mine: self.add(dict(stage=stage) | row)
         return row
+    def add(self, row):
+        with self.lock:
+            self.doc["rows"].append(row)
+            self.doc["versions"] = versions()
+            new = self.path.with_suffix(".new")
+            new.write_text(json.dumps(self.doc, indent=1) + "\n", encoding="utf-8")
+            new.replace(self.path)
+            print(round(time.time() - self.start), "s", len(self.doc["rows"]), json.dumps(row)[:250], flush=True)
 
 
-def bracket(rows, name, start=START, most=7):
+def at_once(calls):
+    "Results of functions that wait for workers. `TimeUp` where one of them has none."
+    with ThreadPoolExecutor(max(1, len(calls))) as threads: found = [threads.submit(f) for f in calls]
+    return [o.result() for o in found]
+
+
+def grid(name, k): return float(f"{STARTS.get(name, START)*FACTOR**k:.3g}")
+
+def bracket(rows, name, most=9):
     "The best rate of an arm, with a worse one on both sides; None where there is none within `most` rates."
     def loss(k):
-        found = rows.get("bracket", arm=name, seed=0, lr=float(f"{start*FACTOR**k:.3g}"), **ARMS[name])["answer_loss"]
+        found = rows.get("bracket", arm=name, seed=0, lr=grid(name, k), **ARMS[name])["answer_loss"]
         return found if math.isfinite(found) else math.inf
-    known = {k: loss(k) for k in (-1, 0, 1)}
+    known = dict(zip((-1, 0, 1), at_once([lambda k=k: loss(k) for k in (-1, 0, 1)])))
     while len(known) < most:
         best = min(known, key=known.get)
         if best not in (min(known), max(known)): break
         k = best - 1 if best == min(known) else best + 1
         known[k] = loss(k)
     best = min(known, key=known.get)
-    return float(f"{start*FACTOR**best:.3g}") if best not in (min(known), max(known)) else None
+    return grid(name, best) if best not in (min(known), max(known)) else None
 
 
-def compare(rows, name, lr, base_lr):
-    "Rule 3: (mean difference in % of LoRA's loss, half of its 95 % interval, verdict)."
-    def losses(arm, lr):
-        return [rows.get("seeds", arm=arm, seed=s, lr=lr, **ARMS[arm])["answer_loss"] for s in range(SEEDS)]
-    mine, base = losses(name, lr), losses("lora-16", base_lr)
-    diff = [100*(a - b)/statistics.mean(base) for a, b in zip(mine, base)]
-    mean, half = statistics.mean(diff), 2.776*statistics.stdev(diff)/SEEDS**.5   # t, four degrees of freedom
-    if abs(mean) + half <= 2: return mean, half, "equal"
-    if abs(mean) > half and abs(mean) > 2: return mean, half, "better" if mean < 0 else "worse"
-    return mean, half, "undecided"
+def arm(rows, name, stages):
+    "The best rate of an arm, and its five seeds there."
+    lr = bracket(rows, name)
+    print("best rate", name, lr, flush=True)
+    if lr and "seeds" in stages:
+        at_once([lambda s=s: rows.get("seeds", arm=name, seed=s, lr=lr, **ARMS[name]) for s in range(SEEDS)])
+    return lr
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("out", type=Path), p.add_argument("--device", default="cuda")
-    for name, default in dict(steps=150, train=800, test=256).items(): p.add_argument(f"--{name}", type=int, default=default)
-    p.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    p.add_argument("--stages", nargs="+", default=["bracket", "seeds", "where", "allocate"])
-    a = p.parse_args()
-    set_words_aside()
-    test, train = tickets.make_tickets("test", a.test, seed=7), tickets.make_tickets("train", a.train)
-    rows = Rows(a.out, lambda task: learn(task, a.steps, a.device, train, test), steps=a.steps, train=a.train, test=a.test)
-    rates = {k: bracket(rows, k) for k in a.arms} if "bracket" in a.stages else {}
-    print("best rates", rates, flush=True)
-    lr = rates.get("lora-16")
-    if "seeds" in a.stages and lr:
-        for k in a.arms:
-            if rates[k]: print(k, *compare(rows, k, rates[k], lr), flush=True)
-    if lr is None: return
+def before(rows):
+    for name in {"lora-16", "lora-16bit", *GROUPS["types"]}:
+        rows.get("before", lr=0, arm=f"before {name}", seed=0, **{k: v for k, v in ARMS[name].items() if k in ("base", "double")})
+
+
+def layers(rows, lr, stages):
+    "Where to put a budget: kinds of layers, and ranks by layer."
     model = load_model(device="cpu")
     cost = sizes(model)
     budget = 8*sum(cost.values())
     of_kind = {k: sum(c for n, c in cost.items() if n.endswith(k)) for k in KINDS}
     del model
-    for seed in (0, 1)*("where" in a.stages):
+    calls = []
+    def add(stage, **task): calls.append(lambda: rows.get(stage, lr=lr, **task))
+    for seed in range(SEEDS*("allocate" in stages)):
+        for kind in ("uniform", "gradient", "eva"): add("allocate", allocation=kind, seed=seed, r=8, budget=budget)
+        for draw in range(3): add("allocate", allocation="random", draw=draw, seed=seed, r=8, budget=budget)
+    if "where" in stages: calls.append(lambda: rows.get("spectra", spectra=True, budget=budget))
+    for seed in (0, 1)*("where" in stages):
         for k in KINDS:
             alone, rest = round(budget/of_kind[k]), round(budget/(sum(of_kind.values()) - of_kind[k]))
-            rows.get("where", only=k, seed=seed, lr=lr, r=alone, targets=[k])
-            rows.get("where", without=k, seed=seed, lr=lr, r=rest, targets=[o for o in KINDS if o != k])
-    for seed in range(SEEDS*("allocate" in a.stages)):
-        for kind in ("uniform", "gradient", "eva"): rows.get("allocate", allocation=kind, seed=seed, lr=lr, r=8, budget=budget)
-        for draw in range(3 if seed < 2 else 1):
-            rows.get("allocate", allocation="random", draw=draw, seed=seed, lr=lr, r=8, budget=budget)
+            add("where", only=k, seed=seed, r=alone, targets=[k])
+            add("where", without=k, seed=seed, r=rest, targets=[o for o in KINDS if o != k])
+    at_once(calls)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path), p.add_argument("--device", default="cuda")
+    for name, default in dict(steps=150, train=800, test=256, prose=8192, workers=8).items():
+        p.add_argument(f"--{name}", type=int, default=default)
+    p.add_argument("--limit", type=float, default=1e9, help="seconds after which no run is begun")
+    p.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
+    p.add_argument("--arms", nargs="+", choices=list(ARMS), help="instead of groups")
+    p.add_argument("--stages", nargs="+", default=["bracket", "seeds", "where", "allocate"])
+    p.add_argument("--no-graphs", action="store_true")
+    a = p.parse_args()
+    names = a.arms or [n for g in a.groups for n in GROUPS[g]]
+    how = dict(steps=a.steps, train=a.train, test=a.test, prose=a.prose)
+    until, setup = time.time() + a.limit, how | dict(device=a.device, workers=a.workers, graphs=not a.no_graphs)
+    pool = ProcessPoolExecutor(a.workers, multiprocessing.get_context("spawn"), begin_worker, (setup,))
+    rows = Rows(a.out, lambda task, until: pool.submit(work, task, until), until, **how)
+    def base():
+        lr = arm(rows, "lora-16", a.stages)
+        if lr and {"where", "allocate"} & {*a.stages}: layers(rows, lr, a.stages)
+    calls = [base]*("lora-16" in names) + [lambda n=n: arm(rows, n, a.stages) for n in names if n != "lora-16"] + [lambda: before(rows)]
+    with ThreadPoolExecutor(len(calls)) as threads: found = [threads.submit(f) for f in calls]
+    for o in found:
+        if (e := o.exception()) and not isinstance(e, TimeUp): print("FAILED", type(e).__name__, e, flush=True)
+    print("time is up" if any(isinstance(o.exception(), TimeUp) for o in found) else "done", len(rows.doc["rows"]), "rows", flush=True)
+    pool.shutdown()
 
 
 if __name__ == "__main__": main()
