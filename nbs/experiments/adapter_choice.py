@@ -36,8 +36,8 @@ Rules, written before any run:
      is below 0.5 (PEFT's numbers; three blocks, seven layers each). Arms differ in it, or in prose, when the 95 % t interval of
      the five paired differences leaves out zero.
 """
-import argparse, gc, json, math, multiprocessing, os, random, statistics, threading, time, traceback
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import argparse, gc, heapq, json, math, multiprocessing, os, random, statistics, threading, time, traceback
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,7 +55,7 @@ from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.foundations.double_quantization import quantize
 from qlora_nb.foundations.loading import load_model
 from qlora_nb.speed.cuda_graphs import capture
-from qlora_nb.speed.dequantized import dequantized_weight
+from qlora_nb.speed.dequantized import dequantized_weight, four_bit_layers
 from qlora_nb.training import tickets
 from qlora_nb.training.data import collate, encode_rows
 from seeds import score, set_words_aside
@@ -160,6 +160,7 @@ class Worker:
                 if kind[0] != "none": round_weights(model, kind[0], 64, kind[1])
                 model = model.to(dtype)
             if kind[0] == "all weights": return model
+            if self.device == "cuda": keep_wide(model)
             self.kept = {kind: model.requires_grad_(False)}   # one at a time
         return self.kept[kind]
 
@@ -189,6 +190,13 @@ class Worker:
                 return (root[:, None]*(U.T @ W.double()/S[:, None])).float(), (U*root).float()
             self.seen["pissa", r] = {n: parts(W.to(self.device)) for n, W in self.wide().items()}
         return self.seen["pissa", r]
+
+
+def keep_wide(model):
+    "Let 4-bit layers multiply with weights that were dequantized once: the same bits, fewer kernels."
+    for m in four_bit_layers(model):
+        W, _ = dequantized_weight(m)
+        m.forward = lambda x, W=W: F.linear(x.to(W.dtype), W).to(x.dtype)
 
 
 def adapted(w, model, task):
@@ -221,6 +229,7 @@ def adapted(w, model, task):
             old, q = m.base_layer.weight, m.base_layer.weight.quant_state
             undo.append((m.base_layer, old.data.clone(), q.absmax.clone(), q.state2.absmax.clone(), q.offset.clone()))
             put_weight(m.base_layer, quantize(W - s*B.data @ A.data, q.quant_type, q.blocksize, q.nested))
+    if undo and w.device == "cuda": keep_wide(model)
     if task.get("dtype"):
         for p in model.parameters():
             if p.requires_grad: p.data = p.data.bfloat16()
@@ -228,7 +237,8 @@ def adapted(w, model, task):
         for m, data, absmax, second, offset in undo:
             m.weight.data, q = data, m.weight.quant_state
             q.absmax, q.state2.absmax, q.offset = absmax, second, offset
-        model.unload()
+        plain = model.unload()
+        if undo and w.device == "cuda": keep_wide(plain)
     return model, off
 
 
@@ -397,8 +407,11 @@ def learn(w, task):
 
 WORKER = None
 
-def begin_worker(a):
+def begin_worker(a, number):
+    "Workers take the GPUs in turn."
     global WORKER
+    with number.get_lock(): mine, number.value = number.value, number.value + 1
+    if a["device"] == "cuda": torch.cuda.set_device(mine % torch.cuda.device_count())
     WORKER = Worker(a)
 
 def work(task, until):
@@ -414,6 +427,30 @@ def work(task, until):
 
 
 class TimeUp(Exception): pass
+
+
+class Queue:
+    "Hands workers the most urgent task: that of the first group that was asked for."
+    def __init__(self, pool, workers): self.pool, self.free, self.waiting, self.n, self.lock = pool, workers, [], 0, threading.Lock()
+    def submit(self, task, until):
+        out = Future()
+        group = next((i for i, o in enumerate(GROUPS.values()) if task.get("arm") in o), 1 if "arm" not in task else 4)
+        with self.lock:
+            self.n += 1
+            heapq.heappush(self.waiting, (group, self.n, task, until, out))
+        self.hand_out()
+        return out
+    def hand_out(self):
+        with self.lock:
+            while self.free and self.waiting:
+                *_, task, until, out = heapq.heappop(self.waiting)
+                self.free -= 1
+                self.pool.submit(work, task, until).add_done_callback(lambda f, out=out: self.done(f, out))
+    def done(self, f, out):
+        with self.lock: self.free += 1
+        if f.exception(): out.set_exception(f.exception())
+        else: out.set_result(f.result())
+        self.hand_out()
 
 
 class Rows:
@@ -517,8 +554,9 @@ def main():
     names = a.arms or [n for g in a.groups for n in GROUPS[g]]
     how = dict(steps=a.steps, train=a.train, test=a.test, prose=a.prose)
     until, setup = time.time() + a.limit, how | dict(device=a.device, workers=a.workers, graphs=not a.no_graphs)
-    pool = ProcessPoolExecutor(a.workers, multiprocessing.get_context("spawn"), begin_worker, (setup,))
-    rows = Rows(a.out, lambda task, until: pool.submit(work, task, until), until, **how)
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(a.workers, spawn, begin_worker, (setup, spawn.Value("i", 0)))
+    rows = Rows(a.out, Queue(pool, a.workers).submit, until, **how)
     def base():
         lr = arm(rows, "lora-16", a.stages)
         if lr and {"where", "allocate"} & {*a.stages}: layers(rows, lr, a.stages)
