@@ -127,7 +127,7 @@ def formats(n_tokens=8192, blocks=(32, 64, 128, 256, 1024)):
         bits = bits_per_weight(how["format"], how["block"], how["double"]) if how["block"] else 16 if dtype == "bfloat16" else 32
         row = how | dict(perplexity=perplexity(model, tok, prose(), max_tokens=n_tokens), bits=bits, dtype=dtype)
         # a slice that the page measures again on every run
-        if dtype == "float32" and how["block"] in (None, 64): row["first_2048"] = perplexity(model, tok, prose(), max_tokens=2048)
+        if dtype == "float32" and how["block"] in (None, 64): row["first_512"] = perplexity(model, tok, prose(), max_tokens=512)
         out.append(row)
     measure(format="none", block=None, double=False)
     for name, block, double in [("none", None, False), *FORMATS]:   # as a 16-bit model computes
@@ -136,6 +136,23 @@ def formats(n_tokens=8192, blocks=(32, 64, 128, 256, 1024)):
         for name in ("int4", "fp4", "nf4", "int8"): measure(format=name, block=block, double=False)
         measure(format="nf4", block=block, double=True)
     return out
+
+
+def slices(rows):
+    "The slices of `rows` of `formats` once more, as the pages measure them."
+    import torch
+    from qlora_nb.evaluation.data_types import round_weights
+    from qlora_nb.base.model_files import load_tokenizer
+    from qlora_nb.foundations.loading import load_model
+    from qlora_nb.evaluation.perplexity import perplexity, prose
+    tok = load_tokenizer()
+    for r in rows:
+        if r["dtype"] != "float32" or r["block"] not in (None, 64): continue
+        model = load_model(bits=None, dtype=torch.float32)
+        if r["format"] != "none": round_weights(model, r["format"], r["block"], r["double"])
+        r["first_512"] = perplexity(model, tok, prose(), max_tokens=512)
+        print(r, flush=True)
+    return rows
 
 
 def main():
@@ -163,6 +180,9 @@ def main():
     if "cost" in args.parts:
         main_ones = [next(t for t in todo if t["method"] == m) for m in ("qlora", "lora", "full")]
         keep("cost", alone(cost, main_ones), batch_size=4)
+    if "slices" in args.parts:   # beside what is stored of `formats`
+        rows = slices(doc["formats"]["rows"])
+        keep("formats", rows, **doc["formats"]["settings"])
     print("formats and cost", round(time.time() - start), "s", flush=True)
     if "learn" not in args.parts: return
     rows = []
