@@ -73,6 +73,7 @@ KINDS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 FACTOR, SEEDS, START = 10**.5, 5, 2e-3/10**.5
 STARTS = {"full": START/10, "lora+": START/FACTOR, "pissa": START/FACTOR, "lora-ga": START/FACTOR, "alpha32-1": START/FACTOR,
           "lora-256": START/FACTOR}   # where a bracket begins; it moves until the best one lies inside
+PIECE = "model.layers.29.self_attn.v_proj"   # of which a page measures the spectrum again
 BLOCKS, TOP, COSINES = (5, 15, 25), 10, (.3, .5, .7, .9)   # where intruders are looked for, among how many, below what
 
 
@@ -141,6 +142,7 @@ class Worker:
     "What a process keeps from run to run: rows, a tokenizer, the base, its weights before quantization."
     def __init__(self, a):
         torch.set_num_threads(max(1, os.cpu_count()//a["workers"]//2))
+        self.usual = tickets.make_tickets("train", 8)   # what a page measures again
         set_words_aside()
         self.steps, self.device, self.graphs = a["steps"], a["device"], a["graphs"] and a["device"] == "cuda"
         self.test, self.train = tickets.make_tickets("test", a["test"], seed=7), tickets.make_tickets("train", a["train"])
@@ -370,7 +372,8 @@ def kinds_seen(w, model, budget):
             found[k] = sum(s[:r].square().sum().item() for s in mine.values())
             alone[k] = statistics.mean(s[min(r, len(s)) - 1].item() for s in shares)
             shape[k] = [round(statistics.mean(s[i - 1].item() for s in shares), 4) for i in (1, 2, 4, 8, 16, 32, 64, 128)]
-        row[what] = dict(energy=found, share=alone, shares=shape,
+        again = look(model, w.tokenizer, w.usual, [PIECE], what)
+        row[what] = dict(slice=spectra_of(again, what)[PIECE][:8].tolist(), energy=found, share=alone, shares=shape,
                          layers={n: float(f"{s.square().sum().item():.4g}") for n, s in spectra.items()})
     return row
 
@@ -382,7 +385,7 @@ def learn(w, task):
     if "spectra" in task: return task | kinds_seen(w, model, task["budget"])
     if task.get("lr") == 0:   # a base before it is trained
         share, loss = score(model.eval(), w.tokenizer, w.test)
-        return task | dict(answer_loss=loss, exact_match=share, prose=perplexity(model, w.tokenizer, prose(), max_tokens=w.prose_tokens))
+        return task | dict(answer_loss=loss, exact_match=share, slice=score(model, w.tokenizer, w.usual)[1], prose=perplexity(model, w.tokenizer, prose(), max_tokens=w.prose_tokens))
     if (task.get("base", "qlora"), task.get("double")) not in {k for k, _ in w.vectors}: keep_before(w, model, task)
     model, off = adapted(w, model, task)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
