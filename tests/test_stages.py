@@ -59,6 +59,16 @@ class CtrlC(TrainerCallback):
 
 # ---- a second stage ----
 
+def test_an_adapter_has_its_shape_already(base, rows, tmp_path):
+    "A LoraConfig beside it is refused before anything is written or encoded."
+    from peft import LoraConfig
+    model = add_adapters(load_model(base, device="cpu"), r=4, lora_alpha=8, target_modules=["q_proj"])
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], rank_pattern=dict(q_proj=2))
+    with pytest.raises(QLoRAError, match="carries an adapter, so peft_config has none to make"):
+        finetune(model, rows, tmp_path/"run", peft_config=config, **QUIET)
+    assert not (tmp_path/"run").exists()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_stage_from_a_folder(first, rows, tmp_path, backend):
     "The run that goes on in memory, to the same bits, interrupted and resumed or not; all is the adapter's, and noted."

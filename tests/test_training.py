@@ -1,5 +1,5 @@
 "Training runs that are killed, starved, filled up, poisoned and resumed: what is left must be whole, and what follows the same bits."
-import importlib.util, json, math, os, re, signal, subprocess
+import importlib.util, json, math, os, re, shutil, signal, subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -517,8 +517,6 @@ def test_the_evaluation_never_undoes_a_run(base, rows, tmp_path, monkeypatch):
     how = dict(model=base, max_steps=1, max_length=256, **QUIET)
     long = [dict(r, prompt=r["prompt"]*12) for r in rows[:12]]
     assert evaluation.finetune_and_evaluate(long, long="cut", output_dir=tmp_path/"cut", **how).after.n == 1
-    report = evaluation.finetune_and_evaluate(rows, test_data=long, output_dir=tmp_path/"none", **how)
-    assert report.after is None and "12 held-out rows are longer than 256 tokens" in str(report)
     lengths, real = [], evaluation.generate
     monkeypatch.setattr(evaluation, "generate", lambda m, t, p, n, **k: lengths.append(n) or real(m, t, p, 2, **k))
     endless = [*rows[20:], dict(prompt="Go on", response="word "*1500)]
@@ -528,6 +526,20 @@ def test_the_evaluation_never_undoes_a_run(base, rows, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="The evaluation failed .*ZeroDivisionError"):
         report = evaluation.finetune_and_evaluate(rows[:20], test_data=rows[20:], output_dir=tmp_path/"error", **how)
     assert "The evaluation failed" in str(report) and json.loads((tmp_path/"error"/"run.json").read_text(encoding="utf-8"))["steps"] == 1
+
+
+@pytest.mark.parametrize("score, said", [
+    ([dict(prompt="Go on", response="word "*600)]*3, "the rows to score: all rows are longer than max_length=256"),
+    ([dict(prompt="a", response="b", tools=[dict(type="function", function=dict(name="f"))])], "the rows to score, the rows given, row 1: the chat template leaves out the tools"),
+    ([dict(prompt="a", response="a ticketword")], "the rows to score, row 1: the token 'ticketword' has the number")])
+def test_rows_to_score_are_read_before_the_training(score, said, base, rows, tmp_path, monkeypatch):
+    "What no scores could be taken on is refused before a model is loaded, not after it was trained."
+    monkeypatch.setattr("qlora_nb.training.finetune.load_base", lambda *a, **k: pytest.fail("a model was loaded"))
+    if "ticketword" in said:
+        shutil.copytree(base, base := tmp_path/"more")
+        (tok := load_tokenizer(base)).add_tokens(["ticketword"]), tok.save_pretrained(base)
+    with pytest.raises(QLoRAError, match=re.escape(said)):
+        finetune_and_evaluate(rows, test_data=score, model=base, output_dir=tmp_path/"run", max_steps=1, max_length=256, **QUIET)
 
 
 @pytest.mark.parametrize("data", ["tickets", "rows", "file"])

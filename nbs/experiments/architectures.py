@@ -98,14 +98,14 @@ IDS = torch.randint(3, 160, (2, 10), generator=torch.Generator().manual_seed(0))
 COLUMNS = "model backend four_bit wide skipped adapted covered logits cosine adapters_without_gradient reload refused".split()
 
 
-def build(name, folder, config=None):
+def build(name, folder, config=None, dtype=torch.float32):
     "Save a random model of this architecture, none of whose biases and norms is zero or one; returns the folder."
     set_seed(0)
     model = AutoModelForCausalLM.from_config(config or config_of(name), dtype=torch.float32)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1: p.add_(torch.randn_like(p)*.02)
-    with quiet(): model.save_pretrained(folder)
+    with quiet(): model.to(dtype).save_pretrained(folder)
     return folder
 
 
@@ -119,7 +119,7 @@ def written_out(model, folder):
         state = getattr(getattr(m, "weight", None), "quant_state", None)
         W = dequantize_4bit(m.weight.data, state) if state else m.dequantize() if hasattr(m, "packed_numel") else None
         if W is not None: mods[n].weight.data = (W.T if isinstance(mods[n], Conv1D) else W).float().contiguous()
-    for n, W in stacks.items(): twin.get_parameter(n).data = W.clone()
+    for n, W in stacks.items(): twin.get_parameter(n).data = W.float().clone()
     return twin
 
 
@@ -183,7 +183,7 @@ def run_base(name, folder):
     tok, (kind, fields) = small_vocabulary(), ZOO[name]
     place = "n_positions" if "n_positions" in fields else "max_position_embeddings"
     config = getattr(transformers, f"{kind}Config")(**fields | {"vocab_size": len(tok), place: 512})
-    build(name, folder, config), tok.save_pretrained(folder)
+    build(name, folder, config, torch.bfloat16), tok.save_pretrained(folder)   # as most are, so that what stays wide is exact
     return folder
 
 
@@ -202,11 +202,12 @@ def whole_run(name, **how):   # Of `finetune`
         try:
             run = finetune(base, rows, f"{tmp}/run", **dict(max_steps=3, device="cpu", progress=False, per_device_train_batch_size=2, max_length=256) | how)
             facts |= dict(loss=run.info["losses"][-1], said=run.info["said"][-1])
-            facts["reload"] = apart(logits(load_adapter(run).model), logits(run.model))
+            facts["reload"] = apart(logits(load_adapter(run.folder).model), logits(run.model))
             facts["answer_loss"] = evaluate(run.model, run.tokenizer, rows[:2], max_length=256).answer_loss
             merge_and_save(run, f"{tmp}/merged", dtype="float32")
             merged = AutoModelForCausalLM.from_pretrained(f"{tmp}/merged", dtype=torch.float32)
-            facts["merged"] = apart(logits(merged), logits(load_adapter(run, device="cpu", dtype=torch.float32).model))
+            twin = attach_adapter(written_out(BACKENDS["bnb"](base, device="cpu"), base), run.folder/"adapter")   # by PEFT, nothing merged
+            facts["merged"] = apart(logits(merged), logits(twin))
         except QLoRAError as e: facts["refused"] = str(e)
     return facts
 

@@ -12,12 +12,13 @@ import ast, json, re
 from os.path import commonprefix
 from .fields import (HARMLESS, THOUGHTS, brief, carries_meaning, check_text,
                                   fail, is_empty, kind_of)
+from .json_rows import plain
 
 # %% ../../nbs/base/chats.ipynb #f5c9c5da
 def parse_text(value):
     "What a text holds that is JSON, or Python's `repr` as in a CSV file; None when it is neither."
     for parse in (json.loads, ast.literal_eval):
-        try: return parse(value)
+        try: return plain(parse(value))
         except (ValueError, SyntaxError, RecursionError, MemoryError): pass
 
 # %% ../../nbs/base/chats.ipynb #6703be37

@@ -143,7 +143,7 @@ def _first_two(lines): return list(islice(filter(str.strip, lines), 2)) or [""]
 # %% ../../nbs/base/files.ipynb #5825637c
 def _begin(path, kind, skip, named):
     "An iterator over the rows of a file, by its kind."
-    if kind == ".parquet": return parquet_rows(path)
+    if kind == ".parquet": return parquet_rows(path, skip)
     lines, name = _lines(path, "\n" if kind == ".jsonl" else ""), str(path)
     if kind in (".csv", ".tsv"): return csv_rows(lines, name, skip, named)
     two = _first_two(lines)

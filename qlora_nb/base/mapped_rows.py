@@ -21,7 +21,7 @@ from .sources import rows_given
 def _unchecked(data, split, skip, named):
     "The rows of `data` as they are read, one by one."
     if isinstance(data, (str, Path)): return each_row(as_path(data), skip, named)
-    return data if isinstance(data, Mapped) else rows_given(data, split, whole=False)[0]
+    return data if isinstance(data, Mapped) else rows_given(data, split, False, skip)[0]
 
 def _as_row(o):
     "A checked row, from the table."

@@ -211,5 +211,7 @@ def first_shape(rows, columns=None, skip=False) -> str|None:
     "The shape of the first row; with `skip`, of the first one that has a shape."
     def shape(row):
         if columns and isinstance(row, dict): row = {k: row.get(v) for k, v in columns.items()}
-        return shape_of(row) if isinstance(row := undress(row), dict) else None
+        try: row = undress(row)
+        except QLoRAError: return None   # of what is nested too deep; `check_row` says it
+        return shape_of(row) if isinstance(row, dict) else None
     return next((s for row in rows if (s := shape(row)) or not skip), None)

@@ -11,11 +11,20 @@ from pathlib import Path
 from .errors import QLoRAError
 from .json_rows import check_columns
 from .mapped import join, take
-from .readers import from_table
+from .readers import arrow_rows, from_table, not_utf8
+
+# %% ../../nbs/base/sources.ipynb #7a600011
+def _each(table, name):
+    "The rows of a Dataset, one by one. Raises `QLoRAError` where a text is none."
+    n = 0
+    try:
+        for n, row in enumerate(table, 1): yield from_table(row)
+    except UnicodeDecodeError as e: raise not_utf8(e, f"{name}, row {n + 1}") from e
 
 # %% ../../nbs/base/sources.ipynb #e603a2d6
 def rows_given(data, split,
-               whole:bool=True):  # Else the rows of a table come one by one
+               whole:bool=True,    # Else the rows of a table come one by one
+               skip:bool=False):   # As in `arrow_rows`
     "(rows as plain Python, a name for messages) of a list, a Dataset, DatasetDict or DataFrame."
     if isinstance(data, (list, tuple)): return list(data), "the rows given"
     kind = type(data).__name__
@@ -26,12 +35,12 @@ def rows_given(data, split,
         data = data[split]
     if hasattr(data, "to_pylist"):   # of pyarrow
         check_columns(data.schema.names, f"the {kind} given")
-        return list(map(from_table, data.to_pylist())), f"the {kind} given"
+        return arrow_rows(data, f"the {kind} given", skip), f"the {kind} given"
     if hasattr(data, "column_names"):
         shown = getattr(data, "format", None) or {}
         if shown.get("type") not in (None, "custom"):
             data = data.with_format(None, columns=shown["columns"])
-        return (list if whole else iter)(map(from_table, data)), f"the {kind} given"
+        return (list if whole else iter)(_each(data, name := f"the {kind} given")), name
     if hasattr(data, "to_dicts"): return data.to_dicts(), f"the {kind} given"   # of polars
     if hasattr(data, "columns") and hasattr(data, "to_dict"):
         check_columns(data.columns, f"the {kind} given")

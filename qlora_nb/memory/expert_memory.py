@@ -6,14 +6,14 @@
 __all__ = ['LINEAR', 'Unpacked', 'unpacked_in', 'pack_experts', 'is_named', 'adapted', 'check_stacks']
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #ba39aa27
-import contextlib
+import contextlib, warnings
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from ..base.errors import QLoRAError
-from ..base.targets import match_targets
+from ..foundations.adapters import chosen_layers
 from .ledger import whole
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #1a9eef6e
@@ -93,10 +93,11 @@ LINEAR = (nn.Linear, Conv1D)
 def adapted(model, method:str, target_modules, target_parameters=()) -> list:  # Of `whole`
     "The names of the layers and parameters that get an adapter, by PEFT's rules, on all layers."
     if method == "full": return []
-    head, layers = model.get_output_embeddings(), target_modules
-    if layers == "all-linear":
-        layers = [n for n, m in model.named_modules() if type(m) in LINEAR and m is not head]
-    else: layers = match_targets(model, layers)
+    with warnings.catch_warnings(action="ignore"):   # of routers, and of what other code reads
+        layers = chosen_layers(model, target_modules)
+    if any(model.get_submodule(n) is model.get_output_embeddings() for n in layers):
+        raise QLoRAError("an adapter on the output head cannot be trained here, nor planned.",
+                         f"target_modules={target_modules}", "Leave it out.")
     return layers + [n for n, p in model.named_parameters()
                      if p.ndim > 2 and is_named(n, target_parameters)]
 

@@ -46,7 +46,7 @@ def _load(data, split="train", large=None, **how):
         return map_rows(data, split, name=name, **how)
     given = name
     if file: rows = read_rows(as_path(data), how["skip_bad_rows"], bool(how["columns"]))
-    else: rows, given = rows_given(data, split)
+    else: rows, given = rows_given(data, split, True, how["skip_bad_rows"])
     return check_rows(rows, name or given, **how)
 
 # %% ../../nbs/2_training/19_data.ipynb #0fd8eb81

@@ -52,8 +52,7 @@ class Sealer(TrainerCallback):
 # %% ../../nbs/2_training/29_finetune.ipynb #f607a953
 def numbered_batches(examples:list, collator) -> tuple:  # (data set of numbers, collator for them)
     "Examples by their numbers; a batch knows the numbers of its `rows`."
-    def batch(drawn):
-        return collated(collator, examples, [o["number"] for o in drawn])
+    def batch(drawn): return collated(collator, examples, [o["number"] for o in drawn])
     return Dataset.from_dict(dict(number=np.arange(len(examples)))), batch
 
 # %% ../../nbs/2_training/29_finetune.ipynb #f3c4065b
@@ -180,11 +179,11 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
              output_dir:str|Path="runs/latest",  # The folder of the run
              tokenizer=None,        # Of a model that is loaded; None: the one of its base
              eval_data=None,        # Rows to evaluate on; None: some of `data`, if wanted
-             backend:str|None=None, # "bnb", or "scratch": our `qlora` and `lora`
-             device:str|None=None,  # See `load_model`
+             backend:str|None=None, device:str|None=None,  # "bnb" or "scratch"; see `load_model`
              callbacks=(),          # Of transformers' Trainer, beside our own
              example:str|None=None, # A prompt to show to its users; none is taken from your rows
              leave_out=(),          # Numbers of rows, from 1, that are not trained on
+             test_data=None,        # Rows to be scored later: checked beforehand, not used
              resume:bool=False, progress:bool=True,  # Go on from the last checkpoint; show a bar
              config_yaml:dict|None=None,  # What `config.yaml` says; None: what can be written down
              **kwargs) -> Run:      # Of `Settings`, and `OPTIONS` of `load_rows`
@@ -201,6 +200,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     kept = take(rows, mine - 1)
     wanted = bool(settings["eval_steps"] or settings["early_stopping_patience"])
     numbers, held = set_aside(kept, eval_data, wanted, settings["seed"], **shared_options(reading))
+    to_score = [] if test_data is None else load_rows(test_data, **shared_options(reading))
     if not len(numbers):
         raise QLoRAError("no row is left to train on.", source, "Leave fewer rows out.")
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
@@ -213,7 +213,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
             write_config(folder/"config.yaml", config_yaml, left)
         mine = mine[np.asarray(numbers) - 1]
         tokenizer, encoded = before_weights(model, tokenizer, rows, mine, held, settings | how,
-                                            source)
+                                            source, to_score)
         model, tokenizer = load_base(model, tokenizer, device,
                                      *map(settings.get, ("backend", "model_revision", "adapter")))
         model, trainer, notes = prepare(model, tokenizer, rows, mine, held, encoded, folder,

@@ -106,9 +106,6 @@ def put_adapters(model, s:dict, sharded:bool=False) -> tuple:  # (model with ada
                              s["target_modules"], s.get("target_parameters"), **more)
         if sharded: shard_base(model)
         return model, None
-    if s.get("peft_config"):
-        raise QLoRAError("the model carries an adapter, so peft_config has none to make.",
-                         cure="Leave it out, or load the base again.")
     if sharded: shard_base(model)
     further = f"(r={s['r']}, lora_alpha={s['lora_alpha']:g})"
     if s.get("adapter"):
@@ -173,6 +170,9 @@ def brought_along(model, backend:str|None, s:dict
                          name, "Leave backend out, or give the name of the model.")
     s = s | dict(model_revision=own_revision(model, s["model_revision"]))
     if not (own := own_adapter(model)): return name, mine, s
+    if s.get("peft_config"):
+        raise QLoRAError("the model carries an adapter, so peft_config has none to make.", name,
+                         "Leave it out, or load the base again.")
     have = {*adapted_layers(model)}
     check_wishes(own, s, name, lambda targets: meant(model, targets) == have)
     own["template"] = s["template"] or notes_of(model).get("template")
@@ -227,11 +227,11 @@ def check_beforehand(model, s:dict):   # Of `without_weights`; settings
     with warnings.catch_warnings(action="ignore"), torch.device("meta"): put_adapters(model, s)
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #7e000001
-def before_weights(model, tokenizer, rows, numbers, held, s:dict, source:str
+def before_weights(model, tokenizer, rows, numbers, held, s:dict, source:str, scored=()
                    ) -> tuple:  # (tokenizer, what `encode_checked` returns)
-    "Encode the rows and check them and the settings, where no model is loaded yet too."
+    "Encode the rows, and check all of them and the settings, where no model is loaded yet too."
     if isinstance(model, (str, Path)):
         tokenizer = load_tokenizer(s["model"], s["model_revision"])
         model = without_weights(s["model"], s["model_revision"])
         if model is not None: check_beforehand(model, s)
-    return tokenizer, encode_checked(model, tokenizer, rows, numbers, s, source, held)
+    return tokenizer, encode_checked(model, tokenizer, rows, numbers, s, source, held, scored)

@@ -213,12 +213,15 @@ def number_rows(rows:list, numbers:list, tokenizer, template:str, max_length:int
     return examples
 
 # %% ../../nbs/2_training/26_schedule.ipynb #9f91afa3
-def encode_checked(model, tokenizer, rows, numbers, s:dict, source:str, held=()
+def encode_checked(model, tokenizer, rows, numbers, s:dict, source:str, held=(), scored=()
                    ) -> tuple:  # (examples, sentences to say, ids of end tokens, held-out examples)
     """The rows of these numbers, and those to evaluate on, as examples, held against model and
-    tokenizer. Without a model (None), ids are not looked at."""
+    tokenizer; those to be `scored` later are only checked. Without a model (None), ids are not
+    looked at."""
     how = tokenizer, s["template"], s["max_length"], s["long"]
-    def checked(rows, numbers):
+    def checked(rows, numbers=None):
+        if not len(rows): return []
+        numbers = range(1, len(rows) + 1) if numbers is None else numbers
         examples = number_rows(rows, numbers, *how)
         if model is not None: check_ids(model, tokenizer, examples)
         return examples
@@ -226,5 +229,6 @@ def encode_checked(model, tokenizer, rows, numbers, s:dict, source:str, held=()
         examples = checked(rows, numbers)
         said = [whereabouts(rows), check_answers(examples, rows, tokenizer)]
     with told_of("the rows to evaluate on"):
-        held = checked(held, range(1, len(held) + 1)) if len(held) else []
+        held = checked(held)
+    with told_of("the rows to score"): checked(scored)
     return examples, said, end_ids(examples), held
