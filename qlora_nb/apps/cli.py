@@ -75,11 +75,12 @@ def ready_terminal():
     for o, instead in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if hasattr(o, "reconfigure"): o.reconfigure(errors=instead)
 
-# %% ../../nbs/apps/cli.ipynb #0058124d
+# %% ../../nbs/apps/cli.ipynb #0058124d-a
 def speaks(error=None) -> bool:
     "Is it this process, of those of a launcher, that says what all of them have to say?"
     return os.environ.get("RANK", "0") == ("1" if isinstance(error, PeerLost) else "0")
 
+# %% ../../nbs/apps/cli.ipynb #0058124d
 @contextlib.contextmanager
 def one_line_errors(interrupted:str=""):  # What to say after Ctrl-C
     "Exit with status 2 and one message for a `QLoRAError`; with 130 for Ctrl-C."

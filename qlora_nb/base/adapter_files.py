@@ -24,7 +24,7 @@ def describe_adapter(folder:Path,  # That PEFT, or `save_lora`, has written
         text = json.dumps(obj, indent=1, ensure_ascii=False)
         (folder/f"{name}.json").write_text(text, encoding="utf-8", errors="surrogateescape")
 
-# %% ../../nbs/base/adapter_files.ipynb #3e474407
+# %% ../../nbs/base/adapter_files.ipynb #3e474407-a
 BROKEN = "Copy the adapter again, or take it from a checkpoint of its run."
 
 def read_json(file:Path) -> dict:  # Of an adapter's folder
@@ -35,6 +35,7 @@ def read_json(file:Path) -> dict:  # Of an adapter's folder
     if isinstance(found, dict): return found
     raise QLoRAError("this file is damaged (it holds no object).", str(file), BROKEN)
 
+# %% ../../nbs/base/adapter_files.ipynb #3e474407
 def open_tensors(folder:Path):  # Of an adapter
     "The file of its matrices, opened. Raises `QLoRAError` for one that is damaged."
     file = folder/"adapter_model.safetensors"

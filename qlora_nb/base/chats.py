@@ -37,7 +37,7 @@ def read_content(content, name):
             fail(f"`{name}` holds a part with {more[0]!r}; {only}.")
     return check_text("".join(check_text(o.get("text"), name) for o in parts), name)
 
-# %% ../../nbs/base/chats.ipynb #822de434
+# %% ../../nbs/base/chats.ipynb #822de434-a
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 
 def _arguments(f, name):
@@ -48,6 +48,7 @@ def _arguments(f, name):
     if not isinstance(value, dict): fail(f"the arguments of {name} are no JSON object.")
     return key, value
 
+# %% ../../nbs/base/chats.ipynb #822de434
 def read_call(call, name):
     "One tool call as {type, function: {name, arguments}}, with its id where it has one."
     f = call.get("function", call) if isinstance(call, dict) else None
@@ -185,7 +186,7 @@ def check_order(messages:list):
     if not any(m["role"] == "assistant" and "weight" not in m for m in messages):
         fail("each answer has the weight 0, so there is nothing to learn.")
 
-# %% ../../nbs/base/chats.ipynb #67d660fc
+# %% ../../nbs/base/chats.ipynb #67d660fc-a
 def list_of_turns(turns):   # Of a row
     "The turns, out of a text that holds a list, or of the columns that `datasets` makes of one."
     if isinstance(turns, str): turns = parse_text(turns)
@@ -194,6 +195,7 @@ def list_of_turns(turns):   # Of a row
     if not all(isinstance(o, list) and len(o) == len(columns[0]) for o in columns): return turns
     return [dict(zip(turns, o)) for o in zip(*columns)]
 
+# %% ../../nbs/base/chats.ipynb #67d660fc
 def read_messages(turns,     # Of a row: a list, or what `list_of_turns` takes
                   note=None  # As in `read_message`
                  ) -> list:  # Of `read_message`'s dicts, up to the last answer to be learned

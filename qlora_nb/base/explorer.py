@@ -32,7 +32,7 @@ def picture(draw, **values) -> tuple:  # (data, metadata) for `display(raw=True)
         return figure_data(fig, words)
     finally: [plt.close(n) for n in set(plt.get_fignums()) - before]
 
-# %% ../../nbs/base/explorer.ipynb #d3eeabec
+# %% ../../nbs/base/explorer.ipynb #d3eeabec-a
 WIDE = dict(description_width="initial")   # labels are never cut
 
 def choice(label:str, *options, value=None):  # The first option, unless `value` is given
@@ -43,11 +43,13 @@ def choice(label:str, *options, value=None):  # The first option, unless `value`
                            tooltips=[f"{label}: {o}" for o in names], description=label,
                            style=WIDE | dict(button_width="auto"))
 
+# %% ../../nbs/base/explorer.ipynb #d3eeabec-b
 def toggle(label:str, value:bool=False):
     "Yes or no."
     import ipywidgets as W
     return W.Checkbox(value, description=label, indent=False, layout=W.Layout(width="max-content"))
 
+# %% ../../nbs/base/explorer.ipynb #d3eeabec
 def textbox(label:str, value:str, rows:int=3):
     "Some words, taken over when the box is left."
     import ipywidgets as W
@@ -79,9 +81,10 @@ def show(data, metadata):
     if get_ipython(): display(data, raw=True, metadata=metadata)
     else: print(data["text/plain"])
 
-# %% ../../nbs/base/explorer.ipynb #315f2da5
+# %% ../../nbs/base/explorer.ipynb #315f2da5-a
 VIEW = "application/vnd.jupyter.widget-view+json"
 
+# %% ../../nbs/base/explorer.ipynb #315f2da5
 class Explorer:
     "A figure, its controls, and the figure that they lead to."
     def __init__(self, draw, caption:str, **controls):  # As in `explore`

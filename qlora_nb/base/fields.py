@@ -10,13 +10,15 @@ __all__ = ['HARMLESS', 'MEANING', 'CHOICE', 'SKIP', 'THOUGHTS', 'FIELDS', 'CHATS
 import re
 from .errors import QLoRAError
 
-# %% ../../nbs/base/fields.ipynb #391ee67c
+# %% ../../nbs/base/fields.ipynb #391ee67c-a
 HARMLESS = re.compile(  # names of fields that describe a row and are no part of what it says
     r"(\w*_)?(u?ids?|idx|index|hash|urls?|uri|links?|sources?|src|dataset|data_source|origin|"
     r"category|categories|labels?|topics?|tags?|types?|tasks?|task_name|subject|domains?|skills?|"
     r"lang|languages?|scores?|ratings?|rank|level|difficulty|split|date|time|timestamp|version|"
     r"license|author|model|model_name|generator|metadata|meta|info|quality|tokens|name|length|"
     r"count|keywords?)|original_\w+|_\w+|unnamed.*|", re.I)
+
+# %% ../../nbs/base/fields.ipynb #391ee67c
 MEANING = frozenset((
     "prompt instruction question query input response output answer completion messages "
     "conversations conversation system system_prompt context history tools tool_calls "

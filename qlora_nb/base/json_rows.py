@@ -11,7 +11,7 @@ import json, warnings
 from .errors import QLoRAError
 from .fields import MEANING, SKIP, brief, carries_meaning
 
-# %% ../../nbs/base/json_rows.ipynb #67be8f3f
+# %% ../../nbs/base/json_rows.ipynb #67be8f3f-a
 class _Twice(ValueError): pass
 
 def first_twice(names):
@@ -19,12 +19,14 @@ def first_twice(names):
     if len({*names}) == len(names): return None
     return next(k for k in names if names.count(k) > 1)
 
+# %% ../../nbs/base/json_rows.ipynb #67be8f3f-b
 def check_columns(names, where):
     "Raise `QLoRAError` for a column of a table that is there twice."
     if (twice := first_twice([*names])) is not None:
         raise QLoRAError(f"the column {twice!r} is there twice.", where,
                          "Rename one, such as prompt.")
 
+# %% ../../nbs/base/json_rows.ipynb #67be8f3f
 def _once(pairs):
     "An object of JSON whose keys are there once."
     twice = first_twice([k for k, _ in pairs])
@@ -45,7 +47,7 @@ def parse_json(text, where):
     try: return DECODER.decode(text.strip(" \t\r\n\ufeff").rstrip(","))
     except (ValueError, RecursionError) as e: raise _bad_json(e, where) from e
 
-# %% ../../nbs/base/json_rows.ipynb #0b08a770
+# %% ../../nbs/base/json_rows.ipynb #0b08a770-a
 def known_names(names): return MEANING & {k.strip().lower() for k in names if isinstance(k, str)}
 
 def is_turns(value):
@@ -64,6 +66,7 @@ def plain(value, deep=0):
     if isinstance(value, dict): return {k: plain(v, deep + 1) for k, v in value.items()}
     return [plain(o, deep + 1) for o in value]
 
+# %% ../../nbs/base/json_rows.ipynb #0b08a770
 def undress(row):
     "A row with the names as `MEANING` writes them, out of whatever it is wrapped in."
     if is_turns(row): return dict(messages=row)
@@ -95,7 +98,7 @@ def json_values(text, name):
         raise _bad_json(ValueError("the list has no end, or more follows it"), name)
     return _unwrap(rows[0], name) if len(rows) == 1 and not inside else rows
 
-# %% ../../nbs/base/json_rows.ipynb #9717e180
+# %% ../../nbs/base/json_rows.ipynb #9717e180-a
 def _lists(row, place=""):
     "(where, rows) of each list of objects in an object, however deep."
     for k, v in row.items():
@@ -103,6 +106,7 @@ def _lists(row, place=""):
         if not isinstance(v, list) or not v or is_turns(v): continue   # turns are one row
         if all(isinstance(o, dict) or is_turns(o) for o in v): yield place + k, v
 
+# %% ../../nbs/base/json_rows.ipynb #9717e180
 def _only(row, name):
     "The rows in the only list of an object, or None; text beside it is named in a warning."
     lists = dict(_lists(row))

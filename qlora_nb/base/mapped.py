@@ -54,7 +54,7 @@ def count(rows, name:str, f):
     "`f(row)` of each row, which is a whole number below 2^63."
     return rows.count(name, f) if isinstance(rows, Mapped) else [f(o) for o in rows]
 
-# %% ../../nbs/base/mapped.ipynb #49180371
+# %% ../../nbs/base/mapped.ipynb #49180371-a
 def join(parts:list):  # Lists, or mapped rows of the same columns
     "One part after the other; mapped when all of them are."
     if not parts or not all(isinstance(o, Mapped) for o in parts):
@@ -65,6 +65,7 @@ def join(parts:list):  # Lists, or mapped rows of the same columns
     if len({o.source for o in parts}) > 1: out.source = ""
     return out
 
+# %% ../../nbs/base/mapped.ipynb #49180371-b
 def all_but(numbers, n:int) -> np.ndarray:  # int64
     """The numbers from 1 to `n` that are not among these, in order. Raises `QLoRAError` for one
     that is no such number."""
@@ -76,11 +77,12 @@ def all_but(numbers, n:int) -> np.ndarray:  # int64
     left[0] = left[out.astype(np.int64)] = False
     return left.nonzero()[0]
 
+# %% ../../nbs/base/mapped.ipynb #49180371
 def whereabouts(rows) -> str|None:
     "A sentence on where mapped rows lie."
     return f"{rows!r}." if isinstance(rows, Mapped) else None
 
-# %% ../../nbs/base/mapped.ipynb #d29cc07b
+# %% ../../nbs/base/mapped.ipynb #d29cc07b-a
 class Pieces(Sequence):
     "A list in pieces of `size`, such as batches, each made when it is asked for."
     def __init__(self, items, size:int, make): self.items, self.size, self.make = items, size, make
@@ -89,6 +91,7 @@ class Pieces(Sequence):
         i = range(len(self))[i]*self.size
         return self.make(self.items[i:i+self.size])
 
+# %% ../../nbs/base/mapped.ipynb #d29cc07b-b
 class Groups(Sequence):
     "Lists of places, which lie in one array; sorted, and so is each of them."
     def __init__(self, homes:np.ndarray):  # int: for each place, the number of its group
@@ -102,6 +105,7 @@ class Groups(Sequence):
         i = range(len(self))[i]
         return self.places[self.ends[i-1] if i else 0:self.ends[i]].tolist()
 
+# %% ../../nbs/base/mapped.ipynb #d29cc07b
 class Grouped(Sequence):
     "A list of groups of items, such as packs; an item is read when its group is asked for."
     def __init__(self, items, groups):  # Of places in `items`: lists of them, or `Groups`

@@ -75,7 +75,7 @@ def ragged_error() -> float:   # 0: it is right
     state.shape = torch.Size((6, 64))
     return (rows.flatten() - bnb.functional.dequantize_4bit(q, state).flatten()).abs().max().item()
 
-# %% ../../nbs/base/nf4_config.ipynb #f33e4bdf
+# %% ../../nbs/base/nf4_config.ipynb #f33e4bdf-a
 class WholeBlocks:
     "bitsandbytes' compiled library, told of rows of one block where it dequantizes on a CPU."
     def __init__(self, lib): self.lib = lib
@@ -90,6 +90,7 @@ class WholeBlocks:
             return f(codes, absmax, out, block, m, n)
         return call
 
+# %% ../../nbs/base/nf4_config.ipynb #f33e4bdf
 def whole_blocks():
     "Have bitsandbytes dequantize rows that end within a block rightly; again does nothing more."
     if ragged_error() and not isinstance(cpu_ops.lib, WholeBlocks):

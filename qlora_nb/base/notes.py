@@ -38,7 +38,7 @@ class Notes:
             return f"{say(kind)} ({n} row{'s'*(n > 1)}, the first is row {number}{more})"
         return [clause(k, n, *self.first[k]) for k, n in self.count.items()]
 
-# %% ../../nbs/base/notes.ipynb #993d4271
+# %% ../../nbs/base/notes.ipynb #993d4271-a
 def say_unused(notes:Notes, name:str, bad:Notes|None=None):
     "Warn once of the fields that were not used, and once of the rows that were left out."
     if notes.count:
@@ -48,6 +48,7 @@ def say_unused(notes:Notes, name:str, bad:Notes|None=None):
         warnings.warn(f"{name}: left out as they are broken: {'; '.join(bad.lines(str))}.",
                       stacklevel=3)
 
+# %% ../../nbs/base/notes.ipynb #993d4271
 def say_text(notes:Notes):
     "Warn once of texts that are not to the model what they are to a reader."
     said = "; ".join(notes.lines(str))

@@ -59,7 +59,7 @@ class Quiz:
         return f"{len(self.first)} of {n} answered, {right} of {n} right at the first try."
     def _repr_html_(self): return quiz_html(self.questions)
 
-# %% ../../nbs/base/quiz.ipynb #quiz0015
+# %% ../../nbs/base/quiz.ipynb #quiz0015-a
 def _question_widget(quiz, i, score):
     "Question `i` with its options, and the place where the reason appears."
     import ipywidgets as w
@@ -77,6 +77,7 @@ def _question_widget(quiz, i, score):
     choose.observe(chosen, "value")
     return w.VBox([name, choose, says])
 
+# %% ../../nbs/base/quiz.ipynb #quiz0015
 def quiz_widget(quiz:Quiz # Its questions and its score
                ):         # -> ipywidgets.VBox
     "The questions as radio buttons of ipywidgets, the score below them."

@@ -40,13 +40,14 @@ def _rank(rank, n, store, backend, pipe, job):
         what = "".join(traceback.format_exception_only(e)).strip()
         pipe.send_bytes(dill.dumps((False, (time.time(), what, traceback.format_exc()))))
 
-# %% ../../nbs/base/ranks.ipynb #d1570013
+# %% ../../nbs/base/ranks.ipynb #d1570013-a
 def _answer(pipe, child) -> tuple:   # (went well?, result or error)
     try: return dill.loads(pipe.recv_bytes())
     except EOFError:
         child.join()
         return False, (0., f"it was ended (exit code {child.exitcode}).", "")
 
+# %% ../../nbs/base/ranks.ipynb #d1570013
 def _collect(children, pipes, timeout:float) -> list:
     got, failed, end = {}, {}, time.monotonic() + timeout
     while left := [r for r in range(len(pipes)) if r not in got and r not in failed]:

@@ -160,13 +160,14 @@ def parquet_rows(path, skip=False):
         raise QLoRAError(f"this is not a Parquet file ({str(e).splitlines()[0]}).", where=str(path),
                          cure="Write it again, or save the rows as .jsonl.") from e
 
-# %% ../../nbs/base/readers.ipynb #0c24ba7d
+# %% ../../nbs/base/readers.ipynb #0c24ba7d-a
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _SAVED = "this is the folder of a data set, as `save_to_disk` writes one."
 FOLDERS = {"state.json": _SAVED, "dataset_dict.json": _SAVED,   # what lies in a folder
            "config.json": "this is the folder of a model, and rows are wanted.",
            "adapter_config.json": "this is the folder of an adapter, and rows are wanted."}
 
+# %% ../../nbs/base/readers.ipynb #0c24ba7d
 def kind_of_file(path:Path) -> str:
     "The ending of a file's name, without the .gz of a packed one. Raises `QLoRAError`."
     kind = Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower()
@@ -179,7 +180,7 @@ def kind_of_file(path:Path) -> str:
         raise QLoRAError(f"files of the kind '{kind}' are not read.", str(path), f"Use {kinds}.")
     return kind
 
-# %% ../../nbs/base/readers.ipynb #267765d7
+# %% ../../nbs/base/readers.ipynb #267765d7-a
 SIGNS = {b"version https://git-lfs": ("a pointer of Git LFS, not the file", "Run git lfs pull."),
          b"<!doctype html": ("a web page", "Download the file itself, by its raw address."),
          b"<html": ("a web page", "Download the file itself, by its raw address."),
@@ -187,6 +188,7 @@ SIGNS = {b"version https://git-lfs": ("a pointer of Git LFS, not the file", "Run
          b"\x1f\x8b": ("packed by gzip", "Add .gz to its name."),
          b"par1": ("a Parquet file", "Give its name the ending .parquet.")}
 
+# %% ../../nbs/base/readers.ipynb #267765d7
 def check_signs(path:Path):
     "Raise `QLoRAError` for a file that begins as another kind does than its name says."
     with open(path, "rb") as f: start = f.read(64).lstrip().lower()

@@ -83,11 +83,12 @@ def round_to(W:torch.Tensor, code:torch.Tensor,   # (k,) levels, of any number u
     q = code[nearest_code(x, code).int()]*s[:, None]
     return q.view(-1)[:W.numel()].view(W.shape).to(W.dtype)
 
-# %% ../../nbs/6_beyond/64_codebooks.ipynb #fp8
+# %% ../../nbs/6_beyond/64_codebooks.ipynb #fp8-a
 def to_e4m3(x:torch.Tensor) -> torch.Tensor:   # The shape of `x`, float32
     "The nearest number of 8 bits that GPUs multiply."
     return x.float().clamp(-448, 448).to(torch.float8_e4m3fn).float()
 
+# %% ../../nbs/6_beyond/64_codebooks.ipynb #fp8-b
 def fp8_levels(code:torch.Tensor) -> tuple:   # ((k,) levels, c): c times each level is in e4m3
     "The codebook on e4m3's own values, with the constant of least error on normal weights."
     x, s = normal_blocks(n=2**16)
@@ -95,6 +96,7 @@ def fp8_levels(code:torch.Tensor) -> tuple:   # ((k,) levels, c): c times each l
     choices = [(to_e4m3(code*c)/c, c) for c in torch.arange(64, 128)/64]
     return min(choices, key=lambda o: error(o[0]))
 
+# %% ../../nbs/6_beyond/64_codebooks.ipynb #fp8
 def power_scales(W:torch.Tensor,      # (N, K), K in whole blocks
                  code:torch.Tensor, block_size:int=64) -> torch.Tensor:   # (blocks,)
     "For each block the power of two of its row's scale with the least squared error."

@@ -23,9 +23,10 @@ def codes_for(blocks:torch.Tensor,    # (blocks, block_size) weights, float32
     safe = torch.where(scales == 0, torch.ones_like(scales), scales)
     return nearest_code((blocks/safe[:, None]).clamp(-9, 9), code)
 
-# %% ../../nbs/6_beyond/63_scale_search.ipynb #search63
+# %% ../../nbs/6_beyond/63_scale_search.ipynb #search63-a
 FACTORS = 1., .75, .85, .95, 1.05   # of absmax, that are tried
 
+# %% ../../nbs/6_beyond/63_scale_search.ipynb #search63
 def search_scales(W:torch.Tensor,            # (N, K)
                   code:torch.Tensor,         # (k,) levels
                   block_size:int=64,
@@ -51,7 +52,7 @@ def search_scales(W:torch.Tensor,            # (N, K)
             keep(fitted)
     return best
 
-# %% ../../nbs/6_beyond/63_scale_search.ipynb #with63
+# %% ../../nbs/6_beyond/63_scale_search.ipynb #with63-a
 def quantize_with(W:torch.Tensor, scales:torch.Tensor,   # (blocks,) float32
                   codebook:str="nf4", block_size:int=64, double:bool=True) -> QuantizedTensor:
     "As `quantize`, with scales that are given; codes are chosen for the scales as they are stored."
@@ -64,6 +65,7 @@ def quantize_with(W:torch.Tensor, scales:torch.Tensor,   # (blocks,) float32
     return QuantizedTensor(codes[::2] << 4 | codes[1::2], stored, W.shape, W.dtype, block_size,
                            codebook)
 
+# %% ../../nbs/6_beyond/63_scale_search.ipynb #with63
 def search_quantize(W:torch.Tensor, codebook:str="nf4", block_size:int=64, double:bool=True,
                     **how) -> QuantizedTensor:   # As in `search_scales`
     "`quantize`, with searched scales instead of absmax. Any reader of the format can read it."

@@ -16,12 +16,13 @@ def run_code(code:str, name:str, space:dict):
     "Run code; `name` stands in tracebacks."
     exec(compile(code, name, "exec"), space)
 
-# %% ../../nbs/classroom/answers.ipynb #03000012
+# %% ../../nbs/classroom/answers.ipynb #03000012-a
 def said(e:BaseException) -> str:
     "The message of an error, whatever it is made of."
     try: return str(e)[:1000]
     except BaseException: return ""
 
+# %% ../../nbs/classroom/answers.ipynb #03000012
 def answer_calls(channel:Channel, space:dict):
     "Answer calls of the functions in `space` until nobody asks any more."
     while True:
@@ -50,10 +51,11 @@ def student(channel:Channel, space:dict):
     channel.send(dict(found=found))
     answer_calls(channel, space)
 
-# %% ../../nbs/classroom/answers.ipynb #03000015
+# %% ../../nbs/classroom/answers.ipynb #03000015-a
 class Ended(BaseException): "The answer's process is gone, or it talks nonsense."
 class AnswerError(Exception): "An error of the answer whose class has no name here."
 
+# %% ../../nbs/classroom/answers.ipynb #03000015-b
 def again(name:str, message:str, space:dict) -> Exception:
     "An error of the answer as an error here."
     kind = getattr(builtins, name, None) or space.get(name)
@@ -62,6 +64,7 @@ def again(name:str, message:str, space:dict) -> Exception:
         except Exception: pass
     return AnswerError(f"{name}: {message}")
 
+# %% ../../nbs/classroom/answers.ipynb #03000015
 def put_back(old, new):
     "What the function changed in an argument, changed here too."
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.shape == new.shape:
@@ -69,7 +72,7 @@ def put_back(old, new):
     elif isinstance(old, list) and isinstance(new, list): old[:] = new
     elif isinstance(old, dict) and isinstance(new, dict): old.clear(), old.update(new)
 
-# %% ../../nbs/classroom/answers.ipynb #03000017
+# %% ../../nbs/classroom/answers.ipynb #03000017-a
 def ask(channel:Channel, request:dict|None=None) -> dict:
     "Send a request and get its answer. Raises `Ended`."
     try:
@@ -79,13 +82,14 @@ def ask(channel:Channel, request:dict|None=None) -> dict:
     if not isinstance(got, dict): raise Ended("no answer")
     return got
 
+# %% ../../nbs/classroom/answers.ipynb #03000017
 def error_in(got:dict, space:dict):
     "Raise the error that an answer reports."
     if "error" not in got: return
     if not isinstance(o := got["error"], list) or len(o) != 2: raise Ended("no error")
     raise again(str(o[0]), str(o[1]), space)
 
-# %% ../../nbs/classroom/answers.ipynb #03000018
+# %% ../../nbs/classroom/answers.ipynb #03000018-a
 def stand_in(channel:Channel, name:str, space:dict):
     "A function that has its work done by the answer's process."
     def function(*args, **kwargs):
@@ -100,6 +104,7 @@ def stand_in(channel:Channel, name:str, space:dict):
     function.__name__ = function.__qualname__ = name
     return function
 
+# %% ../../nbs/classroom/answers.ipynb #03000018
 def bind(job:dict, channel:Channel, space:dict):
     "Give the check the names of the answer."
     run_code(job["imports"], "imports", space)
@@ -111,7 +116,7 @@ def bind(job:dict, channel:Channel, space:dict):
         if "strange" in o: raise AssertionError(f"{name} is {o['strange']}.")
         space[name] = stand_in(channel, name, space) if "function" in o else o.get("value")
 
-# %% ../../nbs/classroom/answers.ipynb #03000020
+# %% ../../nbs/classroom/answers.ipynb #03000020-a
 def failing_line(e:Exception, code:str) -> str:
     "The line of the check that failed."
     line, tb = None, e.__traceback__
@@ -120,6 +125,7 @@ def failing_line(e:Exception, code:str) -> str:
         tb = tb.tb_next
     return code.splitlines()[line - 1].strip() if line else "the check"
 
+# %% ../../nbs/classroom/answers.ipynb #03000020
 def checker(verdict:Channel,  # Where the job comes from, and the verdict goes to
             channel:Channel,  # The answer
             space:dict):

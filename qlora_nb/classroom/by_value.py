@@ -10,7 +10,7 @@ __all__ = ['DTYPES', 'MOST_JSON', 'MOST_BYTES', 'NotPlain', 'flat_tensor', 'flat
 import json, math, socket, struct
 import torch
 
-# %% ../../nbs/classroom/by_value.ipynb #57000011
+# %% ../../nbs/classroom/by_value.ipynb #57000011-a
 DTYPES = {str(o).removeprefix("torch."): o for o in (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
     torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)}
@@ -18,6 +18,7 @@ DTYPES = {str(o).removeprefix("torch."): o for o in (
 class NotPlain(TypeError):
     "A value that cannot travel."
 
+# %% ../../nbs/classroom/by_value.ipynb #57000011
 def flat_tensor(t:torch.Tensor, blobs:list) -> str:  # The name of its dtype
     "Put the bytes of a tensor on the list. Raises `NotPlain`."
     name, t = str(t.dtype).removeprefix("torch."), t.detach()
@@ -27,7 +28,7 @@ def flat_tensor(t:torch.Tensor, blobs:list) -> str:  # The name of its dtype
     blobs.append(t.view(torch.uint8).numpy().tobytes() if t.numel() else b"")
     return name
 
-# %% ../../nbs/classroom/by_value.ipynb #57000013
+# %% ../../nbs/classroom/by_value.ipynb #57000013-a
 def flat(x, blobs:list):  # Takes the bytes of tensors
     "`x` as what JSON knows. Raises `NotPlain`."
     def isa(*kinds): return issubclass(type(x), kinds)
@@ -42,6 +43,7 @@ def flat(x, blobs:list):  # Takes the bytes of tensors
     if isa(dict): return dict(dict=[[flat(k, blobs), flat(v, blobs)] for k, v in x.items()])
     raise NotPlain(f"an object of type {type(x).__name__}")
 
+# %% ../../nbs/classroom/by_value.ipynb #57000013
 def dumps(x) -> tuple:  # JSON and the tensors' bytes
     "A value in bytes. Raises `NotPlain`."
     blobs = []
@@ -49,7 +51,7 @@ def dumps(x) -> tuple:  # JSON and the tensors' bytes
     except NotPlain: raise
     except Exception as e: raise NotPlain(f"an object that ends in {type(e).__name__}") from None
 
-# %% ../../nbs/classroom/by_value.ipynb #57000016
+# %% ../../nbs/classroom/by_value.ipynb #57000016-a
 def read_tensor(o:dict, body:memoryview) -> tuple:  # The tensor, and the rest of the bytes
     "The tensor that `o` describes."
     dtype, shape = DTYPES[o["tensor"]], o["shape"]
@@ -61,6 +63,7 @@ def read_tensor(o:dict, body:memoryview) -> tuple:  # The tensor, and the rest o
     if o.get("grad") is True and (dtype.is_floating_point or dtype.is_complex): t.requires_grad_()
     return t, body[size:]
 
+# %% ../../nbs/classroom/by_value.ipynb #57000016
 def build(o, body:memoryview) -> tuple:  # The value, and the rest of the bytes
     "The value that `flat` described."
     if isinstance(o, list):
@@ -84,9 +87,10 @@ def loads(head:bytes, body:bytes=b""):
     if len(rest): raise ValueError("more bytes than values")
     return value
 
-# %% ../../nbs/classroom/by_value.ipynb #57000026
+# %% ../../nbs/classroom/by_value.ipynb #57000026-a
 MOST_JSON, MOST_BYTES = 4 << 20, 64 << 20   # of one message
 
+# %% ../../nbs/classroom/by_value.ipynb #57000026
 class Channel:
     "Values over a socket: two lengths, JSON, bytes."
     def __init__(self, sock:socket.socket): self.sock = sock

@@ -15,7 +15,7 @@ from .class_report import one_line
 from .gradebook import full_name, most_of, person, points_of
 from ..base.errors import QLoRAError
 
-# %% ../../nbs/classroom/certificate.ipynb #83000009
+# %% ../../nbs/classroom/certificate.ipynb #83000009-a
 def ed25519():
     "The module with the keys."
     try: from cryptography.hazmat.primitives.asymmetric import ed25519
@@ -27,10 +27,12 @@ def ed25519():
 def public_key(key) -> str:  # In base64
     return base64.b64encode(key.public_key().public_bytes_raw()).decode()
 
+# %% ../../nbs/classroom/certificate.ipynb #83000009-b
 def new_key():
     "A private key that no file holds yet."
     return ed25519().Ed25519PrivateKey.generate()
 
+# %% ../../nbs/classroom/certificate.ipynb #83000009
 def check_new(path:str|Path):
     "Raise `QLoRAError` where no new file can be made."
     path = Path(path).expanduser()
@@ -52,7 +54,7 @@ def write_key(key, path:str|Path) -> str:  # The public key
         json.dump(dict(private=base64.b64encode(key.private_bytes_raw()).decode()), f)
     return public_key(key)
 
-# %% ../../nbs/classroom/certificate.ipynb #83000010
+# %% ../../nbs/classroom/certificate.ipynb #83000010-a
 def read_key(path:str|Path):
     "The private key of `write_key`."
     path = Path(path).expanduser()
@@ -66,12 +68,13 @@ def read_key(path:str|Path):
         raise QLoRAError(f"this is no private key ({type(e).__name__}).", str(path),
                          "Make one with --new-key FILE.") from e
 
+# %% ../../nbs/classroom/certificate.ipynb #83000010
 def fingerprint(public:str) -> str:  # Such as 3f2a-91c0-77de-0b14-55aa-9c01
     "A key in a form that people compare."
     text = hashlib.sha256(public.encode()).hexdigest()
     return "-".join(text[i:i + 4] for i in range(0, 24, 4))
 
-# %% ../../nbs/classroom/certificate.ipynb #83000013
+# %% ../../nbs/classroom/certificate.ipynb #83000013-a
 def canonical(data:dict) -> bytes:
     "The one way to write `data` in bytes."
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -81,6 +84,7 @@ def sign(data:dict, key) -> dict:
     return dict(certificate=data, key=public_key(key),
                 signature=base64.b64encode(key.sign(canonical(data))).decode())
 
+# %% ../../nbs/classroom/certificate.ipynb #83000013
 def certificate_for(student:str, grades, roster:dict, course:str, version:str, until:date|None,
                     day:date|None=None) -> dict:
     "What a certificate says."
@@ -90,11 +94,12 @@ def certificate_for(student:str, grades, roster:dict, course:str, version:str, u
                 date=str(day or date.today()), supported_until=str(until) if until else None,
                 pages=pages, points=sum(o["points"] for o in pages.values()), of=sum(most.values()))
 
-# %% ../../nbs/classroom/certificate.ipynb #83000016
+# %% ../../nbs/classroom/certificate.ipynb #83000016-a
 STYLE = """<style>:root{color-scheme:light dark}body{font:17px/1.6 Georgia,serif;max-width:40em;
 margin:3em auto;border:3px double;padding:2em;text-align:center}table{margin:auto}
 td{padding:0 1em;text-align:left}</style>"""
 
+# %% ../../nbs/classroom/certificate.ipynb #83000016
 def certificate_html(signed:dict) -> str:
     "A certificate to look at, with the signed data inside."
     o, e = signed["certificate"], lambda x: html.escape(str(x))
@@ -110,12 +115,13 @@ Check it with <code>qlora_course verify</code>.</small></p>
 <script type="application/json">{inside}</script></html>
 """
 
-# %% ../../nbs/classroom/certificate.ipynb #83000019
+# %% ../../nbs/classroom/certificate.ipynb #83000019-a
 def once(pairs:list) -> dict:
     "A dictionary whose keys stand there once."
     if len(pairs) != len(dict(pairs)): raise ValueError("a key that is there twice")
     return dict(pairs)
 
+# %% ../../nbs/classroom/certificate.ipynb #83000019-b
 def read_certificate(path:Path) -> dict:
     "The signed data of a .json or .html file."
     text = path.read_text(encoding="utf-8")
@@ -125,6 +131,7 @@ def read_certificate(path:Path) -> dict:
     if certificate_html(signed).split() != text.split(): raise ValueError("it shows something else")
     return signed
 
+# %% ../../nbs/classroom/certificate.ipynb #83000019
 def check_signature(signed:dict) -> tuple:  # The data, the public key, supported until
     "Raise an error when the data is not what was signed."
     data, public, signature = (signed[o] for o in ("certificate", "key", "signature"))
@@ -155,13 +162,14 @@ def verify(path:str|Path,          # A certificate, .json or .html
         notes.append(f"Version {data['version']} of the course was supported until {until}.")
     return data, notes
 
-# %% ../../nbs/classroom/certificate.ipynb #83000022
+# %% ../../nbs/classroom/certificate.ipynb #83000022-a
 def file_name(student:str) -> str:
     "A name for a file, whatever the student is called."
     name = re.sub(r"[^\w-]", "_", student, flags=re.A)[:60]
     digits = hashlib.sha256(student.encode("utf-8", "replace")).hexdigest()[:8]
     return name if name == student else f"{name}-{digits}"
 
+# %% ../../nbs/classroom/certificate.ipynb #83000022
 def write_certificates(grades, out:Path, key, course:str, version:str,
                        until:date|None=None,   # Supported until
                        roster:dict={},

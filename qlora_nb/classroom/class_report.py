@@ -26,7 +26,7 @@ def exercise_rows(grades) -> list:
                          f"{passed}", "; ".join(f"{n} × {o}" for o, n in why)])
     return rows
 
-# %% ../../nbs/classroom/class_report.ipynb #11000010
+# %% ../../nbs/classroom/class_report.ipynb #11000010-a
 def student_rows(grades, roster:dict) -> list:
     "For each student and page: points, and what each exercise that failed was told."
     sums, most, rows = points_of(grades), most_of(grades), []
@@ -39,6 +39,7 @@ def student_rows(grades, roster:dict) -> list:
                          f"{points[0]:g} of {most[page]:g}" if points else "not handed in"])
     return rows
 
+# %% ../../nbs/classroom/class_report.ipynb #11000010
 def tables(grades, roster:dict={}, folder:str|Path=".") -> list:  # (heading, columns, rows)
     "The three tables of a report."
     folder = Path(folder).expanduser()
@@ -51,7 +52,7 @@ def tables(grades, roster:dict={}, folder:str|Path=".") -> list:  # (heading, co
             ("Students", ["student", "page", "what failed", "points"], students),
             ("Files that need a look", ["file", "why"], files)]
 
-# %% ../../nbs/classroom/class_report.ipynb #11000012
+# %% ../../nbs/classroom/class_report.ipynb #11000012-a
 def one_line(text) -> str:
     "Text of others as one line without letters that are not shown."
     text = "".join(o if o.isprintable() else " " for o in str(text))
@@ -62,6 +63,7 @@ def in_markdown(text) -> str:
     text = html.escape(one_line(text), quote=False)
     return "".join(f"\\{o}" if o in "\\`*_[]|#!" else o for o in text)
 
+# %% ../../nbs/classroom/class_report.ipynb #11000012
 def report_markdown(grades, roster:dict={}, folder:str|Path=".") -> str:
     "The report as Markdown."
     out = ["# Class report"]
@@ -71,7 +73,7 @@ def report_markdown(grades, roster:dict={}, folder:str|Path=".") -> str:
         out += [f"| {' | '.join(map(in_markdown, row))} |" for row in rows]
     return "\n".join(out) + "\n"
 
-# %% ../../nbs/classroom/class_report.ipynb #11000015
+# %% ../../nbs/classroom/class_report.ipynb #11000015-a
 STYLE = """<style>:root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:70em;padding:0 1em}
 table{border-collapse:collapse;width:100%}
@@ -81,6 +83,7 @@ def html_row(cells:list, kind:str) -> str:
     inside = "".join(f"<{kind}>{html.escape(one_line(o))}</{kind[:2]}>" for o in cells)
     return f"<tr>{inside}</tr>"
 
+# %% ../../nbs/classroom/class_report.ipynb #11000015
 def report_html(grades, roster:dict={}, folder:str|Path=".") -> str:
     "The report as one HTML file that loads nothing."
     out = ['<!doctype html><html lang="en"><meta charset="utf-8"><title>Class report</title>'

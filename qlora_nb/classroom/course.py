@@ -27,7 +27,7 @@ def notebooks(source:str|Path|None=None # A checkout, or its `nbs`; None: beside
     return nbs, [nbs/part["folder"]/f"{page['name']}.ipynb"
                  for part in course(root) for page in part["page"]]
 
-# %% ../../nbs/classroom/course.ipynb #kit00010
+# %% ../../nbs/classroom/course.ipynb #kit00010-a
 def frozen(nb:nbformat.NotebookNode, # A version for a class
            tag:str                   # Of the repository, such as "2027-spring"
           ) -> nbformat.NotebookNode: # The same notebook, changed in place
@@ -38,6 +38,7 @@ def frozen(nb:nbformat.NotebookNode, # A version for a class
         else: c.source = c.source.replace("/blob/student/", f"/blob/student-{tag}/")
     return nb
 
+# %% ../../nbs/classroom/course.ipynb #kit00010
 MAIN = "torch transformers peft bitsandbytes trl datasets accelerate ipywidgets".split()
 
 def release_note(tag:str, until:str, # Until when it is supported: YYYY-MM-DD
@@ -88,10 +89,11 @@ def build_course(out:str|Path,                 # A new folder
         decks = build_slides(new/"slides", source.parent) if slides else []
     return dict(pages=len(pages) + 1, exercises=exercises, decks=len(decks))
 
-# %% ../../nbs/classroom/course.ipynb #kit00016
+# %% ../../nbs/classroom/course.ipynb #kit00016-a
 OTHERS = dict(grade="grade the submissions of a class: scores, a report, certificates",
               verify="check a certificate")             # words with a parser of their own
 
+# %% ../../nbs/classroom/course.ipynb #kit00016
 def course_parser() -> argparse.ArgumentParser:
     "The words and options of `qlora_course`."
     p = argparse.ArgumentParser("qlora_course", description="Teach with qlora_nb, offline.")

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 from ..base.errors import QLoRAError
 
-# %% ../../nbs/classroom/exercises.ipynb #e0000012
+# %% ../../nbs/classroom/exercises.ipynb #e0000012-a
 def _cleared(nb, *names):
     "`nb` after nbgrader's preprocessors of these names."
     try:
@@ -25,6 +25,7 @@ def _cleared(nb, *names):
     for o in names: nb, _ = getattr(preprocessors, o)().preprocess(nb, {})
     return nb
 
+# %% ../../nbs/classroom/exercises.ipynb #e0000012
 def student_version(nb:nbformat.NotebookNode # A page of the course
                    ) -> nbformat.NotebookNode: # A copy without solutions, hidden tests and mistakes
     "What a student gets: nbgrader's release version, with the outputs of the lesson kept."
@@ -65,12 +66,13 @@ def read_page(path:str|Path) -> nbformat.NotebookNode:
 HEAD = re.compile(r"^### Exercise (\d+)\. (.+)\n\n"
                   r"\*(Code|Predict|Find the bug) · (★+) · (\d+) minutes\*\n")
 
-# %% ../../nbs/classroom/exercises.ipynb #e0000029
+# %% ../../nbs/classroom/exercises.ipynb #e0000029-a
 def _mistakes(text):
     "The wrong answers in a raw cell, by misconception."
     parts = re.split(r"^### WRONG: *(.+)\n", text, flags=re.M)[1:]
     return {o.strip(): code.strip("\n") for o, code in zip(parts[::2], parts[1::2])}
 
+# %% ../../nbs/classroom/exercises.ipynb #e0000029
 def exercises_of(page:str|Path,                        # A notebook's file
                  nb:nbformat.NotebookNode|None=None    # Its content, where it is read already
                 ) -> list:                             # Of `Exercise`, in the order of the page
@@ -121,7 +123,7 @@ def doubts(ex:Exercise # The exercise
         elif type(e) is not AssertionError or not str(e): found.append(f"'{name}' ends in {e!r}")
     return found
 
-# %% ../../nbs/classroom/exercises.ipynb #e0000026
+# %% ../../nbs/classroom/exercises.ipynb #e0000026-a
 def _fold_mistakes(cell):
     "The raw cell of the mistakes as Markdown that opens on a click."
     shown = "\n\n".join(f"*{o}*\n\n```python\n{code}\n```"
@@ -131,6 +133,7 @@ def _fold_mistakes(cell):
     new.id = cell.id
     return new
 
+# %% ../../nbs/classroom/exercises.ipynb #e0000026
 def instructor_version(nb:nbformat.NotebookNode # A page of the course
                       ) -> nbformat.NotebookNode: # A copy with everything in it, folded
     "What an instructor gets: solutions folded, hidden tests open, the mistakes in words."

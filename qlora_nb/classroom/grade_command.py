@@ -90,7 +90,7 @@ def grade_main(argv:list|None=None):  # None: the options that the command was c
         with new_folder(o.out) as out: said = write_all(grades, out, o, roster, sign)
         print(*said, sep="\n")
 
-# %% ../../nbs/classroom/grade_command.ipynb #41000012
+# %% ../../nbs/classroom/grade_command.ipynb #41000012-a
 def verify_parser() -> argparse.ArgumentParser:
     "The options of `qlora_course verify`."
     p = argparse.ArgumentParser("qlora_course verify", description="Check a certificate offline.")
@@ -98,6 +98,7 @@ def verify_parser() -> argparse.ArgumentParser:
     p.add_argument("--key", default=None, help="the public key that the course publishes")
     return p
 
+# %% ../../nbs/classroom/grade_command.ipynb #41000012
 def verify_main(argv:list|None=None):  # None: the options that the command was called with
     "Check a certificate: `qlora_course verify`."
     o = verify_parser().parse_args(argv)

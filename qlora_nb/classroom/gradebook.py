@@ -25,7 +25,7 @@ def to_csv(rows:list) -> str:
     csv.writer(out, lineterminator="\n").writerows([[harmless(o) for o in row] for row in rows])
     return out.getvalue()
 
-# %% ../../nbs/classroom/gradebook.ipynb #ae000010
+# %% ../../nbs/classroom/gradebook.ipynb #ae000010-a
 COLUMNS = "student_id last_name first_name email canvas_id sis_user_id section".split()
 
 def read_roster(path:str|Path|None) -> dict:  # {student_id: {column: text}}
@@ -41,6 +41,7 @@ def read_roster(path:str|Path|None) -> dict:  # {student_id: {column: text}}
                          f"Its first line names the columns, such as {','.join(COLUMNS)}.")
     return {o["student_id"]: {k: (o.get(k) or "").strip() for k in COLUMNS} for o in rows}
 
+# %% ../../nbs/classroom/gradebook.ipynb #ae000010
 def person(student:str, roster:dict) -> dict:
     "What the roster says of a student, or nothing but the id."
     return roster.get(student) or dict.fromkeys(COLUMNS, "") | dict(student_id=student)
@@ -90,7 +91,7 @@ def canvas_csv(grades, roster:dict={}) -> str:
                      *(sums.get(student, {}).get(page, ("",))[0] for page in most)])
     return to_csv(rows)
 
-# %% ../../nbs/classroom/gradebook.ipynb #ae000024
+# %% ../../nbs/classroom/gradebook.ipynb #ae000024-a
 def moodle_csv(grades, roster:dict={}) -> str:
     "As Moodle imports it: columns to know the student by, one column a page."
     sums, most = points_of(grades), most_of(grades)
@@ -101,6 +102,7 @@ def moodle_csv(grades, roster:dict={}) -> str:
                      *(sums.get(student, {}).get(page, ("",))[0] for page in most)])
     return to_csv(rows)
 
+# %% ../../nbs/classroom/gradebook.ipynb #ae000024
 def write_gradebooks(grades, out:Path, roster:dict={}):
     "The three files, in a folder that is there."
     for name, make in dict(nbgrader=nbgrader_csv, canvas=canvas_csv, moodle=moodle_csv).items():

@@ -17,7 +17,7 @@ from .site_pages import checkout
 from .submissions import read_submissions
 from ..base.errors import QLoRAError
 
-# %% ../../nbs/classroom/grading.ipynb #dc000007
+# %% ../../nbs/classroom/grading.ipynb #dc000007-a
 def files_of(source:str|Path|None=None  # A notebook, a folder or a checkout (None: beside us)
             ) -> list:
     "Notebooks that may have exercises; translations ask for the same answers."
@@ -30,6 +30,7 @@ def files_of(source:str|Path|None=None  # A notebook, a folder or a checkout (No
     def is_copy(path): return {".ipynb_checkpoints", "zh"} & {*path.relative_to(source).parts}
     return [o for o in sorted(source.rglob("*.ipynb")) if not is_copy(o)]
 
+# %% ../../nbs/classroom/grading.ipynb #dc000007
 def pages_of(source:str|Path|None=None) -> dict:  # {name: list of `Exercise`}
     "The exercises of `files_of(source)`. Raises `QLoRAError` where there are none."
     found = {o.stem: exercises_of(o) for o in files_of(source)}
@@ -82,7 +83,7 @@ def learn(page:Graded, bar=None):
             page.known.setdefault((ex.slug, said), []).append(name)
             if bar is not None: bar.update()
 
-# %% ../../nbs/classroom/grading.ipynb #dc000018
+# %% ../../nbs/classroom/grading.ipynb #dc000018-a
 @dataclass
 class Result:
     "What one exercise of one submission earned."
@@ -96,6 +97,7 @@ class Result:
     seconds:float
     when:datetime          # The file was handed in
 
+# %% ../../nbs/classroom/grading.ipynb #dc000018
 def grade_one(page:Graded, sub, total:float, bar=None) -> list:  # Of `Result`
     "The results of a submission."
     results, end = [], time.monotonic() + total
@@ -110,7 +112,7 @@ def grade_one(page:Graded, sub, total:float, bar=None) -> list:  # Of `Result`
         if bar is not None: bar.update()
     return results
 
-# %% ../../nbs/classroom/grading.ipynb #dc000020
+# %% ../../nbs/classroom/grading.ipynb #dc000020-a
 @dataclass
 class Grades:
     "A graded class."
@@ -118,6 +120,7 @@ class Grades:
     problems:list   # Of (path, why it could not be graded)
     pages:dict      # {name: list of `Exercise`}
 
+# %% ../../nbs/classroom/grading.ipynb #dc000020
 def grade(folder:str|Path,             # FOLDER/<student>/<page>.ipynb or FOLDER/<student>.ipynb
           source:str|Path|None=None,   # Notebooks with solutions, as in `files_of`
           limits:Limits|None=None,     # Of one exercise

@@ -62,7 +62,7 @@ def show(place:str, path:str):
     else: Path(there).touch()
     mount(path, there, None, BIND | REC)
 
-# %% ../../nbs/classroom/isolation.ipynb #d2000021
+# %% ../../nbs/classroom/isolation.ipynb #d2000021-a
 def close_mounts():
     "Make all that is mounted read-only, except the scratch folder."
     names = dict(nosuid=NOSUID, nodev=NODEV, noexec=NOEXEC, noatime=1024, nodiratime=2048,
@@ -73,6 +73,7 @@ def close_mounts():
         flags = sum(names.get(o, 0) for o in options.split(","))
         mount(None, where.encode().decode("unicode_escape"), None, REMOUNT | BIND | RDONLY | flags)
 
+# %% ../../nbs/classroom/isolation.ipynb #d2000021
 def new_root(place:str,    # An empty folder
              paths:list):  # What `readable` says
     "Leave the machine's files, but for `paths`. The process has namespaces of its own."
@@ -91,7 +92,7 @@ def new_root(place:str,    # An empty folder
     with open("/proc/sys/user/max_user_namespaces", "wb") as f: f.write(b"0")   # nobody starts anew
     close_mounts()
 
-# %% ../../nbs/classroom/isolation.ipynb #d2000024
+# %% ../../nbs/classroom/isolation.ipynb #d2000024-a
 def own_view(disk:int,    # Bytes that fit into the scratch folder
              files:int):  # How many
     "A /proc and a scratch folder of its own. The process is the first of a new PID namespace."
@@ -100,6 +101,7 @@ def own_view(disk:int,    # Bytes that fit into the scratch folder
     mount("tmpfs", SCRATCH, "tmpfs", NOSUID | NODEV, f"size={disk},nr_inodes={files}")
     os.chdir(SCRATCH)
 
+# %% ../../nbs/classroom/isolation.ipynb #d2000024
 def no_privileges():
     "Give up every capability for good."
     libc = ctypes.CDLL(None)

@@ -72,13 +72,14 @@ class Sandbox:
         shutil.rmtree(self.place, ignore_errors=True)
     __enter__, __exit__ = lambda self: self, lambda self, *args: self.close()
 
-# %% ../../nbs/classroom/sandbox.ipynb #ef000014
+# %% ../../nbs/classroom/sandbox.ipynb #ef000014-a
 def fork(box:Sandbox, role:bytes, *channels) -> socket.socket:  # Closing it ends the process
     "Have a process forked for a role, with these sockets."
     life, theirs = socket.socketpair()
     with theirs: socket.send_fds(box.control, [role], [o.fileno() for o in (theirs, *channels)])
     return life
 
+# %% ../../nbs/classroom/sandbox.ipynb #ef000014
 def how_it_ended(life:socket.socket) -> str:
     "What became of an answer's process, in words."
     life.settimeout(.5)

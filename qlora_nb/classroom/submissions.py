@@ -28,7 +28,7 @@ def plain_file(path:Path) -> bytes:
         if info.st_size > MOST_FILE: raise Unreadable(f"is larger than {MOST_FILE >> 20} MiB")
         return f.read(MOST_FILE + 1)
 
-# %% ../../nbs/classroom/submissions.ipynb #bf000009
+# %% ../../nbs/classroom/submissions.ipynb #bf000009-a
 def code_of(cell) -> str|None:
     "The code of a cell, where it is one."
     if not isinstance(cell, dict) or cell.get("cell_type") != "code": return None
@@ -41,6 +41,7 @@ def mark_of(cell, *names) -> str|None:
     for o in names: cell = cell.get(o) if isinstance(cell, dict) else None
     return cell if isinstance(cell, str) else None
 
+# %% ../../nbs/classroom/submissions.ipynb #bf000009
 def read_cells(path:Path) -> list:  # Of (id, grade id, code)
     "The code cells of a notebook. Raises `Unreadable`."
     try: nb = json.loads(plain_file(path).decode("utf-8-sig"))
@@ -53,12 +54,13 @@ def read_cells(path:Path) -> list:  # Of (id, grade id, code)
     return [(mark_of(c, "id"), mark_of(c, "metadata", "nbgrader", "grade_id"), code)
             for c in cells if (code := code_of(c)) is not None]
 
-# %% ../../nbs/classroom/submissions.ipynb #bf000013
+# %% ../../nbs/classroom/submissions.ipynb #bf000013-a
 def names_in(code:str) -> set:
     "What a cell defines; nothing where it is no Python."
     try: return {*defined(code)[0]}
     except (SyntaxError, ValueError, RecursionError, MemoryError): return set()
 
+# %% ../../nbs/classroom/submissions.ipynb #bf000013
 def find_answer(cells:list, ex) -> str|None:  # `ex`: an `Exercise`
     "The code that answers an exercise: by grade id, by cell id, or by what it defines."
     found = [code for i, grade, code in cells if grade == ex.slug or i == f"ex-{ex.slug}-answer"]
@@ -91,7 +93,7 @@ def listed(folder:Path) -> tuple:  # [(student, path)], [(path, why not)]
     for o in inside: look(o, None)
     return files, problems
 
-# %% ../../nbs/classroom/submissions.ipynb #bf000018
+# %% ../../nbs/classroom/submissions.ipynb #bf000018-a
 @dataclass
 class Submission:
     "A notebook that can be graded."
@@ -101,6 +103,7 @@ class Submission:
     when:datetime
     answers:dict   # {slug: code or None}
 
+# %% ../../nbs/classroom/submissions.ipynb #bf000018-b
 def page_of(path:Path, cells:list, pages:dict) -> str|None:  # {name: exercises}
     "The page that a notebook is of: by its name, or by most of its exercises."
     if path.stem in pages: return path.stem
@@ -109,6 +112,7 @@ def page_of(path:Path, cells:list, pages:dict) -> str|None:  # {name: exercises}
     best = max(pages, key=shared, default=None)
     return best if best and shared(best) else None
 
+# %% ../../nbs/classroom/submissions.ipynb #bf000018
 def read_one(student:str, path:Path, pages:dict) -> Submission:
     "A submission. Raises `Unreadable`."
     cells = read_cells(path)

@@ -47,10 +47,11 @@ def answer_rows(model, tokenizer, rows, template="auto", batch_size=64, progress
     if ended is not None: ended[:] = ends
     return [*answers]
 
-# %% ../../nbs/5_evaluation/54_evaluation.ipynb #414ee9ea
+# %% ../../nbs/5_evaluation/54_evaluation.ipynb #414ee9ea-a
 Scores = namedtuple("Scores", """exact_match answer_loss fields n answers stop_rate intervals
                                  per_row""")
 
+# %% ../../nbs/5_evaluation/54_evaluation.ipynb #414ee9ea
 def evaluate(model, tokenizer,
              rows:list,              # Held-out rows of `load_rows`
              template:str="auto",    # As in training
@@ -94,7 +95,7 @@ def before_after(before:Scores, after:Scores) -> Table:
              row("loss on the answers", "answer_loss", lambda s: s.answer_loss)]
     return Table(rows, [f"{after.n} held-out rows", "before", "after", "change"])
 
-# %% ../../nbs/5_evaluation/54_evaluation.ipynb #caa91423
+# %% ../../nbs/5_evaluation/54_evaluation.ipynb #caa91423-a
 def side_by_side(rows:list, before:Scores, after:Scores, n:int=3, width:int=90) -> Table:
     "The first `n` held-out rows with both answers and the right one."
     def cut(s):
@@ -106,6 +107,7 @@ def side_by_side(rows:list, before:Scores, after:Scores, n:int=3, width:int=90) 
            for k,v in block(*r).items()]
     return Table(out[:-1], ["", "held-out rows"])
 
+# %% ../../nbs/5_evaluation/54_evaluation.ipynb #caa91423
 def as_text(row):
     "The last question of a row."
     text = row["prompt"] if "prompt" in row else row["messages"][-2]["content"]
@@ -173,10 +175,11 @@ class Report(namedtuple("Report", "run before after rows info")):
         return "\n\n".join(o if isinstance(o, str) else o._as("github") for o in self.tables())
     __repr__ = __str__
 
-# %% ../../nbs/5_evaluation/54_evaluation.ipynb #84582531
+# %% ../../nbs/5_evaluation/54_evaluation.ipynb #84582531-a
 NONE_HELD_OUT = "No rows were held out, as there are fewer than 10 different ones: no score."
 NOT_WANTED = "Nothing was scored, as eval_rows is 0."
 
+# %% ../../nbs/5_evaluation/54_evaluation.ipynb #84582531
 def score_run(run, rows:list, progress:bool=True) -> tuple:   # (rows, before, after, why no scores)
     "Score a run's model without and with its adapter; an error is told and does not undo the run."
     s = run.info["settings"]

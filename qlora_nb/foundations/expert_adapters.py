@@ -59,7 +59,7 @@ def stacks_as_parameters(model):
             m.__class__, m._parameters, m._modules["parametrizations"] = cls, own, stacks
     adopt_wrappers(model)
 
-# %% ../../nbs/1_foundations/11_expert_adapters.ipynb #fc7d73f4
+# %% ../../nbs/1_foundations/11_expert_adapters.ipynb #fc7d73f4-a
 def stack_names(model) -> list:
     "Full names of the stacks of a model, packed or not."
     names = []
@@ -69,17 +69,19 @@ def stack_names(model) -> list:
         names += [f"{clean_name(n)}.{k}" for k in have]
     return names
 
+# %% ../../nbs/1_foundations/11_expert_adapters.ipynb #fc7d73f4
 def near_stacks(name, stacks:list) -> str:
     "The stacks whose names are near, or all of them, or what to do where there are none."
     kinds = sorted({re.sub(r"\b\d+\b", "*", n).rpartition("*.")[2] for n in stacks})
     return (", ".join(difflib.get_close_matches(name, kinds, cutoff=.3) or kinds)
             or "none; name its layers in target_modules")
 
-# %% ../../nbs/1_foundations/11_expert_adapters.ipynb #2fda3e53
+# %% ../../nbs/1_foundations/11_expert_adapters.ipynb #2fda3e53-a
 def refuse_scratch(who:str):
     raise QLoRAError("experts can have adapters with backend='bnb' only.", who,
                      "Leave target_parameters out.")
 
+# %% ../../nbs/1_foundations/11_expert_adapters.ipynb #2fda3e53
 def chosen_parameters(model, wanted:list, lora_dropout:float
                       ) -> list:  # As PEFT's `target_parameters`
     "Full names of the stacks that are wanted. Raises `QLoRAError` for what can have no adapter."

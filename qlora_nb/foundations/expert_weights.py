@@ -132,7 +132,7 @@ def stacks_of(m:nn.Module) -> list:   # (how to read it, its codes)
     return [(o[0], o.original) for o in getattr(m, "parametrizations", nn.ModuleDict()).values()
             if isinstance(o[0], Stack)]
 
-# %% ../../nbs/1_foundations/10_expert_weights.ipynb #c192436d
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #c192436d-a
 def _open(m, args):
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     for s,_ in stacks_of(m): s.open, s.owner = s.open + 1, id(m)
@@ -142,6 +142,7 @@ def _open(m, args):
     hooks.__enter__()
     m.__dict__.setdefault("_qlora_nb_hooks", []).append(hooks)
 
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #c192436d
 def _close(m, args, out):
     if m.__dict__.get("_qlora_nb_hooks"): m._qlora_nb_hooks.pop().__exit__(None, None, None)
     for s,_ in stacks_of(m):

@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from ..base.core import COLORS
 from ..base.explorer import panels
 
-# %% ../../nbs/1_foundations/03_nf4.ipynb #290d5fa6
+# %% ../../nbs/1_foundations/03_nf4.ipynb #290d5fa6-a
 def to_blocks(x:torch.Tensor,   # (n,)
               size:int          # Elements a block
              ) -> torch.Tensor: # (ceil(n/size), size)
     "Cut a vector into rows of `size`, the last one filled up with zeros."
     return F.pad(x, (0, -x.numel() % size)).view(-1, size)
 
+# %% ../../nbs/1_foundations/03_nf4.ipynb #290d5fa6
 def scale_blocks(W:torch.Tensor,  # Any shape; float32, bfloat16 or float16
                  block_size:int   # Weights a block
                 ) -> tuple:       # (blocks, block_size) in [-1, 1], (blocks,) absmax; float32
@@ -41,13 +42,14 @@ def nf4_codebook(offset:float=0.9677083  # Where both halves start, as a probabi
     v = torch.cat([-half(8), torch.zeros(1), half(9)]).float().sort().values
     return v/v.max()
 
-# %% ../../nbs/1_foundations/03_nf4.ipynb #e08c4707
+# %% ../../nbs/1_foundations/03_nf4.ipynb #e08c4707-a
 def fp4_codebook() -> torch.Tensor: # (16,) float32 in the order of the bit patterns
     "The levels of FP4 in the layout of bitsandbytes (sign, exponent, fraction), in [-1, 1]."
     e, m = torch.arange(8)//2, torch.arange(8) % 2
     v = torch.where(e > 0, (1 + m/2)*2.**(4 - e), m/16)
     return torch.cat([v, 0 - v])/v.max()
 
+# %% ../../nbs/1_foundations/03_nf4.ipynb #e08c4707
 CODEBOOKS = dict(nf4=nf4_codebook, fp4=fp4_codebook, int4=lambda: torch.arange(-8, 8)/7)
 
 @lru_cache
@@ -97,7 +99,7 @@ def book(kind:str,              # "Int", "NF" or "FP"
     v = torch.where(e > 0, (1 + m)*2.**(e - 1), m)
     return torch.cat([-v, v]).unique()/v.max()
 
-# %% ../../nbs/1_foundations/03_nf4.ipynb #dc4f3e02
+# %% ../../nbs/1_foundations/03_nf4.ipynb #dc4f3e02-a
 @lru_cache
 def normal_weights(outliers:int  # In 10,000 weights
                   ) -> tuple:    # 65,536 weights, and which of them are no outliers
@@ -107,6 +109,7 @@ def normal_weights(outliers:int  # In 10,000 weights
     ordinary = torch.rand(2**16, generator=rng) >= outliers/10_000
     return torch.where(ordinary, W, 20*W), ordinary
 
+# %% ../../nbs/1_foundations/03_nf4.ipynb #dc4f3e02
 @lru_cache(None)
 def block_error(kind, bits, block_size, outliers) -> float:  # Relative, of the ordinary weights
     "What quantizing in blocks changes."

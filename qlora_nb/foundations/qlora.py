@@ -97,12 +97,13 @@ def our_stack(p, codebook="nf4", block_size=64, double=True, dtype=None
     q = quantize(p.detach(), codebook, block_size, double)
     return torch.empty(0, device=p.device), NF4Stack(q, dtype)
 
-# %% ../../nbs/1_foundations/07_qlora.ipynb #763f2155
+# %% ../../nbs/1_foundations/07_qlora.ipynb #763f2155-a
 def dense_layer(m:nn.Module) -> bool:  # Any module
     "Is this a linear layer whose weight is not in 4 bits yet?"
     return (isinstance(m, (nn.Linear, Conv1D)) and not hasattr(m.weight, "quant_state")
             and acts_linear(m))
 
+# %% ../../nbs/1_foundations/07_qlora.ipynb #763f2155
 @torch.no_grad()
 def quantize_model(model:nn.Module,          # Changed in place
                    codebook:str="nf4",       # See `quantize`

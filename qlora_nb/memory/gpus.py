@@ -31,7 +31,7 @@ def plot_plans(plans:dict) -> Figure:  # Name → `Plan`
     fig.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return fig
 
-# %% ../../nbs/3_memory/38_gpus.ipynb #d165249a
+# %% ../../nbs/3_memory/38_gpus.ipynb #d165249a-a
 MEMORY_OPTIONS = {
     "checkpointing": lambda s: dict(gradient_checkpointing=True),
     "half the batch, twice the accumulation": lambda s: dict(
@@ -41,6 +41,7 @@ MEMORY_OPTIONS = {
     "a paged 8-bit optimizer": lambda s: dict(optim="paged_adamw_8bit"),
     "QLoRA": lambda s: dict(method="qlora")}
 
+# %% ../../nbs/3_memory/38_gpus.ipynb #d165249a
 def memory_options(p:Plan) -> dict:  # Name → `Plan` with that one change; the most helpful first
     "Plans that differ from `p` by one option, as far as they need less."
     changed = {k: p.settings | f(p.settings) for k, f in MEMORY_OPTIONS.items()}
@@ -173,9 +174,10 @@ def kv_cache_bytes(model, batch:int=1, length:int=2048, element:int=2
     size = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads
     return 2*c.num_hidden_layers*heads*size*element*batch*length
 
-# %% ../../nbs/3_memory/38_gpus.ipynb #318d2b3e
+# %% ../../nbs/3_memory/38_gpus.ipynb #318d2b3e-a
 SHOWN = "T4", "RTX4090", "A100_40", "A100_80", "H200"   # from small to large
 
+# %% ../../nbs/3_memory/38_gpus.ipynb #318d2b3e
 def draw_memory(model, **settings) -> Figure:  # See `plan`
     "The parts of a plan as one bar, and the memory of some cards below it."
     p = plan(model, **settings)

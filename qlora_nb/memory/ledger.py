@@ -131,7 +131,7 @@ def blocks_of(model) -> tuple:  # (the module that has them, its attribute, the 
 # one entry a layer, no mere numbering
 def _of_layers(v, n): return isinstance(v, (list, tuple)) and len(v) == n > len(set(map(str, v)))
 
-# %% ../../nbs/3_memory/36_ledger.ipynb #8fb39d16
+# %% ../../nbs/3_memory/36_ledger.ipynb #8fb39d16-a
 def own_name(model, keep:list|None):   # Of `whole`; indices of layers, or None for all
     "A function: the name of something in a copy with these layers only → its name in the model."
     if keep is None: return lambda name: name
@@ -140,6 +140,7 @@ def own_name(model, keep:list|None):   # Of `whole`; indices of layers, or None 
     def number(hit): return f"{hit[1]}{keep[int(hit[2])]}"
     return lambda name: re.sub(rf"^({stem}\.)(\d+)", number, name)
 
+# %% ../../nbs/3_memory/36_ledger.ipynb #8fb39d16
 def layer_groups(model, named=()) -> list:  # Of `whole`; lists of indices, of one kind each
     "Which layers are alike, by their parts, and by which of these names they have."
     owner, name, layers = blocks_of(model)

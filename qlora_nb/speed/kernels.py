@@ -69,7 +69,7 @@ def dequantize_nf4(packed:torch.Tensor,  # As in `Params4bit.data`
                          state.blocksize, block2, rows, num_warps=warps, enable_fp_fusion=False)
     return out if direct else out.copy_(target)
 
-# %% ../../nbs/7_speed/71_kernels.ipynb #64fac644
+# %% ../../nbs/7_speed/71_kernels.ipynb #64fac644-a
 def pick(half, out):  # 0 or 1; the first of four registers
     """PTX for four weights: their low bytes, their high bytes, and both put together as float32,
     the first weight in the high bits."""
@@ -79,6 +79,8 @@ def pick(half, out):  # 0 or 1; the first of four registers
         prmt.b32 a, $13, $14, {s}; prmt.b32 b, $15, $16, {s}; prmt.b32 high, a, b, {c};
         prmt.b32 ${out}, low, high, 0x51dd; prmt.b32 ${out + 1}, low, high, 0x40cc;
         prmt.b32 ${out + 2}, low, high, 0x73ff; prmt.b32 ${out + 3}, low, high, 0x62ee;"""
+
+# %% ../../nbs/7_speed/71_kernels.ipynb #64fac644
 choose = """{ .reg .b32 s0, s1, c0, c1, a, b, low, high;
         and.b32 s0, $8, 0x77777777; shr.u32 s1, s0, 16;
         shr.u32 c0, $8, 1; lop3.b32 c0, c0, $17, $18, 0xea; shr.u32 c1, c0, 16;"""

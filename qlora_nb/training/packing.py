@@ -41,7 +41,7 @@ def _check_lengths(lengths, max_length):
     raise QLoRAError(f"the example has {n} tokens, and a pack holds 1 to {max_length}.",
                      f"example {bad[0] + 1}", cure if n else "Leave it out.")
 
-# %% ../../nbs/2_training/30_packing.ipynb #778c4d7c
+# %% ../../nbs/2_training/30_packing.ipynb #778c4d7c-a
 def _homes(lengths, max_length):
     "The number of the pack of each example, an array."
     # gaps: sorted; rooms: gap → the packs that have it
@@ -59,6 +59,7 @@ def _homes(lengths, max_length):
             rooms[left].append(home[i])
     return homes
 
+# %% ../../nbs/2_training/30_packing.ipynb #778c4d7c
 def _groups(lengths, max_length):
     lengths = np.array(lengths, np.int64)
     _check_lengths(lengths, max_length)

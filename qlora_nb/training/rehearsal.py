@@ -148,9 +148,10 @@ def not_in_file(model, folder, name:str="default") -> list:  # Names of tensors
     changed = {k for k in have.keys() & own.keys() if not torch.equal(have[k], own[k])}
     return sorted((have.keys() ^ own.keys()) | changed)
 
-# %% ../../nbs/2_training/24_rehearsal.ipynb #406d9995
+# %% ../../nbs/2_training/24_rehearsal.ipynb #406d9995-a
 KNOWN = {}   # {what the two configs say: names}: building a large model takes a second or two
 
+# %% ../../nbs/2_training/24_rehearsal.ipynb #406d9995
 def wanted_by_peft(model, folder) -> set|None:  # Names; None where its config makes no model
     "What PEFT would look for in the file, on a fresh base."
     config = copy.deepcopy(model.config)

@@ -41,12 +41,13 @@ def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
                          str(folder), cure)
     return folder
 
-# %% ../../nbs/2_training/27_saved_adapters.ipynb #93bc151f
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #93bc151f-a
 def read_notes(folder:Path) -> dict:  # Of an adapter
     "Our notes beside an adapter, without an example that nobody asked for, as older runs wrote."
     notes = read_json(f) if (f := folder/"qlora_nb.json").exists() else {}
     return {k: v for k, v in notes.items() if k != "example" or notes.get("example_asked")}
 
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #93bc151f
 def adapter_folder(folder:str|Path
                    ) -> tuple:  # (its folder, our notes with `template`, the name of its base)
     "Find an adapter, in a run or on its own. Raises `QLoRAError` as `find_folder` does."

@@ -15,10 +15,11 @@ from pathlib import Path
 import yaml
 from ..base.errors import QLoRAError
 
-# %% ../../nbs/2_training/25_settings.ipynb #5251392b
+# %% ../../nbs/2_training/25_settings.ipynb #5251392b-a
 def option(default, help:str, **more):   # `more`: for argparse
     return field(default=default, metadata=dict(help=help, **more))
 
+# %% ../../nbs/2_training/25_settings.ipynb #5251392b
 @dataclass
 class Settings:
     "What makes a run what it is, named as in PEFT and TRL."

@@ -51,11 +51,12 @@ def control_tokens(tokenizer) -> re.Pattern:
     names = sorted({*names, *tokenizer.all_special_tokens} - {""}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-# %% ../../nbs/2_training/18_tokenizer_checks.ipynb #5ca42ebb
+# %% ../../nbs/2_training/18_tokenizer_checks.ipynb #5ca42ebb-a
 MARKS = re.compile(r"\[/?INST\]|<</?SYS>>|</s>|<\|(im_(start|end)|(start|end)_header_id|eot_id|"
                    r"(begin|end)_?of_?text|end|user|assistant)\|>|<(start|end)_of_turn>|"
                    r"\n(### ?)?(Response|Assistant|AI):?\s*$")
 
+# %% ../../nbs/2_training/18_tokenizer_checks.ipynb #5ca42ebb
 def text_notes(messages:list, example:dict, tokenizer,
                control:re.Pattern  # Of `control_tokens`
               ) -> dict:           # Of the four troubles, those that it has, each with an example

@@ -37,9 +37,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-# %% ../../nbs/4_using/45_merge.ipynb #20d85662
+# %% ../../nbs/4_using/45_merge.ipynb #20d85662-a
 ONTO = ("dequantized", "original", "4bit")
 
+# %% ../../nbs/4_using/45_merge.ipynb #20d85662
 def check_adapter(source):   # Of `read_source`
     "Raise `QLoRAError` for an adapter that is more than LoRA (or DoRA) on some layers."
     cfg = source.config
