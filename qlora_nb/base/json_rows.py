@@ -55,6 +55,7 @@ def is_turns(value):
     return isinstance(value, list) and bool(value) and all(
         isinstance(o, dict) and {"role", "from"} & {*o} for o in value)
 
+# %% ../../nbs/base/json_rows.ipynb #0b08a770-b
 DEEPEST = 100   # levels of lists and objects in a value; no row of a data set needs as many
 
 def plain(value, deep=0):
