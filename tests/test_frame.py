@@ -334,6 +334,13 @@ def test_importing_the_package_loads_and_changes_nothing():
     assert r.stdout.split() == ["['qlora_nb']", "True", "True", "True"]
 
 
+@each_notebook
+def test_no_output_holds_the_notice_that_is_filtered(path):
+    "`base.core` filters it, so a page that shows it has imported bitsandbytes (or PEFT) before anything of ours."
+    said = [c.id for c in code_cells(read(path)) if "gemm_4bit_forward" in str(c.outputs)]
+    assert not said, f"{path.name}: import qlora_nb.base.core before bitsandbytes, PEFT and TRL: {said}"
+
+
 TABLES = "class Settings", "def finetune("   # mostly a list of settings, a line each
 
 @each_notebook

@@ -5,14 +5,6 @@
 # %% auto #0
 __all__ = ['ARGUMENTS', 'Sealer', 'numbered_batches', 'make_trainer', 'finish', 'go_through', 'train_run', 'prepare', 'finetune']
 
-# %% ../../nbs/2_training/29_finetune.ipynb #37fa86e9
-import inspect, time, numpy as np
-from fastcore.meta import delegates
-from functools import partial
-from pathlib import Path
-from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback, TrainerState
-
 # %% ../../nbs/2_training/29_finetune.ipynb #73eff3be
 from ..base.errors import QLoRAError
 from ..base.core import count_params, free_memory, set_seed, versions
@@ -22,6 +14,14 @@ from ..base.failures import Guard, explain_failure
 from ..base.mapped import Pieces, all_but, count, take
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
+
+# %% ../../nbs/2_training/29_finetune.ipynb #37fa86e9
+import inspect, time, numpy as np
+from fastcore.meta import delegates
+from functools import partial
+from pathlib import Path
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 # %% ../../nbs/2_training/29_finetune.ipynb #2524b1a9
 from .end_tokens import note_ends

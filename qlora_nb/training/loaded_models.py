@@ -7,11 +7,6 @@ __all__ = ['USUAL', 'UPPER', 'name_of', 'load_base', 'own_adapter', 'refuse_head
            'go_on_from', 'own_revision', 'brought_along', 'find_model', 'run_settings', 'check_beforehand',
            'before_weights']
 
-# %% ../../nbs/2_training/28_loaded_models.ipynb #ede14d3b
-import json, math, os, torch, warnings
-from pathlib import Path
-from peft import PeftModel
-
 # %% ../../nbs/2_training/28_loaded_models.ipynb #a8b249f6
 from ..base.core import pick_device
 from ..base.errors import QLoRAError
@@ -34,6 +29,11 @@ from .saved_adapters import (adapter_folder, base_for, check_fits, check_wishes,
                                               load_adapter, meant, more_than_lora, revision_for,
                                               shape_of)
 from .training_loop import check_checkpointing
+
+# %% ../../nbs/2_training/28_loaded_models.ipynb #ede14d3b
+import json, math, os, torch, warnings
+from pathlib import Path
+from peft import PeftModel
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #f716afca
 def name_of(model) -> str:
