@@ -66,6 +66,7 @@ def top(page, before, after, pages, table):
     number = f"Part {part['folder'][0]}, {part['title']}" if lesson else f"{part['title']}, no lesson"
     if (NBS/"zh"/f"{page['name']}.ipynb").exists(): ways.append(f"[中文](../zh/{page['name']}.ipynb)")
     lines = [f"**{number}** · " + " · ".join(ways)]
+    if is_start(page): return "\n\n".join([*lines, *start_of(page, pages)])
     if page.get("can"): lines += ["After this page you can", "\n".join(f"- {o}" for o in page["can"])]
     first = ", ".join(link(pages[o], here) for o in page["first"])
     facts = [f"**Know first:** {first or 'nothing else'}." if lesson or first else "", f"**Reading:** about {page['minutes']} minutes."]
@@ -73,6 +74,19 @@ def top(page, before, after, pages, table):
     took = seconds(page, table)
     if took: facts.append(f"**Running:** {took}, of computing on two cores without a GPU{memory(page, table)}.")
     return "\n\n".join([*lines, " ".join(filter(None, facts))])
+
+
+def start_of(page, pages):
+    "Of a part: what a reader can do afterwards, what its pages build on elsewhere, how long they take, and where it is summed up."
+    here, part = page["path"], page["part"]
+    lessons = [p for p in part["page"] if not is_start(p)]
+    first = dict.fromkeys(o for p in lessons for o in p["first"] if pages[o]["part"] is not part and pages[o]["path"][0].isdigit())
+    todo = [o for p in lessons for o in p["exercises"]]
+    facts = [f"**Know first:** {', '.join(link(pages[o], here) for o in sorted(first)) or 'nothing else'}.",
+             f"**Reading:** {len(lessons)} pages, about {sum(p['minutes'] for p in lessons)/60:.0f} hours.",
+             f"**Exercises:** {len(todo)}, about {sum(todo)/60:.0f} hours."]
+    end = f"What to remember of this part stands at the end of {link(lessons[-1], here)}."
+    return [f"After this part you can {part['can']}.", " ".join(facts), end]
 
 
 def end(page, after):
