@@ -1,7 +1,7 @@
 "Every architecture through the whole way: load, audit in bytes, adapters, a step, save, load again. See nbs/experiments/architectures.py."
 import json, sys
 
-import pytest, torch
+import pytest, torch, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from common import ROOT
@@ -39,9 +39,38 @@ def test_the_whole_way(name, backend, folders):
     if "refused" in facts: assert backend == "scratch" and name in ("mamba", "mamba2"), facts
 
 
+OTHERS = dict(   # of kinds that the matrix does not have
+    gemma3n=("Gemma3nText", architectures.DENSE | dict(head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+             num_kv_shared_layers=0, hidden_size_per_layer_input=16, vocab_size_per_layer_input=160, laurel_rank=8, activation_sparsity_pattern=[0., 0.], altup_num_inputs=2)),
+    hunyuan_moe=("HunYuanMoEV1", architectures.MOE | dict(num_experts=4, moe_topk=2)))
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_that_an_architecture_takes_itself(name, tmp_path):
+    "Clamped while it trains, two layers after one another; or in float32, which it asks for before it routes, and `make_fast` leaves so."
+    from qlora_nb.speed.fast_training import to_16_bits
+    kind, fields = OTHERS[name]
+    folder = build(name, str(tmp_path/"base"), getattr(transformers, f"{kind}Config")(**fields))
+    facts = check(name, folder=folder)
+    assert right(facts), facts
+    model = load_model(folder, device="cpu", dtype=torch.bfloat16)
+    wide = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert {o.split(".")[-2] for o in wide} == ({"wg"} if name == "hunyuan_moe" else set())
+    model.model.norm.weight.data = model.model.norm.weight.data.float()   # as PEFT's preparation does
+    assert to_16_bits(add_adapters(model, r=4), torch.bfloat16) == ["base_model.model.model.norm.weight"]
+
+
+def test_attention_is_called_by_the_names_of_transformers():
+    from qlora_nb.speed.cpu import attention_float32
+    q = torch.randn(1, 2, 3, 4)
+    y, _ = attention_float32(torch.nn.Module(), q, q, q, attention_mask=None)   # as Doge and Afmoe call it
+    assert y.shape == (1, 3, 2, 4)
+
+
 def test_the_stored_matrix():
     rows = stored_results("architectures")["rows"]
     assert {r["model"] for r in rows} == set(architectures.ZOO) and len(architectures.ZOO) > 40
+    runs = stored_results("architectures")["runs"]
+    assert [r["model"] for r in runs] == list(architectures.ZOO) and all(map(architectures.right_run, runs)), runs
     assert all(map(right, rows)), [r for r in rows if not right(r)]
 
 

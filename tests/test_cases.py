@@ -164,6 +164,20 @@ def test_adapters_that_came_from_elsewhere(case, run, tmp_path):
     with pytest.raises(QLoRAError, match=re.escape(said)): load_adapter(tmp_path/"adapter", device="cpu")
 
 
+def misshapen(folder):
+    import torch
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(file := folder/"model.safetensors")
+    save_file(tensors | {"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 64)}, file, metadata={"format": "pt"})
+
+@pytest.mark.parametrize("harm, said", [
+    (torn("model.safetensors", 5000), "A file of the model is missing or not whole: fetch it again."), (torn("model.safetensors", 0), "this is no safetensors file, or not a whole one."),
+    (misshapen, "model.layers.0.mlp.up_proj: the file has 3 x 64 weights for a layer of 256 x 64.")], ids=["cut off", "empty", "of another size"])
+def test_bases_that_are_not_whole(harm, said, base, tmp_path):
+    shutil.copytree(base, tmp_path/"base"), harm(tmp_path/"base")
+    with pytest.raises(QLoRAError, match=re.escape(said)): finetune(tmp_path/"base", ROWS, tmp_path/"run", max_steps=1, **QUIET)
+
+
 def configured(**changes):
     def change(folder):
         config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))

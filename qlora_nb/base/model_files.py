@@ -18,6 +18,7 @@ from .errors import QLoRAError
 from .nf4_config import plain_linears, quiet
 import gguf, numpy as np, torch, transformers
 from gguf import GGUFReader
+from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, FalconConfig,
                           LlamaConfig)
 
@@ -158,12 +159,15 @@ def locate(name:str|Path, revision:str|None=None
 def hub_errors(name):
     "Turn what transformers says about a place it cannot read into one sentence."
     try: yield
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, ImportError, SafetensorError) as e:
         first = " ".join(str(e).split())[:300]
         if re.search("connect|time.?out|resolve|offline", first, re.I):   # of the network
             cure = "Check the network, or use a local folder or 'smollm2', which need none."
+        elif isinstance(e, SafetensorError) or re.search(r"-\d+-of-\d+\.safetensors", first):
+            cure = "A file of the model is missing or not whole: fetch it again."
         elif "safetensors" in first:
             cure = "Only safetensors are read, since a .bin file can run code: convert it first."
+        elif isinstance(e, ImportError): cure = "Install it, or take it out of its config.json."
         elif "remote_code" in first:
             cure = "It needs code from the Hub to be run, and that stays off: choose another."
         else:

@@ -165,7 +165,10 @@ def _tensors(file):
     "(name, type, shape, file, where its bytes begin, how many) of each tensor of a file."
     with open(file, "rb") as f:
         size = int.from_bytes(f.read(8), "little")
-        head = json.loads(f.read(size))
+        try: head = json.loads(f.read(size))
+        except (ValueError, OverflowError, MemoryError) as e:   # of UTF-8 too
+            raise QLoRAError("this is no safetensors file, or not a whole one.", str(file),
+                             "Fetch it again.") from e
     for name, o in head.items():
         if name == "__metadata__": continue
         start, end = o["data_offsets"]

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Weight', 'WEIGHT_COLUMNS', 'state_bytes', 'four_bit_kind', 'acts_linear', 'full_shape', 'stack_owners', 'routers',
-           'list_weights', 'clean_name', 'wide_kinds', 'Noted', 'spy_class', 'read_elsewhere', 'misplaced',
-           'weight_rows', 'wide_layers', 'too_wide']
+           'list_weights', 'clean_name', 'wide_kinds', 'Noted', 'spy_class', 'read_elsewhere', 'computes_with_weights',
+           'misplaced', 'weight_rows', 'wide_layers', 'too_wide']
 
 # %% ../../nbs/base/weights.ipynb #4a7564e2
-import math, re, bitsandbytes as bnb, torch
+import inspect, math, re, bitsandbytes as bnb, torch
 from collections import namedtuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -165,10 +165,15 @@ def read_elsewhere(model:nn.Module
     return [n for n in layers.values() if kind(n) in kinds], error
 
 # %% ../../nbs/base/weights.ipynb #0687f3d2
+def computes_with_weights(model:nn.Module) -> bool:
+    "Does the code of this architecture take a layer's `weight.data`, as to clamp or rescale it?"
+    try: return "weight.data" in inspect.getsource(inspect.getmodule(type(model)))
+    except (OSError, TypeError): return False   # there is no source to look into
+
 def misplaced(model:nn.Module
               ) -> tuple:  # (4-bit layers that should be wide, layers read elsewhere, error)
     "Routers in 4 bits, layers whose weight other code reads, and what a forward pass raises."
-    run = any(isinstance(m, _ConvNd) for m in model.modules())
+    run = any(isinstance(m, _ConvNd) for m in model.modules()) or computes_with_weights(model)
     read, error = read_elsewhere(model) if run else ([], None)
     wrong = [n for n in dict.fromkeys([*routers(model), *read])
              if isinstance(model.get_submodule(n), bnb.nn.Linear4bit)]

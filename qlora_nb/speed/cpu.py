@@ -32,10 +32,11 @@ class RMSNorm(torch.autograd.Function):
         return g.addcmul_(h, mean, value=-1).mul_(r).to(x.dtype), dw, None
 
 # %% ../../nbs/7_speed/79_cpu.ipynb #8528b905
-def attention_float32(module, q, k, v, mask,   # (B, H, T, D), (B, KV, T, D) twice
+def attention_float32(module, q, k, v, attention_mask,   # (B, H, T, D), (B, KV, T, D) twice
                       scaling=None, dropout=0., **kw):
     """transformers' `sdpa`, in training computed in float32, whose backward pass is faster on a
     CPU than bfloat16's."""
+    mask = attention_mask   # some models give it by this name
     named = "position_bias", "softcap", "cache", "is_causal"
     odd = (mask is not None and mask.dtype != torch.bool or q.shape[2] != k.shape[2]
            or any(kw.get(o) is not None for o in named))

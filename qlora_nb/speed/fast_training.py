@@ -12,6 +12,7 @@ from functools import partial
 from ..base.errors import QLoRAError
 from ..base.ranks import everyone
 from ..base.core import Table, fmt_bytes
+from ..base.weights import clean_name
 from .dequantized import drop_dequantized, keep_dequantized
 from .cpu import cpu_pieces, cpu_pieces_undo
 from .fused import adapted_layers, fuse, layer_state, unfuse, why_not
@@ -24,8 +25,9 @@ from .shared_prefix import dropout_in, fold_prefixes, hidden_states, unfold_pref
 # %% ../../nbs/7_speed/80_fast_training.ipynb #7a97d2ee
 def to_16_bits(model, dtype) -> list:
     "Frozen weights that were made 32 bits wide, back to `dtype` where that is exact: their names."
+    own = getattr(model, "qlora_nb_wide", ())   # whose code computes in float32 where they are
     names = [n for n, p in model.named_parameters() if not p.requires_grad
-             and p.dtype == torch.float32 != dtype
+             and p.dtype == torch.float32 != dtype and clean_name(n) not in own
              and torch.equal(p, p.to(dtype).float())]
     for p in map(model.get_parameter, names): p.data = p.data.to(dtype)
     return names
