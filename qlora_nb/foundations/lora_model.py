@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MERGED', 'PLAIN', 'lora_layers', 'set_adapter', 'lora_report', 'check_adapter', 'add_lora', 'delta', 'merge',
            'unmerge', 'disable_adapter', 'adapter_tensors', 'common_rule', 'adapter_config', 'write_adapter',
-           'save_adapter', 'odd_settings', 'plain_config', 'load_adapter']
+           'save_adapter', 'plain_config', 'load_adapter']
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #36cd7757
 import contextlib, json, re, tempfile, warnings
@@ -198,14 +198,6 @@ PLAIN = """peft_type peft_version task_type auto_mapping base_model_name_or_path
     alpha_pattern fan_in_fan_out exclude_modules layers_to_transform layers_pattern
     init_lora_weights megatron_core qalora_group_size""".split()
 
-# %% ../../nbs/1_foundations/06_lora_model.ipynb #0a27f027-a
-def odd_settings(cfg:dict) -> list:   # Of `adapter_config.json`
-    "What is no plain LoRA in an adapter's configuration."
-    starts = True, False, "gaussian", "orthogonal", "eva"
-    usual = LoraConfig().to_dict()   # a setting at its default changes nothing
-    return [f"{k}={v}" for k,v in cfg.items() if (v and k not in PLAIN and v != usual.get(k))
-            or (k == "peft_type" and v != "LORA") or (k == "init_lora_weights" and v not in starts)]
-
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #0a27f027
 def plain_config(folder:Path) -> dict:   # Of an adapter
     "Its configuration. Raises `QLoRAError` for what is not plain LoRA, or not there."
@@ -213,7 +205,10 @@ def plain_config(folder:Path) -> dict:   # Of an adapter
         if not (folder/o).is_file():
             raise QLoRAError("there is no such file.", str(folder/o), "Give an adapter's folder.")
     cfg = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
-    odd = odd_settings(cfg)
+    starts = True, False, "gaussian", "orthogonal", "eva"
+    usual = LoraConfig().to_dict()   # a setting at its default changes nothing
+    odd = [f"{k}={v}" for k,v in cfg.items() if (v and k not in PLAIN and v != usual.get(k))
+           or (k == "peft_type" and v != "LORA") or (k == "init_lora_weights" and v not in starts)]
     if not odd: return cfg
     raise QLoRAError(f"this is not plain LoRA: {', '.join(odd)}.", where=str(folder),
                      cure="Load it with PEFT.")
