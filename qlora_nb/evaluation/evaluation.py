@@ -224,7 +224,7 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
     out, held, said = rows_to_score(data, rows, eval_data, test_data, eval_rows, seed)
     for o in said: warnings.warn(o)
     run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress,
-                   test_data=None if len(out) else held, **settings)   # other rows are checked
+                   test_data=None if len(out) or not held else held, **settings)
     held, before, after, why = score_run(run, held, progress and rank() == 0)
     info = run.info | dict(data=source if isinstance(data, (str, Path)) else "rows",
                            eval_rows=len(held), not_evaluated=why if eval_rows else NOT_WANTED,
