@@ -51,7 +51,7 @@ def attention_float32(module, q, k, v, attention_mask,   # (B, H, T, D), (B, KV,
 ALL_ATTENTION_FUNCTIONS.register("sdpa_float32", attention_float32)
 ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa_float32", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
-# %% ../../nbs/7_speed/79_cpu.ipynb #29c1b948
+# %% ../../nbs/7_speed/79_cpu.ipynb #29c1b948-a
 NORMS = "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"   # of transformers
 
 @torch.no_grad()
@@ -64,6 +64,7 @@ def why_not_norm(m, dtype) -> str|None:  # One of `NORMS`, and what the model co
     if (theirs - ours).abs().max() > 4*torch.finfo(dtype).eps*theirs.abs().max():
         return "it computes something else"
 
+# %% ../../nbs/7_speed/79_cpu.ipynb #29c1b948
 def norm_forward(self, x):   # of a module that has one of `NORMS` as its class
     if self.training and torch.is_grad_enabled():
         return RMSNorm.apply(x, self.weight, self.variance_epsilon)

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import distributed as dist, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200009
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200009-a
 def join_bytes(tensors:list) -> tuple:   # (bytes, where each tensor is in them)
     "Tensors of any types, end to end."
     parts, places, end = [], [], 0
@@ -31,6 +31,7 @@ def join_bytes(tensors:list) -> tuple:   # (bytes, where each tensor is in them)
         end += gap + len(flat)
     return torch.cat(parts), places
 
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200009
 def split_bytes(flat:torch.Tensor, places:list) -> list:
     "The tensors of `join_bytes` again: views, nothing is copied."
     return [flat[a:a + n].view(dtype).view(shape) for a, n, dtype, shape in places]
@@ -122,7 +123,7 @@ def expected(self:ShardedBase, k:int) -> int:
         return k + 1 if k < last else max(k - 1, 0) if torch.is_grad_enabled() else 0
     return k - 1 if k else min(1, last)
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200028
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200028-a
 class ShardedLinear4bit(Sharded, Packed, nn.Module):
     "A layer of bitsandbytes, sharded."
     def __init__(self, m:Linear4bit):
@@ -132,6 +133,7 @@ class ShardedLinear4bit(Sharded, Packed, nn.Module):
         self.in_features, self.out_features, self.bias = m.in_features, m.out_features, None
         if m.bias is not None: self.bias = nn.Parameter(m.bias.to(self.dtype), requires_grad=False)
 
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200028
 def shardable(block:nn.Module) -> list:   # Changed in place
     "The 4-bit layers of a block, as layers that can be sharded."
     for name, m in list(block.named_modules()):
@@ -139,7 +141,7 @@ def shardable(block:nn.Module) -> list:   # Changed in place
         elif isinstance(m, Linear4bit): block.set_submodule(name, ShardedLinear4bit(m))
     return [m for m in block.modules() if isinstance(m, Sharded)]
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030-a
 def check_shardable(model):
     "Raise `QLoRAError` where there is nothing to shard, or something that cannot be."
     def fail(what, cure=""): raise QLoRAError(what, type(model).__name__, cure)
@@ -155,6 +157,7 @@ def check_shardable(model):
     if not all(any(isinstance(m, (NF4Linear, Linear4bit)) for m in b.modules()) for b in blocks):
         fail("some of its blocks hold no layer in 4 bits.")
 
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030
 def shard_base(model,                # In 4 bits, the same on each rank; changed in place
                device=None,          # Where all of it goes; None: it stays where it is
                prefetch:bool=True    # Gather the next block while one computes?
