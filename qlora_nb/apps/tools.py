@@ -30,6 +30,8 @@ def plan_parser() -> argparse.ArgumentParser:
         help="names of layers, separated by commas, or all-linear")
     add("--target-parameters", default=None,
         help="stacks of experts that get adapters too, such as experts.down_proj (None: none)")
+    add("--use-dora", action="store_true",
+        help="train the lengths of the rows too, and count their norms")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations instead of keeping them")
     add("--optim", default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"],
