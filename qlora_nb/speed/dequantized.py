@@ -80,7 +80,7 @@ Packed = namedtuple("Packed", "q scales code scales2 code2 offset")
 def packed_of(base) -> tuple:  # (Packed, block_size, block_size of the scales or 0, "nf4" or "fp4")
     "The tensors of a 4-bit layer of bitsandbytes or of our own; none is copied."
     def plain(t): return t.detach().as_subclass(torch.Tensor)
-    if isinstance(base, NF4Linear):
+    if hasattr(base, "packed"):
         q, double, device = base.packed.view(-1), hasattr(base, "codes"), base.packed.device
         scales = ((base.codes, base.absmax, dynamic_code(device), base.offset) if double
                   else (base.scales,)*4)

@@ -182,10 +182,9 @@ def make_fast(model,                       # With adapters on a 4-bit base; chan
     device = model.get_input_embeddings().weight.device
     cuda = device.type == "cuda"
     stacks = [n for n, m in model.named_modules() if hasattr(m, "parameter_name")]
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    apart = stacks or hasattr(model, "sharded_base")   # other code reads those
-    compile = not apart and (cuda if compile is None else compile)
-    cuda_graphs = not apart and (cuda and alone if cuda_graphs is None else cuda_graphs)
+    compile = not stacks and (cuda if compile is None else compile)   # other code reads those
+    fixed = not stacks and not hasattr(model, "sharded_base")   # no block comes and goes
+    cuda_graphs = fixed and (cuda if cuda_graphs is None else cuda_graphs)
     check_fast(model, layers, memory, device, offload and not (compile and cuda))
     kept = keep_dequantized(model) if not cuda and not compile and memory == 1 else 0
     rows = [["4-bit weight", len(layers), f"dequantized once, {fmt_bytes(kept)}", ""]]

@@ -121,13 +121,12 @@ def active_names(layer) -> tuple:
 def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
     "The reason for which this layer cannot be fused, or None."
     base, names = layer.base_layer, active_names(layer)
-    if hasattr(base, "shards"): return "its base is sharded"   # of `82_sharded_base`
     state = getattr(getattr(base, "weight", None), "quant_state", None)
     if len(names) != 1: return f"{len(names)} adapters are active"
     name = names[0]
     if name not in layer.lora_A: return f"it has no adapter '{name}'"
     if layer.merged: return "its adapter is merged"
-    if not isinstance(base, NF4Linear) and state is None:
+    if not hasattr(base, "packed") and state is None:
         return f"its base, {type(base).__name__}, is not in 4 bits"
     if getattr(layer.lora_dropout[name], "p", 0): return f"dropout is {layer.lora_dropout[name].p}"
     if variant := getattr(layer, "lora_variant", {}).get(name): return type(variant).__name__
@@ -145,7 +144,7 @@ def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
 def layer_state(layer) -> tuple:  # A layer with an adapter, of PEFT or our own
     "What a fused layer takes for granted, as something to be compared."
     base, names = layer.base_layer, active_names(layer)
-    weight = base.packed if isinstance(base, NF4Linear) else base.weight
+    weight = base.packed if hasattr(base, "packed") else base.weight
     own = [(n, layer.scaling.get(n), getattr(layer.lora_dropout[n], "p", 0),
             n in getattr(layer, "lora_variant", {}), layer.lora_B[n].bias is not None)
            for n in names if n in layer.lora_A]
@@ -169,10 +168,10 @@ def fused_parts(layer, fold:bool|None=None) -> tuple:  # As for `fuse`
     base, (packed, block, block2, kind) = layer.base_layer, packed_of(layer.base_layer)
     if (W := getattr(base, "kept_weight", None)) is not None:
         packed, block2, kind, fold = Packed(W, *nothing(W, 5)), 0, "kept", False
-    elif block2 and not packed.q.is_cuda:   # half a bit a weight, for two dequantizations a step
+    elif block2 and not packed.q.is_cuda and not hasattr(base, "shards"):   # half a bit a weight, for two dequantizations a step
         s = plain_scales(packed.scales, packed.code2, packed.scales2, packed.offset, block2)
         packed, block2 = Packed(packed.q, s, packed.code, *nothing(s, 3)), 0
-    ours = isinstance(base, NF4Linear)
+    ours = hasattr(base, "packed")   # those of `82_sharded_base` too
     dtype = base.dtype if ours else base.compute_dtype or base.weight.quant_state.dtype
     fold = packed.q.is_cuda if fold is None else fold
     return packed, (layer.scaling[active_names(layer)[0]], block, block2, kind, fold), dtype

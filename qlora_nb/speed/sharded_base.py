@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['join_bytes', 'split_bytes', 'my_piece', 'ShardedFunction', 'Sharded', 'ShardedNF4', 'ShardedBase',
-           'ShardedLinear4bit', 'shardable', 'check_shardable', 'shard_base']
+           'ShardedLinear4bit', 'shardable', 'check_shardable', 'announce', 'shard_base']
 
 # %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200004
 import torch
@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import distributed as dist, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200009-a
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200009
 def join_bytes(tensors:list) -> tuple:   # (bytes, where each tensor is in them)
     "Tensors of any types, end to end."
     parts, places, end = [], [], 0
@@ -31,7 +31,6 @@ def join_bytes(tensors:list) -> tuple:   # (bytes, where each tensor is in them)
         end += gap + len(flat)
     return torch.cat(parts), places
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200009
 def split_bytes(flat:torch.Tensor, places:list) -> list:
     "The tensors of `join_bytes` again: views, nothing is copied."
     return [flat[a:a + n].view(dtype).view(shape) for a, n, dtype, shape in places]
@@ -72,49 +71,62 @@ class ShardedNF4(Sharded, NF4Linear): "One of our own layers, sharded."
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 class ShardedBase:
-    "Of each block the piece of this rank, and one or two blocks that are gathered."
+    "Of each block the piece of this rank, and two places where whole blocks are gathered."
     def __init__(self, blocks:list,       # Of lists of layers
                  device, prefetch:bool=True):
         self.blocks, self.prefetch, self.pieces, self.places = blocks, prefetch, [], []
         # apart from other collectives, such as those of the gradients
         self.group, self.rank, self.n = dist.new_group(), dist.get_rank(), dist.get_world_size()
-        self.held, self.now, self.gathers, self.waits = {}, None, 0, 0
-        for k, layers in enumerate(blocks):
+        self.there, self.work, self.now = [None, None], [None, None], None
+        self.gathers, self.waits = 0, 0
+        for layers in blocks:
             flat, places = join_bytes([t for m in layers for t in m.buffers(recurse=False)])
             self.pieces.append(my_piece(flat, self.rank, self.n).to(device))
             self.places.append(places)
             for m in layers:
-                m.shards, m.block, m.names = self, k, list(m._buffers)
+                m.names = list(m._buffers)
                 m._buffers.clear()   # no buffers any more: nobody moves, saves or broadcasts them
-    def start(self, k:int):
-        if k in self.held: return
-        piece, self.gathers = self.pieces[k], self.gathers + 1
-        flat = piece.new_empty(self.n*len(piece))
-        self.held[k] = flat, _all_gather(flat, piece, group=self.group, async_op=True)
+        size = self.n*max(map(len, self.pieces))
+        self.rooms = [self.pieces[0].new_empty(size) for _ in range(2)]
+        for k in range(len(blocks)): self.settle(k)
 
 # %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200024
+@patch
+def settle(self:ShardedBase, k:int):
+    "Show the layers of block `k` where their tensors will be, whenever it is gathered."
+    views = iter(split_bytes(self.rooms[k % 2], self.places[k]))
+    for m in self.blocks[k]:
+        m.shards, m.block = self, k
+        vars(m).update((name, next(views)) for name in m.names)
+
+@patch
+def start(self:ShardedBase, k:int):
+    "Begin to gather block `k`, where it is not there already."
+    room, piece = k % 2, self.pieces[k]
+    if self.there[room] == k: return
+    self.done(room)
+    # `.data`: autograd may have saved these places, and takes them as they are then
+    flat = self.rooms[room].data[:self.n*len(piece)]
+    self.work[room] = _all_gather(flat, piece, group=self.group, async_op=True)
+    self.there[room], self.gathers = k, self.gathers + 1
+
+@patch
+def done(self:ShardedBase, room:int):
+    if self.work[room] is not None: self.work[room].wait()
+    self.work[room] = None
+
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200026
 @patch
 def use(self:ShardedBase, k:int):
     "Have block `k` gathered, and begin with the one that is expected next."
     if k == self.now: return
     after = self.expected(k)
-    for o in set(self.held) - {k, after}: self.forget(o)
-    self.waits += k not in self.held
+    self.waits += self.there[k % 2] != k
     self.start(k)
-    flat, work = self.held[k]
-    work.wait()
-    views = iter(split_bytes(flat, self.places[k]))
-    for m in self.blocks[k]: vars(m).update((name, next(views)) for name in m.names)
+    self.done(k % 2)
     self.now = k
-    if self.prefetch: self.start(after)
+    if self.prefetch and after % 2 != k % 2: self.start(after)
 
-@patch
-def forget(self:ShardedBase, k:int):
-    self.held.pop(k)[1].wait()   # its memory is written to until then
-    for m in self.blocks[k]:
-        for name in m.names: vars(m).pop(name, None)
-
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200026
 @patch
 def expected(self:ShardedBase, k:int) -> int:
     "The block that will be entered after `k`."
@@ -123,7 +135,7 @@ def expected(self:ShardedBase, k:int) -> int:
         return k + 1 if k < last else max(k - 1, 0) if torch.is_grad_enabled() else 0
     return k - 1 if k else min(1, last)
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200028-a
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200028
 class ShardedLinear4bit(Sharded, Packed, nn.Module):
     "A layer of bitsandbytes, sharded."
     def __init__(self, m:Linear4bit):
@@ -133,7 +145,6 @@ class ShardedLinear4bit(Sharded, Packed, nn.Module):
         self.in_features, self.out_features, self.bias = m.in_features, m.out_features, None
         if m.bias is not None: self.bias = nn.Parameter(m.bias.to(self.dtype), requires_grad=False)
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200028
 def shardable(block:nn.Module) -> list:   # Changed in place
     "The 4-bit layers of a block, as layers that can be sharded."
     for name, m in list(block.named_modules()):
@@ -141,7 +152,7 @@ def shardable(block:nn.Module) -> list:   # Changed in place
         elif isinstance(m, Linear4bit): block.set_submodule(name, ShardedLinear4bit(m))
     return [m for m in block.modules() if isinstance(m, Sharded)]
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030-a
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030
 def check_shardable(model):
     "Raise `QLoRAError` where there is nothing to shard, or something that cannot be."
     def fail(what, cure=""): raise QLoRAError(what, type(model).__name__, cure)
@@ -157,13 +168,24 @@ def check_shardable(model):
     if not all(any(isinstance(m, (NF4Linear, Linear4bit)) for m in b.modules()) for b in blocks):
         fail("some of its blocks hold no layer in 4 bits.")
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030
+def announce(block:nn.Module, shards:ShardedBase, k:int):
+    "Let a block ask for its bytes before its forward pass, and before its backward pass."
+    def back(grad): shards.use(k)
+    def out(m, args, got):
+        first = got[0] if isinstance(got, tuple) else got
+        if first.requires_grad: first.register_hook(back)
+    block.register_forward_pre_hook(lambda m, args: shards.use(k))
+    block.register_forward_hook(out)
+
 def shard_base(model,                # In 4 bits, the same on each rank; changed in place
                device=None,          # Where all of it goes; None: it stays where it is
                prefetch:bool=True    # Gather the next block while one computes?
               ) -> ShardedBase:
     "Keep of each packed weight this rank's share. Raises `QLoRAError` where that cannot be done."
     check_shardable(model)
-    blocks = [shardable(b) for b in decoder_layers(model)]
-    model.sharded_base = ShardedBase(blocks, device or model.device, prefetch)
-    return model.to(device).sharded_base if device else model.sharded_base
+    blocks = decoder_layers(model)
+    device_of = device or model.device
+    model.sharded_base = shards = ShardedBase([*map(shardable, blocks)], device_of, prefetch)
+    for k, b in enumerate(blocks): announce(b, shards, k)
+    if device: model.to(device)
+    return shards
