@@ -1,4 +1,4 @@
-"""Which rate, which rank, which variant, which layers? SmolLM2 on the support tickets, about 240 runs on one GPU.
+"""Which rate, which rank, which variant, which layers? SmolLM2 on the support tickets, about 280 runs on one GPU.
 
     python nbs/experiments/adapter_choice.py nbs/results/adapter_choice.json [--workers 8] [--limit SECONDS] [--steps 150]
 
@@ -15,8 +15,10 @@ Four stages, each of which needs the ones before it:
   allocate  the same budget by layer: uniform, random (three draws), by gradient spectra (water-filling), by input variance (EVA's)
 
 Arms (`--groups`): `ranks`, LoRA of five ranks, scaled by α/r with α = 2r; `scalings`, α = 32 at every rank, and rsLoRA with α = 8,
-so that all three rules scale by two at rank 16; `variants` at rank 16; `methods`, all weights trained, and LoRA on a base that is
-not quantized; `types`, the same adapters on bases rounded to other formats.
+so that all three rules scale by two at rank 16; `variants` at rank 16; `methods`, all weights trained; `finer`, does a finer
+quantization survive training: a base that is not quantized, NF4 with double quantization filled by searched scales, by scales searched
+for the inputs, by error feedback, and adapters that begin with what plain NF4 has lost, as a matrix (LoftQ, one round) or in outputs;
+`types`, the same adapters on bases rounded to other formats.
 
 Rules, written before any run:
 
@@ -36,19 +38,22 @@ Rules, written before any run:
      is below 0.5 (PEFT's numbers; three blocks, seven layers each). Arms differ in it, or in prose, when the 95 % t interval of
      the five paired differences leaves out zero.
 """
-import argparse, gc, heapq, json, math, multiprocessing, os, random, statistics, threading, time, traceback
+import argparse, gc, heapq, json, math, multiprocessing, os, random, statistics, tempfile, threading, time, traceback
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
+from filelock import FileLock
 from torch.nn import functional as F
 
 from qlora_nb.base.core import free_memory, set_seed, versions
 from qlora_nb.base.model_files import load_tokenizer
 from qlora_nb.base.targets import match_targets
-from qlora_nb.beyond.scale_search import put_weight
+from qlora_nb.beyond.error_feedback import feedback_quantize
+from qlora_nb.beyond.scale_search import put_weight, search_quantize
 from qlora_nb.beyond.variants import lora_ga, lorafa_gradient
+from qlora_nb.beyond.which_error import input_moments
 from qlora_nb.evaluation.data_types import round_weights
 from qlora_nb.evaluation.perplexity import perplexity, prose
 from qlora_nb.foundations.adapters import add_adapters
@@ -60,12 +65,15 @@ from qlora_nb.training import tickets
 from qlora_nb.training.data import collate, encode_rows
 from seeds import score, set_words_aside
 
+FILLED = "search", "weighted", "feedback"   # NF4 with double quantization, its scales and codes found in another way
+CALIBRATION = 32768, 2048   # first token of the prose, tokens
 GROUPS = dict(
     ranks={f"lora-{r}": dict(r=r) for r in (16, 1, 64, 4, 256)},
     variants={"dora": dict(r=16, use_dora=True), "lora+": dict(r=16, loraplus=16.), "lora-fa": dict(r=16, freeze_a=True),
               "pissa": dict(r=16, start="pissa"), "lora-ga": dict(r=16, start="lora-ga"), "bf16": dict(r=16, dtype="bfloat16")},
+    finer={"lora-16bit": dict(r=16, base="none"), **{k: dict(r=16, base=k) for k in FILLED}, **{k: dict(r=16, start=k) for k in ("loftq", "closed")}},
     scalings={f"alpha32-{r}": dict(r=r, alpha=32) for r in (1, 64)} | {f"rslora-{r}": dict(r=r, alpha=8, use_rslora=True) for r in (1, 64)},
-    methods={"full": dict(r=0, base="all weights"), "lora-16bit": dict(r=16, base="none")},
+    methods={"full": dict(r=0, base="all weights")},
     types={f"{t}{'+dq'*d}": dict(r=16, base=t, double=d) for t, d in
            [("nf4", False), ("nf4", True), ("fp4", False), ("int4", False), ("int8", False)]})
 ARMS = {k: v for o in GROUPS.values() for k, v in o.items()}
@@ -156,6 +164,9 @@ class Worker:
         if kind not in self.kept:
             dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
             if kind[0] == "qlora": model = load_model(device=self.device)
+            elif kind[0] in FILLED:
+                model, found = load_model(device=self.device), self.filled(kind[0])
+                for n in found: put_weight(model.get_submodule(n), found[n])
             elif kind[0] == "all weights": model = load_model(device=self.device, bits=None, dtype=torch.float32)
             else:
                 model = load_model(device=self.device, bits=None, dtype=torch.float32)
@@ -172,6 +183,29 @@ class Worker:
             model = load_model(device="cpu", bits=None, dtype=torch.float32)
             self.weights = {n: model.get_submodule(n).weight.detach() for n in sizes(model)}
         return self.weights
+
+    def moments(self):
+        "What each layer is given on average, of a text that nothing else looks at."
+        if "moments" not in self.seen:
+            ids = self.tokenizer(prose(), add_special_tokens=False, return_tensors="pt").input_ids[0]
+            first, n = CALIBRATION
+            model = load_model(device=self.device, bits=None, dtype=torch.float32)
+            self.seen["moments"] = {k: v.cpu() for k, v in input_moments(model, ids[first:first + n]).items()}
+        return self.seen["moments"]
+
+    def filled(self, kind):
+        "All weights in NF4, filled in this way: made by the first process that asks, read by the others."
+        path = Path(tempfile.gettempdir())/"filled_nf4"/f"{kind}.pt"
+        path.parent.mkdir(exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                W, H = self.wide(), self.moments() if kind != "search" else None
+                def fill(n):
+                    if kind == "feedback": return feedback_quantize(W[n].float(), H[n])
+                    return search_quantize(W[n].float(), weights=H[n].diagonal() if H else None, signed=True)
+                torch.save({n: fill(n) for n in W}, f"{path}.new")
+                Path(f"{path}.new").replace(path)
+        return torch.load(path, weights_only=False)   # our own file, of this call
 
     def look(self, model, what):
         "`look` at the 4-bit base, once."
@@ -201,6 +235,20 @@ def keep_wide(model):
         m.forward = lambda x, W=W: F.linear(x.to(W.dtype), W).to(x.dtype)
 
 
+def lost_parts(E, H, r, s, damp=.01):
+    "A and B of an adapter that makes good most of E: as a matrix (LoftQ's first round), or of outputs, for inputs of moments H (QERA)."
+    L = torch.eye(E.shape[1], device=E.device, dtype=torch.float64)
+    if H is not None:
+        H = H.double()
+        L = torch.linalg.cholesky(H + damp*H.diagonal().mean()*torch.eye(len(H), device=E.device, dtype=H.dtype))
+    M = E.double() @ L
+    U = left_vectors(M)[:, :r]
+    S = (M.T @ U).norm(dim=0)
+    root = (S/s).sqrt()
+    A = root[:, None]*(U.T @ M/S[:, None])
+    return torch.linalg.solve_triangular(L, A, upper=False, left=False).float(), (U*root).float()
+
+
 def adapted(w, model, task):
     "The model with this task's adapters, and how to take them off again."
     if not task["r"]:
@@ -223,7 +271,11 @@ def adapted(w, model, task):
             A.requires_grad_(False)
             G = lorafa_gradient(A.detach(), torch.eye(len(A), device=A.device), s)
             B.register_hook(lambda g, G=G: g @ G)
-        if start:   # A and B begin as directions of W or of its gradient, and what is left of W is quantized
+        if start in ("loftq", "closed"):   # A and B begin as what rounding has lost, the base stays
+            E = w.wide()[n].to(A.device).float() - dequantized_weight(m.base_layer)[0].float()
+            a, b = lost_parts(E, w.moments()[n].to(A.device) if start == "closed" else None, task["r"], s)
+            A.data.copy_(a), B.data.copy_(b)
+        elif start:   # A and B begin as directions of W or of its gradient, and what is left of W is quantized
             W = w.wide()[n].to(A.device)
             if start == "pissa": a, b = w.strongest(task["r"], s)[n]
             else: a, b = lora_ga(grads[n], task["r"])
@@ -319,7 +371,7 @@ def train(w, model, task):
 
 def trained_weight(m):
     "A layer's weight with what its adapter has made of it."
-    if not hasattr(m, "lora_A"): return m.weight.detach().float()
+    if not hasattr(m, "lora_A"): return (dequantized_weight(m)[0] if hasattr(m.weight, "quant_state") else m.weight.detach()).float()
     base = m.base_layer
     W = (dequantized_weight(base)[0] if hasattr(base.weight, "quant_state") else base.weight.detach()).float()
     V = W + m.scaling["default"]*(m.lora_B["default"].weight.detach().float() @ m.lora_A["default"].weight.detach().float())
