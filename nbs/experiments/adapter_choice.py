@@ -69,9 +69,9 @@ FILLED = "search", "weighted", "feedback"   # NF4 with double quantization, its 
 CALIBRATION = 32768, 2048   # first token of the prose, tokens
 GROUPS = dict(
     ranks={f"lora-{r}": dict(r=r) for r in (16, 1, 64, 4, 256)},
+    finer={"lora-16bit": dict(r=16, base="none"), **{k: dict(r=16, base=k) for k in FILLED}, **{k: dict(r=16, start=k) for k in ("loftq", "closed")}},
     variants={"dora": dict(r=16, use_dora=True), "lora+": dict(r=16, loraplus=16.), "lora-fa": dict(r=16, freeze_a=True),
               "pissa": dict(r=16, start="pissa"), "lora-ga": dict(r=16, start="lora-ga"), "bf16": dict(r=16, dtype="bfloat16")},
-    finer={"lora-16bit": dict(r=16, base="none"), **{k: dict(r=16, base=k) for k in FILLED}, **{k: dict(r=16, start=k) for k in ("loftq", "closed")}},
     scalings={f"alpha32-{r}": dict(r=r, alpha=32) for r in (1, 64)} | {f"rslora-{r}": dict(r=r, alpha=8, use_rslora=True) for r in (1, 64)},
     methods={"full": dict(r=0, base="all weights")},
     types={f"{t}{'+dq'*d}": dict(r=16, base=t, double=d) for t, d in
@@ -489,7 +489,7 @@ class Queue:
     def __init__(self, pool, workers): self.pool, self.free, self.waiting, self.n, self.lock = pool, workers, [], 0, threading.Lock()
     def submit(self, task, until):
         out = Future()
-        group = next((i for i, o in enumerate(GROUPS.values()) if task.get("arm") in o), 1 if "arm" not in task else 4)
+        group = next((i for i, o in enumerate(GROUPS.values()) if task.get("arm") in o), 2 if "arm" not in task else 5)
         with self.lock:
             self.n += 1
             heapq.heappush(self.waiting, (group, self.n, task, until, out))
