@@ -63,6 +63,12 @@ class RankTrainer:
     def get_train_dataloader(self):
         if self.accelerator.num_processes == 1: return super().get_train_dataloader()
         return rank_loader(self, self._get_train_sampler())
+    def training_step(self, *args, **kw):
+        loss, state = super().training_step(*args, **kw), self.accelerator
+        fast = hasattr(self.model, "step_loss")   # its passes go around DDP
+        if fast and state.num_processes > 1 and state.sync_gradients:   # the last of this step
+            average_gradients([p for p in self.model.parameters() if p.requires_grad])
+        return loss
 
 def collated(collator, examples, numbers:list) -> dict:   # Of the drawn examples
     "A batch with its `rows`; where none are drawn, one without labels."

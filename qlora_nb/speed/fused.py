@@ -168,7 +168,8 @@ def fused_parts(layer, fold:bool|None=None) -> tuple:  # As for `fuse`
     base, (packed, block, block2, kind) = layer.base_layer, packed_of(layer.base_layer)
     if (W := getattr(base, "kept_weight", None)) is not None:
         packed, block2, kind, fold = Packed(W, *nothing(W, 5)), 0, "kept", False
-    elif block2 and not packed.q.is_cuda and not hasattr(base, "shards"):   # half a bit a weight, for two dequantizations a step
+    elif block2 and not packed.q.is_cuda and not hasattr(base, "shards"):
+        # half a bit a weight, for two dequantizations a step
         s = plain_scales(packed.scales, packed.code2, packed.scales2, packed.offset, block2)
         packed, block2 = Packed(packed.q, s, packed.code, *nothing(s, 3)), 0
     ours = hasattr(base, "packed")   # those of `82_sharded_base` too

@@ -168,6 +168,7 @@ def check_shardable(model):
     if not all(any(isinstance(m, (NF4Linear, Linear4bit)) for m in b.modules()) for b in blocks):
         fail("some of its blocks hold no layer in 4 bits.")
 
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030b
 def announce(block:nn.Module, shards:ShardedBase, k:int):
     "Let a block ask for its bytes before its forward pass, and before its backward pass."
     def back(grad): shards.use(k)

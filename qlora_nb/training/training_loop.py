@@ -20,7 +20,7 @@ from ..base.errors import QLoRAError
 from ..base.core import count_params
 from ..base.mapped import Order
 from ..foundations.adapters import read_adapter, save_lora
-from ..speed.data_parallel import RankTrainer, average_gradients, counted_alone, first_of
+from ..speed.data_parallel import RankTrainer, counted_alone, first_of
 from ..speed.logits import evaluating, head_logits, own_loss, picked_logits, plain_head
 from ..speed.shared_prefix import hidden_states
 from ..foundations.qlora import is_scratch
@@ -162,15 +162,9 @@ class FastTrainer(SureTrainer):
         fast = getattr(self.model, "step_loss", None)   # of `speed_up`
         if fast is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = fast(inputs, n=num_items_in_batch)   # around DDP: `training_step` averages
+        loss = fast(inputs, n=num_items_in_batch)   # around DDP: `RankTrainer` averages
         spread = self.args.average_tokens_across_devices and num_items_in_batch is not None
         return loss*self.accelerator.num_processes if spread else loss   # a mean follows
-    def training_step(self, *args, **kw):
-        loss = super().training_step(*args, **kw)
-        fast, state = hasattr(self.model, "step_loss"), self.accelerator
-        if fast and state.num_processes > 1 and state.sync_gradients:   # the last of this step
-            average_gradients([p for p in self.model.parameters() if p.requires_grad])
-        return loss
     def train(self, *args, **kw):
         try: return super().train(*args, **kw)
         finally:   # what comes next needs no routers' logits, and may need CUDA graphs' memory
