@@ -45,11 +45,12 @@ def power(rates:dict) -> float:   # Rank → its best learning rate
     return sum((a - mx)*(b - my) for a, b in zip(x, y))/sum((a - mx)**2 for a in x)
 
 # %% ../../nbs/2_training/34_learning_rate.ipynb #suggestcode34
-def suggest_lr(model) -> float:   # Or its hidden size
-    "A first learning rate for adapters of any rank, with `lora_alpha` about twice the rank."
+def suggest_lr(model,          # Or its hidden size
+               r:int=16) -> float:   # The rank, with `lora_alpha` twice as large
+    "A first learning rate: a fit to Llama models at rank 16, and ours to ranks on SmolLM2."
     h = model if isinstance(model, (int, float)) else model.config.get_text_config().hidden_size
-    if not h > 0: raise QLoRAError(f"a hidden size is above zero, and not {h}.")
-    return float(f"{5e-4*(2000/h)**.781:.2g}")
+    if not (h > 0 and r > 0): raise QLoRAError(f"size and rank are above zero, not {h} and {r}.")
+    return float(f"{5e-4*(2000/h)**.781*(16/r)**.83:.2g}")
 
 def rates_around(lr:float, n:int=1) -> list:   # Places on each side
     "Rates half a power of ten apart: the ones that bracket a guess."
