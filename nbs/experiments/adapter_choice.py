@@ -38,7 +38,7 @@ Rules, written before any run:
      is below 0.5 (PEFT's numbers; three blocks, seven layers each). Arms differ in it, or in prose, when the 95 % t interval of
      the five paired differences leaves out zero.
 """
-import argparse, gc, heapq, json, math, multiprocessing, os, random, statistics, tempfile, threading, time, traceback
+import argparse, gc, heapq, json, math, multiprocessing, os, statistics, tempfile, threading, time, traceback
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +50,7 @@ from torch.nn import functional as F
 from qlora_nb.base.core import free_memory, set_seed, versions
 from qlora_nb.base.model_files import load_tokenizer
 from qlora_nb.base.targets import match_targets
+from qlora_nb.beyond.allocation import look, random_ranks, ranks_within, spectrum, water_fill
 from qlora_nb.beyond.error_feedback import feedback_quantize
 from qlora_nb.beyond.scale_search import put_weight, search_quantize
 from qlora_nb.beyond.variants import lora_ga, lorafa_gradient
@@ -91,56 +92,15 @@ def sizes(model, targets="all-linear"):
     return {n: m.in_features + m.out_features for n, m in layers.items()}
 
 
-def ranks_within(budget, cost, wanted):
-    "Ranks of at least 1 that use up `budget` numbers, as near to `wanted` (any scale) as whole numbers allow."
-    low, high = 0., 1e9
-    for _ in range(100):
-        mid = (low + high)/2
-        ranks = {n: max(1, round(mid*wanted[n])) for n in cost}
-        low, high = (mid, high) if sum(ranks[n]*cost[n] for n in cost) <= budget else (low, mid)
-    return {n: max(1, round(low*wanted[n])) for n in cost}
-
-
-def water_fill(budget, cost, spectra):
-    "Ranks by buying, again and again, the direction that brings the most energy for its numbers."
-    ranks, left = {n: 1 for n in cost}, budget - sum(cost.values())
-    gains = sorted(((s[k].item()**2/cost[n], n) for n, s in spectra.items() for k in range(1, len(s))), reverse=True)
-    for _, n in gains:
-        if cost[n] <= left: ranks[n], left = ranks[n] + 1, left - cost[n]
-    return ranks
-
-
-def look(model, tokenizer, rows, names, what):
-    "Of 64 rows, for each layer: the sum of its gradient (`gradient`), or of the products of its inputs (`inputs`)."
-    sums, hooks = {}, []
-    def add(n, M): sums[n] = sums.get(n, 0) + M
-    for n in names:
-        def after(m, args, y, n=n):
-            x = args[0].detach().flatten(0, -2).float()
-            if what == "inputs": add(n, x.T @ x)
-            elif y.requires_grad: y.register_hook(lambda dy: add(n, dy.flatten(0, -2).float().T @ x))
-        hooks.append(model.get_submodule(n).register_forward_hook(after))
-    model.enable_input_require_grads()
-    for k in range(0, min(64, len(rows)), 8):
-        batch = collate(encode_rows(rows[k:k+8], tokenizer), tokenizer.pad_token_id)
-        model(**{o: v.to(model.device) for o, v in batch.items()}).loss.backward()
-    for o in hooks: o.remove()
-    model.disable_input_require_grads()
-    return sums
-
-
 def spectra_of(sums, what):
-    "Singular values of gradients, or the spread of inputs along their main directions."
-    def gram(M): return M if what == "inputs" else M.T @ M if M.shape[0] > M.shape[1] else M @ M.T
-    return {n: torch.linalg.eigvalsh(gram(M.double())).flip(0).clamp_min(0).sqrt().cpu() for n, M in sums.items()}
+    "`spectrum` of each layer."
+    return {n: spectrum(M, what) for n, M in sums.items()}
 
 
 def rank_pattern(kind, budget, cost, spectra, draw=0):
     "Ranks by layer. `spectra`: a function of `gradient` or `inputs`."
     if kind == "uniform": return ranks_within(budget, cost, {n: 1. for n in cost})
-    if kind == "random":
-        draws = random.Random(draw)
-        return ranks_within(budget, cost, {n: math.exp(draws.gauss(0, 1)) for n in cost})
+    if kind == "random": return random_ranks(budget, cost, draw)
     if kind == "gradient": return water_fill(budget, cost, spectra("gradient"))
     # EVA ranks directions by the share of a layer's variance that they explain
     return water_fill(budget, cost, {n: (s.square()/s.square().sum()*cost[n]).sqrt() for n, s in spectra("inputs").items()})
@@ -209,7 +169,7 @@ class Worker:
 
     def look(self, model, what):
         "`look` at the 4-bit base, once."
-        if what not in self.seen: self.seen[what] = look(model, self.tokenizer, self.train, sizes(model), what)
+        if what not in self.seen: self.seen[what] = look(model, self.tokenizer, self.train[:64], sizes(model), what)
         return self.seen[what]
 
     def spectra(self, model, what):
