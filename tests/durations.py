@@ -5,10 +5,12 @@ pages, test files, and tests of more than `SLOW` seconds; and of pages the gigab
 CPU seconds are those of the test and of the processes that it started, such as a page's kernel."""
 import json, os, platform
 from pathlib import Path
+from statistics import median
 
 TABLE = Path(__file__).parent/"durations.json"
 SLOW = 2    # seconds from which a test has a row of its own
 GRACE = 5   # CPU seconds over its budget that a page may always take
+ENOUGH = 10  # pages whose pace tells how busy the machine is
 
 
 def kind():
@@ -76,9 +78,24 @@ def position(nodeid, rows):
     return -float("inf") if page and page not in rows.get("pages", {}) else -expected(nodeid, rows)[1]
 
 
+def paces(tests, rows):
+    "{page: CPU seconds it took for each of its budget}, of pages with a budget."
+    budgets = rows.get("pages", {})
+    return {page_of(test): cpu/budgets[page_of(test)][0] for test, (cpu, _) in tests.items() if budgets.get(page_of(test), [0])[0]}
+
+
+def pace(tests, rows):
+    """By how much the machine is slower than that of the table: the middle of the pages' paces, and never below 1.
+    With other processes beside it, the same work takes more CPU seconds on every page alike."""
+    found = paces(tests, rows)
+    return max(1, median(found.values())) if len(found) >= ENOUGH else 1
+
+
 def over_budget(tests, rows):
-    "Lines on the pages that took half as much again as the table says, in CPU seconds."
+    "{page: a line} on the pages that took half as much again as the table says, in CPU seconds, at the pace of the run."
+    p, lines = pace(tests, rows), {}
     for test, (cpu, _) in sorted(tests.items()):
-        budget = rows.get("pages", {}).get(page_of(test), (float("inf"),))[0]
+        budget = p*rows.get("pages", {}).get(page_of(test), (float("inf"),))[0]
         if cpu > max(1.5*budget, budget + GRACE):
-            yield f"{page_of(test)} took {cpu:.0f} CPU seconds; its budget is {budget:.0f}"
+            lines[page_of(test)] = f"{page_of(test)} took {cpu:.0f} CPU seconds; its budget is {budget:.0f}"
+    return lines
