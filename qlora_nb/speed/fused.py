@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['triton', 'tl', 'folded_kernel', 'dequantize', 'FusedLoRA', 'adapted_layers', 'active_names', 'why_not', 'layer_state',
-           'changed', 'nothing', 'fused_parts', 'fuse', 'unfuse']
+           'whose_bytes', 'changed', 'nothing', 'fused_parts', 'fuse', 'unfuse']
 
 # %% ../../nbs/7_speed/73_fused.ipynb #423fa269
 import torch, types, warnings
+from functools import partial
 from torch.nn import functional as F
 from peft.tuners.lora.layer import LoraLayer
 from ..base.triton_setup import load_triton
@@ -152,8 +153,14 @@ def layer_state(layer) -> tuple:  # A layer with an adapter, of PEFT or our own
             getattr(base.bias, "requires_grad", False))
 
 # %% ../../nbs/7_speed/73_fused.ipynb #f8713e86
+def whose_bytes(layer, grad=None):   # As a hook, with a gradient
+    "Raise `QLoRAError` where the places of a sharded base hold another block's bytes."
+    if (shards := getattr(layer.base_layer, "shards", None)) is not None:
+        shards.check(layer.base_layer.block)
+
 def changed(layer) -> bool:  # One that was fused
     "Is this layer another than when it was fused? Says so."
+    whose_bytes(layer)
     if layer_state(layer) == layer.fused_state: return False
     warnings.warn("a layer has changed since it was made fast, and goes its own way; call "
                   "make_fast again")
@@ -188,10 +195,14 @@ def fuse(layer,             # For which `why_not` is None; changed in place
         off = getattr(self, "disable_adapters", False) or self.merged
         if off or not self.training or not torch.is_grad_enabled():
             return theirs(x, *args, **kwargs)
-        if not torch.compiler.is_compiling() and changed(self): return theirs(x, *args, **kwargs)
+        eager = not torch.compiler.is_compiling()   # a compiled block asks `changed` itself
+        if eager and changed(self): return theirs(x, *args, **kwargs)
         A, B, bias = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.bias
         x2, A, B, bias = (None if t is None else t.to(dtype) for t in (x, A, B, bias))
-        return FusedLoRA.apply(x2, A, B, bias, *how, *packed).to(x.dtype)
+        y = FusedLoRA.apply(x2, A, B, bias, *how, *packed).to(x.dtype)
+        if eager and y.requires_grad and hasattr(self.base_layer, "shards"):
+            y.register_hook(partial(whose_bytes, self))
+        return y
     layer.forward = types.MethodType(forward, layer)
 
 # %% ../../nbs/7_speed/73_fused.ipynb #2b4430ac

@@ -190,3 +190,11 @@ def shard_base(model,                # In 4 bits, the same on each rank; changed
     for k, b in enumerate(blocks): announce(b, shards, k)
     if device: model.to(device)
     return shards
+
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030d
+@patch
+def check(self:ShardedBase, k:int):
+    "Raise `QLoRAError` where the bytes of block `k` are not the ones in use."
+    if self.now == k: return
+    raise QLoRAError("its bytes are not gathered, because one of its fused layers is used "
+                     "without it.", f"block {k} of a sharded base", "Call the whole block.")
