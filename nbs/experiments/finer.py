@@ -24,6 +24,7 @@ import torch
 from qlora_nb.base.core import cpu_kind, versions
 from qlora_nb.base.model_files import load_tokenizer
 from qlora_nb.beyond.codebooks import af4, bof4, equal_use, fp8_levels, power_scales, round_to, to_e4m3
+from qlora_nb.beyond.error_into_adapter import closed_form, loftq, low_rank
 from qlora_nb.beyond.error_feedback import feedback_codes, feedback_quantize
 from qlora_nb.beyond.scale_search import search_quantize, search_scales
 from qlora_nb.beyond.which_error import divergence, input_moments, linear_layers, log_probs, relative_errors
@@ -106,7 +107,35 @@ def no_search(W, H):
     return feedback_codes(W, H, scales, nf4_codebook())
 
 
-GROUPS = dict(plain=plain, search=search, codebooks=codebooks, feedback=feedback)
+def adapter(most=64):
+    """NF4 with double quantization and the start of an adapter, before any training: what the layer computes, Q + BA. A start of rank
+    16 is the first 16 directions of one of rank 64, which is computed once."""
+    found = {}
+
+    def nf4(W): return round_tensor(W, "nf4", 64, True)
+
+    def BA(name, W, make, r):
+        A, B = found.get((name, W.data_ptr())) or found.setdefault((name, W.data_ptr()), make())
+        return B[:, :r]@A[:r]
+    def lost(W, H, r=16): return nf4(W) + BA("lost", W, lambda: low_rank(W - nf4(W), most), r)
+    def closed(W, H, r=16): return nf4(W) + BA("closed", W, lambda: closed_form(W - nf4(W), H, most), r)
+    def top(W, r=16): return BA("top", W, lambda: low_rank(W, most), r)
+
+    def again(W, H):
+        A, B, Q = loftq(W, 16, rounds=5)
+        return Q.dequantize() + B@A
+
+    def fed(W, H):
+        Q = feedback_quantize(W, H).dequantize()
+        A, B = closed_form(W - Q, H, 16)
+        return Q + B@A
+    out = {"closed form": closed, "LoftQ, 1 round": lost, "feedback, closed form": fed, "QPiSSA": lambda W, H: nf4(W - top(W)) + top(W),
+           "PiSSA on quantized": lambda W, H: nf4(W) + top(W), "LoftQ, 5 rounds": again,
+           "closed form, rank 64": lambda W, H: closed(W, H, 64), "LoftQ, 1 round, rank 64": lambda W, H: lost(W, H, 64)}
+    return {k: (bits_per_weight("nf4", 64, True), f) for k, f in out.items()}
+
+
+GROUPS = dict(plain=plain, search=search, codebooks=codebooks, feedback=feedback, adapter=adapter)
 
 
 def group_of(name, layers=30):
