@@ -1,5 +1,5 @@
 "Two processes on one CPU: the same losses, one folder, one message, and nobody left behind."
-import json, sys, time
+import json, subprocess, sys, time
 
 import psutil, pytest
 import torch
@@ -9,11 +9,12 @@ from qlora_nb.base.ranks import can_fork, on_ranks, rank
 from qlora_nb.training.data import load_rows
 from qlora_nb.training.finetune import finetune
 
-from common import small_base
+from common import NBS, small_base
 from forks import Fork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="needs os.fork without CUDA")
 STEPS = 4
+LAUNCH = NBS/"launch"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,6 +82,46 @@ def test_the_command_under_a_launcher(how, alone, tmp_path):
     assert [o.returncode for o in both] == [0, 0], err + err1
     assert "exact match" in out and out1 == "" and "training" not in err1
     assert json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))["settings"]["num_processes"] == 2
+
+
+TRAIN = """
+import json, sys, torch
+how, node, port = map(json.loads, sys.argv[1:])
+def train():
+    torch.set_num_threads(1)
+    from qlora_nb import finetune
+    finetune(**how)
+"""
+NOTEBOOK = """
+from accelerate import launchers
+launchers.are_libraries_initialized = lambda *names: []   # this fork has them from the beginning, and no GPU
+launchers.notebook_launcher(train, num_processes=2, use_port=str(port))
+"""
+AGENT = """
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+elastic_launch(LaunchConfig(2, 2, 1, run_id="both", rdzv_backend="static", rdzv_endpoint=f"127.0.0.1:{port}", rdzv_configs=dict(rank=node),
+                            max_restarts=0, monitor_interval=.1, start_method="fork"), train)()
+"""
+
+@pytest.mark.parametrize("launcher", [[NOTEBOOK], [AGENT]*2], ids=["notebook", "two agents"])
+def test_under_launchers_of_others(how, alone, tmp_path, launcher):
+    "accelerate's for notebooks, and PyTorch's agents as torchrun starts them on two machines."
+    argv = json.dumps(how | dict(output_dir=str(tmp_path/"run"))), free_port()
+    agents = [Fork(TRAIN + o, argv[0], k, argv[1], env=dict(GLOO_SOCKET_IFNAME="lo")) for k, o in enumerate(launcher)]
+    said = [o.communicate(100)[1] for o in agents]
+    assert [o.returncode for o in agents] == [0]*len(agents), said
+    info = json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))
+    assert (info["losses"], info["settings"]["num_processes"]) == (alone, 2)
+
+
+def test_files_for_launchers():
+    "What the page on data parallelism links to is read by accelerate and by bash; nbs/experiments/launching.py starts each."
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+    for name, machines in dict(one_host=1, two_hosts=2).items():
+        config = load_config_from_file(str(LAUNCH/f"{name}.yaml"))
+        assert (config.num_machines, config.distributed_type, config.mixed_precision) == (machines, DistributedType.MULTI_GPU, "no")
+    assert subprocess.run(["bash", "-n", LAUNCH/"slurm.sh"]).returncode == 0
 
 
 def free_port():
