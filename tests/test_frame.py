@@ -341,6 +341,39 @@ def test_no_output_holds_the_notice_that_is_filtered(path):
     assert not said, f"{path.name}: import qlora_nb.base.core before bitsandbytes, PEFT and TRL: {said}"
 
 
+# ---- what base.core sets has to be set before PyTorch is loaded ----
+
+LOADS = re.compile(r"(torch|transformers|peft|trl|bitsandbytes|accelerate|triton|liger_kernel)\b|safetensors\.torch")
+
+
+def in_order(sources):
+    "Modules in the order in which cells import them, within functions left out. `TrlParser` alone loads no PyTorch."
+    for s in sources:
+        for o in ast.parse(TransformerManager().transform_cell(s)).body if "import" in s else ():
+            if isinstance(o, ast.Import): yield from (a.name for a in o.names)
+            elif isinstance(o, ast.ImportFrom) and [a.name for a in o.names] != ["TrlParser"]: yield o.module or ""
+
+
+def first_of(names, ready): return next((o for o in names if o in ready or LOADS.match(o)), None)
+
+
+def test_the_first_import_is_found():
+    cells = "import os\ndef f(): import torch\nfrom trl import TrlParser", "import torchvision, qlora_nb.b\nfrom torch import nn"
+    assert first_of(in_order(cells), {"qlora_nb.b"}) == "qlora_nb.b" and first_of(in_order(cells), ()) == "torch"
+
+
+def test_base_core_comes_before_pytorch():
+    "In each page and each module: it is imported, or a module that begins with it, before what loads PyTorch."
+    cells = {o: [c for c in code_cells(read(o)) if "eval" not in directives(c.source)] for o in PAGES}
+    modules = {f"qlora_nb.{exported_module(read(o))}": [*in_order(c.source for c in v if {"export", "exports"} & {*directives(c.source)})]
+               for o, v in cells.items()}
+    ready, more = {"qlora_nb.base.core"}, True
+    while more: ready |= (more := {k for k, v in modules.items() if first_of(v, ready) in ready} - ready)
+    early = {o.stem: first for o, v in cells.items() if o.stem != "core" and (first := first_of(in_order(c.source for c in v), ready)) not in {None, *ready}}
+    early |= {k: first for k, v in modules.items() if not k.endswith(".core") and (first := first_of(v, ready)) not in {None, *ready}}
+    assert not early, f"import qlora_nb.base.core first: {early}"
+
+
 TABLES = "class Settings", "def finetune("   # mostly a list of settings, a line each
 
 @each_notebook

@@ -10,9 +10,9 @@ __all__ = ['FULL', 'broken_gradients', 'broken_weights', 'likely_causes', 'Guard
 import contextlib, errno, shutil, traceback
 
 # %% ../../nbs/base/failures.ipynb #74a0019e
+from .core import fmt_bytes, free_memory, model_tensors
 import torch
 from .errors import QLoRAError
-from .core import fmt_bytes, free_memory, model_tensors
 
 # %% ../../nbs/base/failures.ipynb #0916b5a6
 def broken_gradients(model:torch.nn.Module

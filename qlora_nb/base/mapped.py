@@ -114,6 +114,7 @@ class Grouped(Sequence):
     def __getitem__(self, i): return [self.items[int(k)] for k in self.groups[i]]
 
 # %% ../../nbs/base/mapped.ipynb #72a3f488
+import qlora_nb.base.core   # before PyTorch is loaded
 import torch
 
 # %% ../../nbs/base/mapped.ipynb #95dc5950

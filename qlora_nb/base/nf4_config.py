@@ -6,6 +6,7 @@
 __all__ = ['quiet', 'nf4_config', 'plain_linears', 'as_asked', 'stored_as', 'ragged_error', 'WholeBlocks', 'whole_blocks']
 
 # %% ../../nbs/base/nf4_config.ipynb #df3b7fc0
+import qlora_nb.base.core   # before PyTorch is loaded
 import contextlib, warnings, bitsandbytes as bnb, torch, torch.nn as nn, transformers
 from bitsandbytes.backends.cpu import ops as cpu_ops
 from transformers import BitsAndBytesConfig

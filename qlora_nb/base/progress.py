@@ -11,11 +11,11 @@ import importlib.util, math, sys, time
 from collections import deque
 
 # %% ../../nbs/base/progress.ipynb #2ab21698
+from .core import COLORS, figure_data, fmt_bytes
 import psutil, torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 from .errors import QLoRAError
-from .core import COLORS, figure_data, fmt_bytes
 from transformers import TrainerCallback
 
 # %% ../../nbs/base/progress.ipynb #ba3e07aa

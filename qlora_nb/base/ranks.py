@@ -7,6 +7,7 @@ __all__ = ['LOST', 'can_fork', 'join_group', 'on_ranks', 'n_ranks', 'rank', 'is_
            'together']
 
 # %% ../../nbs/base/ranks.ipynb #d1570004
+import qlora_nb.base.core   # before PyTorch is loaded
 import contextlib, dill, multiprocessing, os, sys, tempfile, time, torch, traceback
 from multiprocessing.connection import wait
 from pathlib import Path

@@ -6,6 +6,7 @@
 __all__ = ['layer_size', 'outer_modules', 'is_pattern', 'find_targets', 'match_targets', 'layer_kinds', 'pattern_value']
 
 # %% ../../nbs/base/targets.ipynb #0275dc14
+import qlora_nb.base.core   # before PyTorch is loaded
 import difflib, re
 from collections import defaultdict
 from peft.utils.other import get_pattern_key

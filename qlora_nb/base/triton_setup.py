@@ -6,6 +6,7 @@
 __all__ = ['load_triton', 'fast_by_default']
 
 # %% ../../nbs/base/triton_setup.ipynb #89f6fed7
+import qlora_nb.base.core   # before PyTorch is loaded
 import os, shutil, torch
 from importlib import util
 from types import SimpleNamespace

@@ -8,6 +8,7 @@ __all__ = ['Weight', 'WEIGHT_COLUMNS', 'state_bytes', 'four_bit_kind', 'acts_lin
            'misplaced', 'weight_rows', 'wide_layers', 'too_wide']
 
 # %% ../../nbs/base/weights.ipynb #4a7564e2
+import qlora_nb.base.core   # before PyTorch is loaded
 import inspect, math, re, bitsandbytes as bnb, torch
 from collections import namedtuple
 from torch import nn

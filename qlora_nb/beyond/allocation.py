@@ -6,8 +6,8 @@
 __all__ = ['look', 'spectrum', 'water_fill', 'ranks_within', 'random_ranks', 'eva_ranks', 'adalora_ranks']
 
 # %% ../../nbs/6_beyond/69_allocation.ipynb #imp69
-import math, random, torch
 from ..training.data import collate, encode_rows
+import math, random, torch
 
 # %% ../../nbs/6_beyond/69_allocation.ipynb #lookcode69
 def look(model, tokenizer, rows:list, names:list,

@@ -6,10 +6,10 @@
 __all__ = ['random_strings', 'bits_stored', 'adapted_base', 'symbol_loss', 'memorize', 'rank_needed']
 
 # %% ../../nbs/6_beyond/67_capacity.ipynb #0d11791f
+from ..base.core import count_params, set_seed
 import math, torch
 from torch import nn
 from torch.nn import functional as F
-from ..base.core import count_params, set_seed
 from ..base.model_files import tiny_model
 from ..foundations.double_quantization import quantize
 from ..foundations.lora_model import add_lora

@@ -7,9 +7,9 @@ __all__ = ['block_scales', 'normal_blocks', 'equal_use', 'fit_codebook', 'af4', 
            'power_scales']
 
 # %% ../../nbs/6_beyond/64_codebooks.ipynb #imp64
+from ..foundations.nf4 import nearest_code, nf4_codebook, to_blocks
 import torch
 from ..base.errors import QLoRAError
-from ..foundations.nf4 import nearest_code, nf4_codebook, to_blocks
 
 # %% ../../nbs/6_beyond/64_codebooks.ipynb #scale64
 def block_scales(b:torch.Tensor,   # (blocks, block_size)

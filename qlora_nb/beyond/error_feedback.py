@@ -6,9 +6,9 @@
 __all__ = ['feedback_codes', 'feedback_quantize']
 
 # %% ../../nbs/6_beyond/65_error_feedback.ipynb #imp65
+from .scale_search import quantize_with, search_scales
 import torch
 from ..base.errors import QLoRAError
-from .scale_search import quantize_with, search_scales
 from ..foundations.double_quantization import QuantizedTensor, double_quantize
 from ..foundations.nf4 import levels, nearest_code
 

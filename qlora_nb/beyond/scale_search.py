@@ -6,11 +6,11 @@
 __all__ = ['FACTORS', 'codes_for', 'search_scales', 'quantize_with', 'search_quantize', 'put_weight', 'search_model']
 
 # %% ../../nbs/6_beyond/63_scale_search.ipynb #imp63
+from ..foundations.double_quantization import (QuantizedTensor, check_quantizable,
+                                                      double_quantize)
 import torch
 from torch import nn
 from ..base.errors import QLoRAError
-from ..foundations.double_quantization import (QuantizedTensor, check_quantizable,
-                                                      double_quantize)
 from ..foundations.nf4 import levels, nearest_code, to_blocks
 import bitsandbytes as bnb
 

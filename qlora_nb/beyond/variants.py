@@ -6,10 +6,10 @@
 __all__ = ['loraplus_groups', 'Magnitude', 'DoRA', 'lorafa_gradient', 'pissa', 'weight_gradient', 'lora_ga', 'start_at']
 
 # %% ../../nbs/6_beyond/68_variants.ipynb #b6996b62
+from ..foundations.lora import LoRA
 import torch
 from torch import nn
 from torch.nn import functional as F
-from ..foundations.lora import LoRA
 
 # %% ../../nbs/6_beyond/68_variants.ipynb #66a6b50f
 def loraplus_groups(model:nn.Module,   # With adapters

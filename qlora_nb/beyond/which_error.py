@@ -6,6 +6,7 @@
 __all__ = ['relative_errors', 'linear_layers', 'input_moments', 'log_probs', 'divergence', 'rank_correlation']
 
 # %% ../../nbs/6_beyond/62_which_error.ipynb #imp62
+import qlora_nb.base.core   # before PyTorch is loaded
 import torch
 from torch import nn
 from ..base.errors import QLoRAError

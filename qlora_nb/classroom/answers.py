@@ -7,6 +7,7 @@ __all__ = ['run_code', 'said', 'answer_calls', 'student', 'Ended', 'AnswerError'
            'stand_in', 'bind', 'failing_line', 'checker']
 
 # %% ../../nbs/classroom/answers.ipynb #03000004
+import qlora_nb.base.core   # before PyTorch is loaded
 import builtins
 import torch
 from .by_value import Channel, NotPlain, dumps

@@ -7,6 +7,7 @@ __all__ = ['DTYPES', 'MOST_JSON', 'MOST_BYTES', 'NotPlain', 'flat_tensor', 'flat
            'Channel']
 
 # %% ../../nbs/classroom/by_value.ipynb #57000004
+import qlora_nb.base.core   # before PyTorch is loaded
 import json, math, socket, struct
 import torch
 

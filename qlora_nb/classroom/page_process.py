@@ -6,10 +6,10 @@
 __all__ = ['Limits', 'too_much', 'watch', 'clear', 'become', 'launch', 'serve']
 
 # %% ../../nbs/classroom/page_process.ipynb #fb000004
+from .answers import checker, run_code, said, student
 import json, os, select, shutil, signal, socket, sys, tempfile
 from dataclasses import dataclass
 import psutil, torch
-from .answers import checker, run_code, said, student
 from .by_value import Channel
 from .isolation import (NEWPID, call, new_root, no_privileges,
                                            own_limits, own_view)

@@ -6,9 +6,9 @@
 __all__ = ['round_tensor', 'round_weights', 'bits_per_weight']
 
 # %% ../../nbs/5_evaluation/56_data_types.ipynb #620dfd36
+from ..foundations.double_quantization import quantize
 import torch
 from ..base.errors import QLoRAError
-from ..foundations.double_quantization import quantize
 from ..foundations.nf4 import CODEBOOKS, scale_blocks
 
 # %% ../../nbs/5_evaluation/56_data_types.ipynb #4628e76e

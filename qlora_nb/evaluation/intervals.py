@@ -6,6 +6,7 @@
 __all__ = ['bootstrap', 'wilson', 'interval', 'paired_interval', 'spread']
 
 # %% ../../nbs/5_evaluation/52_intervals.ipynb #538c46a6
+import qlora_nb.base.core   # before PyTorch is loaded
 import math, torch
 from statistics import NormalDist
 from ..base.errors import QLoRAError

@@ -6,6 +6,7 @@
 __all__ = ['prose', 'windows', 'token_losses', 'perplexity']
 
 # %% ../../nbs/5_evaluation/55_perplexity.ipynb #ac33eed4
+import qlora_nb.base.core   # before PyTorch is loaded
 import math, torch
 from torch.nn import functional as F
 from tqdm import tqdm

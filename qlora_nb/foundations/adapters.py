@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'as_named', 'refused', 'adapted_layers', 'adapted_parameters', 'chosen_layers', 'short_names',
-           'refuse_options', 'peft_explained', 'add_adapters', 'adapter_coverage', 'save_adapter', 'sizes_explained',
-           'names_known', 'attach_adapter', 'read_adapter', 'tiny_qlora']
+           'refuse_options', 'peft_explained', 'put_adapters', 'add_adapters', 'adapter_coverage', 'save_adapter',
+           'sizes_explained', 'names_known', 'attach_adapter', 'read_adapter', 'tiny_qlora']
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #0e572188
+from ..base.core import Table
 import contextlib, re, shutil, tempfile, torch, warnings
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,6 @@ from safetensors.torch import load_file
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #d4e49a76
 from ..base.adapter_files import describe_adapter, open_tensors
-from ..base.core import Table
 from ..base.errors import QLoRAError
 from ..base.model_files import tiny_model
 from ..base.nf4_config import quiet
@@ -102,6 +102,17 @@ def peft_explained():
         why = " ".join(str(e).split())[:200].rstrip(".")
         raise QLoRAError(f"PEFT cannot make such adapters here ({why}).") from e
 
+# %% ../../nbs/1_foundations/09_adapters.ipynb #fc268044-a
+def put_adapters(model, names, parameters, r, lora_alpha, lora_dropout, **more):
+    "Our own adapters on our own layers, PEFT's on all others."
+    if is_scratch(model):
+        add_lora(model, names, r, lora_alpha, lora_dropout, more.get("use_rslora", False))
+        model.disable_adapter = partial(disable_adapter, model)   # as PEFT's models have it
+        return model
+    c = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=names,
+                   target_parameters=parameters or None, task_type="CAUSAL_LM", **more)
+    with as_named(), stacks_as_parameters(model), peft_explained(): return get_peft_model(model, c)
+
 # %% ../../nbs/1_foundations/09_adapters.ipynb #fc268044
 def add_adapters(model,                       # A 4-bit model of either backend
                  r:int=16,                    # Rank: the inner size of each adapter
@@ -117,15 +128,7 @@ def add_adapters(model,                       # A 4-bit model of either backend
     stacks = chosen_parameters(model, target_parameters, lora_dropout) if target_parameters else []
     names = chosen_layers(model, target_modules) if target_modules or not stacks else []
     how = short_names(model, names) if names else []
-    if is_scratch(model):           # our own layers take our own adapters
-        add_lora(model, how, r, lora_alpha, lora_dropout, more.get("use_rslora", False))
-        model.disable_adapter = partial(disable_adapter, model)   # as PEFT's models have it
-    else:
-        cfg = LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=how,
-                         target_parameters=target_parameters or None, task_type="CAUSAL_LM",
-                         **more)
-        with as_named(), stacks_as_parameters(model), peft_explained():
-            model = get_peft_model(model, cfg)
+    model = put_adapters(model, how, target_parameters, r, lora_alpha, lora_dropout, **more)
     if odd := {*adapted_layers(model), *adapted_parameters(model)} ^ {*names, *stacks}:
         raise QLoRAError(f"{len(odd)} layers have an adapter that should not, or none: {min(odd)}.",
                          type(model).__name__)

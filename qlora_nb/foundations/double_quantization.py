@@ -7,12 +7,12 @@ __all__ = ['dynamic_code', 'DoubleQuantized', 'double_quantize', 'dequantize_pac
            'check_quantizable', 'quantize']
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #c69882bf
+from ..base.core import Table
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 import torch
 from fastcore.basics import patch
-from ..base.core import Table
 from ..base.errors import QLoRAError
 from .nf4 import CODEBOOKS, levels, nearest_code, scale_blocks, to_blocks
 
@@ -105,11 +105,6 @@ class QuantizedTensor:
     def nbytes(self): return self.packed.nbytes + self.scales.nbytes
     @property
     def bits_per_param(self): return 8*self.nbytes/math.prod(self.shape)
-    def __repr__(self):
-        how = "" if torch.is_tensor(self.scales) else " + double quantization"
-        return f"{' × '.join(map(str, self.shape))}, {self.codebook}, block {self.block_size}{how}"
-    def _repr_html_(self): return self.table()._repr_html_()
-    def _repr_markdown_(self): return self.table()._repr_markdown_()
     def to(self, device):
         return replace(self, packed=self.packed.to(device), scales=self.scales.to(device))
 
@@ -132,6 +127,16 @@ def table(self:QuantizedTensor) -> Table: # One row for each stored tensor
     rows = [[k, str(t.dtype)[6:], t.numel(), t.nbytes] for k,t in zip(names, [self.packed, *parts])]
     rows = [[*r, f"{8*r[-1]/n:.4g}"] for r in [*rows, ["together", "", "", self.nbytes]]]
     return Table(rows, [repr(self), "dtype", "number", "bytes", "bits a weight"])
+
+# %% ../../nbs/1_foundations/04_double_quantization.ipynb #d054ee74-b
+@patch
+def __repr__(self:QuantizedTensor):
+    how = "" if torch.is_tensor(self.scales) else " + double quantization"
+    return f"{' × '.join(map(str, self.shape))}, {self.codebook}, block {self.block_size}{how}"
+@patch
+def _repr_html_(self:QuantizedTensor): return self.table()._repr_html_()
+@patch
+def _repr_markdown_(self:QuantizedTensor): return self.table()._repr_markdown_()
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #5643985a-a
 def check_format(codebook:str, block_size:int):  # As in `quantize`

@@ -7,10 +7,10 @@ __all__ = ['ParamWrapper', 'adopt_wrappers', 'shown_parameters', 'stacks_as_para
            'refuse_scratch', 'check_wanted', 'chosen_parameters']
 
 # %% ../../nbs/1_foundations/11_expert_adapters.ipynb #e11a0003
+from ..base.weights import clean_name
 import contextlib, difflib, re
 from peft.tuners.lora import layer as peft_layer
 from ..base.errors import QLoRAError
-from ..base.weights import clean_name
 from .expert_weights import is_stack, stacks_of
 from .qlora import is_scratch
 

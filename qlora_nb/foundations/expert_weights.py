@@ -7,6 +7,7 @@ __all__ = ['View', 'is_stack', 'Stack', 'BnbStack', 'bnb_stack', 'pack_stack', '
            'adapted_tensor', 'packing_stacks']
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #3dc9399b
+import qlora_nb.base.core   # before PyTorch is loaded
 import contextlib, bitsandbytes as bnb, torch
 from collections import namedtuple
 from torch import nn

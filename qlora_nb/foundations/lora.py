@@ -6,11 +6,11 @@
 __all__ = ['TARGETS', 'LoRA', 'adapter_error', 'draw_lora']
 
 # %% ../../nbs/1_foundations/05_lora.ipynb #dabec047
+from ..base.core import COLORS
 import math, torch
 from fastcore.basics import patch
 from itertools import chain
 from torch import nn
-from ..base.core import COLORS
 from ..base.explorer import panels
 from ..base.targets import layer_size
 
@@ -72,6 +72,7 @@ def adapter_error(spectra:list,     # Of the updates, one list of singular value
     return math.sqrt(max(1 - within, 0) + (k - 1)**2*within), within
 
 # %% ../../nbs/1_foundations/05_lora.ipynb #cc261c75
+#| code-fold: true
 def draw_lora(updates:dict,        # Name of a weight → its update
               r:int=8, lora_alpha:float=16, target:str="all-linear"):  # → matplotlib Figure
     "The spectrum of the updates, cut at r, and the error for every rank at this alpha."

@@ -8,6 +8,7 @@ __all__ = ['MERGED', 'PLAIN', 'lora_layers', 'set_adapter', 'lora_report', 'chec
            'save_adapter', 'plain_config', 'load_adapter']
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #36cd7757
+from ..base.core import Table
 import contextlib, json, re, tempfile, warnings
 from collections import Counter
 from itertools import chain
@@ -16,7 +17,6 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn, no_grad
 from transformers.pytorch_utils import Conv1D
-from ..base.core import Table
 from ..base.errors import QLoRAError
 from ..base.targets import (find_targets, layer_kinds, layer_size, match_targets,
                                    outer_modules, pattern_value)

@@ -7,10 +7,10 @@ __all__ = ['CODEBOOKS', 'SIZES', 'MARKS', 'to_blocks', 'scale_blocks', 'nf4_code
            'nearest_code', 'book', 'normal_weights', 'block_error', 'draw_quantized']
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #fc9a998e
+from ..base.core import COLORS
 from functools import lru_cache
 import torch
 from torch.nn import functional as F
-from ..base.core import COLORS
 from ..base.explorer import panels
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #290d5fa6-a
@@ -118,10 +118,12 @@ def block_error(kind, bits, block_size, outliers) -> float:  # Relative, of the 
     back = (v[nearest_code(scaled, v).int()]*absmax[:, None]).view(-1)
     return ((back - W)[ordinary].norm()/W[ordinary].norm()).item()
 
-# %% ../../nbs/1_foundations/03_nf4.ipynb #47b255c3
+# %% ../../nbs/1_foundations/03_nf4.ipynb #47b255c3-a
 SIZES = [2**k for k in range(4, 13)]   # Of blocks
 MARKS = dict(Int="o", NF="s", FP="^")
 
+# %% ../../nbs/1_foundations/03_nf4.ipynb #47b255c3
+#| code-fold: true
 def draw_quantized(bits:int=4, codebook:str="NF", block_size:int=64,
                    outliers:int=0):     # In 10,000 weights → matplotlib Figure
     "Above, the scaled weights and the levels; below, the error against the size of the blocks."

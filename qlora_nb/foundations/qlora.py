@@ -10,12 +10,12 @@ __all__ = ['dequantize_weight', 'NF4Function', 'Packed', 'NF4Linear', 'NF4Stack'
 from ..base.errors import QLoRAError
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #99f93d88
+from .loading import audit_4bit, load_model
 import math, torch, bitsandbytes
 from functools import partial
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
-from .loading import audit_4bit, load_model
 from .double_quantization import (DoubleQuantized, QuantizedTensor,
                                                       dynamic_code, quantize)
 from .expert_weights import Stack, pack_stacks, packing_stacks

@@ -6,6 +6,7 @@
 __all__ = ['LINEAR', 'Unpacked', 'unpacked_in', 'pack_experts', 'is_named', 'adapted', 'check_stacks']
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #ba39aa27
+from ..foundations.adapters import chosen_layers
 import contextlib, warnings
 import torch
 from torch import nn
@@ -13,7 +14,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from ..base.errors import QLoRAError
-from ..foundations.adapters import chosen_layers
 from .ledger import whole
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #1a9eef6e

@@ -10,6 +10,7 @@ __all__ = ['LOW', 'HIGH', 'BUILT', 'on_card', 'tensors_in', 'Ledger', 'Flash', '
 import copy, re, weakref
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #d87a764b
+from ..base.model_files import hub_errors, locate
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -17,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
-from ..base.model_files import hub_errors, locate
 from ..base.nf4_config import plain_linears, quiet
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #182f9246

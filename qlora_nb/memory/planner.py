@@ -10,10 +10,10 @@ __all__ = ['METHODS', 'OPTIMIZERS', 'KNOWN', 'skeleton', 'parts_of', 'state_byte
 import contextlib, copy, gc
 
 # %% ../../nbs/3_memory/37_planner.ipynb #a88f27f3
+from ..base.core import Table
 import torch
 from torch import nn
 from ..base.errors import QLoRAError
-from ..base.core import Table
 from .expert_memory import LINEAR, Unpacked, adapted, check_stacks, pack_experts
 from .ledger import (Autocast, Ledger, Planned, config_of, layer_groups, on_card,
                                     own_name, some_layers, whole)

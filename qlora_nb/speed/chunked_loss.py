@@ -6,6 +6,7 @@
 __all__ = ['logits_gradient', 'ChunkedLoss', 'chunked_loss', 'plain_gradient', 'compiled_gradient', 'fused_gradient']
 
 # %% ../../nbs/7_speed/75_chunked_loss.ipynb #8fa4367a
+import qlora_nb.base.core   # before PyTorch is loaded
 import torch
 from functools import cache
 from torch.nn import functional as F

@@ -6,6 +6,7 @@
 __all__ = ['NORMS', 'RMSNorm', 'attention_float32', 'why_not_norm', 'norm_forward', 'cpu_pieces_undo', 'cpu_pieces']
 
 # %% ../../nbs/7_speed/79_cpu.ipynb #c8ff38c0
+import qlora_nb.base.core   # before PyTorch is loaded
 import torch, types
 from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

@@ -7,6 +7,7 @@ __all__ = ['clean_up', 'capture', 'own_place', 'GraphedPasses', 'replay_backward
            'GraphCache', 'GraphedLayers']
 
 # %% ../../nbs/7_speed/76_cuda_graphs.ipynb #ed7c54c2
+import qlora_nb.base.core   # before PyTorch is loaded
 import gc, torch, warnings
 from collections import Counter
 from fastcore.basics import patch

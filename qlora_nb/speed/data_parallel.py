@@ -7,12 +7,12 @@ __all__ = ['average_gradients', 'RankBatches', 'rank_loader', 'RankTrainer', 'co
            'seal_once', 'write_once', 'by_first', 'step_shape', 'first_of']
 
 # %% ../../nbs/7_speed/81_data_parallel.ipynb #d8100004
+from ..base.failures import go_on
 import contextlib, torch, warnings
 from pathlib import Path
 from torch.utils.data import BatchSampler, DataLoader
 from accelerate.data_loader import prepare_data_loader
 from torch import distributed as dist
-from ..base.failures import go_on
 from ..base.ranks import everyone, join_run, n_ranks, rank, together
 from ..base.runs import hold_run, last_checkpoint, seal, write_json
 

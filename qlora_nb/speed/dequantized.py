@@ -7,6 +7,7 @@ __all__ = ['Packed', 'four_bit_layers', 'dequantized_weight', 'keep_dequantized'
            'plain_scales', 'write_out_4bit']
 
 # %% ../../nbs/7_speed/72_dequantized.ipynb #e77dd9aa
+from ..base.nf4_config import quiet
 import bitsandbytes as bnb, contextlib, copy, psutil, torch
 from collections import namedtuple
 from functools import partial
@@ -14,7 +15,6 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
-from ..base.nf4_config import quiet
 from ..foundations.double_quantization import dynamic_code
 from ..foundations.nf4 import levels
 from ..foundations.qlora import NF4Linear

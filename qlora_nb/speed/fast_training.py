@@ -7,11 +7,11 @@ __all__ = ['to_16_bits', 'fast_loss', 'make_plain', 'fuse_layers', 'graph_layers
            'first_step', 'check_fast', 'speed_up_cpu', 'set_loss', 'make_fast', 'step_label']
 
 # %% ../../nbs/7_speed/80_fast_training.ipynb #673ef94e
+from ..base.core import Table, fmt_bytes
 import torch, warnings
 from functools import partial
 from ..base.errors import QLoRAError
 from ..base.ranks import everyone
-from ..base.core import Table, fmt_bytes
 from ..base.weights import clean_name
 from .dequantized import drop_dequantized, keep_dequantized
 from .cpu import cpu_pieces, cpu_pieces_undo

@@ -7,11 +7,11 @@ __all__ = ['triton', 'tl', 'folded_kernel', 'dequantize', 'FusedLoRA', 'adapted_
            'whose_bytes', 'changed', 'nothing', 'fused_parts', 'fuse', 'unfuse']
 
 # %% ../../nbs/7_speed/73_fused.ipynb #423fa269
+from ..base.triton_setup import load_triton
 import torch, types, warnings
 from functools import partial
 from torch.nn import functional as F
 from peft.tuners.lora.layer import LoraLayer
-from ..base.triton_setup import load_triton
 from ..foundations.lora import LoRA
 from ..foundations.qlora import NF4Linear
 from .dequantized import Packed, packed_of, plain_scales

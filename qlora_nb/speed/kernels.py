@@ -7,9 +7,9 @@ __all__ = ['triton', 'tl', 'choose', 'ptx', 'LOOK_UP', 'REGISTERS', 'bytes_moved
            'dequantize_nf4', 'pick', 'byte_table', 'plus', 'gemv_kernel', 'check_row', 'multiply_nf4']
 
 # %% ../../nbs/7_speed/71_kernels.ipynb #6b952499
+from ..base.triton_setup import load_triton
 import torch
 from ..base.errors import QLoRAError
-from ..base.triton_setup import load_triton
 
 # %% ../../nbs/7_speed/71_kernels.ipynb #da8c65e9
 triton, tl = load_triton()   # without a GPU, kernels run in Python

@@ -7,11 +7,11 @@ __all__ = ['NEAR', 'evaluating', 'through_head', 'measure_head', 'plain_head', '
            'own_logits', 'picked_logits', 'own_loss', 'near_enough', 'probe', 'same_logits']
 
 # %% ../../nbs/7_speed/74_logits.ipynb #ab377c4d
+from ..foundations.lora import LoRA
 import contextlib, torch
 from peft.tuners.lora.layer import LoraLayer
 from torch.nn import functional as F
 from ..base.errors import QLoRAError
-from ..foundations.lora import LoRA
 
 # %% ../../nbs/7_speed/74_logits.ipynb #94e5cbc0
 @contextlib.contextmanager

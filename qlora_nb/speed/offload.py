@@ -6,12 +6,12 @@
 __all__ = ['whole', 'offload_activations', 'ActivationOffload', 'compiler', 'compile_layer']
 
 # %% ../../nbs/7_speed/77_offload.ipynb #e23264c2
+from .fused import changed
 import contextlib, torch, types
 from fastcore.basics import patch
 from torch._functorch import config as functorch_config
 from torch.utils._pytree import tree_leaves
 from ..base.errors import QLoRAError
-from .fused import changed
 
 # %% ../../nbs/7_speed/77_offload.ipynb #4d2bc018
 def whole(t) -> torch.Tensor|None:

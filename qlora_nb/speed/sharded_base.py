@@ -7,8 +7,8 @@ __all__ = ['join_bytes', 'split_bytes', 'my_piece', 'ShardedFunction', 'Sharded'
            'ShardedLinear4bit', 'shardable', 'check_shardable', 'announce', 'shard_base']
 
 # %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200004
-import torch
 from ..base.core import Table
+import torch
 from ..base.errors import QLoRAError
 from ..foundations.double_quantization import QuantizedTensor
 from ..foundations.expert_weights import Stack

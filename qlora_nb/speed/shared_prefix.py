@@ -12,6 +12,7 @@ from collections import namedtuple
 from functools import partial
 
 # %% ../../nbs/7_speed/78_shared_prefix.ipynb #b02dd7a5
+import qlora_nb.base.core   # before PyTorch is loaded
 import torch
 from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

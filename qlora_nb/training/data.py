@@ -11,10 +11,10 @@ from collections import Counter
 from pathlib import Path
 
 # %% ../../nbs/2_training/19_data.ipynb #33842b59
-import numpy as np, pyarrow.compute as pc, torch
-from ..base.errors import QLoRAError
 from ..base.files import (PARTS, as_path, choose, digest, from_hub, identity, is_file,
                                  is_large)
+import numpy as np, pyarrow.compute as pc, torch
+from ..base.errors import QLoRAError
 from ..base.mapped import Mapped
 from ..base.mapped_rows import _as_row, map_rows
 from ..base.notes import (FATES, TEXT, Examples, Notes, Row, length_report, number_of,

@@ -6,6 +6,7 @@
 __all__ = ['Separation', 'collate_packed', 'document_ids', 'separation', 'check_packing', 'separate_documents']
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #06e923fe
+import qlora_nb.base.core   # before PyTorch is loaded
 from collections import namedtuple
 import contextlib, torch
 from itertools import accumulate, pairwise

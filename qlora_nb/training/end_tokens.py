@@ -7,6 +7,7 @@ __all__ = ['end_ids', 'template_end', 'base_of', 'notes_of', 'note_ends', 'taugh
            'number', 'check_labels', 'check_ids', 'written', 'check_answers']
 
 # %% ../../nbs/2_training/23_end_tokens.ipynb #792a6aaa
+import qlora_nb.base.core   # before PyTorch is loaded
 import warnings
 from torch.nn import Embedding
 from ..base.errors import QLoRAError

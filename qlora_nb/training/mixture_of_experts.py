@@ -6,8 +6,8 @@
 __all__ = ['BITS', 'expert_sizes']
 
 # %% ../../nbs/2_training/32_mixture_of_experts.ipynb #f959b0fc
-import torch
 from ..base.weights import list_weights
+import torch
 from transformers import AutoModelForCausalLM
 
 # %% ../../nbs/2_training/32_mixture_of_experts.ipynb #24d2d68c

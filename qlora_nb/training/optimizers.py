@@ -6,6 +6,7 @@
 __all__ = ['OPTIMIZERS', 'float32_adapters', 'mixed_precision', 'pick_optimizer', 'use_loraplus']
 
 # %% ../../nbs/2_training/21_optimizers.ipynb #41e76c1e
+import qlora_nb.base.core   # before PyTorch is loaded
 import torch
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer

@@ -12,6 +12,7 @@ from heapq import nsmallest
 from pathlib import Path
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #010b6ae2
+from ..base.core import same_random
 import torch
 from peft import PeftConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
@@ -19,7 +20,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #1ee0bce1
-from ..base.core import same_random
 from ..base.errors import QLoRAError
 from ..foundations.adapters import as_named, read_adapter, save_adapter
 from ..foundations.lora_model import adapter_tensors

@@ -8,13 +8,13 @@ __all__ = ['Loaded', 'find_folder', 'read_notes', 'adapter_folder', 'misfits', '
            'check_wishes']
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #fb1d432a
+from ..base.core import has_native_bf16, pick_device, pick_dtype
 import warnings
 from collections import namedtuple
 from pathlib import Path
 import torch
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #c5502788
-from ..base.core import has_native_bf16, pick_device, pick_dtype
 from ..base.errors import QLoRAError
 from ..base.model_files import load_tokenizer, locate
 from ..base.runs import content_id

@@ -7,6 +7,7 @@ __all__ = ['row_marks', 'row_losses', 'mean_loss', 'best_eval', 'out_of_patience
            'triton_everywhere', 'SureTrainer', 'FastTrainer', 'check_checkpointing', 'AdapterTrainer']
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #2ffa94c0
+from ..base.core import count_params
 import math, warnings
 from fastcore.basics import patch
 from importlib import metadata
@@ -17,7 +18,6 @@ from trl import SFTTrainer
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #f543dfaf
 from ..base.errors import QLoRAError
-from ..base.core import count_params
 from ..base.mapped import Order
 from ..foundations.adapters import read_adapter, save_lora
 from ..speed.data_parallel import RankTrainer, counted_alone, first_of

@@ -6,6 +6,7 @@
 __all__ = ['left_vectors', 'nearest', 'intruders']
 
 # %% ../../nbs/4_using/47_intruders.ipynb #imp47
+import qlora_nb.base.core   # before PyTorch is loaded
 import torch
 from ..base.errors import QLoRAError
 

@@ -9,12 +9,12 @@ __all__ = ['Source', 'KNOWN', 'ROWS', 'LOAD', 'CHAT', 'BARE', 'ADAPTER', 'PLACES
            'export_adapter']
 
 # %% ../../nbs/4_using/44_model_card.ipynb #5e2ae700
+from ..base.core import versions
 import json, re, shutil, yaml
 from collections import namedtuple
 from pathlib import Path
 from transformers import AutoTokenizer, GenerationConfig
 from ..base.adapter_files import read_json
-from ..base.core import versions
 from ..base.errors import QLoRAError
 from ..base.model_files import load_tokenizer
 from ..base.new_folder import new_folder

@@ -7,10 +7,10 @@ __all__ = ['with_temperature', 'keep_top_k', 'keep_top_p', 'keep_min_p', 'penali
            'generate_ids', 'drawn_from', 'draw_sampling']
 
 # %% ../../nbs/4_using/41_sampling.ipynb #3b66cc40
+from ..base.core import COLORS
 import contextlib, math
 import torch
 from torch.nn import functional as F
-from ..base.core import COLORS
 from ..base.errors import QLoRAError
 from ..base.explorer import panels
 

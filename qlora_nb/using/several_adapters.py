@@ -8,11 +8,11 @@ __all__ = ['adapter_names', 'free_name', 'add_adapter_from', 'same_trainable', '
            'check_combination', 'combine_adapters', 'save_one']
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #818970d6
+from ..base.core import COLORS
 import contextlib, shutil, tempfile, torch, warnings
 from pathlib import Path
 from peft.tuners.lora import LoraLayer
 from ..base.adapter_files import describe_adapter
-from ..base.core import COLORS
 from ..base.errors import QLoRAError
 from ..base.explorer import panels
 from ..base.model_files import locate
