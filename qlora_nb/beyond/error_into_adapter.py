@@ -6,10 +6,10 @@
 __all__ = ['low_rank', 'loftq', 'qpissa', 'closed_form', 'start_adapters']
 
 # %% ../../nbs/6_beyond/66_error_into_adapter.ipynb #imp66
+from ..base.weights import clean_name
 import torch
 from torch import nn
 from ..base.errors import QLoRAError
-from ..base.weights import clean_name
 from ..foundations.double_quantization import quantize
 
 # %% ../../nbs/6_beyond/66_error_into_adapter.ipynb #low66
