@@ -142,6 +142,22 @@ def nothing_waits_for_the_disk():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def pictures_of_the_loss_are_drawn_once():
+    """A run ends with `loss.png`, and Matplotlib takes a fifth of the time of a tiny one to draw it. The figure of each run is made; the
+    first is drawn, and the others get its bytes. Commands and pages are processes of their own, and draw theirs."""
+    if "matplotlib.figure" not in sys.modules: return (yield)
+    figure, drawn = sys.modules["matplotlib.figure"].Figure, []
+    def savefig(self, to, *args, **how):
+        if getattr(to, "name", "") != "loss.png": return real(self, to, *args, **how)
+        if not drawn: real(self, to, *args, **how), drawn.append(Path(to).read_bytes())
+        Path(to).write_bytes(drawn[0])
+    with pytest.MonkeyPatch.context() as m:
+        real = figure.savefig
+        m.setattr(figure, "savefig", savefig)
+        yield
+
+
 @pytest.fixture(scope="session")
 def chromium():
     "Opens pages of one Chromium for all tests of a worker: a thread can hold Playwright only once."

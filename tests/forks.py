@@ -9,15 +9,18 @@ from pathlib import Path
 from jupyter_client.manager import AsyncKernelManager
 
 SERVER = """
-import atexit, gc, json, os, subprocess, sys, threading
+import atexit, gc, inspect, json, os, subprocess, sys, threading
 sys.modules.setdefault("rfc3987_syntax", None)   # as in conftest.py
 import bitsandbytes, datasets, gguf, ipykernel.kernelapp, ipywidgets, matplotlib.pyplot, nbformat, peft, safetensors.torch
 import torch, transformers, trl
+import matplotlib.backends.backend_agg, tabulate, transformers.models.falcon.modeling_falcon, transformers.models.llama.modeling_llama
 from functools import cache
+from trl import SFTConfig, SFTTrainer  # is what brings in transformers' trainer: these libraries import the rest when it is asked for
 import jinja2
 compiled = cache(jinja2.Environment.compile)  # of the card that PEFT writes beside each adapter, of each checkpoint too
 jinja2.Environment.compile = lambda self, source, *args, **kw: compiled(self, source, *args, **kw)
 os.fsync = lambda fd: None  # nothing waits for the disk: conftest.py
+inspect.getmodule(sys._getframe())  # for each operator that is registered, PyTorch asks where it stands: of some thousand modules, this remembers
 gc.collect(), gc.freeze()  # a collection in a fork leaves these objects alone, and their memory shared
 kept = []  # or they would be waited for by `subprocess` itself
 peak = 0   # kilobytes of the largest fork that has ended since this was asked for
