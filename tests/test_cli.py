@@ -8,6 +8,7 @@ from qlora_nb.apps.cli import finetune_main, finetune_parser
 from qlora_nb.foundations.adapters import BACKENDS
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import quiet
+from qlora_nb.training.data import load_rows
 
 import forks
 from common import small_tokenizer
@@ -42,12 +43,14 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     tok = small_tokenizer()
     with quiet(): tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder), tok.save_pretrained(folder)
+    (folder/"rows.jsonl").write_text("".join(json.dumps(o) + "\n" for o in load_rows("tickets")[:24]), encoding="utf-8")
     return folder
 
 
-def options(tiny, out, *more):
+def options(tiny, out, *more, data="rows.jsonl"):   # None: all 800 tickets, whose tokens take longer than a step
+    given = [] if data is None or "--data" in more else ["--data", tiny/data]
     return ["--model", tiny, "--device", "cpu", "--output-dir", out, "--max-steps", 30, "--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 1, "--learning-rate", 0.01,
-            "--save-steps", 4, "--eval-rows", 2, *more]
+            "--save-steps", 4, *given, "--eval-rows", 2, *more]
 
 
 def await_checkpoint(p, folder, step, patience=300):
@@ -159,7 +162,7 @@ def test_the_run_json_of_own_data(tiny, tmp_path):
     data.write_text("prompt,response\n" + "".join(f"What is {i}+{i}?,{2*i}\n" for i in range(30)), encoding="utf-8")
     status, out, err = call("finetune_main", *options(tiny, tmp_path/"run", "--data", data, "--num-train-epochs", 1)[:-4], *("--num-train-epochs", 1))
     assert status == 2 and "max_steps and num_train_epochs are both given" in err
-    args = [o for o in options(tiny, tmp_path/"run") if o not in ("--max-steps", 30)]
+    args = [o for o in options(tiny, tmp_path/"run", data=None) if o not in ("--max-steps", 30)]
     status, out, err = call("finetune_main", *args, "--data", data, "--num-train-epochs", 1)
     assert status == 0, err
     run = json.loads((tmp_path/"run"/"run.json").read_text(encoding="utf-8"))
@@ -245,7 +248,7 @@ def test_eval_rows_0_through_the_command(tiny, tmp_path):
     for name, part in (("mine", rows[:15]), ("test", rows[15:])):
         (tmp_path/f"{name}.jsonl").write_text("".join(json.dumps(o) + "\n" for o in part), encoding="utf-8")
     for name, more, n in (("tickets", [], 800), ("own", ["--data", tmp_path/"mine.jsonl", "--test-data", tmp_path/"test.jsonl"], 15)):
-        status, out, err = call("finetune_main", *options(tiny, tmp_path/name, "--eval-rows", 0, "--max-steps", 1, *more))
+        status, out, err = call("finetune_main", *options(tiny, tmp_path/name, "--eval-rows", 0, "--max-steps", 1, *more, data=None))
         assert status == 0 and "Nothing was scored, as eval_rows is 0." in out and ("eval_rows=0: test_data is not used." in err) == (name == "own"), err
         run = json.loads((tmp_path/name/"run.json").read_text(encoding="utf-8"))
         assert run["settings"]["rows"] == n and run["steps"] == 1 and run["after"] is None
