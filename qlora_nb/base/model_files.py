@@ -139,6 +139,9 @@ def locate(name:str|Path, revision:str|None=None
            ) -> str:  # As in `load_model`; what `from_pretrained` should be given
     """Find a model by name. Raises `QLoRAError` for a folder that is not there or holds no
     model, or has no revisions."""
+    if not isinstance(name, (str, Path)):
+        raise QLoRAError(f"a {type(name).__name__} is no name of a model.",
+                         cure="Give 'smollm2', a folder or a Hub id.")
     path = smollm2_folder() if name == "smollm2" else Path(name).expanduser()
     if (path/"config.json").exists():
         if not revision: return str(path)

@@ -14,6 +14,15 @@ from .mapped import join, take
 from .readers import arrow_rows, from_table, not_utf8
 
 # %% ../../nbs/base/sources.ipynb #7a600011
+def _as_table(array):
+    "A table of the columns in an array of pyarrow, in one piece or several. Raises `QLoRAError`."
+    import pyarrow as pa
+    try: return pa.Table.from_struct_array(array)
+    except (TypeError, pa.ArrowException) as e:
+        what = f"an array of {getattr(array, 'type', 'unknown')} holds no rows."
+        raise QLoRAError(what, f"the {type(array).__name__} given",
+                         "Give one of structs, or a pyarrow.Table.") from e
+
 def _each(table, name):
     "The rows of a Dataset, one by one. Raises `QLoRAError` where a text is none."
     n = 0
@@ -34,6 +43,7 @@ def rows_given(data, split,
                              cure=f"Choose one by split=...: {', '.join(data)}.")
         data = data[split]
     if hasattr(data, "to_pylist"):   # of pyarrow
+        if not hasattr(data, "schema"): data = _as_table(data)
         check_columns(data.schema.names, f"the {kind} given")
         return arrow_rows(data, f"the {kind} given", skip), f"the {kind} given"
     if hasattr(data, "column_names"):

@@ -10,8 +10,10 @@ import warnings
 from pathlib import Path
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #5fcd4509
+from ..base.arguments import check_tokenizer
 from ..base.errors import QLoRAError
-from ..training.data import collate, encode, encode_rows, shorten
+from ..training.data import collate, encode, encode_rows, load_rows, shorten
+from ..training.settings import check_settings
 from ..training.training_loop import row_marks
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #d0b8a172
@@ -53,7 +55,8 @@ def fit_rows(rows:list, tokenizer, template:str="auto", max_length:int=512,
     left out or cut. Raises `QLoRAError` where none can be written."""
     if isinstance(rows, (str, Path)):
         raise QLoRAError("this is a name, and rows are wanted.", str(rows), "Use load_rows(...).")
-    kept, left, cut, refused = [], [], [], []
+    check_tokenizer(tokenizer), check_settings(long=long, max_length=max_length)
+    rows, kept, left, cut, refused = load_rows(rows), [], [], [], []
     for i, row in enumerate(rows, 1):
         try:
             whole = len(encode(row, tokenizer, template)["input_ids"]) <= max_length

@@ -13,6 +13,7 @@ import contextlib, copy, gc
 from ..base.core import Table
 import torch
 from torch import nn
+from ..base.arguments import check_counts, check_flags, check_names
 from ..base.errors import QLoRAError
 from .expert_memory import LINEAR, Unpacked, adapted, check_stacks, pack_experts
 from .ledger import (Autocast, Ledger, Planned, config_of, layer_groups, on_card,
@@ -199,8 +200,7 @@ def check_plan(method:str, optim:str, loss:str, **sizes):
         if value not in known[name]:
             raise QLoRAError(f"there is no {name} '{value}'.",
                              cure=f"Choose {', '.join(known[name])}.")
-    for name, n in sizes.items():
-        if n < 1: raise QLoRAError(f"{name} is {n}.", cure="It has to be 1 or more.")
+    check_counts(**sizes)
 
 # %% ../../nbs/3_memory/37_planner.ipynb #d2b70aec
 def plan(model,                # A Hub id, a folder, "smollm2", a config, or a model
@@ -215,7 +215,8 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
     """Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError`
     for unknown settings."""
     how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, r=r)
-    check_plan(method, optim, loss, **how)
+    check_plan(method, optim, loss, **how), check_names("target_modules", target_modules)
+    check_flags(gradient_checkpointing=gradient_checkpointing, use_dora=use_dora)
     cfg, named = config_of(model), isinstance(target_modules, str)
     check_stacks(cfg, method, target_parameters, dtype)
     how |= dict(method=method, gradient_checkpointing=gradient_checkpointing, optim=optim,

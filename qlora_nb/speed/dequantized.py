@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
+from ..base.arguments import check_model
 from ..foundations.double_quantization import dynamic_code
 from ..foundations.nf4 import levels
 from ..foundations.qlora import NF4Linear
@@ -68,6 +69,7 @@ def drop_dequantized(model):
 @contextlib.contextmanager
 def dequantized(model, share:float=.25):  # See `keep_dequantized`
     "`keep_dequantized` for the length of a block; what was kept before, stays."
+    check_model(model)
     kept = keep_dequantized(model, share)
     try: yield model
     finally:

@@ -14,6 +14,7 @@ from pathlib import Path
 from ..base.files import (PARTS, as_path, choose, digest, from_hub, identity, is_file,
                                  is_large)
 import numpy as np, pyarrow.compute as pc, torch
+from ..base.arguments import check_flags
 from ..base.errors import QLoRAError
 from ..base.mapped import Mapped
 from ..base.mapped_rows import _as_row, map_rows
@@ -61,6 +62,7 @@ def load_rows(data,                     # "tickets", a file, a Hub id, a table, 
              ) -> list:                 # Of `Row`s: `prompt` and `response`, or `messages`
     """Get rows from anywhere and check all of them. Raises `QLoRAError` naming the file, the row
     and what was expected."""
+    check_flags(skip_bad_rows=skip_bad_rows, large=large is None or large)
     several = [(data, 1)]
     if is_mixture(data):
         several = [o if isinstance(o, (tuple, list)) else (o, 1) for o in data]

@@ -6,6 +6,7 @@
 __all__ = ['ARGUMENTS', 'Sealer', 'numbered_batches', 'make_trainer', 'finish', 'go_through', 'train_run', 'prepare', 'finetune']
 
 # %% ../../nbs/2_training/29_finetune.ipynb #73eff3be
+from ..base.arguments import check_run
 from ..base.errors import QLoRAError
 from ..base.core import count_params, free_memory, set_seed, versions
 from ..foundations.adapters import save_adapter
@@ -146,8 +147,7 @@ def prepare(model, tokenizer, rows, numbers, held, encoded, folder, s:dict, prog
             sharded=False, **how) -> tuple:   # (model, trainer, notes for the adapter)
     "Put adapters on the model, build the trainer. `encoded`: of `encode_checked`."
     (examples, said, ends, to_evaluate), collator = encoded, None
-    lengths = count(examples, "tokens", lambda o: len(o["input_ids"]))
-    tokens = np.sum(lengths, dtype=np.int64)
+    tokens = np.sum(count(examples, "tokens", lambda o: len(o["input_ids"])), dtype=np.int64)
     if s["packing"]:
         examples = pack(examples, s["max_length"])
         model = separate_documents(model, min(s["max_length"], int(tokens)))   # of the longest pack
@@ -188,6 +188,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
              config_yaml:dict|None=None,  # What `config.yaml` says; None: what can be written down
              **kwargs) -> Run:      # Of `Settings`, and `OPTIONS` of `load_rows`
     "Fine-tune LoRA adapters on a 4-bit model. Raises `QLoRAError` for bad data and bad settings."
+    callbacks, leave_out = check_run(output_dir, callbacks, leave_out, resume, progress)
     progress, output_dir = as_one(device, progress, output_dir)
     settings, how, reading = settle(data, kwargs, ARGUMENTS)
     how["report_to"] = check_reports(how["report_to"])
@@ -218,9 +219,8 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
                                      *map(settings.get, ("backend", "model_revision", "adapter")))
         model, trainer, notes = prepare(model, tokenizer, rows, mine, held, encoded, folder,
                                         settings, progress, source, **how)
-        named = dict(adapter=settings["adapter"], revision=settings["model_revision"],
-                     example=example)
-        notes |= {k: v for k, v in named.items() if v}
+        named = dict(adapter=settings["adapter"], revision=settings["model_revision"])
+        notes |= {k: v for k, v in (named | dict(example=example)).items() if v}
         notes["base_sha256"] = content_id(locate(settings["model"]), revision=named["revision"])
         return train_run(model, tokenizer, trainer, folder, rows, settings, notes, callbacks,
                          resume, progress)

@@ -187,7 +187,7 @@ def find_model(model, tokenizer, backend:str|None, s:dict
         raise QLoRAError(f"there is no backend '{backend}'.",
                          cure=f"Choose {' or '.join(BACKENDS)}.")
     # a `Run`, or what was loaded
-    if isinstance(model, tuple): model, tokenizer = model.model, model.tokenizer
+    if hasattr(model, "folder"): model, tokenizer = model.model, model.tokenizer
     if s["adapter"]: model, s = go_on_from(s["adapter"], model, s)
     model, place = "smollm2" if model is None else model, None
     if isinstance(model, (str, Path)):

@@ -9,6 +9,7 @@ __all__ = ['PAD_NOISE', 'padding_error', 'pads_safely', 'batches', 'close_gaps',
 # %% ../../nbs/4_using/42_inference.ipynb #0ef859ff
 import threading, warnings
 from itertools import groupby
+from ..base.arguments import check_counts, check_model, check_tokenizer, texts_of
 from .sampling import check_sampling, penalize, seeded
 from ..speed.shared_prefix import prefill_shared
 from ..training.end_tokens import stop_ids
@@ -94,7 +95,8 @@ def generate(model,                  # From `load_model`, `finetune` or `load_ad
     how = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                repetition_penalty=repetition_penalty)
     check_sampling(seed=seed, max_new_tokens=max_new_tokens, **how)
-    texts = [prompts] if isinstance(prompts, str) else prompts
+    check_model(model), check_tokenizer(tokenizer), check_counts(batch_size=batch_size)
+    texts = texts_of(prompts)
     plan = batches(close_gaps(model).eval(), tokenizer, texts, batch_size)
     done, stops = {}, set(stop_ids(model, tokenizer))
     with seeded(seed, model.device):
@@ -151,6 +153,8 @@ def stream(model, tokenizer,
     how = dict(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                repetition_penalty=repetition_penalty)
     check_sampling(seed=seed, max_new_tokens=max_new_tokens, **how)
+    check_model(model), check_tokenizer(tokenizer)
+    prompt, = texts_of([prompt])
     pieces = Pieces(tokenizer, stop_ids(model, tokenizer))
     failure, stop = [], threading.Event()
     def stopped(ids, scores, **kw): return torch.full((len(ids),), stop.is_set(), device=ids.device)

@@ -1,0 +1,90 @@
+"What a function of the front door is handed: a value of the wrong kind ends in one sentence, and never in another meaning."
+import pytest, pyarrow as pa
+from pathlib import Path
+from transformers import TrainerCallback
+
+from common import once, small_base
+from qlora_nb import encode_prompt, evaluate, finetune, generate, load_model, load_rows, load_tokenizer, plan, stream
+from qlora_nb.base.errors import QLoRAError
+
+ROWS = [dict(prompt=f"Which is {i}?", response=f"Number {i}.") for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, worker_id): return once(tmp_path_factory, worker_id, "arguments", lambda o: small_base(o, 600))
+
+
+@pytest.fixture(scope="module")
+def pair(base): return load_model(base, device="cpu"), load_tokenizer(base)
+
+
+FINETUNE = {   # what is given → what is said
+    "packing is 'false', and has to be True or False": dict(packing="false"), "use_dora is 'no'": dict(use_dora="no"), "fast is 'no'": dict(fast="no"),
+    "resume is 'no'": dict(resume="no"), "progress is 'no'": dict(progress="no"), "skip_bad_rows is 'no'": dict(skip_bad_rows="no"), "large is 'no'": dict(large="no"),
+    "gradient_checkpointing is 'False'": dict(gradient_checkpointing="False"),
+    "target_modules holds no name. Leave it out": dict(target_modules=[]), "target_modules holds no name": dict(target_modules=""),
+    "one of target_modules is 3": dict(target_modules=["q_proj", 3]), "target_parameters is 3": dict(target_parameters=3),
+    "callbacks is 'x', and has to be TrainerCallbacks": dict(callbacks="x"), "one of callbacks is 3": dict(callbacks=[3]),
+    "leave_out is 3, and has to be row numbers": dict(leave_out=3), "output_dir is a NoneType, and has to be a folder": dict(output_dir=None)}
+
+@pytest.mark.parametrize("said", FINETUNE)
+def test_what_finetune_is_given(said, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(QLoRAError) as e: finetune(base, ROWS, **dict(output_dir="run", device="cpu", max_steps=1) | FINETUNE[said])
+    assert said in str(e.value) and not [*tmp_path.iterdir()]
+
+
+class Counted(TrainerCallback):
+    steps = 0
+    def on_step_end(self, args, state, control, **kw): Counted.steps += 1
+
+def test_one_callback_and_no_rows_left_out(base, tmp_path):
+    run = finetune(base, ROWS, tmp_path/"run", callbacks=Counted(), leave_out=None, target_modules={"v_proj", "q_proj"}, device="cpu", max_steps=2, progress=False)
+    assert Counted.steps == 2 and run.info["settings"]["target_modules"] == ["q_proj", "v_proj"]
+
+
+PROMPTS = [("", "the prompt is empty"), (3, "the prompt is 3, and has to be text"), (dict(prompt="Hi"), "the prompt is a dict, and has to be text. encode_prompt"),
+           (ROWS[:2], "prompt 1 is a dict"), (["Hi", ""], "prompt 2 is empty"), ({"Hi"}, "the prompt is a set"), (None, "the prompt is a NoneType"), ([[1, 2]], "prompt 1 is a list")]
+
+@pytest.mark.parametrize("prompts, said", PROMPTS)
+def test_what_generate_is_given(prompts, said, pair):
+    with pytest.raises(QLoRAError) as e: generate(*pair, prompts, 2)
+    assert said in str(e.value)
+    with pytest.raises(QLoRAError, match="and has to be text|is empty"): next(stream(*pair, prompts, 2))
+
+
+def test_texts_in_any_sequence(pair):
+    text = encode_prompt(ROWS[0], pair[1])
+    assert generate(*pair, (o for o in [text, text]), 2) == generate(*pair, [text, text], 2) == [generate(*pair, text, 2)]*2
+
+
+@pytest.mark.parametrize("of", [lambda m, t: (t, m), lambda m, t: ("smollm2", t), lambda m, t: ((m, t), t), lambda m, t: (m, None)])
+@pytest.mark.parametrize("f, last", [(generate, "Hi"), (evaluate, ROWS[:1])])
+def test_a_model_and_its_tokenizer(of, f, last, pair):
+    with pytest.raises(QLoRAError, match="is no model|is no tokenizer|a loaded model is wanted"): f(*of(*pair), last)
+
+
+def test_what_evaluate_is_given(pair):
+    alpaca = [dict(instruction=o["prompt"], output=o["response"]) for o in ROWS[:2]]
+    assert evaluate(*pair, alpaca).answer_loss == evaluate(*pair, ROWS[:2]).answer_loss
+    for rows, said in [(ROWS[0], "data of the type dict"), ([dict(prompt="Hi")], "row 1: the field `response` is missing"), (["Hi"], "Hub"),
+                       ([dict(messages=[dict(role="user", content="Hi")])], "row 1: `messages` has no assistant turn"), ([dict(prompt="1+1?", response=2)], "must be text, not int"), (None, "NoneType")]:
+        with pytest.raises(QLoRAError, match=said): evaluate(*pair, rows)
+    for how, said in [(dict(max_length="512"), "max_length is '512'"), (dict(batch_size=0), "batch_size is 0"), (dict(long="shrink"), "drop or cut or error")]:
+        with pytest.raises(QLoRAError, match=said): evaluate(*pair, ROWS[:1], **how)
+
+
+@pytest.mark.parametrize("how", [dict(max_length="512"), dict(max_length=1.5), dict(r="16"), dict(per_device_train_batch_size=0), dict(target_modules=[]), dict(use_dora="no")])
+def test_what_plan_is_given(how, base):
+    with pytest.raises(QLoRAError, match=f"^{[*how][0]} "): plan(base, **how)
+
+
+@pytest.mark.parametrize("model", [None, 3, {}])
+def test_no_name_of_a_model(model):
+    for f in (plan, load_tokenizer, load_model):
+        with pytest.raises(QLoRAError, match=f"a {type(model).__name__} is no name of a model"): f(model)
+
+
+def test_arrays_of_pyarrow():
+    assert load_rows(pa.array(ROWS)) == load_rows(pa.chunked_array([ROWS[:5], ROWS[5:]])) == load_rows(ROWS)
+    with pytest.raises(QLoRAError, match="an array of string holds no rows"): load_rows(pa.array(["Hi"]))
