@@ -100,10 +100,11 @@ def memory_now() -> int:  # Bytes
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     return psutil.Process().memory_info().rss
 
-# %% ../../nbs/base/progress.ipynb #afbabc84
+# %% ../../nbs/base/progress.ipynb #afbabc84-a
 SMALL = [("learning_rate", "learning rate", 1), ("tokens_per_s", "tokens/s", 1),
          ("memory", "memory in GB", 1e-9)]
 
+# %% ../../nbs/base/progress.ipynb #afbabc84
 def plot_run(history:list
              ) -> Figure:  # With `tokens_per_s` and `memory` beside the trainer's own keys
     "Loss, learning rate, tokens a second and memory of a run."

@@ -114,7 +114,7 @@ def _read_text(path, kind):
         raise QLoRAError(f"byte {raw[e.start]:#04x} at position {e.start} is not UTF-8.",
                          where, cure) from e
 
-# %% ../../nbs/base/readers.ipynb #b43945a0
+# %% ../../nbs/base/readers.ipynb #b43945a0-a
 def without_nulls(value):
     "A value of an Arrow table without the keys that another row brought in."
     if isinstance(value, dict):
@@ -129,11 +129,13 @@ def from_table(row) -> dict:
     row = {k: plain(v) for k, v in row.items()}
     return {k: without_nulls(v) if isinstance(v, (dict, list)) else v for k, v in row.items()}
 
+# %% ../../nbs/base/readers.ipynb #b43945a0-b
 def not_utf8(e:UnicodeDecodeError, where:str) -> QLoRAError:
     "What is said of a text in a table that is none."
     return QLoRAError(f"a text holds the byte {e.object[e.start]:#04x}, which is not UTF-8.", where,
                       SKIP)
 
+# %% ../../nbs/base/readers.ipynb #b43945a0
 def arrow_rows(table, name, skip=False, before=0):   # Of pyarrow; rows of the file before it
     "Its rows, one by one; with `skip`, an error in the place of one whose text is not UTF-8."
     try: return [*map(from_table, table.to_pylist())]

@@ -52,7 +52,7 @@ def water_fill(budget:int,    # Numbers that may be trained
         if cost[n] <= left: ranks[n], left = ranks[n] + 1, left - cost[n]
     return ranks
 
-# %% ../../nbs/6_beyond/69_allocation.ipynb #within69
+# %% ../../nbs/6_beyond/69_allocation.ipynb #within69-a
 def ranks_within(budget:int, cost:dict, wanted:dict) -> dict:  # Name → rank
     "Ranks of at least 1 that use up a budget, as near to `wanted` as whole numbers allow."
     low, high = 0., 1e9
@@ -63,6 +63,7 @@ def ranks_within(budget:int, cost:dict, wanted:dict) -> dict:  # Name → rank
         low, high = (mid, high) if fits else (low, mid)
     return at(low)
 
+# %% ../../nbs/6_beyond/69_allocation.ipynb #within69
 def random_ranks(budget:int, cost:dict, seed:int=0) -> dict:
     "The control: wishes that are drawn, some several times as large as others."
     draw = random.Random(seed)

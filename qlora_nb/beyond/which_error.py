@@ -52,7 +52,7 @@ def input_moments(model:nn.Module,     # Not quantized
         for h in hooks: h.remove()
     return {n: s/rows.numel() for n, s in sums.items()}
 
-# %% ../../nbs/6_beyond/62_which_error.ipynb #ref62
+# %% ../../nbs/6_beyond/62_which_error.ipynb #ref62-a
 @torch.no_grad()
 def log_probs(model:nn.Module, row:torch.Tensor   # (T,) token ids
              ) -> torch.Tensor:                   # (T, V) float32
@@ -60,6 +60,7 @@ def log_probs(model:nn.Module, row:torch.Tensor   # (T,) token ids
     row = row[None].to(model.device)
     return model(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1)
 
+# %% ../../nbs/6_beyond/62_which_error.ipynb #ref62
 @torch.no_grad()
 def divergence(model:nn.Module,   # Quantized
                reference:list,    # Probabilities of the unquantized model, (T, V) for each row

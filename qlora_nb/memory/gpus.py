@@ -16,6 +16,7 @@ from ..base.explorer import Explorer, choice, explore, number, panels, toggle
 from .planner import METHODS, OPTIMIZERS, Plan, config_of, plan
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #9b518cf5
+#| code-fold: true
 def plot_plans(plans:dict) -> Figure:  # Name → `Plan`
     "Stacked bars: what each plan has in use at its highest moment."
     names = list(dict.fromkeys(k for p in plans.values() for k in p.parts))
@@ -178,6 +179,7 @@ def kv_cache_bytes(model, batch:int=1, length:int=2048, element:int=2
 SHOWN = "T4", "RTX4090", "A100_40", "A100_80", "H200"   # from small to large
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #318d2b3e
+#| code-fold: true
 def draw_memory(model, **settings) -> Figure:  # See `plan`
     "The parts of a plan as one bar, and the memory of some cards below it."
     p = plan(model, **settings)

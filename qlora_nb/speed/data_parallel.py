@@ -44,7 +44,7 @@ class RankBatches:
                 mine = []
         if (k + 1) % self.n: yield mine
 
-# %% ../../nbs/7_speed/81_data_parallel.ipynb #d8100024
+# %% ../../nbs/7_speed/81_data_parallel.ipynb #d8100024-a
 def rank_loader(trainer, sampler):   # Of a Trainer with several processes
     "The batches of this rank, on its device."
     state, args = trainer.accelerator, trainer.args
@@ -58,6 +58,7 @@ def rank_loader(trainer, sampler):   # Of a Trainer with several processes
     return prepare_data_loader(loader, state.device, num_processes=1, process_index=0,
                                put_on_device=True)
 
+# %% ../../nbs/7_speed/81_data_parallel.ipynb #d8100024-b
 class RankTrainer:
     "Put before a Trainer: with several processes, each draws its own batches."
     def get_train_dataloader(self):
@@ -70,6 +71,7 @@ class RankTrainer:
             average_gradients([p for p in self.model.parameters() if p.requires_grad])
         return loss
 
+# %% ../../nbs/7_speed/81_data_parallel.ipynb #d8100024
 def collated(collator, examples, numbers:list) -> dict:   # Of the drawn examples
     "A batch with its `rows`; where none are drawn, one without labels."
     if numbers: return collator([examples[i] for i in numbers]) | dict(rows=numbers)
@@ -84,12 +86,13 @@ def counted_alone(args):   # Of a Trainer
     try: yield
     finally: args.average_tokens_across_devices = was
 
-# %% ../../nbs/7_speed/81_data_parallel.ipynb #d8100042
+# %% ../../nbs/7_speed/81_data_parallel.ipynb #d8100042-a
 def as_one(device, progress:bool, output_dir) -> tuple:   # (progress, output_dir) as they are
     "Join a launcher's processes: the first one shows bars, and its folder is that of all."
     join_run(device)
     return progress and rank() == 0, everyone(str(output_dir))[0]
 
+# %% ../../nbs/7_speed/81_data_parallel.ipynb #d8100042-b
 @contextlib.contextmanager
 def holding(folder:Path):
     "Hold the folder of a run: is this the first process? When one ends, all do."
@@ -97,6 +100,7 @@ def holding(folder:Path):
     first = rank() == 0
     with together(way), hold_run(folder) if first else contextlib.nullcontext(): yield first
 
+# %% ../../nbs/7_speed/81_data_parallel.ipynb #d8100042-c
 def seal_once(folder:Path):
     everyone(None)   # each process has written its part
     if rank() == 0: seal(folder)
@@ -109,6 +113,7 @@ def by_first(others, f, *args, **kw):
     made = f(*args, **kw) if rank() == 0 else others()
     return everyone(made)[0]
 
+# %% ../../nbs/7_speed/81_data_parallel.ipynb #d8100042
 def step_shape(n:int, s:dict) -> tuple:   # Examples; settings
     "(examples, rows of a batch, batches of a step in all processes)."
     return n, s["per_device_train_batch_size"], s["gradient_accumulation_steps"]*n_ranks()

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import distributed as dist, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200009
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200009-a
 def join_bytes(tensors:list) -> tuple:   # (bytes, where each tensor is in them)
     "Tensors of any types, end to end."
     parts, places, end = [], [], 0
@@ -31,6 +31,7 @@ def join_bytes(tensors:list) -> tuple:   # (bytes, where each tensor is in them)
         end += gap + len(flat)
     return torch.cat(parts), places
 
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200009
 def split_bytes(flat:torch.Tensor, places:list) -> list:
     "The tensors of `join_bytes` again: views, nothing is copied."
     return [flat[a:a + n].view(dtype).view(shape) for a, n, dtype, shape in places]
@@ -90,7 +91,7 @@ class ShardedBase:
         self.rooms = [self.pieces[0].new_empty(size) for _ in range(2)]
         for k in range(len(blocks)): self.settle(k)
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200024
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200024-a
 @patch
 def settle(self:ShardedBase, k:int):
     "Show the layers of block `k` where their tensors will be, whenever it is gathered."
@@ -99,6 +100,7 @@ def settle(self:ShardedBase, k:int):
         m.shards, m.block = self, k
         vars(m).update((name, next(views)) for name in m.names)
 
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200024-b
 @patch
 def start(self:ShardedBase, k:int):
     "Begin to gather block `k`, where it is not there already."
@@ -110,12 +112,13 @@ def start(self:ShardedBase, k:int):
     self.work[room] = _all_gather(flat, piece, group=self.group, async_op=True)
     self.there[room], self.gathers = k, self.gathers + 1
 
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200024
 @patch
 def done(self:ShardedBase, room:int):
     if self.work[room] is not None: self.work[room].wait()
     self.work[room] = None
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200026
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200026-a
 @patch
 def use(self:ShardedBase, k:int):
     "Have block `k` gathered, and begin with the one that is expected next."
@@ -127,6 +130,7 @@ def use(self:ShardedBase, k:int):
     self.now = k
     if self.prefetch and after % 2 != k % 2: self.start(after)
 
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200026
 @patch
 def expected(self:ShardedBase, k:int) -> int:
     "The block that will be entered after `k`."
@@ -135,7 +139,7 @@ def expected(self:ShardedBase, k:int) -> int:
         return k + 1 if k < last else max(k - 1, 0) if torch.is_grad_enabled() else 0
     return k - 1 if k else min(1, last)
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200028
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200028-a
 class ShardedLinear4bit(Sharded, Packed, nn.Module):
     "A layer of bitsandbytes, sharded."
     def __init__(self, m:Linear4bit):
@@ -145,6 +149,7 @@ class ShardedLinear4bit(Sharded, Packed, nn.Module):
         self.in_features, self.out_features, self.bias = m.in_features, m.out_features, None
         if m.bias is not None: self.bias = nn.Parameter(m.bias.to(self.dtype), requires_grad=False)
 
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200028
 def shardable(block:nn.Module) -> list:   # Changed in place
     "The 4-bit layers of a block, as layers that can be sharded."
     for name, m in list(block.named_modules()):
@@ -168,7 +173,7 @@ def check_shardable(model):
     if not all(any(isinstance(m, (NF4Linear, Linear4bit)) for m in b.modules()) for b in blocks):
         fail("some of its blocks hold no layer in 4 bits.")
 
-# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030b
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030b-a
 def announce(block:nn.Module, shards:ShardedBase, k:int):
     "Let a block ask for its bytes before its forward pass, and before its backward pass."
     def back(grad): shards.use(k)
@@ -178,6 +183,7 @@ def announce(block:nn.Module, shards:ShardedBase, k:int):
     block.register_forward_pre_hook(lambda m, args: shards.use(k))
     block.register_forward_hook(out)
 
+# %% ../../nbs/7_speed/82_sharded_base.ipynb #d8200030b
 def shard_base(model,                # In 4 bits, the same on each rank; changed in place
                device=None,          # Where all of it goes; None: it stays where it is
                prefetch:bool=True    # Gather the next block while one computes?

@@ -26,12 +26,13 @@ def statuses(ids:list, labels:list, mask:list, tokenizer) -> list:  # Of `Token`
     return [Token(i, spell(i, tokenizer), status(i, l, m), l)
             for i, l, m in zip(ids, labels, mask, strict=True)]
 
-# %% ../../nbs/2_training/20_mask_viewer.ipynb #f3e4efa0
+# %% ../../nbs/2_training/20_mask_viewer.ipynb #f3e4efa0-a
 STYLES = dict(trained=("b", "background:#fde3b0;border-bottom:2px solid #b35900;color:#000"),
               context=("span", "background:#e8eef4;color:#333;padding:1px 0 3px"),
               padding=("s", "background:#fff;color:#595959;font-size:85%"),
               mismatch=("em", "border:2px solid #a00;background:#fff;color:#a00;font-weight:bold"))
 
+# %% ../../nbs/2_training/20_mask_viewer.ipynb #f3e4efa0
 def token_html(t:Token) -> str:
     "One token as HTML, with its id and label on hover."
     tag, style = STYLES[t.status]

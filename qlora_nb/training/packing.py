@@ -105,6 +105,7 @@ def row_tokens(pack:list,   # Examples that share a row
     return [t._replace(first=i in starts) for i, t in enumerate(row)]
 
 # %% ../../nbs/2_training/30_packing.ipynb #d49b5fb6
+#| code-fold: true
 FILLS = dict(trained=COLORS[1], context="#E8EEF4", padding="white")
 
 def write_tokens(ax, row, tokenizer, columns=56, lines=8):
@@ -125,6 +126,7 @@ def write_tokens(ax, row, tokenizer, columns=56, lines=8):
     ax.set(xlim=(0, columns), ylim=(-lines + .4, .6)), ax.set_axis_off()
 
 # %% ../../nbs/2_training/30_packing.ipynb #cf25fd09
+#| code-fold: true
 def draw_batch(examples:list, tokenizer, packed:bool=False, loss:str="answers",
                max_length:int=256):   # → matplotlib Figure
     "A batch of `examples`, a row each or packed, and which of its tokens are trained."

@@ -150,6 +150,7 @@ def drawn_from(scores:torch.Tensor,  # (1, vocabulary), of the model
     return F.one_hot(left.argmax(), len(left)).to(left.dtype)
 
 # %% ../../nbs/4_using/41_sampling.ipynb #5d20e4c3
+#| code-fold: true
 def draw_sampling(scores:torch.Tensor,  # (1, vocabulary), of the model
                   names,                # Of tokens: a function of a list of ids → list of texts
                   temperature:float=1., top_k:int=0, top_p:float=1.,

@@ -100,6 +100,7 @@ def answering_as(model, name:str|None):  # An adapter on the model; None: the ba
             if name not in (None, was): use_adapter(model, was)
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #3becce54
+#| code-fold: true
 def draw_sides(said:dict):   # Of `side_by_side` → matplotlib Figure
     "Each token of each answer, and how likely each model finds it."
     fig, axs = panels(5.2, len(said), sharey=True)
