@@ -143,3 +143,13 @@ def test_a_fast_loss_that_is_another_is_said_and_not_used(monkeypatch):
     got = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     assert loss.item() == want.item() and all(torch.equal(a, c) for a, c in zip(got, wanted) if a is not None)
     assert not [m for m in model.modules() if hasattr(m, "fused")]
+
+
+def test_a_kept_step_loss_is_compared_once(monkeypatch):
+    from qlora_nb.speed import fast_training as fast
+    model, b, asked = adapted("llama"), batch(), []
+    make_fast(model)
+    monkeypatch.setattr(fast, "own_loss", lambda *a: asked.append(1) or own_loss(*a))
+    kept = model.step_loss   # as a training loop may write it
+    assert kept(b).item() == kept(b).item() == kept(b).item() == pytest.approx(own_loss(model, b).item(), rel=1e-4)
+    assert len(asked) == 1

@@ -86,7 +86,7 @@ def ready(way, model, device, n, checkpointing):
         if dist.get_rank() == 0: print(make_fast(model, memory=0. if checkpointing else 1.), flush=True)
         else: make_fast(model, memory=0. if checkpointing else 1.)
         mine = [p for p in model.parameters() if p.requires_grad]
-        return model.step_loss, (lambda: average_gradients(mine)) if n > 1 else (lambda: None), base
+        return (lambda batch: model.step_loss(batch)), (lambda: average_gradients(mine)) if n > 1 else (lambda: None), base
     cast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
     if "fsdp1" in way:
         model = FullyShardedDataParallel(model, auto_wrap_policy=fsdp_auto_wrap_policy(model), use_orig_params=False, device_id=device)
