@@ -15,8 +15,8 @@ from pathlib import Path
 from ..base.core import Table, cpu_kind, keep_memory, pick_device, pick_dtype
 from ..base.errors import QLoRAError
 from ..base.model_files import hub_errors, locate
-from ..base.nf4_config import (as_asked, nf4_config, plain_linears, quiet, stored_as,
-                                      whole_blocks)
+from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears, quiet,
+                                      stored_as, whole_blocks)
 from ..base.weights import WEIGHT_COLUMNS, list_weights, misplaced, too_wide, weight_rows
 from .expert_weights import pack_stacks, packing_stacks
 from .nf4 import count_below
@@ -148,15 +148,16 @@ def noted(model, name, revision, dtype):   # As in `load_model`
     return model
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-r
-def read_base(name, place, bits, device, dtype, revision, skip=()):   # `skip`: layers left wide
+def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` and `max_memory`
+              skip=()):   # Layers that are left wide
     "One reading of a checkpoint, in 4 bits where `bits` says so."
     four = dict(quantization_config=nf4_config(dtype, skip)) if bits else {}
-    with hub_errors(name), quiet(), contextlib.ExitStack() as s:
+    with hub_errors(name), quiet(), all_on_cards(name), contextlib.ExitStack() as s:
         blocks = (plain_linears, packing_stacks, quick_codes) if bits else ()
         for o in blocks: s.enter_context(o())
         return AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, device_map={"": device}, use_safetensors=True,
-            trust_remote_code=False, revision=revision, **four)
+            place, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
+            **where, **four)
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa
 def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a Hub id
@@ -165,14 +166,19 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
                # To compute in, and of unquantized parts; None: what suits the device
                dtype:torch.dtype|None=None,
                # Branch, tag or commit of a Hub id; None: its main branch
-               revision:str|None=None):
+               revision:str|None=None,
+               # Of transformers, instead of `device`: "auto" spreads the layers over all cards
+               device_map:str|dict|None=None, max_memory:dict|None=None):
     """Load a causal language model for QLoRA, in eval mode, and audit it. Raises `QLoRAError`
     when that cannot be done."""
     if bits not in (4, None):
         raise QLoRAError(f"bits={bits} is not on offer.", cure="Choose 4, or None for 16 bits.")
+    if device and device_map:
+        raise QLoRAError("device and device_map are both given.", str(name), "Give one of them.")
     device, place = pick_device(device), locate(name, revision)
     dtype, stored = dtype or pick_dtype(device), check_stored(name, place, revision or "main")
-    load = partial(read_base, name, place, bits, device, dtype, revision or "main")
+    where = dict(device_map=device_map or {"": device}, max_memory=max_memory)
+    load = partial(read_base, name, place, bits, dtype, revision or "main", where)
     model = disable_cpu_repacking(load())
     if stored: model = as_asked(model, bits, dtype)
     if device.type == "cpu": keep_memory()

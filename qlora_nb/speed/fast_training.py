@@ -12,6 +12,7 @@ import torch, warnings
 from functools import partial
 from ..base.errors import QLoRAError
 from ..base.ranks import everyone
+from ..base.triton_setup import is_spread
 from ..base.weights import clean_name
 from .dequantized import drop_dequantized, keep_dequantized
 from .cpu import cpu_pieces, cpu_pieces_undo
@@ -143,6 +144,9 @@ def check_fast(model, layers:dict, memory:float, device, idle_offload:bool):
     if not layers:
         raise QLoRAError("this model has no adapters.", type(model).__name__,
                          "Call add_adapters first.")
+    if is_spread(model):
+        raise QLoRAError("its layers are on several devices.", type(model).__name__,
+                         "Train with fast=False, or load it onto one.")
     if not 0 <= memory <= 1:
         raise QLoRAError(f"memory is {memory}.", cure="Choose a share between 0 and 1.")
     if device.type == "cuda" and device.index != torch.cuda.current_device():

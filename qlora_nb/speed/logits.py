@@ -117,14 +117,17 @@ def own_loss(model, batch:dict,    # `input_ids`, `labels` (-100: none), and wha
     inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"][:, 1:]
     picked = labels != -100
     if plain_head(model):
-        hidden = model.get_decoder()(**inputs, use_cache=False)[0][:, :-1][picked]
+        hidden = model.get_decoder()(**inputs, use_cache=False)[0][:, :-1]
+        hidden = hidden[picked.to(hidden.device)]   # layers may be on several devices
         chunks = zip(hidden.split(chunk_size), labels[picked].split(chunk_size))
         pairs = ((head_logits(model, h), y) for h, y in chunks)
     else:
         rows = [{k: v[i:i+1] for k, v in inputs.items()} for i in range(len(labels))]
         pairs = ((picked_logits(model, r, p[None]), y[p]) for r, p, y in zip(rows, picked, labels)
                  if p.any())
-    total = sum(F.cross_entropy(s.float(), y, reduction="sum") for s, y in pairs)
+    def nats(s, y):
+        return F.cross_entropy(s.float(), y.to(s.device), reduction="sum").to(y.device)
+    total = sum(nats(s, y) for s, y in pairs)
     return total/(picked.sum() if n is None else n)
 
 # %% ../../nbs/7_speed/74_logits.ipynb #74000005

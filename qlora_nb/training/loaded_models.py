@@ -215,7 +215,7 @@ def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tupl
         raise QLoRAError(f"the model is on {model.device.type}, not on {where.type}.",
                          settings["model"], "Load it there: load_model(..., device=...).")
     settings["optim"] = pick_optimizer(settings["optim"], where)
-    if settings["fast"] is None: settings["fast"] = fast_by_default(where)
+    if settings["fast"] is None: settings["fast"] = fast_by_default(where, model)
     return model, tokenizer, settings
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #6e000003
