@@ -41,15 +41,15 @@ def search_scales(W:torch.Tensor,            # (N, K)
     absmax = b.abs().amax(1)
     best, least = absmax.clone(), torch.full_like(absmax, torch.inf)
     def keep(scales):
-        q = code[codes_for(b, scales, code).int()]
+        q = code.index_select(0, codes_for(b, scales, code).view(-1).int()).view_as(b)
         error = (w*(b - q*scales[:, None]).square()).sum(1)
         better = error < least
         best[better], least[better] = scales[better], error[better]
-        return (w*b*q).sum(1)/(w*q*q).sum(1).clamp(min=1e-30)
+        return q
     for f in factors:
         for sign in (1, -1)[:1 + signed]:
-            fitted = keep(sign*f*absmax)
-            keep(fitted)
+            q = keep(sign*f*absmax)
+            keep((w*b*q).sum(1)/(w*q*q).sum(1).clamp(min=1e-30))
     return best
 
 # %% ../../nbs/6_beyond/63_scale_search.ipynb #with63-a
