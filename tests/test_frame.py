@@ -16,6 +16,7 @@ from qlora_nb.base.diagrams import crowded, part_map, steps_of, texts_of
 sys.path.insert(0, str(ROOT/"tools"))
 from make_course import accelerate, course, map_pages, stale
 from make_links import fix_links
+from make_pictures import course_map
 from make_readme import make_readme
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda o: o.name)
@@ -187,6 +188,14 @@ def test_a_map_leads_to_what_each_page_needs():
         below = {i: {j for j, k in steps if k == i} for i in range(len(pages))}
         for i in below: below[i] |= set().union(*(below[j] for j in below[i]))
         for i, v in enumerate(pages.values()): assert {names.index(o) for o in v.split() if o in names} <= below[i], (part["folder"], names[i])
+
+
+def test_the_map_of_the_course_is_that_of_its_parts():
+    fig, index = course_map(COURSE), "\n".join(c.source for c in read(NBS/"index.ipynb").cells)
+    assert crowded(fig) == []
+    assert f"![{fig.get_label()}](images/course_map.svg)" in index, "run tools/make_pictures.py, and write its new label into index.ipynb"
+    drawn = set(re.findall(r"<!-- (.+?) -->", (NBS/"images"/"course_map.svg").read_text(encoding="utf-8")))
+    assert {t.get_text() for t in texts_of(fig) if t.get_text()} <= drawn, "run tools/make_pictures.py"
 
 
 # ---- versions and packages ----
