@@ -43,6 +43,10 @@ OTHERS = dict(   # of kinds that the matrix does not have
     gemma3n=("Gemma3nText", architectures.DENSE | dict(head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
              num_kv_shared_layers=0, hidden_size_per_layer_input=16, vocab_size_per_layer_input=160, laurel_rank=8, activation_sparsity_pattern=[0., 0.], altup_num_inputs=2)),
     hunyuan_moe=("HunYuanMoEV1", architectures.MOE | dict(num_experts=4, moe_topk=2)))
+MORE = OTHERS | dict(   # a router's loss without routers, experts renamed by PEFT, positions that are computed and rounded, a decoder that is the head
+    doge=("Doge", architectures.DENSE), laguna=("Laguna", architectures.MOE | dict(num_experts=4, moe_intermediate_size=64)),
+    ctrl=("CTRL", dict(vocab_size=160, n_positions=64, n_embd=64, n_layer=2, n_head=4, dff=128)),
+    modernbert=("ModernBertDecoder", architectures.DENSE))
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_weights_that_an_architecture_takes_itself(name, tmp_path):
@@ -192,6 +196,7 @@ def test_an_nf4_folder_computes_in_the_type_asked_for(theirs, ours, double, fold
 
 
 @pytest.mark.parametrize("name, backend, how", [("deepseek_v3", "bnb", {}), ("qwen3_next", "scratch", {}), ("mixtral", "bnb", {}), ("glm4_moe", "bnb", dict(lora_dropout=0.)),
+    ("doge", "bnb", {}), ("laguna", "bnb", {}), ("ctrl", "bnb", {}),
     ("qwen3_moe", "bnb", dict(lora_dropout=0., target_parameters=["experts.gate_up_proj", "experts.down_proj"]))])
 def test_what_finetune_saves_loads_and_merges(name, backend, how, tmp_path, monkeypatch):
     from common import small_tokenizer
@@ -199,7 +204,7 @@ def test_what_finetune_saves_loads_and_merges(name, backend, how, tmp_path, monk
     from qlora_nb.training.saved_adapters import load_adapter
     from qlora_nb.training.tickets import make_tickets
     from qlora_nb.training.finetune import finetune
-    tok, (kind, fields) = small_tokenizer(), architectures.ZOO[name]
+    tok, (kind, fields) = small_tokenizer(), (architectures.ZOO | MORE)[name]
     monkeypatch.setitem(architectures.ZOO, name, (kind, fields | dict(vocab_size=len(tok), max_position_embeddings=512)))
     base = build(name, str(tmp_path/"base"))
     tok.save_pretrained(base)
@@ -213,6 +218,16 @@ def test_what_finetune_saves_loads_and_merges(name, backend, how, tmp_path, monk
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path/"merged", dtype=torch.float32))
     bfloat16 = run.model.get_input_embeddings().weight.dtype == torch.bfloat16   # what this processor trained in
     assert (merged - y).norm() < (.02 if bfloat16 else 1e-5)*y.norm()
+
+
+def test_a_decoder_that_is_no_head(tmp_path):
+    from qlora_nb.memory.planner import plan
+    kind, fields = MORE["modernbert"]
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    model = load_model(build("modernbert", str(tmp_path/"base"), config), device="cpu", dtype=torch.float32)
+    assert model.get_decoder() is model.model and plan(config, max_length=64).peak > 0
+    facts = check("modernbert", folder=str(tmp_path/"base"))
+    assert right(facts), facts
 
 
 @pytest.mark.parametrize("how", [{}, dict(target_parameters=["experts.down_proj"])])

@@ -88,3 +88,10 @@ def test_no_name_of_a_model(model):
 def test_arrays_of_pyarrow():
     assert load_rows(pa.array(ROWS)) == load_rows(pa.chunked_array([ROWS[:5], ROWS[5:]])) == load_rows(ROWS)
     with pytest.raises(QLoRAError, match="an array of string holds no rows"): load_rows(pa.array(["Hi"]))
+
+
+def test_a_plan_longer_than_the_positions():
+    from transformers import MptConfig, OpenAIGPTConfig
+    for config in (OpenAIGPTConfig(n_positions=64, n_embd=64, n_layer=2, n_head=4), MptConfig(d_model=64, n_heads=4, n_layers=2, max_seq_len=64)):
+        with pytest.raises(QLoRAError, match="It has 64 positions: set max_length=64."): plan(config, max_length=128)
+        assert plan(config, max_length=64).peak > 0

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Weight', 'WEIGHT_COLUMNS', 'state_bytes', 'four_bit_kind', 'acts_linear', 'full_shape', 'stack_owners', 'routers',
            'list_weights', 'clean_name', 'wide_kinds', 'Noted', 'spy_class', 'read_elsewhere', 'computes_with_weights',
-           'misplaced', 'weight_rows', 'wide_layers', 'too_wide']
+           'misplaced', 'below_head', 'as_it_is', 'weight_rows', 'wide_layers', 'too_wide']
 
 # %% ../../nbs/base/weights.ipynb #4a7564e2
 import qlora_nb.base.core   # before PyTorch is loaded
 import inspect, math, re, bitsandbytes as bnb, torch
 from collections import namedtuple
+from types import MethodType
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -179,6 +180,18 @@ def misplaced(model:nn.Module
     wrong = [n for n in dict.fromkeys([*routers(model), *read])
              if isinstance(model.get_submodule(n), bnb.nn.Linear4bit)]
     return wrong, read, error
+
+# %% ../../nbs/base/weights.ipynb #0687f3d4
+def below_head(model) -> nn.Module: return model.base_model   # for `get_decoder`
+
+def as_it_is(model:nn.Module):   # Any causal language model; changed in place
+    "The model, whose decoder is not its head, and whose config knows of no routers without experts."
+    if (head := model.get_output_embeddings()) is not None and model.get_decoder() is head:
+        model.get_decoder = MethodType(below_head, model)
+    config = model.config.get_text_config()
+    if getattr(config, "router_aux_loss_coef", 0) and not stack_owners(model):
+        config.router_aux_loss_coef, config.output_router_logits = 0., False
+    return model
 
 # %% ../../nbs/base/weights.ipynb #b989bd61
 WEIGHT_COLUMNS = ["what", "tensors", "numbers", "bytes", "share of the bytes", "the largest"]

@@ -17,7 +17,8 @@ from ..base.errors import QLoRAError
 from ..base.model_files import hub_errors, locate
 from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears, quiet,
                                       stored_as, whole_blocks)
-from ..base.weights import WEIGHT_COLUMNS, list_weights, misplaced, too_wide, weight_rows
+from ..base.weights import (WEIGHT_COLUMNS, as_it_is, list_weights, misplaced, too_wide,
+                                   weight_rows)
 from .expert_weights import pack_stacks, packing_stacks
 from .nf4 import count_below
 import bitsandbytes as bnb, torch, torch.nn as nn
@@ -155,9 +156,9 @@ def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` a
     with hub_errors(name), quiet(), all_on_cards(name), contextlib.ExitStack() as s:
         blocks = (plain_linears, packing_stacks, quick_codes) if bits else ()
         for o in blocks: s.enter_context(o())
-        return AutoModelForCausalLM.from_pretrained(
+        return as_it_is(AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
-            **where, **four)
+            **where, **four))
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa
 def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a Hub id

@@ -11,6 +11,7 @@ import copy, re, weakref
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #d87a764b
 from ..base.model_files import hub_errors, locate
+from ..base.weights import as_it_is
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -110,8 +111,8 @@ def whole(cfg, dtype:torch.dtype) -> nn.Module:
     planning asks again and again."""
     key = type(cfg).__name__, str(cfg.to_dict()), dtype
     def build(**how):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(cfg), trust_remote_code=False,
-                                                dtype=dtype, **how)
+        return as_it_is(AutoModelForCausalLM.from_config(
+            copy.deepcopy(cfg), trust_remote_code=False, dtype=dtype, **how))
     if key not in BUILT:
         while len(BUILT) > 3: del BUILT[next(iter(BUILT))]
         with torch.device("meta"), quiet(), plain_linears():

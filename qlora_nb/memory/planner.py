@@ -228,5 +228,7 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
             AttributeError) as e:
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
         cure = "Try method='lora' or another loss, or measure a step on a card."
+        known = getattr(cfg, "max_position_embeddings", getattr(cfg, "max_seq_len", None))
+        if known and max_length > known: cure = f"It has {known} positions: set max_length={known}."
         raise QLoRAError(f"a step of this architecture cannot be rehearsed without weights "
                          f"({why}).", cfg.model_type, cure) from e

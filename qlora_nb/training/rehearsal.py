@@ -171,7 +171,7 @@ def read_back(model, folder):
     "Read an adapter's file into the model that has it, by the functions of its backend."
     if is_scratch(model): return read_adapter(model, folder)
     weights = load_peft_weights(str(folder), device="cpu")
-    set_peft_model_state_dict(model, weights, model.active_adapter)
+    with as_named(): set_peft_model_state_dict(model, weights, model.active_adapter)
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #67b85853
 def check_reload(model, mine:dict, base:str):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONTO', 'Merged', 'check_adapter', 'read_config', 'plain_base', 'out_of_place', 'weight_of', 'shared_layers',
-           'with_adapter', 'written_out', 'as_kept', 'add_up', 'as_dtype', 'merged', 'merge_words', 'read_back',
-           'merge_and_save']
+           'with_adapter', 'written_out', 'as_kept', 'add_up', 'as_dtype', 'merged', 'merge_words', 'unsaved_buffers',
+           'read_back', 'merge_and_save']
 
 # %% ../../nbs/4_using/45_merge.ipynb #351a3fa9
 import warnings
@@ -200,7 +200,13 @@ def merge_words(f:dict) -> str:   # The facts of `merged`
             f"{f['lost']:.2%} of this change.")
 
 # %% ../../nbs/4_using/45_merge.ipynb #ff6790d3
-def read_back(folder, want:torch.Tensor, dtype:torch.dtype):   # `want`: the logits it should have
+def unsaved_buffers(model) -> dict:   # name → tensor
+    "What a model computes when it is built, such as a table of angles, and no file holds."
+    return {f"{n}.{k}": b for n, m in model.named_modules()
+            for k in m._non_persistent_buffers_set if (b := m._buffers.get(k)) is not None}
+
+def read_back(folder, want:torch.Tensor, dtype:torch.dtype,   # The logits it should have
+              unsaved:dict={}):   # Of `unsaved_buffers`, as they were in training
     "Load what was written. Raises `QLoRAError` where it cannot be loaded, or is another model."
     how = dict(dtype=dtype, trust_remote_code=False)
     try:
@@ -208,6 +214,8 @@ def read_back(folder, want:torch.Tensor, dtype:torch.dtype):   # `want`: the log
     except Exception as e:
         raise QLoRAError(f"what was written cannot be loaded ({' '.join(str(e).split())[:200]}).",
                          cure="Nothing was left behind.") from e
+    for n, b in unsaved_buffers(model).items():   # anew, perhaps in a finer dtype
+        if n in unsaved: b.data = unsaved[n].to(b.dtype)
     same_logits(probe(model), want, None, "what was written is another model")
 
 # %% ../../nbs/4_using/45_merge.ipynb #2f11b4ac
@@ -224,7 +232,8 @@ def merge_and_save(folder:str|Path,        # Of a run, or of an adapter in PEFT'
         card = model_card(source, out.name, "safetensors", merge_words(m.facts), m.chat)
         (new/"README.md").write_text(card, encoding="utf-8")
         want, kind = probe(m.model.cpu()), m.model.dtype
+        rest = unsaved_buffers(m.model)
         m = None   # its memory is for what is read back
-        read_back(new, want, kind)
+        read_back(new, want, kind, rest)
     free_memory()
     return out
