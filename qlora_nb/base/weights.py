@@ -185,7 +185,7 @@ def misplaced(model:nn.Module
 def below_head(model) -> nn.Module: return model.base_model   # for `get_decoder`
 
 def as_it_is(model:nn.Module):   # Any causal language model; changed in place
-    "The model, whose decoder is not its head, and whose config knows of no routers without experts."
+    "The model, whose decoder is not its head, and whose config has no routers without experts."
     if (head := model.get_output_embeddings()) is not None and model.get_decoder() is head:
         model.get_decoder = MethodType(below_head, model)
     config = model.config.get_text_config()
