@@ -113,6 +113,7 @@ def pytest_collection_modifyitems(config, items):
         out = [o for o in items if not wanted(o, config.touched)]
         config.hook.pytest_deselected(items=out)
         items[:] = [o for o in items if o not in set(out)]
+    # Files take turns, so that a fixture of a module would be made anew for many of its tests: what takes time is one of the session.
     rows = durations.rows_for(durations.load())
     items.sort(key=lambda o: durations.position(o.nodeid, rows))
 
@@ -130,6 +131,14 @@ def templates_compiled_once():
     with pytest.MonkeyPatch.context() as m:
         compiled = cache(jinja2.Environment.compile)
         m.setattr(jinja2.Environment, "compile", lambda self, source, *a, **k: compiled(self, source, *a, **k))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def packages_are_described_once():
+    "A run notes its versions, and Accelerate asks for PEFT's with every file: what lies beside a package is parsed for milliseconds."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(importlib.metadata.Distribution, "metadata", property(forks.described_once()))
         yield
 
 

@@ -2,15 +2,29 @@
 
 Imports take longer than most of these tests. A fork is fresh in all that is ours: none of our modules is imported.
 The kernels of the pages are forked as well: `Kernels` is a kernel manager for nbclient."""
-import atexit, json, os, signal, subprocess, sys, tempfile, time
+import atexit, inspect, json, os, signal, subprocess, sys, tempfile, time
 from functools import cache
 from pathlib import Path
 
 from jupyter_client.manager import AsyncKernelManager
 
-SERVER = """
+
+def described_once():
+    "`importlib.metadata.Distribution.metadata` that keeps what it has parsed."
+    from importlib.metadata import Distribution
+    parse, found = Distribution.metadata.fget, {}
+    def metadata(self):
+        place = str(getattr(self, "_path", id(self)))
+        if place not in found: found[place] = parse(self)
+        return found[place]
+    return metadata
+
+
+SERVER = inspect.getsource(described_once) + """
 import atexit, gc, inspect, json, os, subprocess, sys, threading
 sys.modules.setdefault("rfc3987_syntax", None)   # as in conftest.py
+import importlib.metadata
+importlib.metadata.Distribution.metadata = property(described_once())
 import bitsandbytes, datasets, gguf, ipykernel.kernelapp, ipywidgets, matplotlib.pyplot, nbformat, peft, safetensors.torch
 import torch, transformers, trl
 import matplotlib.backends.backend_agg, tabulate, transformers.models.falcon.modeling_falcon, transformers.models.llama.modeling_llama

@@ -1,5 +1,5 @@
 "What must not depend on the machine: the kind of processor, the encoding of its locale."
-import ast, json, os, subprocess, sys
+import ast, json, os, re, subprocess, sys
 
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
@@ -68,6 +68,7 @@ def test_the_machine_is_described():
 
 def without_encoding(source):
     "Lines of `source`, which may hold IPython's magics, that read or write text in the encoding of the locale."
+    if not re.search(r"\b(?:open|read_text|write_text)\b", source): return   # most cells: IPython's reading of one takes a millisecond
     for n in ast.walk(ast.parse(TransformerManager().transform_cell(source))):
         if not isinstance(n, ast.Call) or any(k.arg in ("encoding", None) for k in n.keywords): continue
         if isinstance(n.func, ast.Attribute) and n.func.attr in ("read_text", "write_text"): yield n.lineno

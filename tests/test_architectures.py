@@ -22,7 +22,7 @@ from qlora_nb.base.weights import acts_linear, list_weights, routers
 FAST = "qwen3 gemma2 gpt2 falcon mixtral qwen3_moe gpt_oss deepseek_v3 jetmoe phimoe mamba mamba2 nemotron_h qwen3_next".split()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     made = {}
     def get(name):

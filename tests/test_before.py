@@ -16,12 +16,12 @@ ROWS = [dict(messages=[dict(role="user", content=f"What is {i} and {i}?"), dict(
 DEAF = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(tmp_path_factory):
     return small_base(tmp_path_factory.mktemp("base"), 400)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def adapter(base, tmp_path_factory):
     model = add_adapters(load_model(base, device="cpu"), 4, 8, target_modules=["q_proj", "v_proj"])
     return save_adapter(model, tmp_path_factory.mktemp("a")/"adapter", str(base), template="article")

@@ -14,7 +14,7 @@ from qlora_nb.training.saved_adapters import load_adapter
 from common import small_tokenizer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(tmp_path_factory):
     "A folder with a small random Llama and a small tokenizer."
     folder, tok = tmp_path_factory.mktemp("base"), small_tokenizer()
@@ -133,7 +133,7 @@ def test_names_that_no_folder_can_have(name, base, tmp_path, no_model):
 
 # ---- adapters of others ----
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(base, tmp_path_factory): return finetune(base, ROWS, tmp_path_factory.mktemp("run")/"run", max_steps=2, **QUIET)
 
 

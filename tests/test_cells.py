@@ -233,6 +233,7 @@ def test_guard_comes_first(path):
 
 def imported(source):
     "Packages that a cell imports, without Python's own."
+    if "import" not in source: return set()
     tree = ast.parse(TransformerManager().transform_cell(source)).body   # a function may import what it can do without
     names = [o.name for n in tree if isinstance(n, ast.Import) for o in n.names]
     names += [n.module for n in tree if isinstance(n, ast.ImportFrom)]

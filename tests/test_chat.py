@@ -18,11 +18,11 @@ from qlora_nb.using.several_adapters import active_adapter, answering_as
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tok(): return load_tokenizer()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(tok):
     m = add_adapters(tiny_model("llama", vocab_size=len(tok), hidden_size=64, initializer_range=.2, eos_token_id=2, pad_token_id=2))
     set_seed(1)

@@ -37,7 +37,7 @@ def complaint(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     "A folder with a small random Llama and a small tokenizer."
     folder = tmp_path_factory.mktemp("tiny")

@@ -256,7 +256,7 @@ def test_options_of_data_reach_the_rows(tmp_path):
 
 # ---- tokens and labels ----
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tok(): return load_tokenizer("smollm2")
 
 

@@ -1,5 +1,6 @@
 "Two processes on one CPU: the same losses, one folder, one message, and nobody left behind."
 import json, subprocess, sys, time
+from contextlib import contextmanager
 
 import psutil, pytest
 import torch
@@ -17,15 +18,20 @@ STEPS = 4
 LAUNCH = NBS/"launch"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
+@contextmanager
+def as_in_a_rank():
     had = torch.get_num_threads()
-    torch.set_num_threads(1)   # as in a rank
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(had)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    with as_in_a_rank(): yield
+
+
+@pytest.fixture(scope="session")
 def how(tmp_path_factory):
     folder = small_base(tmp_path_factory.mktemp("base"), 300)
     # eleven rows: the end of a pass leaves one rank without any
@@ -33,9 +39,10 @@ def how(tmp_path_factory):
                 learning_rate=1e-2, per_device_train_batch_size=2, save_steps=2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone(how, tmp_path_factory):
-    return finetune(output_dir=tmp_path_factory.mktemp("alone")/"run", gradient_accumulation_steps=2, **how).info["losses"]
+    with as_in_a_rank():
+        return finetune(output_dir=tmp_path_factory.mktemp("alone")/"run", gradient_accumulation_steps=2, **how).info["losses"]
 
 
 def children(): return psutil.Process().children(recursive=True)

@@ -21,11 +21,11 @@ KINDS = dict(Mixtral=dict(num_attention_heads=4), GraniteMoe=dict(num_attention_
 HOW = dict(per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=1e-2, save_steps=2, device="cpu", progress=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tok(): return small_tokenizer(400)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def make(tok, tmp_path_factory):
     "A folder with a small random model of a kind."
     def made(kind, **more):

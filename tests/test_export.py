@@ -65,11 +65,11 @@ def code_runs(card, folder):
     return code
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def llama(tmp_path_factory): return make_base(tmp_path_factory.mktemp("base")/"tiny-llama", tie_word_embeddings=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def adapter(llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")/"adapter"
     make_adapter(llama, folder)

@@ -24,7 +24,7 @@ from common import small_tokenizer
 EAGER = "aot_eager_decomp_partition"   # decides on memory as the real compiler does, and generates no code
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     "Small random models with a small tokenizer beside them."
     made, tok = {}, small_tokenizer()

@@ -223,7 +223,7 @@ def test_parquet_can_be_broken(tmp_path):
 
 # ---- our masks beside TRL's ----
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tok(): return load_tokenizer("smollm2")
 
 SHELF = Path(trl.__file__).parent/"chat_templates"
@@ -233,7 +233,7 @@ FRAME = re.compile(r"<[^\s<>'\"{}]{1,40}>|\[/?[A-Z_]+\]")
 RULE = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stand_in(tok):
     "A tokenizer that knows the frames of all of TRL's templates, and cuts line breaks as Llama 3 and Qwen do."
     t, pre = deepcopy(tok), tokenizers.pre_tokenizers
@@ -243,7 +243,7 @@ def stand_in(tok):
     return t
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def theirs(tmp_path_factory):
     "A function: TRL's ids and labels of rows."
     model, folder = tiny_model("llama"), tmp_path_factory.mktemp("trl")

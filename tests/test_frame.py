@@ -246,6 +246,7 @@ def test_readme_links_exist():
 
 def imports(source, part=""):
     "(module of ours, is it a star import?) for each import in `source`, which may hold IPython's magics and stand in `part`."
+    if "import" not in source: return
     for node in ast.walk(ast.parse(TransformerManager().transform_cell(source))):
         if isinstance(node, ast.Import):
             yield from ((m[1], False) for o in node.names if (m := re.match(r"qlora_nb\.([\w.]+)", o.name)))

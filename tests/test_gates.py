@@ -45,7 +45,7 @@ def a_t4(monkeypatch):
     yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(tmp_path_factory):
     "A model that was saved in bfloat16, as most are."
     folder, tok = tmp_path_factory.mktemp("base"), small_tokenizer()
@@ -228,7 +228,7 @@ COLAB = ("ipython==7.34.0 ipykernel==6.17.1 ipywidgets==7.7.1 widgetsnbextension
          "decorator==5.2.1 backcall==0.2.0 pickleshare==0.7.5 ipython-genutils==0.2.0").split()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def colab(tmp_path_factory):
     "A folder of Colab's versions, to be found before ours; its torch and transformers are too large to be fetched for a test."
     folder = tmp_path_factory.mktemp("colab")

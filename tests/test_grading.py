@@ -195,7 +195,7 @@ EXPECT = dict(scale={}, count=1)    # 0 points for the attack, the whole for the
 def still_there(root): return [o for o in psutil.process_iter(["cmdline"]) if str(root) in " ".join(o.info["cmdline"] or [])]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def graded(tmp_path_factory, worker_id):
     "The class, graded once for all workers: grades, seconds, and what was left behind."
     return pickle.loads((once(tmp_path_factory, worker_id, "class", grade_class)/"graded").read_bytes())

@@ -22,7 +22,7 @@ IDS = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(0))
 BATCH = dict(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS.masked_fill(torch.arange(14) < 6, -100))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("tiny")
     with quiet(): tiny_model("llama", vocab_size=96, hidden_size=64).save_pretrained(out)

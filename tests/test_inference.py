@@ -160,7 +160,7 @@ def test_a_penalty_in_a_batch_is_the_penalty_alone(monkeypatch):
 
 # ---- generate and stream ----
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tok(): return load_tokenizer()
 
 
@@ -249,7 +249,7 @@ def digest(model):
 def same(a, b): return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base_folder(tmp_path_factory, tok):
     d = tmp_path_factory.mktemp("base")
     with quiet(): talker(tok, tie_word_embeddings=True).save_pretrained(d), tok.save_pretrained(d)
@@ -264,7 +264,7 @@ def random_adapter(base_folder, where, seed, rank=4, base=None, **how):
     return save_adapter(m, where, str(base_folder), template="chat", turns=1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def two(base_folder, tmp_path_factory):
     d = tmp_path_factory.mktemp("two")
     return [random_adapter(base_folder, d/n, s, r) for n, s, r in (("a", 1, 4), ("b", 2, 4), ("c", 3, 2))]
@@ -440,7 +440,7 @@ def test_public_calls_keep_their_order():
 
 # ---- where answers end, and which base an adapter belongs to ----
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def taught(tmp_path_factory):
     "A run on a base whose template closes with <|im_end|> while its tokenizer's EOS is another token."
     from qlora_nb.training.finetune import finetune

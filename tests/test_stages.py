@@ -21,7 +21,7 @@ from common import small_tokenizer
 QUIET = dict(device="cpu", progress=False, per_device_train_batch_size=2, learning_rate=1e-2, max_steps=4, save_steps=2)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tok(): return small_tokenizer(400)
 
 
@@ -32,15 +32,15 @@ def make_base(folder, tok, seed=0):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(tok, tmp_path_factory): return make_base(tmp_path_factory.mktemp("base"), tok)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def rows(): return load_rows("tickets")[:16]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def first(base, rows, tmp_path_factory):
     "A run of a first stage for each backend, and the run that went on from it in memory."
     folder, runs = tmp_path_factory.mktemp("first"), {}

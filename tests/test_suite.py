@@ -1,5 +1,5 @@
 "The suite itself: what a change touches, how long things take and in which order they run, and the limit of `.ci/run`."
-import json, os, shutil, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from types import SimpleNamespace
 
 import nbformat, pytest
@@ -53,6 +53,13 @@ def test_files_that_differ_from_a_commit():
     base, files = changed.changed_files("HEAD")
     assert base and all((ROOT/o).exists() or o for o in files)
     with pytest.raises(ValueError, match="no commit 'nowhere'"): changed.changed_files("nowhere")
+
+
+def test_fixtures_are_made_once():
+    "Long tests of all files come first, and between two files pytest takes down what belongs to a module: that may only be a setting."
+    made = [(o.name, *f) for o in (ROOT/"tests").glob("test_*.py") if o.name != "test_browser.py"
+            for f in re.findall(r'^@pytest.fixture\((.*scope="module".*)\)\ndef (\w+)', o.read_text(encoding="utf-8"), re.M)]
+    assert made and not [o for o in made if "autouse" not in o[1] and "params" not in o[1]], made
 
 
 # ---- how long it takes ----

@@ -18,7 +18,7 @@ from qlora_nb.base.runs import is_sealed, last_checkpoint
 from qlora_nb.training.schedule import number_rows, overlap, repetitions
 from qlora_nb.training.finetune import finetune, make_trainer
 
-from common import small_tokenizer
+from common import once, small_base, small_tokenizer
 from forks import Fork
 
 unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
@@ -29,13 +29,9 @@ KILLS = 4  # of each run that is killed, for each backend
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
+def base(tmp_path_factory, worker_id):
     "A folder with a small random Llama and a small tokenizer."
-    folder, tok = tmp_path_factory.mktemp("base"), small_tokenizer()
-    with quiet():
-        tiny_model("llama", vocab_size=len(tok), hidden_size=64, pad_token_id=2).save_pretrained(folder)
-        tok.save_pretrained(folder)
-    return folder
+    return once(tmp_path_factory, worker_id, "killed-base", lambda folder: small_base(folder, 1000))
 
 
 @pytest.fixture(scope="session")
@@ -43,11 +39,11 @@ def rows(): return load_rows("tickets")[:ROWS]
 
 
 @pytest.fixture(scope="session")
-def whole(base, rows, tmp_path_factory):
+def whole(base, rows, tmp_path_factory, worker_id):
     "A run that was left alone, for each backend."
-    folder = tmp_path_factory.mktemp("whole")
-    for backend in ("bnb", "scratch"): finetune(base, rows, folder/backend, backend=backend, **HOW)
-    return folder
+    def build(folder):
+        for backend in ("bnb", "scratch"): finetune(base, rows, folder/backend, backend=backend, **HOW)
+    return once(tmp_path_factory, worker_id, "killed-whole", build)
 
 
 def outcome(folder):
@@ -315,7 +311,8 @@ def test_eight_bit_optimizer_resumes_to_the_same_bits(base, rows, tmp_path):
 def test_evaluation_does_not_touch_training_in_the_types_of_this_machine(base, rows, tmp_path):
     "The trap of bitsandbytes on a CPU with bfloat16: an evaluation that repacks the weights would ruin all later gradients."
     import bitsandbytes as bnb
-    plain = {k: v for k, v in HOW.items() if k not in ("eval_steps", "early_stopping_patience")} | dict(fast=False)   # the fast step is not caught
+    plain = {k: v for k, v in HOW.items() if k not in ("eval_steps", "early_stopping_patience")}
+    plain |= dict(fast=False, max_steps=4)   # the fast step is not caught; an evaluation ruins the very next step
     watched = dict(eval_data=rows[:4], eval_steps=1)
     alone = finetune(base, rows, tmp_path/"a", **plain).info["losses"]
     assert finetune(base, rows, tmp_path/"b", **watched, **plain).info["losses"] == alone
