@@ -5,7 +5,7 @@
     pytest --save-durations  # write what pages and tests took to tests/durations.json: order and budgets of later runs
 A run of many pages fails when one takes half as much again as its budget, at the pace of the others, and again when run alone.
 """
-import gc, json, os, re, subprocess, sys, tempfile
+import gc, importlib.metadata, json, os, re, subprocess, sys, tempfile
 from functools import cache
 from pathlib import Path
 
