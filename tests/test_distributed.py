@@ -1,5 +1,5 @@
 "Two processes on one CPU: the same losses, one folder, one message, and nobody left behind."
-import json, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 from contextlib import contextmanager
 
 import psutil, pytest
@@ -76,6 +76,28 @@ def test_resumed_by_two(how, alone, tmp_path):
     with pytest.raises(QLoRAError, match="rows_a_step was 4, now 8"): on_ranks(2, lambda: finetune(resume=True, **begun))
     got = on_ranks(2, lambda: finetune(resume=True, **begun | dict(gradient_accumulation_steps=1)).info)
     assert [o["losses"] for o in got] == [alone]*2 and got[0]["resumed_from"] == "checkpoint-2"
+
+
+def test_killed_while_a_checkpoint_is_written(how, alone, tmp_path):
+    "The other process says so within seconds, and a checkpoint that is not whole is not gone on from."
+    begun = how | dict(output_dir=tmp_path/"run")
+    def killed():
+        import qlora_nb.training.finetune as module
+        seal, died = module.seal_once, tmp_path/"died"
+        def seal_once(folder):
+            if folder.name == "checkpoint-4" and rank() == 1:
+                died.write_text(str(time.time()), encoding="utf-8")
+                os.kill(os.getpid(), signal.SIGKILL)
+            seal(folder)
+        module.seal_once = seal_once   # in this fork alone
+        try: finetune(**begun)
+        except QLoRAError as e: (tmp_path/"said").write_text(f"{time.time() - float(died.read_text(encoding='utf-8'))} {e}", encoding="utf-8")
+    with pytest.raises(QLoRAError, match="rank 1 of 2: it was ended .exit code -9."): on_ranks(2, killed)
+    after, said = (tmp_path/"said").read_text(encoding="utf-8").split(" ", 1)
+    assert said == ("rank 0 of 2: another process of this run has ended, and so does this one. checkpoint-2 is complete: "
+                    "go on from it with --resume (resume=True).")
+    assert float(after) < 10
+    for info in on_ranks(2, lambda: finetune(resume=True, **begun).info): assert (info["losses"], info["resumed_from"]) == (alone, "checkpoint-2")
 
 
 def test_the_command_under_a_launcher(how, alone, tmp_path):
