@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEMORY_OPTIONS', 'CARDS', 'SHOWN', 'plot_plans', 'memory_options', 'card_bytes', 'fits', 'most', 'largest_batch',
-           'longest', 'how_far', 'each_of', 'advise_several', 'advise', 'kv_cache_bytes', 'draw_memory', 'explorer']
+           'longest', 'how_far', 'offloaded', 'each_of', 'advise_several', 'advise', 'kv_cache_bytes', 'draw_memory',
+           'explorer']
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #1273f5a3
 import copy, difflib, re
+from itertools import product
 from matplotlib.figure import Figure
 from numpy import polyfit
 from ..base.errors import QLoRAError
@@ -122,6 +124,18 @@ def how_far(p:Plan, card) -> str:
             f"{largest_batch(p.cfg, card, max_length=length, **how)}. "
             f"Longest rows at batch {rows}: {n} tokens{beyond}.{more}")
 
+# %% ../../nbs/3_memory/38_gpus.ipynb #d2b0000b
+def offloaded(p:Plan) -> Plan:   # Of `plan`; its `host` is what waits there, in bytes
+    "A plan whose saved activations wait on the CPU, all but those of two layers."
+    *fixed, _, _ = p.parts   # then: saved activations, and what comes and goes
+    parts, n = {k: p.parts[k] for k in fixed}, p.cfg.num_hidden_layers
+    waits = max(0, p.moments["forward"][1] - sum(parts.values()))*max(0, 1 - 2/n)
+    moments = {k: v if k == "optimizer" else tuple(o - waits for o in v)
+               for k, v in p.moments.items()}
+    out = Plan(p.cfg, p.settings, parts, moments)
+    out.host = waits
+    return out
+
 # %% ../../nbs/3_memory/38_gpus.ipynb #d2b00002
 def each_of(p:Plan, gpus:int, sharded:bool=False) -> Plan:   # Of one GPU
     "A plan for each of several GPUs. Raises `QLoRAError` where there is no 4-bit base to shard."
@@ -141,11 +155,14 @@ def each_of(p:Plan, gpus:int, sharded:bool=False) -> Plan:   # Of one GPU
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #d2b00005
 def advise_several(p:Plan, card, gpus:int) -> list:   # Lines
-    "What each of several cards needs, data parallel and with a sharded base."
-    ways = {"data parallel": each_of(p, gpus)}
-    if "4-bit weights" in p.parts: ways["sharded base"] = each_of(p, gpus, True)
-    rows = [[k, o.needs()/1e9, "yes" if fits(o, card) else "no"] for k, o in ways.items()]
-    return ["", str(Table(rows, [f"each of {gpus} cards", "needs (GB)", "fits?"]))]
+    "What each of several cards needs: data parallel or sharded, with CPU offload or without."
+    rows, four = [], "4-bit weights" in p.parts
+    for sharded, off in product((False, True)[:1 + four], (False, True)):
+        q = each_of(offloaded(p) if off else p, gpus, sharded)
+        way = ("sharded base" if sharded else "data parallel") + ", CPU offload"*off
+        rows.append([way, q.needs()/1e9, "yes" if fits(q, card) else "no",
+                     gpus*getattr(q, "host", 0)/1e9])
+    return ["", str(Table(rows, [f"each of {gpus} cards", "needs (GB)", "fits?", "host (GB)"]))]
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #b274c3d8
 def advise(model, card="T4", max_length:int=2048, per_device_train_batch_size:int=1,
