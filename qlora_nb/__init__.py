@@ -10,12 +10,15 @@ FRONT = dict(finetune="training.finetune", finetune_and_evaluate="evaluation.eva
              encode_prompt="training.data", generate="using.inference", stream="using.inference", chat="apps.chat",
              merge_and_save="using.merge",
              plan="memory.planner", make_fast="speed.fast_training", load_rows="training.data", QLoRAError="base.errors")
+# What loads a model, and may be asked for one in 4 bits of another kind: part 6 puts these into the table of foundations.loading.
+LOADING = "finetune", "finetune_and_evaluate", "load_model", "load_adapter", "merge_and_save", "chat"
 __all__ = [*FRONT]
 
 
 def __getattr__(name):
     if name not in FRONT: raise AttributeError(f"module 'qlora_nb' has no attribute {name!r}; it has {', '.join(FRONT)}.")
     from importlib import import_module
+    if name in LOADING: import_module("qlora_nb.beyond.scale_search")
     globals()[name] = value = getattr(import_module(f"qlora_nb.{FRONT[name]}"), name)
     return value
 

@@ -20,6 +20,7 @@ import argparse, json, time
 from pathlib import Path
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 
 from qlora_nb.base.core import cpu_kind, versions
 from qlora_nb.base.model_files import load_tokenizer
@@ -135,7 +136,14 @@ def adapter(most=64):
     return {k: (bits_per_weight("nf4", 64, True), f) for k, f in out.items()}
 
 
-GROUPS = dict(plain=plain, search=search, codebooks=codebooks, feedback=feedback, adapter=adapter)
+def option():
+    "What `load_model(quantization='nf4-search')` gives: its inputs are those of the model in 4 bits, on the text that everyone has."
+    four = load_model(device="cpu", dtype=torch.bfloat16, quantization="nf4-search")
+    found = (dequantize_4bit(m.weight.data, m.weight.quant_state).float() for m in linear_layers(four).values())
+    return {"nf4-search": (bits_per_weight("nf4", 64, True), lambda W, H: next(found))}
+
+
+GROUPS = dict(plain=plain, search=search, codebooks=codebooks, feedback=feedback, adapter=adapter, option=option)
 
 
 def group_of(name, layers=30):

@@ -117,6 +117,7 @@ def finetune_main(argv:list|None=None):  # None: the options that the command wa
     o = finetune_options(sys.argv[1:] if argv is None else argv)
     again = f"Give the same options again, with --resume --output-dir {o['output_dir']}"
     with one_line_errors(again):
+        import qlora_nb.beyond.scale_search   # for --quantization
         from qlora_nb.evaluation.evaluation import finetune_and_evaluate
         report = finetune_and_evaluate(**o)
         if speaks(): print(report)
@@ -186,6 +187,7 @@ def chat_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/apps/cli.ipynb #ad7fbac4
 def load_chat(adapter, base, device, revision=None) -> tuple:  # (model, tokenizer, notes, name)
     "An adapter, a base as it is, or the latest finished run. Raises `QLoRAError` without any."
+    import qlora_nb.beyond.scale_search   # an adapter may need a base of this kind
     from qlora_nb.training.saved_adapters import load_adapter
     from qlora_nb.base.model_files import load_tokenizer
     from qlora_nb.foundations.loading import load_model

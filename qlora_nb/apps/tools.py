@@ -32,6 +32,7 @@ def plan_parser() -> argparse.ArgumentParser:
         help="stacks of experts that get adapters too, such as experts.down_proj (None: none)")
     add("--use-dora", action="store_true",
         help="train the lengths of the rows too, and count their norms")
+    add("--quantization", default="nf4", help="as of qlora_finetune: it needs no further bytes")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations instead of keeping them")
     add("--optim", default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"],
@@ -75,6 +76,7 @@ def export_main(argv:list|None=None):  # None: the options that the command was 
     "Export a run: the console command `qlora_export`."
     o = vars(export_parser().parse_args(argv))
     with one_line_errors():
+        import qlora_nb.beyond.scale_search   # an adapter may need a base of this kind
         from qlora_nb.using.gguf import export_run
         from qlora_nb.base.runs import finished_run
         folder = o.pop("folder") or finished_run("Run qlora_finetune, or give a FOLDER.")

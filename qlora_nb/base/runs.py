@@ -93,7 +93,8 @@ def comparable(settings:dict) -> dict:
 # %% ../../nbs/base/runs.ipynb #475a5360
 def differences(had:dict, settings:dict) -> list:   # Of a run, as it was started; as it is now
     "What keeps a run from going on, in words."
-    old, new = (dict(adapter_sha256=None) | comparable(s) for s in (had, settings))
+    old, new = (dict(adapter_sha256=None, quantization="nf4") | comparable(s)
+                for s in (had, settings))
     if settings.get("model_sha256") != had.get("model_sha256"):
         new["model"] = settings["model"]
         if "model" in had: old["model"] = had["model"]

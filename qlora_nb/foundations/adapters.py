@@ -18,7 +18,7 @@ from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #d4e49a76
-from ..base.adapter_files import describe_adapter, open_tensors
+from ..base.adapter_files import describe_adapter, open_tensors, same_quantization
 from ..base.errors import QLoRAError
 from ..base.model_files import tiny_model
 from ..base.nf4_config import quiet
@@ -164,7 +164,7 @@ def save_adapter(model,            # With adapters of either backend
         with quiet():
             if is_scratch(model): save_lora(model, new)
             else: model.save_pretrained(new, save_embedding_layers=False)
-        describe_adapter(new, base, **notes)
+        describe_adapter(new, base, model, **notes)
         if folder.exists(): shutil.rmtree(folder)
         new.replace(folder)
     return folder
@@ -195,7 +195,7 @@ def attach_adapter(model,               # A base, or a model with PEFT's adapter
                    folder:str|Path,     # Of an adapter in PEFT's format
                    name:str="default"):
     "Put an adapter from a file on a model. Raises `QLoRAError` unless each matrix has its layer."
-    folder = Path(folder).expanduser()
+    same_quantization(model, folder := Path(folder).expanduser())
     with open_tensors(folder) as f:
         for k in f.keys():
             if not f.get_tensor(k).isfinite().all():

@@ -211,7 +211,8 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
          optim:str="adamw",    # "adamw", "adamw_8bit" or "paged_adamw_8bit"
          loss:str="chunked",   # "chunked", as TRL 1.x computes it, or "full": all logits at once
          dtype:torch.dtype=torch.bfloat16,       # Computed in
-         target_parameters=None, use_dora:bool=False) -> Plan:   # Stacks of experts with adapters
+         target_parameters=None, use_dora:bool=False,  # Stacks of experts with adapters; DoRA?
+         quantization:str="nf4") -> Plan:   # As in `load_model`: whichever, in as many bytes
     """Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError`
     for unknown settings."""
     how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, r=r)

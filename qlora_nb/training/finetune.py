@@ -202,8 +202,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     wanted = bool(settings["eval_steps"] or settings["early_stopping_patience"])
     numbers, held = set_aside(kept, eval_data, wanted, settings["seed"], **shared_options(reading))
     to_score = [] if test_data is None else load_rows(test_data, **shared_options(reading))
-    if not len(numbers):
-        raise QLoRAError("no row is left to train on.", source, "Leave fewer rows out.")
+    if not len(numbers): raise QLoRAError("no row is left to train on.", source, "Leave out fewer.")
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
     if source == "tickets": example = example or as_messages(rows[0])[-2]["content"]   # made up
     targets = settings["target_modules"] or usual_targets(model, source, settings["adapter"])
@@ -216,7 +215,8 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
         tokenizer, encoded = before_weights(model, tokenizer, rows, mine, held, settings | how,
                                             source, to_score)
         model, tokenizer = load_base(model, tokenizer, device,
-                                     *map(settings.get, ("backend", "model_revision", "adapter")))
+                                     *map(settings.get, ("backend", "model_revision", "adapter",
+                                                         "quantization")), folder/"inputs.safetensors")
         model, trainer, notes = prepare(model, tokenizer, rows, mine, held, encoded, folder,
                                         settings, progress, source, **how)
         named = dict(adapter=settings["adapter"], revision=settings["model_revision"])

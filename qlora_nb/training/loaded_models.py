@@ -18,7 +18,7 @@ from ..foundations.adapters import BACKENDS, adapted_layers, add_adapters
 from ..foundations.expert_adapters import refuse_scratch
 from ..foundations.lora_model import set_adapter
 from ..base.model_files import load_tokenizer, locate, without_weights
-from ..foundations.loading import disable_cpu_repacking, scale_sum
+from ..foundations.loading import check_quantization, disable_cpu_repacking, scale_sum
 from ..foundations.qlora import is_scratch
 from ..base.targets import match_targets
 from .end_tokens import notes_of
@@ -26,8 +26,8 @@ from .schedule import encode_checked
 from .optimizers import pick_optimizer
 from ..speed.sharded_base import shard_base
 from .saved_adapters import (adapter_folder, base_for, check_fits, check_wishes,
-                                              load_adapter, meant, more_than_lora, revision_for,
-                                              shape_of)
+                                              load_adapter, meant, more_than_lora,
+                                              own_quantization, revision_for, shape_of)
 from .training_loop import check_checkpointing
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #ede14d3b
@@ -48,15 +48,15 @@ def name_of(model) -> str:
                                    "folder or Hub id.")
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #90f73265
-def load_base(model, tokenizer, device, backend, revision=None, adapter=None
-              ) -> tuple:  # (model, tokenizer)
-    """A model by its name, with an adapter from a file or without, or the one that is there,
-    made safe for training."""
+def load_base(model, tokenizer, device, backend, revision=None, adapter=None,
+              quantization="nf4", inputs=None) -> tuple:  # (model, tokenizer)
+    "A model by its name, or as it was loaded, with its adapter if any, made safe for training."
     how = dict(device=device, revision=revision)
     if adapter:
         model, own, _ = load_adapter(adapter, model, backend=backend, **how)
         return own_adapter(model) and model, tokenizer or own
     if isinstance(model, (str, Path)):
+        if quantization != "nf4": how |= dict(quantization=quantization, inputs=inputs)
         return BACKENDS[backend](model, **how), tokenizer or load_tokenizer(model, revision)
     known = getattr(model, "qlora_nb_scales", None)
     if known is not None and not math.isclose(known, scale_sum(model), rel_tol=1e-9):
@@ -81,8 +81,9 @@ def own_adapter(model) -> dict|None:  # Of `Settings`; None where there is none
                          f"one, 'default', can be trained.",
                          cure="load_adapter(folder) gives a model with one.")
     set_adapter(model, "default") if is_scratch(model) else model.set_adapter("default")
-    return shape_of(layers[0].hyper["default"] if is_scratch(model)
-                    else model.peft_config["default"].to_dict())
+    ours = layers[0].hyper["default"] if is_scratch(model) else None
+    own = ours or model.peft_config["default"].to_dict()
+    return shape_of(own | dict(quantization=own_quantization(model, None)))
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #9f197d81
 def refuse_head(model, targets):   # `target_modules`
@@ -115,7 +116,8 @@ def put_adapters(model, s:dict, sharded:bool=False) -> tuple:  # (model with ada
                    "run that returned this model changes with it.")
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #f8269d61
-USUAL = dict(r=16, lora_alpha=32, lora_dropout=0., target_modules="all-linear", template="auto")
+USUAL = dict(r=16, lora_alpha=32, lora_dropout=0., target_modules="all-linear", template="auto",
+             quantization="nf4")
 
 def fill_in(s:dict, own:dict|None=None
             ) -> dict:  # Settings, `None` where nothing was asked for; those of an adapter
@@ -143,7 +145,7 @@ def go_on_from(adapter:str|Path,  # Folder of a run, or of an adapter
     if what := more_than_lora(config):
         raise QLoRAError(f"this adapter is more than LoRA ({what}) and cannot be trained further.",
                          str(folder))
-    base, own = base_for(folder, named, model and str(model)), shape_of(config)
+    base, own = base_for(folder, named, model and str(model)), shape_of(notes | config)
     revision = revision_for(base, named, notes, s.get("model_revision"))
     def covered(targets):
         empty = without_weights(base, revision)
@@ -168,13 +170,13 @@ def brought_along(model, backend:str|None, s:dict
     if backend not in (None, mine):
         raise QLoRAError(f"the model was loaded for the backend '{mine}', not for '{backend}'.",
                          name, "Leave backend out, or give the name of the model.")
-    s = s | dict(model_revision=own_revision(model, s["model_revision"]))
+    s = s | dict(model_revision=own_revision(model, s["model_revision"]),
+                 quantization=own_quantization(model, s.get("quantization")))
     if not (own := own_adapter(model)): return name, mine, s
     if s.get("peft_config"):
         raise QLoRAError("the model carries an adapter, so peft_config has none to make.", name,
                          "Leave it out, or load the base again.")
-    have = {*adapted_layers(model)}
-    check_wishes(own, s, name, lambda targets: meant(model, targets) == have)
+    check_wishes(own, s, name, lambda targets: meant(model, targets) == {*adapted_layers(model)})
     own["template"] = s["template"] or notes_of(model).get("template")
     return name, mine, s | own
 
@@ -184,10 +186,8 @@ def find_model(model, tokenizer, backend:str|None, s:dict
     """Which model a run is about, and what it brings along. Raises `QLoRAError` for a wrong
     name, and for contradictions."""
     if backend not in (None, *BACKENDS):
-        raise QLoRAError(f"there is no backend '{backend}'.",
-                         cure=f"Choose {' or '.join(BACKENDS)}.")
-    # a `Run`, or what was loaded
-    if hasattr(model, "folder"): model, tokenizer = model.model, model.tokenizer
+        raise QLoRAError(f"there is no backend '{backend}'.", cure="Choose bnb or scratch.")
+    if hasattr(model, "folder"): model, tokenizer = model.model, model.tokenizer   # a `Run`, say
     if s["adapter"]: model, s = go_on_from(s["adapter"], model, s)
     model, place = "smollm2" if model is None else model, None
     if isinstance(model, (str, Path)):
@@ -199,14 +199,14 @@ def find_model(model, tokenizer, backend:str|None, s:dict
     if place and tokenizer is not None:
         warnings.warn(f"tokenizer=... is not used: {name} is loaded with its own. To use another, "
                       "load the model first: load_model(...).", stacklevel=4)
-    tokenizer = tokenizer if place is None else None
-    return model, tokenizer, place, dict(model=name, backend=backend) | fill_in(s)
+    return model, None if place else tokenizer, place, dict(model=name, backend=backend) | fill_in(s)
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #309202d4
 def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tuple:
     "Check the settings, before anything is written: (model, tokenizer, settings to be compared)."
     with first_alone():
         model, tokenizer, place, settings = find_model(model, tokenizer, backend, settings)
+    check_quantization(settings["quantization"], backend=settings["backend"])
     settings |= dict(rows=len(rows), rows_sha256=digest(rows), num_processes=n_ranks())
     for k, o in dict(model=place, adapter=settings["adapter"]).items():
         if o and Path(o).is_dir(): settings[f"{k}_sha256"] = content_id(o)

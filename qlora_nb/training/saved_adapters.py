@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Loaded', 'find_folder', 'read_notes', 'adapter_folder', 'misfits', 'check_fits', 'base_for', 'revision_for',
-           'revision_of', 'check_base', 'trained_dtype', 'load_adapter', 'shape_of', 'more_than_lora', 'meant',
-           'check_wishes']
+           'revision_of', 'check_base', 'trained_dtype', 'load_adapter', 'shape_of', 'own_quantization',
+           'more_than_lora', 'meant', 'check_wishes']
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #fb1d432a
 from ..base.core import has_native_bf16, pick_device, pick_dtype
@@ -20,7 +20,7 @@ from ..base.model_files import load_tokenizer, locate
 from ..base.runs import content_id
 from ..base.targets import is_pattern, layer_size
 from ..base.weights import clean_name, full_shape
-from ..base.adapter_files import open_tensors, read_json
+from ..base.adapter_files import open_tensors, quantized, quantized_as, read_json
 from ..foundations.adapters import BACKENDS, attach_adapter, chosen_layers
 from .end_tokens import note_loaded
 
@@ -161,7 +161,7 @@ def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds 
     base = base_for(folder, named, base)
     revision = revision_for(base, named, notes, revision)
     model = BACKENDS[backend](base, device=device, dtype=dtype or trained_dtype(notes, device),
-                              revision=revision)
+                              revision=revision, **quantized_as(folder, notes, backend))
     check_base(folder, base, notes, revision)
     check_fits(model, folder)
     model = attach_adapter(model, folder, name)
@@ -169,15 +169,24 @@ def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds 
     return Loaded(model.eval(), load_tokenizer(base, revision), notes)
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #8c77582d
-def shape_of(config:dict) -> dict:   # Of an adapter, as PEFT describes it
+def shape_of(config:dict) -> dict:   # Of an adapter, as PEFT describes it, and our notes
     "What `finetune` calls the settings of an adapter."
     targets = config.get("target_modules")
     listed = isinstance(targets, (list, set))
     return dict(r=config["r"], lora_alpha=config["lora_alpha"],
                 lora_dropout=config.get("lora_dropout", 0.),
                 target_modules=sorted(targets) if listed else targets or "all-linear",
+                quantization=config.get("quantization") or "nf4",
                 target_parameters=sorted(config.get("target_parameters") or ()) or None,
                 **{k: bool(config.get(k)) for k in ("use_rslora", "use_dora")})
+
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #ownq
+def own_quantization(model, wanted:str|None) -> str:
+    "How a loaded model was quantized. Raises `QLoRAError` where another way is asked for."
+    if wanted in (None, have := quantized(model)): return have
+    raise QLoRAError(f"the model is quantized by '{have}', not by '{wanted}'.",
+                     getattr(model, "qlora_nb_name", None),
+                     f"Load it so: load_model(..., quantization='{wanted}').")
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #78da672e
 def more_than_lora(config:dict) -> str|None:   # `adapter_config.json`

@@ -54,6 +54,9 @@ class Settings:
         None, "an adapter to train further: the folder of a run or of an adapter (None: a new one)")
     model_revision: str|None = option(None, "branch, tag or commit of a base on the Hub",
                                       aliases=["--revision"])
+    quantization: str|None = option(
+        None, "how NF4 is filled: nf4, or nf4-search, whose scales are searched for the inputs of "
+              "each layer (None: nf4, or that of adapter)")
     template: str|None = option(
         None, "prompt template: auto, chat, article, no-thinking, or the text of a chat template "
               "(None: auto, or that of adapter)")

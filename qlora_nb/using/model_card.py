@@ -72,9 +72,7 @@ ids = tok.apply_chat_template(chat, add_generation_prompt=True, return_tensors="
 BARE = "ids = tok({prompt!r}, return_tensors=\"pt\")"
 
 # %% ../../nbs/4_using/44_model_card.ipynb #47a8d232
-ADAPTER = """from qlora_nb.training.data import encode_prompt
-from qlora_nb.training.saved_adapters import load_adapter
-from qlora_nb.using.inference import generate
+ADAPTER = """from qlora_nb import encode_prompt, generate, load_adapter
 model, tok, notes = load_adapter(".")   # run it in this folder; or give the path of this folder
 print(generate(model, tok, encode_prompt(dict(prompt={prompt!r}), tok, notes["template"])))"""
 
@@ -225,6 +223,9 @@ def export_adapter(folder:str|Path,     # Of a run, or of an adapter in PEFT's f
         config = source.config | dict(base_model_name_or_path=source.base)
         (new/"adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
         made = "As it was trained, in PEFT's format. It belongs on the base in the same 4 bits."
+        if way := source.notes.get("quantization"):
+            made += (f" Those are filled by {way}, which only `qlora_nb` does: elsewhere its base "
+                     "is another one, so merge it first.")
         notes = json.dumps(source.notes, indent=1, ensure_ascii=False)
         if source.notes:
             (new/"qlora_nb.json").write_text(notes, encoding="utf-8", errors="surrogateescape")

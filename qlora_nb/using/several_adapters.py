@@ -224,5 +224,5 @@ def save_one(model, name:str,     # One of `adapter_names`
         model.save_pretrained(tmp, selected_adapters=[find_adapter(model, name)],
                               save_embedding_layers=False)
         new = Path(tmp) if name == "default" else Path(tmp)/name
-        describe_adapter(new, base, **notes_of(model, name) | notes)
+        describe_adapter(new, base, model, **notes_of(model, name) | notes)
         return Path(shutil.copytree(new, Path(tmp)/"whole")).replace(folder)
