@@ -7,6 +7,7 @@ __all__ = ['INPUTS', 'BROKEN', 'quantized', 'note_quantization', 'quantized_as',
            'read_json', 'open_tensors']
 
 # %% ../../nbs/base/adapter_files.ipynb #b6e84c0d
+import qlora_nb.base.core   # before PyTorch
 import json, math
 from pathlib import Path
 from safetensors import SafetensorError, safe_open

@@ -214,9 +214,8 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
         mine = mine[np.asarray(numbers) - 1]
         tokenizer, encoded = before_weights(model, tokenizer, rows, mine, held, settings | how,
                                             source, to_score)
-        model, tokenizer = load_base(model, tokenizer, device,
-                                     *map(settings.get, ("backend", "model_revision", "adapter",
-                                                         "quantization")), folder/"inputs.safetensors")
+        asked = map(settings.get, ("backend", "model_revision", "adapter", "quantization"))
+        model, tokenizer = load_base(model, tokenizer, device, *asked, folder/"inputs.safetensors")
         model, trainer, notes = prepare(model, tokenizer, rows, mine, held, encoded, folder,
                                         settings, progress, source, **how)
         named = dict(adapter=settings["adapter"], revision=settings["model_revision"])

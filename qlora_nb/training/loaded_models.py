@@ -81,8 +81,7 @@ def own_adapter(model) -> dict|None:  # Of `Settings`; None where there is none
                          f"one, 'default', can be trained.",
                          cure="load_adapter(folder) gives a model with one.")
     set_adapter(model, "default") if is_scratch(model) else model.set_adapter("default")
-    ours = layers[0].hyper["default"] if is_scratch(model) else None
-    own = ours or model.peft_config["default"].to_dict()
+    own = layers[0].hyper["default"] if is_scratch(model) else vars(model.peft_config["default"])
     return shape_of(own | dict(quantization=own_quantization(model, None)))
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #9f197d81
@@ -199,7 +198,8 @@ def find_model(model, tokenizer, backend:str|None, s:dict
     if place and tokenizer is not None:
         warnings.warn(f"tokenizer=... is not used: {name} is loaded with its own. To use another, "
                       "load the model first: load_model(...).", stacklevel=4)
-    return model, None if place else tokenizer, place, dict(model=name, backend=backend) | fill_in(s)
+    tokenizer = None if place else tokenizer
+    return model, tokenizer, place, dict(model=name, backend=backend) | fill_in(s)
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #309202d4
 def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tuple:

@@ -61,7 +61,7 @@ def read_config(base:str, revision:str|None=None):
                                       trust_remote_code=False)
 
 def plain_base(base:str, onto:str, trained_in:torch.dtype, device:str|None, revision:str|None=None,
-               **quantized):   # As of `quantized_as`
+               source=None):   # Whose 4 bits they should be; None: the usual ones
     "A base in float32 or, for later, in the 4 bits that it was trained in."
     stored = getattr(read_config(base, revision), "quantization_config", None)
     if onto == "original" and stored:
@@ -69,7 +69,8 @@ def plain_base(base:str, onto:str, trained_in:torch.dtype, device:str|None, revi
                          str(base), "Choose onto='dequantized'.")
     if onto == "original":
         return load_model(base, bits=None, device=device, dtype=torch.float32, revision=revision)
-    return load_model(base, device=device, dtype=trained_in, revision=revision, **quantized)
+    how = quantized_as(source.folder, source.notes) if source else {}
+    return load_model(base, device=device, dtype=trained_in, revision=revision, **how)
 
 # %% ../../nbs/4_using/45_merge.ipynb #3ea2342f
 def out_of_place(model, source) -> list:   # A PEFT model, and what it was loaded from
@@ -174,8 +175,7 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
                           source.base, revision := revision_of(source))
     dtype, (tok, chat) = as_dtype(dtype, source.base, revision), export_tokenizer(source)
     check_base(source.folder, source.base, source.notes, revision)
-    model = plain_base(source.base, onto, trained_in, device, revision,
-                       **quantized_as(source.folder, source.notes))
+    model = plain_base(source.base, onto, trained_in, device, revision, source)
     if onto == "original": want = probe(model := with_adapter(model, source))
     else: model, want = written_out(model, source)
     facts = dict(onto=onto, dtype=str(dtype).removeprefix("torch."),
