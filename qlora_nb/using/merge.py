@@ -11,7 +11,6 @@ __all__ = ['ONTO', 'Merged', 'check_adapter', 'read_config', 'plain_base', 'out_
 import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
-from ..base.adapter_files import quantized_as
 from ..base.core import free_memory, pick_dtype
 from ..base.errors import QLoRAError
 from ..base.model_files import locate
@@ -27,7 +26,7 @@ from ..foundations.lora_model import PLAIN
 from ..speed.dequantized import write_out_4bit
 from ..speed.logits import probe, same_logits
 from ..training.end_tokens import note_ends, stop_ids
-from ..training.saved_adapters import base_for, check_base, revision_of
+from ..training.saved_adapters import base_for, check_base, quantized_as, revision_of
 from .model_card import export_tokenizer, generation_ids, model_card, read_source
 
 # %% ../../nbs/4_using/45_merge.ipynb #54246456
@@ -51,8 +50,7 @@ def check_adapter(source):   # Of `read_source`
            or (k == "peft_type" and v != "LORA")
            or (k == "init_lora_weights" and v not in starts)]
     if odd:
-        raise QLoRAError(f"this adapter cannot be merged here: {', '.join(odd)}.",
-                         str(source.folder),
+        raise QLoRAError(f"this adapter cannot be merged: {', '.join(odd)}.", str(source.folder),
                          "Only LoRA, rsLoRA and DoRA can. Merge it with PEFT, on its own base.")
 
 # %% ../../nbs/4_using/45_merge.ipynb #56833012
