@@ -46,11 +46,11 @@ def check_adapter(source):   # Of `read_source`
     cfg = source.config
     known = {*PLAIN, "use_dora", "lora_bias", "target_parameters"}
     starts = (True, False, "gaussian", "orthogonal", "eva")
-    odd = [f"{k}={v}" for k, v in cfg.items() if (v and k not in known)
-           or (k == "peft_type" and v != "LORA")
-           or (k == "init_lora_weights" and v not in starts)]
+    odd = ", ".join(f"{k}={v}" for k, v in cfg.items() if (v and k not in known)
+                    or (k == "peft_type" and v != "LORA")
+                    or (k == "init_lora_weights" and v not in starts))
     if odd:
-        raise QLoRAError(f"this adapter cannot be merged: {', '.join(odd)}.", str(source.folder),
+        raise QLoRAError(f"this adapter cannot be merged here: {odd}.", str(source.folder),
                          "Only LoRA, rsLoRA and DoRA can. Merge it with PEFT, on its own base.")
 
 # %% ../../nbs/4_using/45_merge.ipynb #56833012
