@@ -84,6 +84,12 @@ READ = {
         [messages(user("Tide?"), assistant("", tool_calls=[READ_TIDE]))]*2, []),
     "a call without arguments": ("calls.jsonl", lines(*[messages(user("Tide?"), assistant(None, tool_calls=[dict(name="tide", arguments=o)])) for o in (None, "", "{}", {})]),
         [messages(user("Tide?"), assistant("", tool_calls=[dict(type="function", function=dict(name="tide", arguments={}))]))]*4, []),
+    "the whole prompt once more, with its context": ("stanford.json", json.dumps([dict(instruction="Where does it end?", input=RIVER, output="In the sea.",
+        text=f"Below is an instruction.\n\n### Instruction:\nWhere does it end?\n\n### Input:\n{RIVER}\n\n### Response:\nIn the sea.")]),
+        [pair(f"Where does it end?\n\n{RIVER}", "In the sea.")], ["`text` (1 row, the first is row 1, 'Below is an instruction. ### Instruction…')"]),
+    "a mark in the header of a joined file": ("joined.csv", "\ufeff\ufeffprompt,response\nHi,Hello\n", [pair("Hi", "Hello")], []),
+    "Cohere's word for the assistant": ("chatbot.jsonl", lines(messages(dict(role="User", content="Hi"), dict(role="Chatbot", content="Hello"))), [messages(user("Hi"), assistant("Hello"))], []),
+    "a date beside them": ("dates.jsonl", lines(pair("Hi", "Hello", when="2024-01-01")), [pair("Hi", "Hello")], ["`when` (1 row, the first is row 1, '2024-01-01')"]),
     "a mark and two ends of lines": ("marked.jsonl", '\ufeff{"prompt": "Hi", "response": "Hello"}\r\n\r\n{"prompt": "Bye", "response": "See you"}', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
 }
 
@@ -107,6 +113,14 @@ KTO = "this is an answer judged good or bad (`label`), made for KTO; here each a
 REFUSED = {
     "preferences": ("dpo.jsonl", lines(dict(prompt="Hi Ostby", chosen="Hello!", rejected="Go.")), ", row 1: " + SFT + name_columns(prompt="prompt", response="chosen")),
     "judged pairs": ("kto.jsonl", lines(pair("Hi", "Hello", label=True)), ", row 1: " + KTO + name_columns(prompt="prompt", response="response")),
+    "pairs judged in numbers": ("kto.csv", "prompt,completion,label\nHi,Hello,1\nHi,Go.,0\n", ", row 1: " + KTO + name_columns(prompt="prompt", response="completion")),
+    "two answers": ("two.jsonl", lines(dict(question="Hi?", answer_a="Hello!", answer_b="Go.", winner="a")), ", row 1: the row has several answers ('answer_a', 'answer_b'), and one is learned. Name it: " + name_columns(prompt="question", response="answer_a")),
+    "the error of a cell": ("sheet.csv", "prompt,response\nHi,Hello\n1/0?,#DIV/0!\n", f", row 2: `response` is #DIV/0!, an error of a spreadsheet. {SKIP}"),
+    "a turn whose role is its type": ("langchain.jsonl", lines(messages(dict(type="human", content="Hi"), dict(type="ai", content="Hello"))), f", row 1: message 1 has no `role` (found: 'type', 'content'). {SKIP}"),
+    "a field beside a context, whose cure keeps the context": ("why.jsonl", lines(pair("Where?", "In the sea.", context=RIVER, explanation="since all rivers do")),
+        ", row 1: the field `explanation` ('since all rivers do') would be lost. " + LOST.format("explanation", name_columns(prompt="prompt", response="response", context="context"))),
+    "equal texts, and a third": ("echo.jsonl", lines(pair("Say yes to me", "Say yes to me", explanation="it is an echo of me")),
+        ", row 1: the field `explanation` ('it is an echo of me') would be lost. " + LOST.format("explanation", name_columns(prompt="prompt", response="response"))),
     "judged chats": ("kto.jsonl", lines(messages(user("Hi"), assistant("Hello"), label=False)), ", row 1: " + KTO + name_columns(messages="messages")),
     "trees": ("oasst.jsonl", lines(dict(message_id="m1", parent_id=None, text="Tell me of Ostby", role="prompter", lang="en")),
               ", row 1: this is one message of a tree (`parent_id`), not a chat. Follow each answer up to its root and save the path as one row of `messages`, a list of {role, content}."),

@@ -58,7 +58,7 @@ def test_good_format(case, kind, tmp_path):
 BAD = {
     "unknown speaker": (share(("human", "Hi"), ("narrator", "f()")), "message 2 has the unknown role 'narrator'"),
     "a call that is none": (share(("human", "Hi"), ("function_call", "f()")), "the tool call of message 2 ('f()') is no JSON"),
-    "no speaker": (dict(conversations=[{"value": "Hi"}]), "message 1 has the unknown role None"),
+    "no speaker": (dict(conversations=[{"value": "Hi"}]), "message 1 has no `role` (found: 'value')"),
     "speaker is a list": (dict(conversations=[{"from": ["human"], "value": "Hi"}]), "unknown role"),
     "no value": (dict(conversations=[{"from": "human"}, {"from": "gpt", "value": "x"}]), "content of message 1` must be text, not null"),
     "value is a number": (share(("human", "Hi"), ("gpt", 4)), "content of message 2` must be text, not int"),

@@ -87,7 +87,7 @@ def read_tools(value):
 
 # %% ../../nbs/base/chats.ipynb #887ff704
 SPEAKERS = dict(human="user", prompter="user", gpt="assistant", chatgpt="assistant",
-                bot="assistant", model="assistant", ai="assistant", developer="system",
+                chatbot="assistant", bot="assistant", model="assistant", ai="assistant", developer="system",
                 observation="tool", function="tool")
 ROLES = ("system", "user", "assistant", "tool")
 TURN = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", *THOUGHTS))
@@ -114,6 +114,7 @@ def _speaker(turn, name) -> tuple:
     if role == "function_call":
         role, calls, content = "assistant", read_calls(dict(function_call=content), name), None
     if isinstance(role, str): role = SPEAKERS.get(role.strip().lower(), role.strip().lower())
+    if role is None: fail(f"{name} has no `role` (found: {', '.join(map(repr, turn))[:80]}).")
     if role not in ROLES:
         fail(f"{name} has the unknown role {role!r}, not {', '.join(ROLES[:-1])} or {ROLES[-1]}.")
     calls = calls or read_calls(turn, name)

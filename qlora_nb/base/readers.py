@@ -39,7 +39,7 @@ def _fields(lines):
 # %% ../../nbs/base/readers.ipynb #76a0946a
 def _header(names, name, named):
     "The names of the columns. Raises `QLoRAError` when one is there twice, or none is known."
-    names = [o.strip() for o in names]
+    names = [o.strip(" \t\r\n\ufeff") for o in names]   # joined files have a mark each
     names = [o or f"unnamed {i}"*("" in names[:i]) for i, o in enumerate(names)]
     found = ", ".join(map(repr, names))[:100] or "none at all"
     if not named and not known_names(names) and not {"text", "parent_id"} & {*names}:

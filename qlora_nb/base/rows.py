@@ -6,10 +6,12 @@
 __all__ = ['NOTHING', 'map_columns', 'read_history', 'read_row', 'check_reading', 'check_row', 'check_rows', 'first_shape']
 
 # %% ../../nbs/base/rows.ipynb #793bbafe
+import re
 from .chats import list_of_turns, parse_text, read_messages, read_tools
 from .errors import QLoRAError
-from .fields import (CHATS, EXPECTED, FIELDS, SKIP, brief, carries_meaning, check_text,
-                                  fail, is_empty, kind_of, refuse_kind, say_columns, shape_of)
+from .fields import (CHATS, EXPECTED, FIELDS, HARMLESS, SKIP, brief, carries_meaning,
+                                  check_text, fail, is_empty, is_judged, kind_of, refuse_kind,
+                                  say_columns, shape_of)
 from .json_rows import is_turns, undress
 from .notes import Notes, Row, say_unused
 
@@ -30,7 +32,15 @@ def map_columns(row, columns:dict, note):
 # %% ../../nbs/base/rows.ipynb #dcab3e41
 def _missing(row, name, asked, said):
     "Say that a field is missing, and what is there instead."
-    rest = [k for k in row if k not in (asked, said) and not is_empty(row[k])]
+    rest = [k for k, v in row.items() if k not in (asked, said) and not is_empty(v)]
+    many = [k for k in rest if re.fullmatch(r"(response|answer|completion|output)_?([ab]|\d)", k)]
+    if name == said and len(many) > 1:
+        fail(f"the row has several answers ({', '.join(map(repr, many))}), and one is learned.",
+             f"Name it: {say_columns(prompt=asked, response=many[0])}")
+    beside = [k for o in [*FIELDS][2:] for k in FIELDS[o]]
+    rest = [k for k in rest if k not in beside and not HARMLESS.fullmatch(k)]
+    alike = FIELDS["prompt" if name == asked else "response"]
+    rest = [k for k in rest if any(o in k.lower() for o in alike)] or rest
     if not rest: fail(f"the field `{name}` is missing.")
     way = say_columns(**dict(zip(("prompt", "response"), (rest[0], said) if name == asked
                                  else (asked, rest[-1]))))
@@ -104,13 +114,13 @@ def _chat(row, shape, note):
                 and isinstance(turns, list) else turns)
 
 # %% ../../nbs/base/rows.ipynb #06c3d9cd
-def _check_rest(row, used, texts, note):
+def _check_rest(row, used, texts, note, others={}):   # `others`: what else is used, by its place
     "Note each field that is not used where it is harmless, and refuse it where it is not."
     ours = ["prompt", "response"] if used[1] else ["messages"]
     for k, v in row.items():
         if k in used or is_empty(v): continue
         if carries_meaning(k, v, texts):
-            way = say_columns(**dict(zip(ours, used)))
+            way = say_columns(**dict(zip(ours, used)), **others)
             fail(f"the field `{k}` ({brief(v)}) would be lost.",
                  f"If it belongs to the question, map it by columns=dict(context={k!r}, ...); if "
                  f"it is not needed, name the columns that are: {way}")
@@ -124,12 +134,15 @@ def read_row(row, shape, note) -> dict:
     if "messages" in out: out = dict(messages=read_messages(out["messages"], note))
     tools = next((k for k in ("tools", "functions") if not is_empty(row.get(k))), None)
     if tools: out["tools"] = read_tools(row[tools])
-    texts = ([o["content"] for o in out["messages"]] if "messages" in out
-             else [o for o in out.values() if o])
     kinds = ["system"] if chat or isinstance(row[shape.split("/")[0]], list) else [*FIELDS][2:]
     used = [*shape.split("/"), *([None] if chat else []), tools,
             *(k for o in kinds for k in FIELDS[o])]
-    _check_rest(row, used, texts, note)
+    def piece(o): return isinstance(o, str) and o.strip() and o.strip().lower() not in NOTHING
+    texts = ([o["content"] for o in out["messages"]] if "messages" in out   # or as they came
+             else [o for k in used if piece(o := row.get(k))])
+    others = {o: k for o in kinds for k in FIELDS[o]
+              if k not in used[:2] and not is_empty(row.get(k))}
+    _check_rest(row, used, texts, note, others)
     return {k: v for k, v in out.items() if v}
 
 # %% ../../nbs/base/rows.ipynb #0f84eeba
@@ -138,7 +151,7 @@ def _check_shape(row, shape):
     if not isinstance(row, dict):
         fail(f"the row is a {kind_of(row)}, not an object with fields.", EXPECTED)
     mine = shape_of(row)
-    judged = {"chosen", "rejected"} <= set(row) or isinstance(row.get("label"), bool)
+    judged = {"chosen", "rejected"} <= set(row) or is_judged(row)
     if None in (shape, mine) or judged: refuse_kind(row)
     whole = all(k in row for k in mine.split("/"))
     if mine != shape and (whole or not any(k in row for k in shape.split("/"))):
@@ -148,7 +161,8 @@ def _check_shape(row, shape):
 def check_reading(columns, system):
     "Raise `QLoRAError` for options with which no row could be read."
     if system: check_text(system, "system")
-    if columns and not (isinstance(columns, dict) and len({*columns.values()}) == len(columns)):
+    def told(o): return isinstance(o, dict) and len({*map(str, o.values())}) == len(o)
+    if columns and not (told(columns) and all(isinstance(o, (str, int)) for o in columns.values())):
         raise QLoRAError(f"columns is {columns!r}, and has to name a column of its own for each "
                          "place.", cure="Such as columns=dict(prompt='q', response='a').")
 
