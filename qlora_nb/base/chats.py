@@ -87,7 +87,8 @@ def read_tools(value):
 
 # %% ../../nbs/base/chats.ipynb #887ff704
 SPEAKERS = dict(human="user", prompter="user", gpt="assistant", chatgpt="assistant",
-                chatbot="assistant", bot="assistant", model="assistant", ai="assistant", developer="system",
+                chatbot="assistant", bot="assistant", model="assistant", ai="assistant",
+                developer="system",
                 observation="tool", function="tool")
 ROLES = ("system", "user", "assistant", "tool")
 TURN = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", *THOUGHTS))

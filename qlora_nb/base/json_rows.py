@@ -111,7 +111,8 @@ def _lists(row, place=""):
 def _only(row, name):
     "The rows in the only list of an object, or None; text beside it is named in a warning."
     lists = dict(_lists(row))
-    some = {k: v for k, v in lists.items() if any(is_turns(o) or known_names(undress(o)) for o in v)}
+    some = {k: v for k, v in lists.items()
+            if any(is_turns(o) or known_names(undress(o)) for o in v)}
     lists = some if len(some) == 1 else lists
     if len(lists) > 1:
         raise QLoRAError(f"the file holds several lists of rows: "
