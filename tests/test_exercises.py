@@ -97,7 +97,7 @@ def test_every_teaching_page_has_some():
 def test_a_student_knows_which_names_are_asked_for(page):
     "What the solution defines is named in the task or beside the place for the answer."
     cells = {c.id: c.source for c in nbformat.read(page, as_version=4).cells}
-    for ex in exercises_of(page):
+    for ex in (o for o in EXERCISES if o.page == page.stem):
         tree = ast.parse(ex.solution).body
         names = [o.name for o in tree if isinstance(o, ast.FunctionDef)]
         names += [n.id for o in tree if isinstance(o, ast.Assign) for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
