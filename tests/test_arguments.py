@@ -95,3 +95,12 @@ def test_a_plan_longer_than_the_positions():
     for config in (OpenAIGPTConfig(n_positions=64, n_embd=64, n_layer=2, n_head=4), MptConfig(d_model=64, n_heads=4, n_layers=2, max_seq_len=64)):
         with pytest.raises(QLoRAError, match="It has 64 positions: set max_length=64."): plan(config, max_length=128)
         assert plan(config, max_length=64).peak > 0
+
+
+def test_what_the_others_are_given(pair, tmp_path):
+    from qlora_nb import make_fast, merge_and_save
+    for f, said in [(lambda: make_fast("smollm2"), "a loaded model is wanted"), (lambda: make_fast(pair), "a tuple is no model"),
+                    (lambda: merge_and_save(None, tmp_path/"m"), "a NoneType is no folder of an adapter"), (lambda: merge_and_save(pair[0], tmp_path/"m"), "is no folder of an adapter"),
+                    (lambda: encode_prompt("Hi", pair[1]), "this str is no row with a question"), (lambda: encode_prompt(dict(messages=[]), pair[1]), "this dict is no row"),
+                    (lambda: encode_prompt(ROWS[0], None), "a NoneType is no tokenizer")]:
+        with pytest.raises(QLoRAError, match=said): f()

@@ -10,6 +10,7 @@ __all__ = ['to_16_bits', 'fast_loss', 'make_plain', 'fuse_layers', 'graph_layers
 from ..base.core import Table, fmt_bytes
 import torch, warnings
 from functools import partial
+from ..base.arguments import check_model
 from ..base.errors import QLoRAError
 from ..base.ranks import everyone
 from ..base.triton_setup import is_spread
@@ -184,6 +185,7 @@ def make_fast(model,                       # With adapters on a 4-bit base; chan
               chunk_size:int=512) -> Table:  # See `fast_loss`. Result: what became of which layers
     """Make training fast: `model.step_loss(batch)` is its loss. `make_plain` undoes it. Raises
     `QLoRAError` without adapters."""
+    check_model(model)
     layers = adapted_layers(make_plain(model, widen=False))
     device = model.get_input_embeddings().weight.device
     cuda = device.type == "cuda"

@@ -10,6 +10,7 @@ import json
 from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
+from ..base.arguments import check_tokenizer
 from ..base.chats import call_is_written
 from ..base.errors import QLoRAError
 from .tokenizer_checks import TOOLS, check_nothing_lost
@@ -186,7 +187,11 @@ def encode_prompt(row:dict,             # A row, with or without its last answer
                   template:str="auto"   # As in training
                  ) -> str:              # Of `render`
     "The text up to where the last answer begins: what `generate` should be given."
-    messages = as_messages(row)
+    check_tokenizer(tokenizer)
+    messages = as_messages(row) if hasattr(row, "get") else []
+    if not messages:
+        raise QLoRAError(f"this {type(row).__name__} is no row with a question.",
+                         cure="Give one such as dict(prompt='...'), or dict(messages=[...]).")
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     return render(asked, tokenizer, template, ask=True, tools=row.get("tools"))
 

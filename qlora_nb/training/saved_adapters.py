@@ -27,6 +27,9 @@ from .end_tokens import note_loaded
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #d23db30a
 def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
     "The folder of an adapter itself. Raises `QLoRAError` where there is no complete one."
+    if not hasattr(folder, "__fspath__") and not isinstance(folder, str):
+        raise QLoRAError(f"a {type(folder).__name__} is no folder of an adapter.",
+                         cure="Give the folder of a run, or the run.")
     named, folder = str(folder), Path(folder).expanduser()
     if folder.is_file(): folder = folder.parent   # adapter_model.safetensors itself was given
     if (folder/"adapter").is_dir(): folder = folder/"adapter"
