@@ -85,6 +85,14 @@ def test_bad_format(case, tmp_path):
         assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "a.jsonlines", "A.NDJSON", "a.ndjson.gz"])
+def test_other_names_of_lines_of_json(name, tmp_path):
+    path, row = tmp_path/name, GOOD["messages"][0]
+    path.write_bytes((gzip.compress if name.endswith("gz") else bytes)(lines(row, row).encode()))
+    assert load_rows(path) == load_rows([row, row]) and is_large(path, 10)
+    with pytest.raises(QLoRAError, match="no such file"): load_rows(str(tmp_path/f"b{path.suffix}"))
+
+
 def test_formats_cannot_be_mixed(tmp_path):
     (path := tmp_path/"a.jsonl").write_text(lines(GOOD["ShareGPT"][0], GOOD["messages"][0]), encoding="utf-8")
     with pytest.raises(QLoRAError, match="row 2: the row has the shape messages, but row 1 has conversations"): load_rows(path)

@@ -13,11 +13,11 @@ from pathlib import Path
 from .errors import QLoRAError
 from .core import versions
 from .json_rows import is_list, json_rows
-from .readers import check_signs, csv_rows, kind_of_file, parquet_rows
+from .readers import SAME, check_signs, csv_rows, kind_of_file, parquet_rows
 
 # %% ../../nbs/base/files.ipynb #0d7d4f82
 # such names mean files, not the Hub
-FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz")
+FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", *SAME)
 
 def as_path(data) -> Path:
     "A path as it was meant, `~` being the home of the user."
@@ -108,7 +108,8 @@ def digest(data          # A file, or rows
         for o in _pieces(data): sha.update(o)
         return sha.hexdigest()
     with open(as_path(data), "rb") as f:
-        text = Path(data).suffix.lower() == ".jsonl" and not _starts_as_utf16(f)
+        kind = Path(data).suffix.lower()
+        text = SAME.get(kind, kind) == ".jsonl" and not _starts_as_utf16(f)
         f.seek(0)
         for line in f if text else iter(lambda: f.read(2**20), b""):
             sha.update(line)
@@ -192,4 +193,5 @@ def is_large(data,           # What `load_rows` takes
     packed = 5 if path.suffix.lower() == ".gz" else 1
     if not path.is_file() or path.stat().st_size*packed <= limit: return False
     kind = Path(path.name.lower().removesuffix(".gz")).suffix
+    kind = SAME.get(kind, kind)
     return kind in (".csv", ".tsv", ".parquet") or kind == ".jsonl" and not is_list(*_opening(path))
