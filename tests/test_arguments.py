@@ -1,11 +1,12 @@
 "What a function of the front door is handed: a value of the wrong kind ends in one sentence, and never in another meaning."
-import pytest, pyarrow as pa
+import pytest, pyarrow as pa, torch
 from pathlib import Path
 from transformers import TrainerCallback
 
 from common import once, small_base
 from qlora_nb import encode_prompt, evaluate, finetune, generate, load_model, load_rows, load_tokenizer, plan, stream
 from qlora_nb.base.errors import QLoRAError
+from qlora_nb.foundations.qlora import load_scratch
 
 ROWS = [dict(prompt=f"Which is {i}?", response=f"Number {i}.") for i in range(12)]
 
@@ -104,3 +105,15 @@ def test_what_the_others_are_given(pair, tmp_path):
                     (lambda: encode_prompt("Hi", pair[1]), "this str is no row with a question"), (lambda: encode_prompt(dict(messages=[]), pair[1]), "this dict is no row"),
                     (lambda: encode_prompt(ROWS[0], None), "a NoneType is no tokenizer")]:
         with pytest.raises(QLoRAError, match=said): f()
+
+
+@pytest.mark.parametrize("dtype, kind", [("float32", torch.float32), ("torch.bfloat16", torch.bfloat16)])
+def test_a_number_format_by_name(dtype, kind, base):
+    model = load_model(base, device="cpu", dtype=dtype)
+    assert model.get_input_embeddings().weight.dtype == kind and plan(base, dtype=dtype).peak == plan(base, dtype=kind).peak
+
+
+@pytest.mark.parametrize("call", [load_model, load_scratch, plan])
+@pytest.mark.parametrize("dtype", ["nosuch", "int8", 16])
+def test_a_number_format_that_is_none(call, dtype, base):
+    with pytest.raises(QLoRAError, match="is no format for weights. Choose float32"): call(base, dtype=dtype)

@@ -13,6 +13,7 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 from ..base.core import Table, cpu_kind, keep_memory, pick_device, pick_dtype
+from ..base.arguments import as_dtype
 from ..base.errors import QLoRAError
 from ..base.model_files import hub_errors, locate
 from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears, quiet,
@@ -195,7 +196,8 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
     if device and device_map:
         raise QLoRAError("device and device_map are both given.", str(name), "Give one of them.")
     device, place = pick_device(device), locate(name, revision)
-    dtype, stored = dtype or pick_dtype(device), check_stored(name, place, revision or "main")
+    dtype, stored = as_dtype(dtype) or pick_dtype(device), check_stored(
+        name, place, revision or "main")
     check_quantization(quantization, bits, stored)
     where = dict(device_map=device_map or {"": device}, max_memory=max_memory)
     load = partial(read_base, name, place, bits, dtype, revision or "main", where)

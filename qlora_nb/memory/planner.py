@@ -13,7 +13,7 @@ import contextlib, copy, gc
 from ..base.core import Table
 import torch
 from torch import nn
-from ..base.arguments import check_counts, check_flags, check_names
+from ..base.arguments import as_dtype, check_counts, check_flags, check_names
 from ..base.errors import QLoRAError
 from .expert_memory import LINEAR, Unpacked, adapted, check_stacks, pack_experts
 from .ledger import (Autocast, Ledger, Planned, config_of, layer_groups, on_card,
@@ -218,7 +218,7 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
     how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, r=r)
     check_plan(method, optim, loss, **how), check_names("target_modules", target_modules)
     check_flags(gradient_checkpointing=gradient_checkpointing, use_dora=use_dora)
-    cfg, named = config_of(model), isinstance(target_modules, str)
+    cfg, named, dtype = config_of(model), isinstance(target_modules, str), as_dtype(dtype)
     check_stacks(cfg, method, target_parameters, dtype)
     how |= dict(method=method, gradient_checkpointing=gradient_checkpointing, optim=optim,
                 loss=loss, dtype=dtype, target_parameters=tuple(target_parameters or ()),

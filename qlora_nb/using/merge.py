@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONTO', 'Merged', 'check_adapter', 'read_config', 'plain_base', 'out_of_place', 'weight_of', 'shared_layers',
-           'with_adapter', 'written_out', 'as_kept', 'add_up', 'as_dtype', 'merged', 'merge_words', 'unsaved_buffers',
+           'with_adapter', 'written_out', 'as_kept', 'add_up', 'file_dtype', 'merged', 'merge_words', 'unsaved_buffers',
            'read_back', 'merge_and_save']
 
 # %% ../../nbs/4_using/45_merge.ipynb #351a3fa9
@@ -12,6 +12,7 @@ import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
 from ..base.core import free_memory, pick_dtype
+from ..base.arguments import as_dtype
 from ..base.errors import QLoRAError
 from ..base.model_files import locate
 from ..base.new_folder import check_room, new_folder
@@ -144,16 +145,11 @@ def add_up(model,   # Of `with_adapter`; changed in place
     return dict(change=(change/weights)**.5, lost=(lost/change)**.5)
 
 # %% ../../nbs/4_using/45_merge.ipynb #96e98aa7
-def as_dtype(dtype,                    # A torch dtype, its name, or None
-             base:str, revision=None   # Which decides when there is no wish
-            ) -> torch.dtype:
+def file_dtype(dtype,                    # A torch dtype, its name, or None
+               base:str, revision=None   # Which decides when there is no wish
+              ) -> torch.dtype:
     "The number format of an export. Raises `QLoRAError` for one that no file should be in."
-    if dtype is None: dtype = read_config(base, revision).dtype or torch.float32
-    dtype = getattr(torch, str(dtype).removeprefix("torch."), dtype)
-    if dtype in (torch.float32, torch.float16, torch.bfloat16): return dtype
-    name = str(dtype).removeprefix("torch.")
-    raise QLoRAError(f"'{name}' is no format for weights.",
-                     cure="Choose float32, float16 or bfloat16.")
+    return as_dtype(dtype) or as_dtype(read_config(base, revision).dtype or torch.float32)
 
 # %% ../../nbs/4_using/45_merge.ipynb #415063af
 def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's format
@@ -169,9 +165,9 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
     source = read_source(folder, base)
     check_adapter(source)
     base_for(source.folder, source.base, base)
-    trained_in = as_dtype(trained_in or source.notes.get("dtype") or pick_dtype(device),
-                          source.base, revision := revision_of(source))
-    dtype, (tok, chat) = as_dtype(dtype, source.base, revision), export_tokenizer(source)
+    trained_in = as_dtype(trained_in or source.notes.get("dtype") or pick_dtype(device))
+    revision = revision_of(source)
+    dtype, (tok, chat) = file_dtype(dtype, source.base, revision), export_tokenizer(source)
     check_base(source.folder, source.base, source.notes, revision)
     model = plain_base(source.base, onto, trained_in, device, revision, source)
     if onto == "original": want = probe(model := with_adapter(model, source))
