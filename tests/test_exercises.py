@@ -52,6 +52,8 @@ def test_what_a_student_gets(page):
     for ex in exercises_of(page, nb):
         text = "\n".join(c.source for c in given.cells)
         for secret in ("BEGIN SOLUTION", "HIDDEN TESTS", *ex.wrong): assert secret not in text, (ex.slug, secret)
+        seen = next(c.source for c in given.cells if c.id == f"ex-{ex.slug}-check")
+        assert "HIDDEN" not in ex.check or "grader asks for more" in seen and not re.search("""^["']Right""", seen, re.M), ex.slug
         body = ex.solution.split("### BEGIN SOLUTION\n")[1].split("### END SOLUTION")[0]
         # a value that the check computes itself may be the same line, so only what has several lines is looked for
         assert body.count("\n") < 2 or body.strip() not in text, ex.slug
