@@ -59,7 +59,7 @@ def student_version(nb:nbformat.NotebookNode # A page of the course
     "What a student gets: nbgrader's release version, with the outputs of the lesson kept."
     nb = copy.deepcopy(nb)
     nb.cells = [c for c in nb.cells if not c.id.endswith("-wrong")]
-    answers = {c.id.removesuffix("-answer"): c.source for c in nb.cells}
+    answers = {c.id[:-len("-answer")]: c.source for c in nb.cells if c.id.endswith("-answer")}
     for c in nb.cells:
         if c.cell_type != "code" or not c.id.startswith("ex-"): continue
         c.outputs, c.execution_count = [], None
