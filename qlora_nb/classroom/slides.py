@@ -79,9 +79,10 @@ def blocks(nb:dict, decks:set, cfg:dict):   # Yields (kind, HTML, lines)
     "The blocks of a page, in their order."
     for c in nb["cells"]:
         parts, source = shown(c), "".join(c["source"])
-        if "prose" in parts:
-            kind = "head" if re.match(r"##? ", source) else "prose"
-            yield kind, *prose_html(source, decks, cfg)
+        for o in re.split(r"^(?=## )", source, flags=re.M) if "prose" in parts else []:
+            if not o.strip(): continue   # a heading may stand in the middle of a cell
+            kind = "head" if re.match(r"##? ", o) else "prose"
+            yield kind, *prose_html(o, decks, cfg)
         if "code" in parts:
             yield "code", *code_html(re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip())
         for o in c["outputs"] if "outputs" in parts else []:
