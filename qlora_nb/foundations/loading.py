@@ -195,9 +195,8 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
         raise QLoRAError(f"bits={bits} is not on offer.", cure="Choose 4, or None for 16 bits.")
     if device and device_map:
         raise QLoRAError("device and device_map are both given.", str(name), "Give one of them.")
-    device, place = pick_device(device), locate(name, revision)
-    dtype, stored = as_dtype(dtype) or pick_dtype(device), check_stored(
-        name, place, revision or "main")
+    device, place, dtype = pick_device(device), locate(name, revision), as_dtype(dtype)
+    dtype, stored = dtype or pick_dtype(device), check_stored(name, place, revision or "main")
     check_quantization(quantization, bits, stored)
     where = dict(device_map=device_map or {"": device}, max_memory=max_memory)
     load = partial(read_base, name, place, bits, dtype, revision or "main", where)
