@@ -11,11 +11,11 @@ from qlora_nb.foundations.qlora import load_scratch
 ROWS = [dict(prompt=f"Which is {i}?", response=f"Number {i}.") for i in range(12)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(tmp_path_factory, worker_id): return once(tmp_path_factory, worker_id, "arguments", lambda o: small_base(o, 600))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pair(base): return load_model(base, device="cpu"), load_tokenizer(base)
 
 

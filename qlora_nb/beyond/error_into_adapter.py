@@ -26,8 +26,9 @@ def loftq(W:torch.Tensor, r:int, scaling:float=1., rounds:int=1,
           quantize=quantize) -> tuple:   # (A, B, the quantized weight)
     "Quantize, give the adapter the error, quantize what it left, and so on (2310.08659)."
     Q = quantize(W)
-    for i in range(rounds):
-        if i: Q = quantize(W - scaling*B@A)
+    A, B = low_rank(W - Q.dequantize(), r, scaling)
+    for _ in range(rounds - 1):
+        Q = quantize(W - scaling*B@A)
         A, B = low_rank(W - Q.dequantize(), r, scaling)
     return A, B, Q
 
