@@ -25,7 +25,7 @@ def logits(model):
     with torch.no_grad(): return model.eval()(input_ids=torch.arange(5, 25)[None]).logits
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(tmp_path_factory):
     folder, tok = tmp_path_factory.mktemp("base"), load_tokenizer()
     tiny_model("llama", hidden_size=64, vocab_size=len(tok)).save_pretrained(folder)
@@ -33,7 +33,7 @@ def base(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")/"run"
     run = finetune(base, ROWS, folder, quantization="nf4-search", **HOW)
