@@ -1,11 +1,12 @@
 "The exercises of the course: each check is tested by the stub, the solution and the mistakes that people make."
 import ast, copy, re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from qlora_nb.classroom.exercises import doubts, exercises_of, instructor_version, student_version
+from qlora_nb.classroom.exercises import HIDDEN, attempt, doubts, exercises_of, instructor_version, student_check, student_version
 from qlora_nb.base.errors import QLoRAError
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +18,13 @@ EXERCISES = [ex for p in PAGES for ex in exercises_of(p)]
 def test_each_check_is_right(ex):
     "The stub fails, the solution passes, and at least three mistakes are refused in words."
     assert not doubts(ex), doubts(ex)
+
+
+@pytest.mark.parametrize("ex", EXERCISES, ids=[f"{o.page}-{o.slug}" for o in EXERCISES])
+def test_what_a_student_can_run_is_right(ex):
+    "Without its hidden part a check still passes the solution and refuses the stub."
+    seen = replace(ex, check=HIDDEN.sub("", student_check(ex.check, ex.solution)))
+    assert attempt(seen, ex.solution) is None and attempt(seen, ex.stub) is not None
 
 
 def test_slugs_are_unique_within_a_page():

@@ -87,6 +87,8 @@ def test_a_budget_knows_how_busy_the_machine_is(busy):
     assert durations.pace(took, rows) == max(1, busy) and not durations.over_budget(took, rows)
     took[PAGE.format("03_page")] = 20*max(1, busy)*1.6, 20
     assert list(durations.over_budget(took, rows)) == ["03_page"]
+    for o in ("07_page", "08_page", "09_page"): took[PAGE.format(o)] = took[PAGE.format("03_page")]
+    assert not durations.over_budget(took, rows)   # a third of all pages has not grown: the processor is another
 
 
 def test_the_table_is_written_and_read(tmp_path):
