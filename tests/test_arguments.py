@@ -6,6 +6,7 @@ from transformers import TrainerCallback
 from common import once, small_base
 from qlora_nb import encode_prompt, evaluate, finetune, generate, load_model, load_rows, load_tokenizer, plan, stream
 from qlora_nb.base.errors import QLoRAError
+from qlora_nb.evaluation.answer_loss import fit_rows
 from qlora_nb.foundations.qlora import load_scratch
 
 ROWS = [dict(prompt=f"Which is {i}?", response=f"Number {i}.") for i in range(12)]
@@ -117,3 +118,10 @@ def test_a_number_format_by_name(dtype, kind, base):
 @pytest.mark.parametrize("dtype", ["nosuch", "int8", 16])
 def test_a_number_format_that_is_none(call, dtype, base):
     with pytest.raises(QLoRAError, match="is no format for weights. Choose float32"): call(base, dtype=dtype)
+
+
+def test_rows_of_an_evaluation_may_be_a_table(pair):
+    import pandas as pd
+    rows, tokenizer = ROWS[:2], pair[1]
+    fitted = [fit_rows(o, tokenizer) for o in (rows, pd.DataFrame(rows), pa.Table.from_pylist(rows))]
+    assert all([*map(dict, o)] == rows for o in fitted)

@@ -5,7 +5,7 @@ import psutil, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell, writes
 
 from common import NBS, once
-from qlora_nb.classroom.class_report import report_html, report_markdown
+from qlora_nb.classroom.class_report import odd_rows, report_html, report_markdown
 from qlora_nb.classroom.gradebook import canvas_csv, moodle_csv, nbgrader_csv
 from qlora_nb.classroom.grading import Graded, grade, learn, pages_of
 from qlora_nb.classroom.isolation import check_isolation
@@ -299,6 +299,8 @@ def test_what_is_said_of_attacks(graded):
     expected = dict(endless="It takes longer than 1.5 s.", segfault="Its process was ended by SIGSEGV.", exits="It ended its process.",
                     reads_secrets="no secret", unmounts="no")
     for name, words in expected.items(): assert words in said[name], said
+    odd = {o[0] for o in odd_rows(graded["grades"], {})}   # for a person to look at
+    assert {f"attack_{o}" for o in ("endless", "segfault", "exits")} <= odd and not [o for o in odd if o.startswith("student")], odd
     assert "unreachable" in said["network"] and "Read-only" in said["writes_package"], said
     for name in ("reads_source", "reads_others", "reads_home"): assert "No such file" in said[name], said
     assert all(o and len(o) <= 300 and o.isprintable() for o in said.values()), said

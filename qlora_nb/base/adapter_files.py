@@ -11,7 +11,7 @@ import qlora_nb.base.core   # before PyTorch
 import json, math
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from .errors import QLoRAError
 
 # %% ../../nbs/base/adapter_files.ipynb #qnote

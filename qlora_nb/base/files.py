@@ -13,7 +13,8 @@ from pathlib import Path
 from .errors import QLoRAError
 from .core import versions
 from .json_rows import is_list, json_rows
-from .readers import SAME, check_signs, csv_rows, kind_of_file, parquet_rows
+from .readers import (SAME, check_signs, csv_rows, kind_of_file, named_kind,
+                                   parquet_rows)
 
 # %% ../../nbs/base/files.ipynb #0d7d4f82
 # such names mean files, not the Hub
@@ -108,8 +109,8 @@ def digest(data          # A file, or rows
         for o in _pieces(data): sha.update(o)
         return sha.hexdigest()
     with open(as_path(data), "rb") as f:
-        kind = Path(data).suffix.lower()
-        text = SAME.get(kind, kind) == ".jsonl" and not _starts_as_utf16(f)
+        plain = named_kind(data) == ".jsonl" and Path(data).suffix.lower() != ".gz"
+        text = plain and not _starts_as_utf16(f)
         f.seek(0)
         for line in f if text else iter(lambda: f.read(2**20), b""):
             sha.update(line)
@@ -192,6 +193,5 @@ def is_large(data,           # What `load_rows` takes
     path = as_path(data) if isinstance(data, (str, Path)) else Path()
     packed = 5 if path.suffix.lower() == ".gz" else 1
     if not path.is_file() or path.stat().st_size*packed <= limit: return False
-    kind = Path(path.name.lower().removesuffix(".gz")).suffix
-    kind = SAME.get(kind, kind)
+    kind = named_kind(path)
     return kind in (".csv", ".tsv", ".parquet") or kind == ".jsonl" and not is_list(*_opening(path))

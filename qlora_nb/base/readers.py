@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SAME', 'FOLDERS', 'SIGNS', 'csv_rows', 'without_nulls', 'from_table', 'not_utf8', 'arrow_rows',
-           'parquet_rows', 'kind_of_file', 'check_signs', 'read_rows']
+           'parquet_rows', 'named_kind', 'kind_of_file', 'check_signs', 'read_rows']
 
 # %% ../../nbs/base/readers.ipynb #a02117b1
 import codecs, csv, gzip, io, re, zlib
@@ -165,6 +165,12 @@ def parquet_rows(path, skip=False):
 # %% ../../nbs/base/readers.ipynb #0c24ba7d-a
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 SAME = {".ndjson": ".jsonl", ".jsonlines": ".jsonl"}   # other names of a kind
+
+def named_kind(path) -> str:
+    "The kind that a file's name says, without the .gz of a packed one."
+    kind = Path(Path(path).name.lower().removesuffix(".gz")).suffix
+    return SAME.get(kind, kind)
+
 _SAVED = "this is the folder of a data set, as `save_to_disk` writes one."
 FOLDERS = {"state.json": _SAVED, "dataset_dict.json": _SAVED,   # what lies in a folder
            "config.json": "this is the folder of a model, and rows are wanted.",
@@ -173,8 +179,7 @@ FOLDERS = {"state.json": _SAVED, "dataset_dict.json": _SAVED,   # what lies in a
 # %% ../../nbs/base/readers.ipynb #0c24ba7d
 def kind_of_file(path:Path) -> str:
     "The ending of a file's name, without the .gz of a packed one. Raises `QLoRAError`."
-    kind = Path(path.stem if path.suffix.lower() == ".gz" else path).suffix.lower()
-    kind = SAME.get(kind, kind)
+    kind = named_kind(path)
     kinds = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
     if path.is_dir():
         what = next((v for k, v in FOLDERS.items() if (path/k).exists()), "this is a folder.")

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from ..base.errors import QLoRAError
 from ..base.model_files import load_tokenizer
+from .which_error import over_inputs
 from ..evaluation.perplexity import prose
 from ..foundations.loading import QUANTIZATIONS, load_model
 from ..foundations.nf4 import levels, nearest_code, to_blocks
@@ -112,24 +113,13 @@ def search_model(model:nn.Module,    # In NF4, of bitsandbytes; changed in place
     return model
 
 # %% ../../nbs/6_beyond/63_scale_search.ipynb #sq63
-@torch.no_grad()
 def input_squares(model:nn.Module,     # In NF4, of bitsandbytes
                   ids:torch.Tensor,    # (n,) token ids of a text, at least one row
                   window:int=512) -> dict:   # {name: (K,) float32}
     "The mean square of each input of the 4-bit layers, over a text."
     layers = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    rows, sums = ids[:len(ids)//window*window].view(-1, window), {}
-    def look(name):
-        def hook(module, args):
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
-            sums[name] = sums.get(name, 0) + x.square().sum(0)
-        return hook
-    hooks = [m.register_forward_pre_hook(look(n)) for n, m in layers.items()]
-    try:
-        for row in rows: model.get_decoder()(input_ids=row[None].to(model.device), use_cache=False)
-    finally:
-        for h in hooks: h.remove()
-    return {n: (s/rows.numel()).cpu() for n, s in sums.items()}
+    found = over_inputs(model, layers, ids, window, lambda x: x.square().sum(0))
+    return {n: s.cpu() for n, s in found.items()}
 
 # %% ../../nbs/6_beyond/63_scale_search.ipynb #txt63
 def calibration(model, inputs=None   # {name: (K,)}, or a file of them; None: measured

@@ -14,7 +14,7 @@ import nbformat
 import qlora_nb
 from ..apps.cli import one_line_errors
 from .exercises import exercises_of, instructor_version, student_version
-from .site_pages import LINK, address, checkout, course, settings
+from .site_pages import checkout, course, settings, site_links
 from .slides import build_slides
 from ..base.errors import QLoRAError
 from ..base.new_folder import new_folder
@@ -62,9 +62,8 @@ def release_note(tag:str, until:str, # Until when it is supported: YYYY-MM-DD
 # %% ../../nbs/classroom/course.ipynb #kit00021
 def linked(nb:nbformat.NotebookNode, here:str, pages:set, cfg:dict) -> nbformat.NotebookNode:
     "The same notebook, whose links to files outside the kit are addresses."
-    def moved(m): return f"]({address(m[1], here, pages, cfg)}{m[2] or ''})"
     for c in nb.cells:
-        if c.cell_type == "markdown": c.source = LINK.sub(moved, c.source)
+        if c.cell_type == "markdown": c.source = site_links(c.source, here, pages, cfg, anchor=str)
     return nb
 
 def add_files(folder:Path, source:Path, note:str|None):   # `source`: the folder of the pages

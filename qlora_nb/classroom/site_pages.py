@@ -80,9 +80,9 @@ def address(target:str,  # A relative link, such as `../index.ipynb`
     return f"{cfg['git_url']}/blob/{cfg['branch']}/{there}"
 
 # %% ../../nbs/classroom/site_pages.ipynb #92356bcb
-def site_links(text:str, here:str, pages:set, cfg:dict) -> str:
-    "Links of a Markdown cell as the site needs them."
-    def moved(m): return f"]({address(m[1], here, pages, cfg)}{slug(m[2] or '')})"
+def site_links(text:str, here:str, pages:set, cfg:dict, anchor=slug) -> str:
+    "Links of a Markdown cell as the site needs them; `anchor` writes what follows a #."
+    def moved(m): return f"]({address(m[1], here, pages, cfg)}{anchor(m[2] or '')})"
     return LINK.sub(moved, text)
 
 def output_links(text:str, here:str, pages:set, cfg:dict) -> str:

@@ -56,7 +56,8 @@ def fit_rows(rows:list, tokenizer, template:str="auto", max_length:int=512,
     if isinstance(rows, (str, Path)):
         raise QLoRAError("this is a name, and rows are wanted.", str(rows), "Use load_rows(...).")
     check_tokenizer(tokenizer), check_settings(long=long, max_length=max_length)
-    rows, kept, left, cut, refused = load_rows(rows) if rows != [] else [], [], [], [], []
+    rows = [] if isinstance(rows, list) and not rows else load_rows(rows)
+    kept, left, cut, refused = [], [], [], []
     for i, row in enumerate(rows, 1):
         try:
             whole = len(encode(row, tokenizer, template)["input_ids"]) <= max_length

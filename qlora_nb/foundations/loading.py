@@ -144,7 +144,6 @@ def scale_sum(model) -> float:
 def noted(model, name, revision, dtype):   # As in `load_model`
     "The model, with what an adapter has to know of its base written on it."
     model.qlora_nb_name, model.qlora_nb_revision = str(name), revision   # as an adapter calls it
-    model.qlora_nb_scales = scale_sum(model)
     wide = (n for n, p in model.named_parameters() if p.dtype == torch.float32 != dtype)
     model.qlora_nb_wide = {*wide}   # as the architecture has it, such as a router
     return model

@@ -185,7 +185,7 @@ def find_model(model, tokenizer, backend:str|None, s:dict
     """Which model a run is about, and what it brings along. Raises `QLoRAError` for a wrong
     name, and for contradictions."""
     if backend not in (None, *BACKENDS):
-        raise QLoRAError(f"there is no backend '{backend}'.", cure="Choose bnb or scratch.")
+        raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {', '.join(BACKENDS)}.")
     if hasattr(model, "tokenizer"): model, tokenizer = model.model, model.tokenizer   # a `Run`, say
     if s["adapter"]: model, s = go_on_from(s["adapter"], model, s)
     model, place = "smollm2" if model is None else model, None
