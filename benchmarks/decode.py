@@ -1,4 +1,4 @@
-"""How long does one row take to be multiplied with a 4-bit weight? The kernel of `71_kernels` beside bitsandbytes and a 16-bit weight. CUDA.
+"""How long does one row take to be multiplied with a 4-bit weight? The kernel of `73_kernels` beside bitsandbytes and a 16-bit weight. CUDA.
 
     python benchmarks/decode.py benchmarks/results/decode.json [--sweep]
 

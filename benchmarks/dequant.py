@@ -3,7 +3,7 @@
     python benchmarks/dequant.py benchmarks/results/dequant.json [--peers ours bitsandbytes unsloth] [--rounds 3] \
         [--peers-path FOLDER]      # where Unsloth is, which only its own process sees
 
-A row holds medians over the rounds. `gb_per_s` are the bytes that must be moved (see `71_kernels`) by the time taken;
+A row holds medians over the rounds. `gb_per_s` are the bytes that must be moved (see `73_kernels`) by the time taken;
 `copy_gb_per_s` is what copying a gigabyte reached in the same process. The cache is emptied before each call. CUDA only.
 """
 import argparse, json, os, statistics, subprocess, sys

@@ -2,8 +2,8 @@
 
     python tests/run_notebook.py nbs/base/core.ipynb                  # run it; a failing cell is shown with its error
     python tests/run_notebook.py nbs/base/core.ipynb --save           # and keep the outputs, cleaned, in the file
-    python tests/run_notebook.py nbs/7_speed/71_kernels.ipynb --flags cuda  # run the cells marked `#| cuda` too
-    python tests/run_notebook.py nbs/7_speed/77_offload.ipynb --all         # every cell, as a reader's Run All would
+    python tests/run_notebook.py nbs/7_speed/73_kernels.ipynb --flags cuda  # run the cells marked `#| cuda` too
+    python tests/run_notebook.py nbs/7_speed/79_offload.ipynb --all         # every cell, as a reader's Run All would
 """
 import argparse, os, re, sys, tempfile
 from configparser import ConfigParser

@@ -5,7 +5,7 @@
 Three groups of rows. `load`: rank 1 with more and more strings, until no more fits. `rank`: for each rank, six bits offered for
 each trained number, which is more than fits. `rate`: rank 1 at several learning rates, so that the best one can be seen to lie
 inside. Rows are written as they come in, and those that are there are not measured again. One thread for each worker; rank 8 takes
-a minute or so, rank 16 several, five seeds of all some 25 minutes of computing. `nbs/6_beyond/67_capacity.ipynb` shows the results and measures a slice again.
+a minute or so, rank 16 several, five seeds of all some 25 minutes of computing. `nbs/6_beyond/69_capacity.ipynb` shows the results and measures a slice again.
 """
 import argparse, json, multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
