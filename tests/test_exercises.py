@@ -20,11 +20,28 @@ def test_each_check_is_right(ex):
     assert not doubts(ex), doubts(ex)
 
 
+def visible(ex):
+    "The exercise with the check that a student runs."
+    return replace(ex, check=HIDDEN.sub("", student_check(ex.check, ex.solution)))
+
+
 @pytest.mark.parametrize("ex", EXERCISES, ids=[f"{o.page}-{o.slug}" for o in EXERCISES])
 def test_what_a_student_can_run_is_right(ex):
     "Without its hidden part a check still passes the solution and refuses the stub."
-    seen = replace(ex, check=HIDDEN.sub("", student_check(ex.check, ex.solution)))
+    seen = visible(ex)
     assert attempt(seen, ex.solution) is None and attempt(seen, ex.stub) is not None
+
+
+LATER = {("33_adapter_options", "start"): ["believes that every adapter starts at nothing"]}   # yes or no: to refuse one is to say the other
+
+
+@pytest.mark.parametrize("ex", EXERCISES, ids=[f"{o.page}-{o.slug}" for o in EXERCISES])
+def test_a_student_sees_a_mistake_at_once(ex):
+    "Each listed mistake is refused, in words, by what a student can run; a grader still has a test of its own."
+    said = {name: attempt(visible(ex), code) for name, code in ex.wrong.items()}
+    assert [k for k, e in said.items() if e is None] == LATER.get((ex.page, ex.slug), [])
+    assert all(type(e) is AssertionError and str(e) for e in said.values() if e is not None), said
+    for hidden in HIDDEN.findall(ex.check): assert any(isinstance(o, (ast.Assert, ast.Call)) for o in ast.walk(ast.parse(hidden)))
 
 
 def test_slugs_are_unique_within_a_page():
