@@ -31,21 +31,25 @@ def begins_with_bos(tokenizer) -> bool:
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("").input_ids[:1] == [bos]
 
+# %% ../../nbs/2_training/17_chat_templates.ipynb #f4aab480-a
+def _eos(tokenizer):
+    "The token that closes an answer of the Alpaca format. Raises `QLoRAError` where there is none."
+    if tokenizer.eos_token: return tokenizer.eos_token
+    known = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()] or ["</s>"]
+    raise QLoRAError("the tokenizer has no EOS token, so no answer of this template could end.",
+                     cure=f"Set it: tokenizer.eos_token = ..., such as one of "
+                          f"{', '.join(map(repr, [*dict.fromkeys(known)][:4]))}.")
+
 # %% ../../nbs/2_training/17_chat_templates.ipynb #f4aab480
 def _article(messages, tokenizer, ask):
     "The Alpaca format for any number of turns, each answer closed with EOS."
-    text = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
-    if not tokenizer.eos_token:
-        known = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()] or ["</s>"]
-        raise QLoRAError("the tokenizer has no EOS token, so no answer of this template could end.",
-                         cure=f"Set it: tokenizer.eos_token = ..., such as one of "
-                              f"{', '.join(map(repr, [*dict.fromkeys(known)][:4]))}.")
+    text, eos = tokenizer.bos_token if begins_with_bos(tokenizer) else "", _eos(tokenizer)
     heads = dict(system="", user="### Instruction:\n", assistant="### Response:\n")
     if any(m["role"] not in heads or set(m) & {"tool_calls", "reasoning_content"}
            for m in messages):
         raise QLoRAError("the template 'article' has no place for tools and reasoning.", cure=TOOLS)
     for m in messages:
-        end = tokenizer.eos_token if m["role"] == "assistant" else ""
+        end = eos if m["role"] == "assistant" else ""
         text += f"{heads[m['role']]}{m['content'].strip()}{end}\n\n"
     return text + heads["assistant"]*ask
 
@@ -88,6 +92,17 @@ def _writes_calls(messages, **how):
         if not all(call_is_written(o, text, without) for o in m["tool_calls"]): return False
     return True
 
+# %% ../../nbs/2_training/17_chat_templates.ipynb #9de2c48d-a
+def _write(messages, **how):
+    "A chat by its template, with tool calls in the form that this template writes."
+    if not any(m.get("tool_calls") for m in messages): return _apply(messages, **how)
+    for text in (False, True):
+        try:
+            if _writes_calls(messages, text=text, **how): return _apply(messages, text=text, **how)
+        except QLoRAError:
+            if text: raise
+    raise QLoRAError("the chat template does not write the tool calls of this row.", cure=TOOLS)
+
 # %% ../../nbs/2_training/17_chat_templates.ipynb #9de2c48d
 def render(messages:list,        # Of {role, content}
            tokenizer,            # Its chat template is used by "chat" and "no-thinking"
@@ -104,15 +119,8 @@ def render(messages:list,        # Of {role, content}
         return _article(messages, tokenizer, ask)
     if not (own or has): raise QLoRAError("the tokenizer has no chat template.", cure=cure)
     off = dict(enable_thinking=False, thinking=False) if template == "no-thinking" else {}
-    how = off | dict(tokenizer=tokenizer, tools=tools, cure=cure, add_generation_prompt=ask,
-                     chat_template=own)
-    if not any(m.get("tool_calls") for m in messages): return _apply(messages, **how)
-    for text in (False, True):
-        try:
-            if _writes_calls(messages, text=text, **how): return _apply(messages, text=text, **how)
-        except QLoRAError:
-            if text: raise
-    raise QLoRAError("the chat template does not write the tool calls of this row.", cure=TOOLS)
+    return _write(messages, tokenizer=tokenizer, tools=tools, cure=cure, chat_template=own,
+                  add_generation_prompt=ask, **off)
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #a7621784
 def _fail(why, text):
@@ -144,6 +152,16 @@ def _closed(i, answer, head, upto, full, stops):
         _fail(f"the template closes message {i} without an end token: no model could stop.", full)
     return shared[:start + len(answer) + end]
 
+# %% ../../nbs/2_training/17_chat_templates.ipynb #c2d25522-a
+def _answers(messages, write, stops):
+    "(the whole text, [(number, text before it, text up to its end) of each trained answer])."
+    full, found = write(len(messages)), []
+    for i, m in enumerate(messages, 1):
+        if m["role"] != "assistant" or "weight" in m: continue
+        head, upto = write(i - 1, ask=True), full if i == len(messages) else write(i)
+        found.append((i, head, _closed(i, m["content"].strip(), head, upto, full, stops)))
+    return full, found
+
 # %% ../../nbs/2_training/17_chat_templates.ipynb #c2d25522
 def answer_spans(messages:list,       # Of {role, content}
                  tokenizer,           # A Hugging Face tokenizer
@@ -152,11 +170,7 @@ def answer_spans(messages:list,       # Of {role, content}
                 ) -> tuple:           # (ids, [(start, end) of each answer, end token included])
     "Where the answers are, in tokens. Raises `QLoRAError` when one cannot be found."
     def write(upto, ask=False): return render(messages[:upto], tokenizer, template, ask, tools)
-    full, stops, found, spans = write(len(messages)), _stops(tokenizer), [], []
-    for i, m in enumerate(messages, 1):
-        if m["role"] != "assistant" or "weight" in m: continue
-        head, upto = write(i - 1, ask=True), full if i == len(messages) else write(i)
-        found.append((i, head, _closed(i, m["content"].strip(), head, upto, full, stops)))
+    (full, found), spans = _answers(messages, write, _stops(tokenizer)), []
     ids = _ids(found[-1][2] if found else full, tokenizer)
     for i, head, closed in found:
         a, b = _ids(head, tokenizer), ids if i == found[-1][0] else _ids(closed, tokenizer)
@@ -181,7 +195,7 @@ def encode(row:dict,               # From `load_rows`
         raise QLoRAError(f"the example has {len(ids)} tokens.", cure=f"max_length is {max_length}.")
     return dict(input_ids=ids, labels=labels)
 
-# %% ../../nbs/2_training/17_chat_templates.ipynb #10c0a80b
+# %% ../../nbs/2_training/17_chat_templates.ipynb #10c0a80b-a
 def encode_prompt(row:dict,             # A row, with or without its last answer
                   tokenizer,            # As in training
                   template:str="auto"   # As in training
@@ -195,6 +209,7 @@ def encode_prompt(row:dict,             # A row, with or without its last answer
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     return render(asked, tokenizer, template, ask=True, tools=row.get("tools"))
 
+# %% ../../nbs/2_training/17_chat_templates.ipynb #10c0a80b
 def answer_of(row:dict   # From `load_rows`
              ) -> str:   # Its last answer, without the end token
     "The right answer of a row."

@@ -86,6 +86,26 @@ def _most(fits, n):
         low, high = (mid, high) if fits(mid) else (low, mid - 1)
     return low
 
+# %% ../../nbs/2_training/19_data.ipynb #ffe9e514-a
+def _turn_starts(chat):
+    "Where the turns of a chat begin: at questions that follow an answer, or nothing."
+    first = chat[0]["role"] == "system"
+    return [i for i, m in enumerate(chat) if m["role"] == "user"
+            and (i == first or chat[i-1]["role"] == "assistant")]
+
+# %% ../../nbs/2_training/19_data.ipynb #ffe9e514-b
+def _longest(turn):
+    "The number of the longest message of a turn, its answers aside."
+    asked = [i for i, m in enumerate(turn) if m["role"] != "assistant"]
+    return max(asked, key=lambda i: len(turn[i]["content"]))
+
+def _cut(turn, k):
+    "A turn whose longest question keeps `k` characters, of its beginning and its end."
+    q = _longest(turn)
+    text = turn[q]["content"]
+    short = text[:k - k//2] + GAP + text[len(text) - k//2:]
+    return [*turn[:q], turn[q] | dict(content=short), *turn[q+1:]]
+
 # %% ../../nbs/2_training/19_data.ipynb #ffe9e514
 def shorten(row:dict,        # From `load_rows`
             tokenizer,       # A Hugging Face tokenizer
@@ -94,9 +114,7 @@ def shorten(row:dict,        # From `load_rows`
            ) -> dict|None:  # A chat that fits; None where the answer alone does not
     "Leave out the oldest turns, then the middle of the last question; the last answer stays whole."
     chat, more = as_messages(row), {k: row[k] for k in ("tools",) if k in row}
-    first = chat[0]["role"] == "system"
-    starts = [i for i, m in enumerate(chat) if m["role"] == "user"
-              and (i == first or chat[i-1]["role"] == "assistant")]
+    first, starts = chat[0]["role"] == "system", _turn_starts(chat)
     def fits(turns):
         text = render(chat[:first] + turns, tokenizer, template, **more).rstrip()
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -104,23 +122,22 @@ def shorten(row:dict,        # From `load_rows`
     k = _most(lambda k: fits(chat[starts[-1-k]:]), len(starts) - 1)  # turns beside the last one
     if k is not None: return dict(messages=chat[:first] + chat[starts[-1-k]:], **more)
     last = chat[starts[-1]:]
-    asked = [i for i, m in enumerate(last[:-1]) if m["role"] != "assistant"]
-    q = max(asked, key=lambda i: len(last[i]["content"]))
-    text = last[q]["content"]
-    def cut(k):
-        short = text[:k - k//2] + GAP + text[len(text) - k//2:]
-        return [*last[:q], last[q] | dict(content=short), *last[q+1:]]
-    k = _most(lambda k: fits(cut(k)), len(text) - 1)  # characters of the longest question
-    return None if k is None else dict(messages=chat[:first] + cut(k), **more)
+    n = len(last[_longest(last)]["content"])
+    k = _most(lambda k: fits(_cut(last, k)), n - 1)  # characters of the longest question
+    return None if k is None else dict(messages=chat[:first] + _cut(last, k), **more)
 
-# %% ../../nbs/2_training/19_data.ipynb #f9cdbf93
+# %% ../../nbs/2_training/19_data.ipynb #f9cdbf93-a
 LONG = ("drop", "cut", "error")
 
-def _fit(row, tokenizer, template, max_length, long):
-    "(example or None, one of `FATES`, length). No room: not even for the answer."
+def _check_long(long):
     if long not in LONG:
         raise QLoRAError(f"there is no choice long='{long}'.",
                          cure=f"Choose from: {', '.join(LONG)}.")
+
+# %% ../../nbs/2_training/19_data.ipynb #f9cdbf93
+def _fit(row, tokenizer, template, max_length, long):
+    "(example or None, one of `FATES`, length). No room: not even for the answer."
+    _check_long(long)
     example = encode(row, tokenizer, template)
     n = len(example["input_ids"])
     if n <= max_length: return example, "kept", n
@@ -139,6 +156,13 @@ def _notes(row, example, fate, tokenizer, control):
     "What is to be said of a row's text, {} for one that is cut or left out."
     return text_notes(as_messages(row), example, tokenizer, control) if fate == "kept" else {}
 
+# %% ../../nbs/2_training/19_data.ipynb #402a84f2-a
+def _each(numbered, **how):
+    "(number, row, example or None, fate, length) of each (number, row); an error names its row."
+    for i, row in numbered:
+        try: yield i, row, *_fit(row, **how)
+        except QLoRAError as e: raise QLoRAError(e.what, where=place_of(row, i), cure=e.cure) from e
+
 # %% ../../nbs/2_training/19_data.ipynb #402a84f2
 def encode_rows(rows:list,             # From `load_rows`
                 tokenizer,             # A Hugging Face tokenizer
@@ -148,15 +172,12 @@ def encode_rows(rows:list,             # From `load_rows`
                 num_proc:int|None=None # Processes, for rows that are mapped from disk
                ) -> Examples:          # `encode`'s dicts; `report`: what was kept, cut, left out
     "Encode all rows. Raises `QLoRAError` when none fits, or naming a row that cannot be encoded."
-    if isinstance(rows, Mapped):
-        return _encode_mapped(rows, tokenizer, num_proc, template=template, max_length=max_length,
-                              long=long)
+    how = dict(tokenizer=tokenizer, template=template, max_length=max_length, long=long)
+    if isinstance(rows, Mapped): return _encode_mapped(rows, num_proc=num_proc, **how)
     examples, numbers, count, first, longest, turns = Examples(), [], Counter(), {}, 0, 0
     notes, control = Notes(), control_tokens(tokenizer)
-    for i, row in enumerate(rows, 1):
+    for i, row, example, fate, n in _each(enumerate(rows, 1), **how):
         number = number_of(row, i)
-        try: example, fate, n = _fit(row, tokenizer, template, max_length, long)
-        except QLoRAError as e: raise QLoRAError(e.what, where=place_of(row, i), cure=e.cure) from e
         if example: examples.append(example), numbers.append(i)
         for k, v in _notes(row, example, fate, tokenizer, control).items(): notes.add(k, number, v)
         if fate != "kept": first[fate] = min(number, first.get(fate, number))
@@ -186,26 +207,27 @@ def _encode_batch(batch, places, **how):
     "The examples of a piece of a table, empty where a row was left out, and what became of each."
     out, control = [], control_tokens(how["tokenizer"])
     rows = (_as_row(dict(zip(batch, o))) for o in zip(*batch.values()))
-    for i, row in zip(places, rows):
-        try: example, fate, size = _fit(row, **how)
-        except QLoRAError as e:
-            raise QLoRAError(e.what, where=place_of(row, i + 1), cure=e.cure) from e
+    for i, row, example, fate, size in _each(zip((i + 1 for i in places), rows), **how):
         said = "\n".join(TEXT + k for k in _notes(row, example, fate, how["tokenizer"], control))
-        more = dict(row=i + 1, number=row.number, fate=FATES.index(fate), size=size,
+        more = dict(row=i, number=row.number, fate=FATES.index(fate), size=size,
                     turns=_turns(row), said=said)
         out.append((example or dict(input_ids=[], labels=[])) | more)
     return {k: [o[k] for o in out] for k in out[0]}
 
+# %% ../../nbs/2_training/19_data.ipynb #18ffc087-a
+def _columns():
+    "The columns of the table of examples, and their types."
+    from datasets import Features, Sequence, Value
+    ids, number = Sequence(Value("int32")), Value("int32")
+    return Features(dict(input_ids=ids, labels=ids, said=Value("string"))
+                    | dict.fromkeys("row number fate size turns".split(), number))
+
 # %% ../../nbs/2_training/19_data.ipynb #18ffc087
 def _encode_mapped(rows, tokenizer, num_proc, **how):
     "`encode_rows` of rows that are mapped from disk; so are the examples."
-    from datasets import Features, Sequence, Value
-    ids, number = Sequence(Value("int32")), Value("int32")
-    made = (dict(input_ids=ids, labels=ids, said=Value("string"))
-            | dict.fromkeys("row number fate size turns".split(), number))
     done = rows.table.map(
         _encode_batch, batched=True, with_indices=True, remove_columns=rows.table.column_names,
-        num_proc=num_proc, fn_kwargs=how | dict(tokenizer=tokenizer), features=Features(made),
+        num_proc=num_proc, fn_kwargs=how | dict(tokenizer=tokenizer), features=_columns(),
         desc="encoding", new_fingerprint=identity(rows.table._fingerprint, tokenizer, how))
     say_column(done.data, rows.source)
     examples = Mapped(done.select_columns(["input_ids", "labels", "row", "number"]), _example)

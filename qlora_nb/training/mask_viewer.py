@@ -8,6 +8,7 @@ __all__ = ['Token', 'STYLES', 'spell', 'statuses', 'token_html', 'MaskView', 'pa
 # %% ../../nbs/2_training/20_mask_viewer.ipynb #650fb195
 from collections import Counter, namedtuple
 from html import escape
+from fastcore.basics import patch
 from ..base.errors import QLoRAError
 
 # %% ../../nbs/2_training/20_mask_viewer.ipynb #9868a802
@@ -43,7 +44,7 @@ def token_html(t:Token) -> str:
     return (f'{bar}<{tag} title="{title}" '
             f'style="{style};text-decoration-thickness:1px">{shown}</{tag}>&#8203;')
 
-# %% ../../nbs/2_training/20_mask_viewer.ipynb #4674c98a
+# %% ../../nbs/2_training/20_mask_viewer.ipynb #4674c98a-a
 class MaskView:
     "A batch whose tokens show their status; HTML in a notebook, text in a terminal."
     def __init__(self, rows:list): self.rows = rows   # Lists of `Token`
@@ -52,20 +53,26 @@ class MaskView:
         "Number of tokens by status."
         c = Counter(t.status for r in self.rows for t in r)
         return {k: c[k] for k in STYLES if c[k] or k != "mismatch"}
-    def __repr__(self):
-        marks = dict(trained=("⟦", "⟧"), context=("", ""), padding=("", ""), mismatch=("‼", "‼"))
-        def show(t):
-            return "|"*t.first + ("·" if t.status == "padding" else marks[t.status][0] + t.text
-                                  + marks[t.status][1])
-        head = ", ".join(f"{n} {k}" for k, n in self.counts.items())
-        return "\n\n".join([head, *("".join(map(show, r)).replace("⟧⟦", "") for r in self.rows)])
-    def _repr_html_(self):
-        total = sum(self.counts.values())
-        def key(k): return "<{0} style='{1}'>{2}</{0}>".format(*STYLES[k], k)
-        head = ", ".join(f"{key(k)} {n} ({n/total:.0%})" for k, n in self.counts.items())
-        how = "font-family:monospace;line-height:1.7"
-        body = "".join(f'<p style="{how}">{"".join(map(token_html, r))}</p>' for r in self.rows)
-        return f"<div><p>{head}</p>{body}</div>"
+
+# %% ../../nbs/2_training/20_mask_viewer.ipynb #4674c98a-b
+@patch
+def __repr__(self:MaskView):
+    marks = dict(trained=("⟦", "⟧"), context=("", ""), padding=("", ""), mismatch=("‼", "‼"))
+    def show(t):
+        return "|"*t.first + ("·" if t.status == "padding" else marks[t.status][0] + t.text
+                              + marks[t.status][1])
+    head = ", ".join(f"{n} {k}" for k, n in self.counts.items())
+    return "\n\n".join([head, *("".join(map(show, r)).replace("⟧⟦", "") for r in self.rows)])
+
+# %% ../../nbs/2_training/20_mask_viewer.ipynb #4674c98a
+@patch
+def _repr_html_(self:MaskView):
+    total = sum(self.counts.values())
+    def key(k): return "<{0} style='{1}'>{2}</{0}>".format(*STYLES[k], k)
+    head = ", ".join(f"{key(k)} {n} ({n/total:.0%})" for k, n in self.counts.items())
+    how = "font-family:monospace;line-height:1.7"
+    body = "".join(f'<p style="{how}">{"".join(map(token_html, r))}</p>' for r in self.rows)
+    return f"<div><p>{head}</p>{body}</div>"
 
 # %% ../../nbs/2_training/20_mask_viewer.ipynb #9bb82b09
 def _row_tokens(r, k, tokenizer):

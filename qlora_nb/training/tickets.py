@@ -43,11 +43,31 @@ def _say(pick, text):
         text = head + pick(body.split("|")) + tail
     return text
 
+# %% ../../nbs/2_training/16_tickets.ipynb #f10a3460-a
+def _order_number(pick, words):
+    "An order number as a customer writes it, in one of the shapes of a split."
+    shape = pick(words["shapes"]).replace("?", pick(words["digits"]))
+    return "".join(pick("123456789") if o == "0" else o for o in shape)
+
+def _framed(rng, pick, words, parts):
+    "The sentences of a ticket in any order, some with a greeting or a goodbye around them."
+    parts = [parts.pop(int(rng.random()*len(parts))) for _ in range(len(parts))]
+    if rng.random() < 0.3: parts.insert(0, pick(words["hello"]))
+    if rng.random() < 0.3: parts.append(pick(words["bye"]))
+    return " ".join(o if o.endswith("?") else o + "." for o in parts)
+
+# %% ../../nbs/2_training/16_tickets.ipynb #f10a3460-b
+def _slip(rng, pick, text):
+    "A text in small letters, with one word mistyped, or as it was."
+    noise = rng.random()
+    if noise < 0.15: return text.lower()
+    return text.replace(*pick(SLIPS), 1) if noise < 0.3 else text
+
 # %% ../../nbs/2_training/16_tickets.ipynb #f10a3460
 def _ticket(rng, split):
     "One (ticket, record) pair in the words of `split`."
+    words, number = WORDS[split], ""
     pick = lambda xs: xs[int(rng.random()*len(xs))]
-    words = WORDS[split]
     rec = dict(product=pick(words["products"]), category=pick(CATEGORIES),
                priority=pick(PRIORITIES), order_id=None)
     if split == "train" and rng.random() < 0.6: rec["product"] = _invented(pick)
@@ -55,17 +75,11 @@ def _ticket(rng, split):
     if rec["priority"] != "normal" or rng.random() < 0.5:
         parts.append(_say(pick, pick(words["cues"][rec["priority"]])))
     if rng.random() < 0.65:
-        shape = pick(words["shapes"]).replace("?", pick(words["digits"]))
-        shown = "".join(pick("123456789") if o == "0" else o for o in shape)
-        rec["order_id"] = shown.lstrip("#")
+        number = _order_number(pick, words)
+        rec["order_id"] = number.lstrip("#")
         parts.append(pick(words["order"]))
-    parts = [parts.pop(int(rng.random()*len(parts))) for _ in range(len(parts))]
-    if rng.random() < 0.3: parts.insert(0, pick(words["hello"]))
-    if rng.random() < 0.3: parts.append(pick(words["bye"]))
-    text, noise = " ".join(o if o.endswith("?") else o + "." for o in parts), rng.random()
-    if noise < 0.15: text = text.lower()
-    elif noise < 0.3: text = text.replace(*pick(SLIPS), 1)
-    return text.replace("@", rec["product"]).replace("{o}", rec["order_id"] and shown or ""), rec
+    text = _slip(rng, pick, _framed(rng, pick, words, parts))
+    return text.replace("@", rec["product"]).replace("{o}", number), rec
 
 # %% ../../nbs/2_training/16_tickets.ipynb #40cd47db
 def make_tickets(split:str="train", # "train" or "test": no product, sentence or number in common

@@ -68,10 +68,25 @@ def text_notes(messages:list, example:dict, tokenizer,
             FOREIGN: None if found else first(MARKS), LOST: first(re.compile(".{,9}\ufffd"))}
     return {k: v for k, v in said.items() if v}
 
-# %% ../../nbs/2_training/18_tokenizer_checks.ipynb #6c1828a6
+# %% ../../nbs/2_training/18_tokenizer_checks.ipynb #6c1828a6-0
 OWN = "a template of your own: --chat-template FILE."
 TOOLS = f"Use a model whose chat template writes them, or {OWN}"
 
+# %% ../../nbs/2_training/18_tokenizer_checks.ipynb #6c1828a6-a
+def _droppable(messages, full):
+    "Each part that is not plainly in the text: (the chat without it, its name, what helps)."
+    for i, m in enumerate(messages):
+        before, after = messages[:i], messages[i+1:]
+        if m.get("reasoning_content"):
+            silent = {k: v for k, v in m.items() if k != "reasoning_content"}
+            yield [*before, silent, *after], f"the reasoning of message {i + 1}", TOOLS
+        text, role = m["content"].strip(), m["role"]
+        seen = role != "system" and len(text) > 15 and text in full   # a short one may be by chance
+        if role != "assistant" and not seen:
+            yield ([*before, *after], f"message {i + 1}, the {role}'s",
+                   f"Put its text into the question, or use template='article', or {OWN}")
+
+# %% ../../nbs/2_training/18_tokenizer_checks.ipynb #6c1828a6
 def check_nothing_lost(messages:list, full:str, write, tools):
     "Raise `QLoRAError` for a part without which `write(messages, tools)` writes the same text."
     def same(changed, tools=tools):
@@ -79,13 +94,5 @@ def check_nothing_lost(messages:list, full:str, write, tools):
         except QLoRAError: return False
     def lost(what, cure): raise QLoRAError(f"the chat template leaves out {what}.", cure=cure)
     if tools and same(messages, None): lost("the tools of this row", TOOLS)
-    for i, m in enumerate(messages):
-        before, after = messages[:i], messages[i+1:]
-        silent = {k: v for k, v in m.items() if k != "reasoning_content"}
-        if m.get("reasoning_content") and same([*before, silent, *after]):
-            lost(f"the reasoning of message {i + 1}", TOOLS)
-        text, role = m["content"].strip(), m["role"]
-        seen = role != "system" and len(text) > 15 and text in full   # a short one may be by chance
-        if role != "assistant" and not seen and same([*before, *after]):
-            lost(f"message {i + 1}, the {role}'s",
-                 f"Put its text into the question, or use template='article', or {OWN}")
+    for without, what, cure in _droppable(messages, full):
+        if same(without): lost(what, cure)
