@@ -94,14 +94,10 @@ def _turn_starts(chat):
             and (i == first or chat[i-1]["role"] == "assistant")]
 
 # %% ../../nbs/2_training/19_data.ipynb #ffe9e514-b
-def _longest(turn):
-    "The number of the longest message of a turn, its answers aside."
-    asked = [i for i, m in enumerate(turn) if m["role"] != "assistant"]
-    return max(asked, key=lambda i: len(turn[i]["content"]))
-
 def _cut(turn, k):
     "A turn whose longest question keeps `k` characters, of its beginning and its end."
-    q = _longest(turn)
+    asked = [i for i, m in enumerate(turn) if m["role"] != "assistant"]
+    q = max(asked, key=lambda i: len(turn[i]["content"]))
     text = turn[q]["content"]
     short = text[:k - k//2] + GAP + text[len(text) - k//2:]
     return [*turn[:q], turn[q] | dict(content=short), *turn[q+1:]]
@@ -122,7 +118,7 @@ def shorten(row:dict,        # From `load_rows`
     k = _most(lambda k: fits(chat[starts[-1-k]:]), len(starts) - 1)  # turns beside the last one
     if k is not None: return dict(messages=chat[:first] + chat[starts[-1-k]:], **more)
     last = chat[starts[-1]:]
-    n = len(last[_longest(last)]["content"])
+    n = max(len(m["content"]) for m in last if m["role"] != "assistant")
     k = _most(lambda k: fits(_cut(last, k)), n - 1)  # characters of the longest question
     return None if k is None else dict(messages=chat[:first] + _cut(last, k), **more)
 
