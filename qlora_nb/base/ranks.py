@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOST', 'can_fork', 'join_group', 'on_ranks', 'n_ranks', 'rank', 'is_group', 'everyone', 'first_alone', 'join_run',
-           'together']
+           'peer_lost', 'together', 'said_when_ended']
 
 # %% ../../nbs/base/ranks.ipynb #d1570004
 import qlora_nb.base.core   # before PyTorch is loaded
-import contextlib, dill, multiprocessing, os, sys, tempfile, time, torch, traceback
+import contextlib, dill, multiprocessing, os, signal, sys, tempfile, threading, time
+import torch, traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 from torch import distributed as dist
@@ -131,11 +132,39 @@ def join_run(device:str|None=None   # As for `pick_device`
 LOST = ("closed by peer", "Connection re", "Broken pipe", "gloo", "NCCL", "ProcessGroup",
         "Timed out")
 
+def peer_lost(go_on, what="another process of this run has ended, and so does this one."):
+    return PeerLost(what, f"rank {rank()} of {n_ranks()}", go_on())
+
 @contextlib.contextmanager
 def together(go_on=lambda: ""):   # What can be done then, in words
     "Raise `QLoRAError` when another rank has ended, instead of what the library says."
     try: yield
     except RuntimeError as e:
         if n_ranks() == 1 or not any(o in str(e) for o in LOST): raise
-        raise PeerLost("another process of this run has ended, and so does this one.",
-                       f"rank {rank()} of {n_ranks()}", go_on()) from e
+        raise peer_lost(go_on) from e
+
+# %% ../../nbs/base/ranks.ipynb #d1570037
+def _say_and_end(fd, go_on):
+    while (got := os.read(fd, 1)) and got[0] != signal.SIGTERM: pass
+    if not got: return   # the block is over
+    why = "asked to end (SIGTERM), as launchers do when another process of a run has ended."
+    os.write(2, f"{peer_lost(go_on, why)}\n".encode())
+    os._exit(128 + signal.SIGTERM)
+
+# %% ../../nbs/base/ranks.ipynb #d1570038
+@contextlib.contextmanager
+def said_when_ended(go_on=lambda: ""):   # What can be done then, in words
+    "With several ranks, SIGTERM ends this process after one sentence, even while a GPU is waited for."
+    here = threading.current_thread() is threading.main_thread() and sys.platform != "win32"
+    if n_ranks() == 1 or not here:
+        yield
+        return
+    r, w = os.pipe()
+    os.set_blocking(w, False)
+    had = signal.signal(signal.SIGTERM, lambda *_: None) or signal.SIG_DFL, signal.set_wakeup_fd(w)
+    reader = threading.Thread(target=_say_and_end, args=(r, go_on), daemon=True)
+    reader.start()
+    try: yield
+    finally:
+        signal.signal(signal.SIGTERM, had[0]), signal.set_wakeup_fd(had[1])
+        os.close(w), reader.join(), os.close(r)

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch.utils.data import BatchSampler, DataLoader
 from accelerate.data_loader import prepare_data_loader
 from torch import distributed as dist
-from ..base.ranks import everyone, join_run, n_ranks, rank, together
+from ..base.ranks import everyone, join_run, n_ranks, rank, said_when_ended, together
 from ..base.runs import hold_run, last_checkpoint, seal, write_json
 
 # %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100010
@@ -98,7 +98,8 @@ def holding(folder:Path):
     "Hold the folder of a run: is this the first process? When one ends, all do."
     def way(): return go_on(last_checkpoint(folder/"checkpoints"))
     first = rank() == 0
-    with together(way), hold_run(folder) if first else contextlib.nullcontext(): yield first
+    alone = hold_run(folder) if first else contextlib.nullcontext()
+    with said_when_ended(way), together(way), alone: yield first
 
 # %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100042-c
 def seal_once(folder:Path):
