@@ -154,7 +154,7 @@ def _say_and_end(fd, go_on):
 # %% ../../nbs/base/ranks.ipynb #d1570038
 @contextlib.contextmanager
 def said_when_ended(go_on=lambda: ""):   # What can be done then, in words
-    "With several ranks, SIGTERM ends this process after one sentence, even while a GPU is waited for."
+    "With several ranks, SIGTERM ends this process after one sentence, even in a wait for a GPU."
     here = threading.current_thread() is threading.main_thread() and sys.platform != "win32"
     if n_ranks() == 1 or not here:
         yield
