@@ -1,10 +1,11 @@
 "What a function of the front door is handed: a value of the wrong kind ends in one sentence, and never in another meaning."
 import pytest, pyarrow as pa, torch
 from pathlib import Path
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, MptConfig, TrainerCallback
 
-from common import once, small_base
-from qlora_nb import encode_prompt, evaluate, finetune, generate, load_model, load_rows, load_tokenizer, plan, stream
+from common import once, small_base, small_tokenizer
+from qlora_nb import (add_adapters, audit_4bit, encode_prompt, evaluate, finetune, generate, load_model, load_rows, load_tokenizer, merge_and_save, plan,
+                      quantize, stream)
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.evaluation.answer_loss import fit_rows
 from qlora_nb.foundations.qlora import load_scratch
@@ -27,7 +28,11 @@ FINETUNE = {   # what is given → what is said
     "target_modules holds no name. Leave it out": dict(target_modules=[]), "target_modules holds no name": dict(target_modules=""),
     "one of target_modules is 3": dict(target_modules=["q_proj", 3]), "target_parameters is 3": dict(target_parameters=3),
     "callbacks is 'x', and has to be TrainerCallbacks": dict(callbacks="x"), "one of callbacks is 3": dict(callbacks=[3]),
-    "leave_out is 3, and has to be row numbers": dict(leave_out=3), "output_dir is a NoneType, and has to be a folder": dict(output_dir=None)}
+    "leave_out is 3, and has to be row numbers": dict(leave_out=3), "output_dir is a NoneType, and has to be a folder": dict(output_dir=None),
+    "config_yaml is 3, and has to be names of settings": dict(config_yaml=3), "config_yaml is a dict": dict(config_yaml={3: 4}), "report_to is 3": dict(report_to=3),
+    "example is 3, and has to be text": dict(example=3), "there is no adapter here": dict(adapter=""), "a list is no folder of an adapter": dict(adapter=[]),
+    "r is 1099511627776, and has to be below": dict(r=2**40), "batch_size is 2147483648": dict(per_device_train_batch_size=2**31),
+    "learning_rate is 1e+300, and has to be what a float32": dict(learning_rate=1e300)}
 
 @pytest.mark.parametrize("said", FINETUNE)
 def test_what_finetune_is_given(said, base, tmp_path, monkeypatch):
@@ -125,3 +130,32 @@ def test_rows_of_an_evaluation_may_be_a_table(pair):
     rows, tokenizer = ROWS[:2], pair[1]
     fitted = [fit_rows(o, tokenizer) for o in (rows, pd.DataFrame(rows), pa.Table.from_pylist(rows))]
     assert all([*map(dict, o)] == rows for o in fitted)
+
+
+NO_MODEL = dict(audit=audit_4bit, adapters=lambda o: add_adapters(o, 4), quantize=quantize)
+
+@pytest.mark.parametrize("f", NO_MODEL)
+def test_what_is_no_model(f):
+    for o in (3, None, "smollm2", {}):
+        with pytest.raises(QLoRAError, match="is no model|is no tensor|a loaded model is wanted"): NO_MODEL[f](o)
+
+
+def test_a_rank_above_the_layers(base, tmp_path):
+    with pytest.raises(QLoRAError, match="Set r=64 or less"): add_adapters(load_model(base, device="cpu"), 2**40)
+    with pytest.raises(QLoRAError, match="r is 0, and has to be a whole number"): add_adapters(load_scratch(base, device="cpu"), 0)
+    with pytest.warns(UserWarning, match="r=40 is above the smaller side of 4 of 14 layers"): add_adapters(load_model(base, device="cpu"), 40)
+
+
+@pytest.mark.parametrize("out", [None, 3, ["a"]])
+def test_where_a_model_is_merged_to(out):
+    with pytest.raises(QLoRAError, match="out is .* and has to be a folder"): merge_and_save("run", out)
+
+
+def test_positions_that_no_config_names(tmp_path):
+    "MPT has no tables of positions: its bias reaches as far as `max_seq_len`, and fails beyond."
+    tok = small_tokenizer(600)
+    sizes = dict(vocab_size=len(tok), d_model=64, n_heads=4, n_layers=1, expansion_ratio=1)
+    AutoModelForCausalLM.from_config(MptConfig(**sizes, max_seq_len=40)).save_pretrained(tmp_path/"mpt"), tok.save_pretrained(tmp_path/"mpt")
+    long = dict(prompt="Which are these? "*9, response="Numbers.")
+    with pytest.raises(QLoRAError, match=r"row 3: the example has \d+ tokens, and the model can take 40\. Set max_length=40"):
+        finetune(tmp_path/"mpt", [*ROWS[:2], long], tmp_path/"run", device="cpu", max_steps=1, progress=False)

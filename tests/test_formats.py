@@ -696,3 +696,12 @@ def test_numbers_are_those_of_the_file_where_broken_rows_were_left_out():
     tools = lambda name: [dict(type="function", function=dict(name=name, description="", parameters={}))]
     same = [dict(HI, tools=tools("a")), dict(HI, tools=tools("b")), dict(HI, tools=tools("a"))]
     assert repetitions(same) == 1 and overlap(same[:1], same[1:2]) == (0, 0), "rows with other tools are other rows"
+
+
+def test_a_result_names_a_call_of_its_row():
+    def chat(of, *ids):
+        calls = [dict(id=o, type="function", function=dict(name="tide", arguments={})) for o in ids]
+        return [dict(messages=[dict(role="user", content="Tide?"), dict(role="assistant", tool_calls=calls), dict(role="tool", content="low", tool_call_id=of),
+                               dict(role="assistant", content="Low.")])]
+    for row in (chat("b", "a", "b"), chat("b", ""), chat(None, "a")): assert len(load_rows(row)[0]["messages"]) == 4
+    with pytest.raises(QLoRAError, match="row 1: message 3 is the result of the call 'c', and before it there are 'a', 'b'"): load_rows(chat("c", "a", "b"))

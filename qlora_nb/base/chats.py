@@ -185,6 +185,12 @@ def check_order(messages:list):
             fail(f"message {i} is an answer of the assistant that follows no question.")
         if role == "tool" and before != "tool" and not (i > 1 and has_call(messages[i-2])):
             fail(f"message {i} is the result of a tool that was not called.")
+    calls = set()
+    for i, m in enumerate(messages, 1):
+        calls |= {o["id"] for o in m.get("tool_calls", ()) if "id" in o}
+        if calls and (of := m.get("tool_call_id")) and of not in calls:
+            fail(f"message {i} is the result of the call {of!r}, and before it there are "
+                 f"{', '.join(map(repr, sorted(calls)))}.")
     if not any(m["role"] == "assistant" and "weight" not in m for m in messages):
         fail("each answer has the weight 0, so there is nothing to learn.")
 

@@ -15,6 +15,7 @@ from .core import COLORS, figure_data, fmt_bytes
 import psutil, torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
+from .arguments import listed
 from .errors import QLoRAError
 from transformers import TrainerCallback
 
@@ -212,7 +213,7 @@ REPORTS = ("tensorboard", "wandb")   # also the names of their packages
 def check_reports(report_to:str|list|None="none"  # "none", or one or more of `REPORTS`
                  ) -> list:   # For transformers' `TrainingArguments(report_to=...)`
     "Where to report to. Raises `QLoRAError` for an unknown name or a package that is missing."
-    names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    names = listed("report_to", report_to, lambda o: isinstance(o, str), "names, in a list")
     names = [o for o in names if o != "none"]
     for name in names:
         if name not in REPORTS:

@@ -22,7 +22,7 @@ from ..base.adapter_files import describe_adapter, open_tensors, same_quantizati
 from ..base.errors import QLoRAError
 from ..base.model_files import tiny_model
 from ..base.nf4_config import quiet
-from ..base.targets import find_targets, is_pattern, match_targets, outer_modules
+from ..base.targets import check_rank, find_targets, is_pattern, match_targets, outer_modules
 from ..base.weights import clean_name, list_weights
 from .expert_adapters import chosen_parameters, stacks_as_parameters
 from .loading import load_model
@@ -127,6 +127,7 @@ def add_adapters(model,                       # A 4-bit model of either backend
         target_modules = [target_modules]
     stacks = chosen_parameters(model, target_parameters, lora_dropout) if target_parameters else []
     names = chosen_layers(model, target_modules) if target_modules or not stacks else []
+    check_rank(model, names, r)
     how = short_names(model, names) if names else []
     model = put_adapters(model, how, target_parameters, r, lora_alpha, lora_dropout, **more)
     if odd := {*adapted_layers(model), *adapted_parameters(model)} ^ {*names, *stacks}:
@@ -157,8 +158,7 @@ def save_adapter(model,            # With adapters of either backend
                  **notes           # Kept beside it, such as template="chat"
                 ) -> Path:
     "Save the adapter as PEFT does, with the name of its base and of the prompt template beside it."
-    folder = Path(folder).expanduser()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    (folder := Path(folder).expanduser()).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="tmp-") as tmp:
         new = Path(tmp)/folder.name
         with quiet():

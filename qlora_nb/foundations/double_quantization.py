@@ -151,6 +151,9 @@ def check_format(codebook:str, block_size:int):  # As in `quantize`
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #5643985a
 def check_quantizable(W:torch.Tensor, codebook:str, block_size:int):  # As in `quantize`
     "Raise `QLoRAError` for what cannot be quantized."
+    if not torch.is_tensor(W):
+        raise QLoRAError(f"a {type(W).__name__} is no tensor.",
+                         cure="Give a weight; load_model(name) quantizes a whole model.")
     where = f"a tensor of {str(W.dtype)[6:]}, shape {tuple(W.shape)}"
     if W.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise QLoRAError("only 16- and 32-bit floats can be quantized.", where,

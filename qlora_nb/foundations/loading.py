@@ -13,7 +13,7 @@ from collections import namedtuple
 from functools import partial
 from pathlib import Path
 from ..base.core import Table, cpu_kind, keep_memory, pick_device, pick_dtype
-from ..base.arguments import as_dtype
+from ..base.arguments import as_dtype, check_model
 from ..base.errors import QLoRAError
 from ..base.model_files import hub_errors, locate
 from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears, quiet,
@@ -62,6 +62,7 @@ def audit_4bit(model:nn.Module  # A loaded model, with or without adapters
               ) -> Audit:       # Names in 4 bits, matrices left out on purpose, all bytes
     """Count the bytes of every parameter. Raises `QLoRAError` where more than `WIDE_SHARE` is
     wide without a reason."""
+    check_model(model, "named_modules")
     found, mods = list_weights(model), dict(model.named_modules())
     four = [w for w in found if w.kind.startswith("NF4") or w.kind.endswith("(ours)")]
     refuse_wide(model, found, four)

@@ -7,6 +7,7 @@ __all__ = ['dequantize_weight', 'NF4Function', 'Packed', 'NF4Linear', 'NF4Stack'
            'load_scratch', 'is_scratch']
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #7c1d8cdd
+from ..base.arguments import check_model
 from ..base.errors import QLoRAError
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #99f93d88
@@ -146,4 +147,7 @@ def load_scratch(name="smollm2",                # As for `load_model`
     return audit_4bit(model) and model
 
 # %% ../../nbs/1_foundations/07_qlora.ipynb #31326cba
-def is_scratch(model): return any(isinstance(m, NF4Linear) for m in model.modules())
+def is_scratch(model) -> bool:   # Raises `QLoRAError` for what is no model
+    "Does it have layers of ours?"
+    check_model(model, "named_modules")
+    return any(isinstance(m, NF4Linear) for m in model.modules())

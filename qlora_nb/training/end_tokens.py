@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['end_ids', 'template_end', 'base_of', 'notes_of', 'note_ends', 'taught_ends', 'stop_ids', 'note_loaded', 'note_sum',
-           'number', 'check_labels', 'check_ids', 'written', 'check_answers']
+           'number', 'check_labels', 'check_ids', 'with_lengths', 'check_longest', 'written', 'check_answers']
 
 # %% ../../nbs/2_training/23_end_tokens.ipynb #792a6aaa
 import qlora_nb.base.core   # before PyTorch is loaded
-import warnings
+import torch, warnings
+from bisect import bisect_left
 from torch.nn import Embedding
 from ..base.errors import QLoRAError
+from ..base.mapped import Grouped, count
 from .chat_templates import as_messages, encode
 
 # %% ../../nbs/2_training/23_end_tokens.ipynb #d5ecdb0d
@@ -122,12 +124,40 @@ def check_ids(model, tokenizer, examples:list):
     n, limit = len(longest["input_ids"]), getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or n <= limit: return
     what = f"the example has {n} tokens, and the model has {limit} positions."
-    others = [m for m in model.modules()
+    others = [m.num_embeddings for m in model.modules()
               if isinstance(m, Embedding) and m is not model.get_input_embeddings()]
-    if any(limit <= m.num_embeddings <= limit + 8 for m in others):   # a table of positions
+    others += [len(b) for b in model.buffers() if b.dim() == 2]   # computed, not learned
+    if any(limit <= rows <= limit + 8 for rows in others):   # a table of positions
         raise QLoRAError(what, f"row {number(longest)}", f"Set max_length={limit}.")
     warnings.warn(f"row {number(longest)}: {what} It was never trained on more: set "
                   f"max_length={limit}.", stacklevel=2)
+
+# %% ../../nbs/2_training/23_end_tokens.ipynb #3e100002
+def with_lengths(examples:list) -> tuple:   # Of `encode_rows`, or packs of such
+    "(the examples without packs, the number of tokens of each)."
+    flat = examples.items if isinstance(examples, Grouped) else examples   # packs are not read
+    if isinstance(examples, list):
+        flat = [e for o in examples for e in (o if isinstance(o, list) else [o])]
+    return flat, count(flat, "tokens", lambda e: len(e["input_ids"]))
+
+@torch.no_grad()
+def check_longest(model, examples:list):   # As `short_rows` takes them
+    "Raise `QLoRAError` where the model cannot take the longest row, and say what it can take."
+    flat, lengths = with_lengths(examples)
+    n, at = max((int(n), i) for i, n in enumerate(lengths))
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(known, int) and n <= known: return
+    decoder = getattr(model, "get_base_model", lambda: model)().base_model
+    ids = torch.tensor([flat[at]["input_ids"]], device=model.device)
+    def fails(k):
+        try: decoder(input_ids=ids[:, :k])
+        except (IndexError, RuntimeError, ValueError) as e: return "memory" not in str(e).lower()
+        return False
+    if not fails(n): return
+    fits = bisect_left(range(1, n), True, key=fails)   # up to so many tokens it works
+    if not fits: return   # a row of one token fails too: it is not the length
+    raise QLoRAError(f"the example has {n} tokens, and the model can take {fits}.",
+                     f"row {number(flat[at])}", f"Set max_length={fits}.")
 
 # %% ../../nbs/2_training/23_end_tokens.ipynb #d0c9d79a
 def written(example:dict, tokenizer) -> list:

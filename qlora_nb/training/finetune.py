@@ -188,7 +188,8 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
              config_yaml:dict|None=None,  # What `config.yaml` says; None: what can be written down
              **kwargs) -> Run:      # Of `Settings`, and `OPTIONS` of `load_rows`
     "Fine-tune LoRA adapters on a 4-bit model. Raises `QLoRAError` for bad data and bad settings."
-    callbacks, leave_out = check_run(output_dir, callbacks, leave_out, resume, progress)
+    callbacks, leave_out = check_run(output_dir, callbacks, leave_out, resume, progress, example,
+                                     config_yaml)
     progress, output_dir = as_one(device, progress, output_dir)
     settings, how, reading = settle(data, kwargs, ARGUMENTS)
     how["report_to"] = check_reports(how["report_to"])

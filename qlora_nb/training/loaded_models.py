@@ -187,7 +187,7 @@ def find_model(model, tokenizer, backend:str|None, s:dict
     if backend not in (None, *BACKENDS):
         raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {', '.join(BACKENDS)}.")
     if hasattr(model, "tokenizer"): model, tokenizer = model.model, model.tokenizer   # a `Run`, say
-    if s["adapter"]: model, s = go_on_from(s["adapter"], model, s)
+    if s["adapter"] is not None: model, s = go_on_from(s["adapter"], model, s)
     model, place = "smollm2" if model is None else model, None
     if isinstance(model, (str, Path)):
         name, backend = os.path.expanduser(str(model)), backend or "bnb"

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from ..base.errors import QLoRAError
 from ..foundations.adapters import as_named, read_adapter, save_adapter
 from ..foundations.lora_model import adapter_tensors
-from ..base.mapped import Grouped, count
 from ..base.nf4_config import quiet
+from .end_tokens import check_longest, with_lengths
 from ..foundations.qlora import is_scratch
 from ..speed.data_parallel import counted_alone
 from ..speed.logits import near_enough
@@ -82,12 +82,9 @@ def stir(mine:dict):
             p.data.copy_(torch.randn(p.shape, generator=draw)*.02/max(1, p.shape[-1])**.5)
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #c1ec4350
-def short_rows(examples:list, longest:int=64) -> list:  # Of `encode_rows`, or packs of such
+def short_rows(examples:list, longest:int=64) -> list:
     "Two short examples, by their last tokens."
-    flat = examples.items if isinstance(examples, Grouped) else examples   # packs are not read
-    if isinstance(examples, list):
-        flat = [e for o in examples for e in (o if isinstance(o, list) else [o])]
-    lengths = count(flat, "tokens", lambda e: len(e["input_ids"]))
+    flat, lengths = with_lengths(examples)
     two = [flat[i] for i in nsmallest(2, range(len(flat)), key=lengths.__getitem__)]
     return [dict(e, **{k: e[k][-longest:] for k in ("input_ids", "labels")}) for e in two]
 
@@ -199,6 +196,7 @@ def _step(trainer, examples, collator, pad, measure, base, called):
         model.eval(), stir(mine)
         batch, padded = collator([two] if isinstance(examples[0], list) else two), pad(two)
         batch = {k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)}
+        check_longest(model, examples)
         loss = same_losses(trainer, batch, padded, measure)
         dead = check_gradients(model, mine, called)
         check_reload(model, mine, base)

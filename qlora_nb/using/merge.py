@@ -12,7 +12,7 @@ import warnings
 from collections import Counter, namedtuple
 from pathlib import Path
 from ..base.core import free_memory, pick_dtype
-from ..base.arguments import as_dtype
+from ..base.arguments import as_dtype, check_folder
 from ..base.errors import QLoRAError
 from ..base.model_files import locate
 from ..base.new_folder import check_room, new_folder
@@ -221,7 +221,7 @@ def merge_and_save(folder:str|Path,        # Of a run, or of an adapter in PEFT'
                    onto:str="dequantized", dtype=None, base:str|None=None, trained_in=None,
                    device:str|None="cpu") -> Path:   # As in `merged`
     "Save a model that transformers loads alone. Raises `QLoRAError`, and leaves nothing, else."
-    check_room(out := Path(out).expanduser())
+    check_folder("out", out), check_room(out := Path(out).expanduser())
     m, source = merged(folder, onto, dtype, base, trained_in, device), read_source(folder, base)
     need = sum(p.nbytes for p in m.model.parameters())*101//100 + 2**24   # headers, tokenizer
     with new_folder(out, need) as new:
