@@ -48,6 +48,38 @@ def answer_loss(model, tokenizer, rows:list, template:str="auto", max_length:int
     sums, counts = zip(*answer_losses(model, tokenizer, rows, template, max_length, batch_size))
     return sum(sums)/sum(counts)
 
+# %% ../../nbs/5_evaluation/53_answer_loss.ipynb #fit53a
+def _fit_row(row, tokenizer, template, max_length, long):
+    "(the row, whole or cut, or None; is it whole?)"
+    whole = len(encode(row, tokenizer, template)["input_ids"]) <= max_length
+    if whole or long != "cut": return (row if whole else None), whole
+    return shorten(row, tokenizer, template, max_length), False
+
+# %% ../../nbs/5_evaluation/53_answer_loss.ipynb #fit53c
+def _fit_rows(rows, *how):   # (those that fit, numbers left out, numbers cut, what is refused)
+    kept, left, cut, refused = [], [], [], []
+    for i, row in enumerate(rows, 1):
+        try: short, whole = _fit_row(row, *how)
+        except QLoRAError as e:   # the template refuses it
+            refused.append(f"row {i}: {e.what}")
+            if len(refused) == len(rows): raise QLoRAError(e.what, cure=e.cure) from e
+            continue
+        kept += [short] if short else []
+        if not whole: (cut if short else left).append(i)
+    return kept, left, cut, refused
+
+# %% ../../nbs/5_evaluation/53_answer_loss.ipynb #fit53e
+def _say_fit(n, max_length, left, cut, refused):
+    "Warn of what is left out, cut and refused, at the line that called `fit_rows`."
+    for what, numbers in (("cut in their questions", cut), ("left out", left)):
+        if numbers:
+            warnings.warn(f"{len(numbers)} of {n} rows to evaluate on are {what}, as "
+                          f"max_length is {max_length}: the first is row {numbers[0]} of them.",
+                          stacklevel=3)
+    if refused:
+        warnings.warn(f"{len(refused)} of {n} rows to evaluate on cannot be written: the "
+                      f"first is {refused[0]}", stacklevel=3)
+
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #8707bdfc
 def fit_rows(rows:list, tokenizer, template:str="auto", max_length:int=512,
              long:str="drop") -> list:
@@ -57,26 +89,8 @@ def fit_rows(rows:list, tokenizer, template:str="auto", max_length:int=512,
         raise QLoRAError("this is a name, and rows are wanted.", str(rows), "Use load_rows(...).")
     check_tokenizer(tokenizer), check_settings(long=long, max_length=max_length)
     rows = [] if isinstance(rows, list) and not rows else load_rows(rows)
-    kept, left, cut, refused = [], [], [], []
-    for i, row in enumerate(rows, 1):
-        try:
-            whole = len(encode(row, tokenizer, template)["input_ids"]) <= max_length
-            short = row if whole else None
-            if not whole and long == "cut": short = shorten(row, tokenizer, template, max_length)
-        except QLoRAError as e:   # the template refuses it
-            refused.append(f"row {i}: {e.what}")
-            if len(refused) == len(rows): raise QLoRAError(e.what, cure=e.cure) from e
-            continue
-        kept += [short] if short else []
-        if not whole: (cut if short else left).append(i)
-    for what, numbers in (("cut in their questions", cut), ("left out", left)):
-        if numbers:
-            warnings.warn(f"{len(numbers)} of {len(rows)} rows to evaluate on are {what}, as "
-                          f"max_length is {max_length}: the first is row {numbers[0]} of them.",
-                          stacklevel=2)
-    if refused:
-        warnings.warn(f"{len(refused)} of {len(rows)} rows to evaluate on cannot be written: the "
-                      f"first is {refused[0]}", stacklevel=2)
+    kept, *others = _fit_rows(rows, tokenizer, template, max_length, long)
+    _say_fit(len(rows), max_length, *others)
     return kept
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #4dce51ea
