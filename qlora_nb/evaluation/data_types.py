@@ -11,6 +11,12 @@ import torch
 from ..base.errors import QLoRAError
 from ..foundations.nf4 import CODEBOOKS, scale_blocks
 
+# %% ../../nbs/5_evaluation/56_data_types.ipynb #err56
+def _unknown(format, double):
+    known = ", ".join(CODEBOOKS)
+    return QLoRAError(f"there is no {'doubly quantized '*double}'{format}'.",
+                      cure=f"Choose from: {known}, and int8 without double quantization.")
+
 # %% ../../nbs/5_evaluation/56_data_types.ipynb #4628e76e
 def round_tensor(W:torch.Tensor,           # Any shape
                  format:str,               # "int4", "fp4", "nf4" or "int8"
@@ -19,10 +25,7 @@ def round_tensor(W:torch.Tensor,           # Any shape
                 ) -> torch.Tensor:         # Shape and type of `W`
     "`W` as a layer stored in `format` would use it. Raises `QLoRAError` for an unknown format."
     if format in CODEBOOKS: return quantize(W, format, block_size, double).dequantize(W.dtype)
-    if format != "int8" or double:
-        known = ", ".join(CODEBOOKS)
-        raise QLoRAError(f"there is no {'doubly quantized '*double}'{format}'.",
-                         cure=f"Choose from: {known}, and int8 without double quantization.")
+    if format != "int8" or double: raise _unknown(format, double)
     x, absmax = scale_blocks(W, block_size)
     return ((x*127).round()/127*absmax[:, None]).view(-1)[:W.numel()].view(W.shape).to(W.dtype)
 

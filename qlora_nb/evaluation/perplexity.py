@@ -36,6 +36,20 @@ def windows(n:int,       # Tokens of the text
         if (done := end) == n: return out
     return out
 
+# %% ../../nbs/5_evaluation/55_perplexity.ipynb #head55a
+def _same_length(places, batch_size):
+    "Batches of windows, all of one length within each."
+    for k in range(0, len(places), batch_size):
+        some = places[k:k+batch_size]
+        for size in dict.fromkeys(e - b for b, e, _ in some):
+            yield [o for o in some if o[1] - o[0] == size]
+
+def _losses(model, hidden, b, e, first, row):   # `hidden` is None where the head is not plain
+    at = torch.arange(first-b-1, e-b-1, device=row.device)   # they predict `first` to `e`
+    logits = (own_logits(model, dict(input_ids=row[None]), at)[0] if hidden is None
+              else head_logits(model, hidden[at]))
+    return F.cross_entropy(logits.float(), row[first-b:], reduction="none").cpu()
+
 # %% ../../nbs/5_evaluation/55_perplexity.ipynb #adab19e8
 @torch.no_grad()
 def token_losses(model, ids:torch.Tensor,   # (n,) token ids
@@ -45,18 +59,12 @@ def token_losses(model, ids:torch.Tensor,   # (n,) token ids
     model.eval()
     places, losses, plain = windows(len(ids), window, stride or window), [], plain_head(model)
     if not places: raise QLoRAError("the text is too short.", cure="Give at least two tokens.")
-    groups = [places[k:k+batch_size] for k in range(0, len(places), batch_size)]
-    groups = [[o for o in g if o[1]-o[0] == size] for g in groups
-              for size in dict.fromkeys(e - b for b, e, _ in g)]
+    groups = [*_same_length(places, batch_size)]
     for group in tqdm(groups, desc="reading", disable=not progress, unit="batch", leave=False):
         rows = torch.stack([ids[b:e] for b, e, _ in group]).to(model.device)
-        hidden = model.get_decoder()(input_ids=rows, use_cache=False)[0] if plain else rows
-        for h, (b, e, first), row in zip(hidden, group, rows):
-            if plain: logits = head_logits(model, h[first-b-1:e-b-1])
-            else:
-                logits = own_logits(model, dict(input_ids=row[None]),
-                                    torch.arange(first-b-1, e-b-1, device=row.device))[0]
-            losses.append(F.cross_entropy(logits.float(), row[first-b:], reduction="none").cpu())
+        hidden = (model.get_decoder()(input_ids=rows, use_cache=False)[0] if plain
+                  else [None]*len(rows))
+        losses += [_losses(model, *o) for o in zip(hidden, *zip(*group), rows)]
     return torch.cat(losses)
 
 # %% ../../nbs/5_evaluation/55_perplexity.ipynb #fe4c059b
