@@ -11,7 +11,7 @@ __all__ = ['Scores', 'CHOSE', 'NONE_HELD_OUT', 'NOT_WANTED', 'PLACES', 'answer_r
 import time, warnings
 from collections import namedtuple
 from pathlib import Path
-from .answer_loss import fit_rows, mark_rows, read_off
+from .answer_loss import fit_rows, known_answers, mark_rows
 from ..base.errors import QLoRAError
 from ..base.core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
 from .scores import exact_match, field_scores
@@ -24,19 +24,11 @@ from ..speed.data_parallel import rank, write_once
 from ..base.sources import OPTIONS, shared_options
 from ..training.settings import check_settings
 from ..training.schedule import NamedRows, pick_rows, repetitions, say_overlap, source_of
-from ..training.end_tokens import stop_ids
 from ..training.finetune import finetune
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #ans54a
-def _known(tokenizer, prompts, stops, marks):
-    "Row → (answer, True), where the forward pass has shown that it would be the right one."
-    found = {i: read_off(tokenizer, stops, prompts[i], example)
-             for i, (*_, right, example) in marks.items() if right}
-    return {i: (o, True) for i, o in found.items() if o is not None}
-
 def _limits(tokenizer, rows, prompts, batch_size):   # (new tokens, prompts at a time)
-    def longest(texts):
-        return max(len(tokenizer(o, add_special_tokens=False).input_ids) for o in texts)
+    def longest(o): return max(len(tokenizer(t, add_special_tokens=False).input_ids) for t in o)
     n = longest(map(answer_of, rows)) + 8
     return n, min(batch_size, max(1, 8192//(n + longest(prompts))))
 
@@ -46,7 +38,7 @@ def answer_rows(model, tokenizer, rows, template="auto", batch_size=64, progress
     "Greedy answers, hardly longer than the longest right one."
     prompts = [encode_prompt(r, tokenizer, template) for r in rows]
     n, batch_size = _limits(tokenizer, rows, prompts, batch_size)
-    known, ends = _known(tokenizer, prompts, set(stop_ids(model, tokenizer)), marks or {}), []
+    known, ends = known_answers(model, tokenizer, prompts, marks or {}), []
     rest = [i for i in range(len(rows)) if i not in known]
     known |= zip(rest, zip(generate(model, tokenizer, [prompts[i] for i in rest], n,
                                     batch_size=batch_size, progress=progress, ended=ends), ends))
@@ -59,16 +51,14 @@ Scores = namedtuple("Scores", """exact_match answer_loss fields n answers stop_r
                                  per_row""")
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #sc54a
-def _per_row(answers, golds, ended):
-    "(score → right or wrong in each row, names of the fields)."
+def _per_row(answers, golds, ended):   # (score → right or wrong in each row, names of the fields)
     marks = [field_scores(a, g) for a, g in zip(answers, golds)]
     names = dict.fromkeys(f for m in marks for f in m)
     right = dict(exact_match=list(map(exact_match, answers, golds)), stop_rate=ended)
     return right | {f: [m.get(f, False) for m in marks] for f in names}, names
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #sc54c
-def _scores(answers, golds, ended, sums, counts) -> Scores:
-    "All scores, from the answers and from the loss on the right ones."
+def _scores(answers, golds, ended, sums, counts):   # from the answers and from the loss
     right, names = _per_row(answers, golds, ended)
     means = {k: sum(v)/len(golds) for k, v in right.items()}
     ranges = {k: interval(v) for k, v in right.items()} | dict(answer_loss=interval(sums, counts))
@@ -81,8 +71,7 @@ def evaluate(model, tokenizer,
              rows:list,              # Held-out rows of `load_rows`
              template:str="auto",    # As in training
              max_length:int=512, long:str="drop",  # As in training
-             batch_size:int=64,      # Prompts at a time; fewer where they are long
-             progress:bool=False) -> Scores:
+             batch_size:int=64, progress:bool=False) -> Scores:   # Prompts at a time; show a bar?
     "Greedy answers to `rows`: exact match, each field, the loss on the right answers, their ends."
     rows = fit_rows(rows, tokenizer, template, max_length, long)
     if not rows:
@@ -96,8 +85,7 @@ def evaluate(model, tokenizer,
     return _scores(answers, [answer_of(r) for r in rows], ended, sums, counts)
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #ba54a
-def _line(before, after, label, key, get):
-    "A score before and after, each with its interval, and the change with the one of the pairs."
+def _line(before, after, label, key, get):   # before, after, change: each with its interval
     def said(s): return "{:.3f} ({:.2f}-{:.2f})".format(get(s), *s.intervals.get(key, (get(s),)*2))
     was, now = (s.per_row.get(key, [False]*s.n) for s in (before, after))
     weights = after.per_row["answer_tokens"] if key == "answer_loss" else None
@@ -149,8 +137,7 @@ def hold_out(rows:list,          # Of `load_rows`
 CHOSE = ("The scores are taken on eval_data, which also chose the best step: test_data would judge "
          "better.")
 
-def _at_most(eval_rows, rows, seed):
-    "(at most `eval_rows` of the rows, what to say of it)."
+def _at_most(eval_rows, rows, seed):   # (so many of the rows, what to say of it)
     if len(rows) <= eval_rows: return rows, []
     said = f"The scores are taken on {eval_rows} of {len(rows)} rows, drawn with the seed."
     return [rows[i-1] for i in sorted(pick_rows(rows, eval_rows, seed)[1])], [said]
@@ -204,8 +191,7 @@ NONE_HELD_OUT = "No rows were held out, as there are fewer than 10 different one
 NOT_WANTED = "Nothing was scored, as eval_rows is 0."
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #sr54a
-def _score_both(run, rows, progress):
-    "`score_run`, with its errors."
+def _score_both(run, rows, progress):   # `score_run`, with its errors
     s = run.info["settings"]
     how = dict(template=s["template"], max_length=s["max_length"], progress=progress)
     fitting = fit_rows(rows, run.tokenizer, s["template"], s["max_length"], s["long"])
@@ -231,16 +217,6 @@ def as_asked(settings:dict) -> dict:
     "What `config.yaml` holds of the settings: all but where a run lies and how it is watched."
     return {k: v for k, v in settings.items() if k not in PLACES}
 
-# %% ../../nbs/5_evaluation/54_evaluation.ipynb #job54a
-def _job_facts(run, source, why, scores, start):
-    "What `run.json` holds: the facts of the run, and the scores before and after."
-    before, after, n = scores
-    return run.info | dict(data=source, eval_rows=n, not_evaluated=why,
-                           before=before and before._asdict(), after=after and after._asdict(),
-                           model_bytes=model_bytes(run.model) - adapter_bytes(run.model),
-                           total_seconds=round(time.perf_counter() - start, 2),
-                           peak_memory_gb=round(peak_memory(run.model.device)/1e9, 3))
-
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #d8d8c4a1
 def finetune_and_evaluate(data="tickets",     # See `load_rows`
                           eval_data=None,     # To evaluate on while training, as in `finetune`
@@ -263,7 +239,11 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
     run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress,
                    test_data=None if len(out) or not held else held, **settings)
     held, before, after, why = score_run(run, held, progress and rank() == 0)
-    info = _job_facts(run, source if isinstance(data, (str, Path)) else "rows",
-                      why if eval_rows else NOT_WANTED, (before, after, len(held)), start)
+    info = run.info | dict(data=source if isinstance(data, (str, Path)) else "rows",
+                           eval_rows=len(held), not_evaluated=why if eval_rows else NOT_WANTED,
+                           before=before and before._asdict(), after=after and after._asdict(),
+                           model_bytes=model_bytes(run.model) - adapter_bytes(run.model),
+                           total_seconds=round(time.perf_counter() - start, 2),
+                           peak_memory_gb=round(peak_memory(run.model.device)/1e9, 3))
     write_once(run.folder/"run.json", info)
     return Report(run, before, after, held, info)
