@@ -6,7 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from qlora_nb.classroom.exercises import HIDDEN, attempt, doubts, exercises_of, instructor_version, student_check, student_version
+from qlora_nb.classroom.exercises import attempt, doubts, exercises_of, instructor_version, student_version
+from qlora_nb.classroom.student_checks import HIDDEN, student_check
 from qlora_nb.base.errors import QLoRAError
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,29 @@ def test_a_student_sees_a_mistake_at_once(ex):
     assert [k for k, e in said.items() if e is None] == LATER.get((ex.page, ex.slug), [])
     assert all(type(e) is AssertionError and str(e) for e in said.values() if e is not None), said
     for hidden in HIDDEN.findall(ex.check): assert any(isinstance(o, (ast.Assert, ast.Call)) for o in ast.walk(ast.parse(hidden)))
+
+
+ODD = dict(nothing="None", text="'?'", tensor="torch.zeros(2, 3)", generator="(i for i in ())", function="print")
+RETURNS = dict(nothing="return None", text="return '?'", tensor="return torch.zeros(2, 3)", generator="yield 1", raises="raise ValueError('boom')", pair="return [None, {}]")
+
+def odd_answers(ex):
+    "Answers of kinds that nobody asked for, by their kind."
+    top = ast.parse(ex.solution).body
+    functions = [o.name for o in top if isinstance(o, ast.FunctionDef)]
+    values = [n.id for o in top if isinstance(o, ast.Assign) for t in o.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+    for kind in (RETURNS if functions else ODD):
+        yield kind, "\n".join(["import torch", *(f"{o} = {ODD.get(kind, 'None')}" for o in values),
+                               *(f"def {o}(*a, **k): {RETURNS.get(kind, 'return print')}" for o in functions)])
+
+
+@pytest.mark.parametrize("page", sorted({o.page for o in EXERCISES}))
+def test_an_odd_answer_gets_a_sentence(page):
+    "None, a text, a tensor, a generator, an error: the check refuses them, and with no error but its own."
+    for ex in (o for o in EXERCISES if o.page == page):
+        for kind, code in odd_answers(ex):
+            said = attempt(visible(ex), code)
+            assert type(said) is AssertionError and str(said), (ex.slug, kind, repr(said))
+            assert attempt(ex, code) is not None, (ex.slug, kind)
 
 
 def test_slugs_are_unique_within_a_page():

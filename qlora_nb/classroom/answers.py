@@ -131,12 +131,16 @@ def checker(verdict:Channel,  # Where the job comes from, and the verdict goes t
             channel:Channel,  # The answer
             space:dict):
     "Run a check on what the answer's process says."
-    job, failed = verdict.recv(), None
+    job, failed, bound = verdict.recv(), None, False
     try:
         bind(job, channel, space)
+        bound = True
         run_code(job["check"], "check", space)
     except Ended as e: failed = dict(ended=True, message=said(e))
     except AssertionError as e:
         failed = dict(message=said(e) or f"This does not hold: {failing_line(e, job['check'])}")
-    except BaseException as e: failed = dict(message=f"{type(e).__name__}: {said(e)}")
+    except BaseException as e:
+        error = f"{type(e).__name__}: {said(e)}".rstrip(": ")
+        failed = dict(message=f"The check cannot go on with {', '.join(job['names'])} ({error}): "
+                              "is it what the task asks for?" if bound else error)
     verdict.send(failed or dict(passed=True))
