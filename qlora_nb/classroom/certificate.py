@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'ed25519', 'public_key', 'new_key', 'check_new', 'write_key', 'read_key', 'fingerprint', 'canonical', 'sign',
-           'certificate_for', 'certificate_html', 'once', 'read_certificate', 'check_signature', 'verify', 'file_name',
-           'write_certificates']
+           'graded_pages', 'certificate_for', 'certificate_html', 'once', 'read_certificate', 'check_signature',
+           'verify', 'file_name', 'write_certificates']
 
 # %% ../../nbs/classroom/certificate.ipynb #83000004
 import base64, hashlib, html, json, os, re
@@ -84,13 +84,21 @@ def sign(data:dict, key) -> dict:
     return dict(certificate=data, key=public_key(key),
                 signature=base64.b64encode(key.sign(canonical(data))).decode())
 
+# %% ../../nbs/classroom/certificate.ipynb #83000029
+def graded_pages(pages) -> str:  # `pages`: their names, in the order of the course
+    "What was graded, in a few words."
+    first, *more = pages
+    if len(more) < 3: return ", ".join(pages)
+    return f"{len(pages)} pages, from {first} to {more[-1]}"
+
 # %% ../../nbs/classroom/certificate.ipynb #83000013
 def certificate_for(student:str, grades, roster:dict, course:str, version:str, until:date|None,
                     day:date|None=None) -> dict:
     "What a certificate says."
     sums, most = points_of(grades).get(student, {}), most_of(grades)
     pages = {k: dict(points=sums.get(k, (0,))[0], of=most[k]) for k in most}
-    return dict(name=one_line(full_name(person(student, roster))), course=course, version=version,
+    return dict(name=one_line(full_name(person(student, roster))), version=version,
+                course=f"{course}: {graded_pages(most)}",
                 date=str(day or date.today()), supported_until=str(until) if until else None,
                 pages=pages, points=sum(o["points"] for o in pages.values()), of=sum(most.values()))
 

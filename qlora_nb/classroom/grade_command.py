@@ -34,7 +34,8 @@ def grade_parser() -> argparse.ArgumentParser:
     add("--key", default=None, help="a private key: writes certificates")
     add("--new-key", default=None, help="a file for a new private key: writes certificates")
     add = p.add_argument
-    add("--course", default="QLoRA, built piece by piece", help="the name on a certificate")
+    add("--course", default="QLoRA, built piece by piece",
+        help="the name on a certificate, before the pages that were graded")
     add("--term", default=None, help="the version on a certificate (None: that of the package)")
     add("--supported-until", default=None, help="a date such as 2027-09-30, on a certificate")
     add("--least", type=float, default=.5, help="share of the points that earns a certificate")
