@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Audit', 'WIDE_SHARE', 'QUANTIZATIONS', 'bnb_kind', 'refuse_wide', 'refuse_repacking', 'audit_4bit',
-           'disable_cpu_repacking', 'check_sizes', 'audited', 'QuickTorch', 'quick_codes', 'check_stored', 'scale_sum',
-           'noted', 'read_base', 'check_quantization', 'load_model']
+           'disable_cpu_repacking', 'check_sizes', 'audited', 'quick_quantize', 'quick_codes', 'check_stored',
+           'scale_sum', 'noted', 'read_base', 'check_quantization', 'load_model']
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #9eeb54c3
 import contextlib, math
@@ -21,9 +21,8 @@ from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears
 from ..base.weights import (WEIGHT_COLUMNS, as_it_is, list_weights, misplaced, too_wide,
                                    weight_rows)
 from .expert_weights import pack_stacks, packing_stacks
-from .nf4 import count_below
+from .nf4 import levels, nearest_code, scale_blocks
 import bitsandbytes as bnb, torch, torch.nn as nn
-from bitsandbytes.backends.default import ops as default_ops
 from transformers import AutoConfig, AutoModelForCausalLM
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #611dbdb4
@@ -111,17 +110,23 @@ def audited(model,        # In 4 bits
     return audit_4bit(model) and model
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #54409695
-class QuickTorch:
-    "PyTorch as bitsandbytes sees it, but for the search."
-    def __getattr__(self, name): return getattr(torch, name)
-    def bucketize(self, x, bounds, **_): return count_below(x, bounds).int()
+def quick_quantize(A, blocksize, quant_type, quant_storage):   # Of a CPU tensor
+    "What bitsandbytes' `quantize_4bit` gives, from pieces that stay in the cache."
+    found = []
+    for part in A.reshape(-1).split(2**17):   # whole blocks, but for the last
+        scaled, absmax = scale_blocks(part, blocksize)
+        codes = nearest_code(scaled.view(-1)[:-(-len(part)//2)*2], levels(quant_type))
+        found.append((codes[::2] << 4 | codes[1::2], absmax))
+    packed, absmax = map(torch.cat, zip(*found))
+    return packed.view(quant_storage).unsqueeze(1), absmax
 
 @contextlib.contextmanager
 def quick_codes():
-    "Let bitsandbytes find 4-bit codes on a CPU with `count_below`, for the length of a block."
-    theirs, default_ops.torch = default_ops.torch, QuickTorch()
-    try: yield
-    finally: default_ops.torch = theirs
+    "Let bitsandbytes quantize on a CPU with `quick_quantize`, for the length of a block."
+    with torch.library._scoped_library("bitsandbytes", "IMPL") as kernels:
+        with contextlib.suppress(RuntimeError):   # somebody has put one there already
+            kernels.impl("quantize_4bit", quick_quantize, "CPU")
+        yield
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #edb50b2c
 def check_stored(name, place, revision="main") -> str|None:   # As `stored_as`

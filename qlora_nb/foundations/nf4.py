@@ -70,7 +70,7 @@ def count_below(x:torch.Tensor,      # Any shape, float32
     out = torch.full(x.shape, len(bounds), dtype=torch.uint8)
     for part, n in zip(x.detach().reshape(-1).split(2**16), out.view(-1).split(2**16)):
         part, n = part.numpy(), n.numpy()      # pieces that stay in the cache
-        for b in bounds.numpy(): n -= part <= b
+        for b in bounds.numpy(): n -= (part <= b).view("u1")
     return out
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #8e9ccf86
