@@ -143,7 +143,7 @@ def real_losses(n, steps, cpu, fast):
     done = finetune(None, tickets.make_tickets("train", 800), f"{folder[0]}/run", max_steps=steps, per_device_train_batch_size=4,
                     gradient_accumulation_steps=4//n, learning_rate=2e-3, progress=False, fast=fast,
                     device="cpu" if cpu else None)
-    return list(done.losses), time.perf_counter() - begin
+    return done.info["losses"], time.perf_counter() - begin
 
 
 def main():

@@ -44,7 +44,7 @@ def measure_head(model) -> bool:  # In eval mode, without gradients
     if model.get_output_embeddings() is None: return False
     ids = torch.arange(3, 6, device=model.device)[None]
     inside, put, logits = through_head(model, ids)
-    if put is None or not torch.equal(put.float(), logits.float()): return False
+    if put is None or not torch.equal(put.float(), logits.to(put.device).float()): return False
     alone = model.get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids),
                                 use_cache=False)[0]
     same = (alone.shape == inside.shape and (alone - inside).float().norm()

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['POSITIVE', 'RANGES', 'REAL', 'WHOLE', 'COUNTED', 'CHOICES', 'FLAGS', 'NAMES', 'UNSAID', 'OTHER_NAMES', 'LISTS',
            'FREE', 'FIXED', 'OPTIONS_AS', 'option', 'Settings', 'check_value', 'refuse_unknown', 'check_settings',
-           'split_names', 'trainer_settings', 'writable', 'plain', 'write_config']
+           'split_names', 'on_one_gpu', 'trainer_settings', 'writable', 'plain', 'write_config']
 
 # %% ../../nbs/2_training/25_settings.ipynb #73f20bde
-import difflib, math
+import difflib, math, warnings
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -157,6 +157,18 @@ def split_names(settings:dict) -> dict:
 FREE = ("save_steps", "gradient_checkpointing", "sharded", "report_to")
 FIXED = tuple(f.name for f in fields(Settings) if f.name not in FREE)   # a run is what they say
 
+# %% ../../nbs/2_training/25_settings.ipynb #da2fec2a-b
+def on_one_gpu(args, device):  # A Trainer's arguments, and where the model is → the arguments
+    "One process computes on one GPU. Raises `QLoRAError` for one that a Trainer would not use."
+    if device.type == "cuda" and device.index not in (None, args.device.index):
+        raise QLoRAError(f"the model is on {device}, and training would compute on {args.device}.",
+                         cure=f"Start with CUDA_VISIBLE_DEVICES={device.index}: it is then cuda:0.")
+    if args.n_gpu > 1:
+        warnings.warn(f"{args.n_gpu} GPUs are here and one is used. All of them: torchrun "
+                      f"--nproc-per-node {args.n_gpu} -m qlora_nb.apps.cli finetune ...")
+        args._n_gpu = 1   # as Trainer does for a model that is spread over several
+    return args
+
 # %% ../../nbs/2_training/25_settings.ipynb #8de6df76
 def trainer_settings(folder, device, dtype, max_steps=150, per_device_train_batch_size=4,
                      gradient_accumulation_steps=1, learning_rate=2e-4, save_steps=20,
@@ -170,7 +182,7 @@ def trainer_settings(folder, device, dtype, max_steps=150, per_device_train_batc
                       greater_is_better=False) if eval_steps else {}
     if gradient_checkpointing:
         evaluation["gradient_checkpointing_kwargs"] = dict(use_reentrant=False)
-    return SFTConfig(
+    return on_one_gpu(SFTConfig(
         str(folder), max_steps=max_steps, seed=seed, data_seed=seed, use_cpu=device.type == "cpu",
         per_device_train_batch_size=per_device_train_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate,
@@ -183,7 +195,7 @@ def trainer_settings(folder, device, dtype, max_steps=150, per_device_train_batc
         save_total_limit=3 if eval_steps else 2,   # the best one is never deleted
         logging_steps=1, logging_nan_inf_filter=False,   # or the log shows a number in place of NaN
         report_to=list(report_to) or "none", disable_tqdm=True,
-        dataset_kwargs=dict(skip_prepare_dataset=True))
+        dataset_kwargs=dict(skip_prepare_dataset=True)), device)
 
 # %% ../../nbs/2_training/25_settings.ipynb #ba92b0f4
 def writable(value) -> bool:
