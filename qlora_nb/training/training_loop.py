@@ -35,8 +35,7 @@ def row_marks(model, batch  # `input_ids`, `attention_mask`, `labels`: (rows, to
     else: labels, rows = batch["labels"], None
     picked, inputs = labels[:, 1:] != -100, {k: v for k, v in batch.items() if k != "labels"}
     logits = (head_logits(model, hidden[:, :-1][picked.to(hidden.device)]) if plain
-              else picked_logits(model, inputs, picked))
-    logits = logits.to(labels.device)   # layers may be on several devices
+              else picked_logits(model, inputs, picked)).to(labels.device)   # it may be spread
     losses, missed = torch.zeros(picked.shape, device=labels.device), torch.zeros_like(picked)
     right = labels[:, 1:][picked]
     losses[picked] = torch.nn.functional.cross_entropy(logits.float(), right, reduction="none")
