@@ -109,12 +109,13 @@ def test_next_leads_through_the_course(site):
 
 
 def test_pages_are_fit_to_be_read(site):
-    "No directive, no solution, no picture without words; the badge leads to the notebook."
+    "No directive, no solution, no picture without words, no `% 2` taken for a magic; the badge leads to the notebook."
     for o in NAMES:
         text = (site/o).read_text(encoding="utf-8")
         main = text[text.index("<main"):]
         words = html.unescape(re.sub(r"<[^>]+>", "", main))
         assert not re.search(r"^#\| ?[a-z]", words, re.M), o
+        assert not re.search(r'<span class="k">\d', main), f"{o}: a number is coloured as a magic's name"
         if o in LESSONS: assert not re.search(r"### (BEGIN|END) (SOLUTION|HIDDEN)|### WRONG", words), o
         for tag in re.findall(r"<img\b[^>]*>", main): assert re.search(r'alt="[^"]{3}', tag), (o, tag)
         assert f"/blob/student/{o.removesuffix('.html')}.ipynb" in main, f"{o} has no badge"
