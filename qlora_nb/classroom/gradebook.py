@@ -17,7 +17,8 @@ def harmless(cell):
     if not isinstance(cell, str): return cell
     cell = "".join(o if o.isprintable() else " " for o in cell)
     cell = cell.encode("utf-8", "replace").decode()
-    return f"'{cell}" if cell.lstrip()[:1] in tuple("=+-@＝＋－＠") else cell
+    begins = cell != "-" and cell.lstrip()[:1] in tuple("=+-@＝＋－＠")
+    return f"'{cell}" if begins else cell
 
 def to_csv(rows:list) -> str:
     "Rows as CSV, every text made harmless."
@@ -99,7 +100,7 @@ def moodle_csv(grades, roster:dict={}) -> str:
     for student in class_of(grades, roster):
         who = person(student, roster)
         rows.append([student, who["first_name"], who["last_name"], who["email"],
-                     *(sums.get(student, {}).get(page, ("",))[0] for page in most)])
+                     *(sums.get(student, {}).get(page, ("-",))[0] for page in most)])
     return to_csv(rows)
 
 # %% ../../nbs/classroom/gradebook.ipynb #ae000024
