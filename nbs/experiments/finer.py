@@ -154,10 +154,10 @@ def group_of(name, layers=30):
 
 class Bench:
     "The model, its weights, its answers, and the moments of its layers' inputs."
-    def __init__(self, n):
-        self.model, tok = load_model(bits=None, dtype=torch.bfloat16, device="cpu"), load_tokenizer()
-        ids = tok(prose(), add_special_tokens=False, return_tensors="pt").input_ids[0]
-        self.rows, self.layers = ids[:n*WINDOW].view(n, WINDOW), linear_layers(self.model)
+    def __init__(self, n, window=WINDOW, dtype=torch.bfloat16, device="cpu"):
+        self.model, tok = load_model(bits=None, dtype=dtype, device=device), load_tokenizer()
+        self.ids = ids = tok(prose(), add_special_tokens=False, return_tensors="pt").input_ids[0].to(device)
+        self.rows, self.layers = ids[:n*window].view(n, window), linear_layers(self.model)
         self.W = {n: m.weight.detach().float() for n, m in self.layers.items()}
         self.H = input_moments(self.model, ids[CALIBRATION[0]:sum(CALIBRATION)])
         self.reference = [log_probs(self.model, row).exp() for row in self.rows]
