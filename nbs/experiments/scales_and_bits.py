@@ -106,6 +106,10 @@ def scales_row(trial, name, packed, **more):
 
 def scales(trial, kept, save, only):
     o, rows = trial.o, {r["name"]: r for r in kept["rows"]}
+    W, H = trial.bench.W[SLICE], trial.bench.H[SLICE]
+    Q = quantize(W)
+    kept["slice"] = {k: relative_errors(W, P.dequantize(), H)[2] for k, P in
+                     dict(start=Q, rows=with_scales(Q, fit_scales(W, Q, H))).items()}
 
     def learned(packed, name, lr, seed=0, learn=None, **more):
         curve, start = [], time.perf_counter()
@@ -115,7 +119,8 @@ def scales(trial, kept, save, only):
         return scales_row(trial, name, got, scales="learned", lr=lr, seed=seed, curve=curve, changed=changed,
                           seconds=round(time.perf_counter() - start, 1), **more)
 
-    for (codes, double), make in starts(trial).items():
+    arms = starts(trial)
+    for (codes, double), make in arms.items():
         base, packed = f"{codes}, {8 if double else 32} bits", None
         about = dict(codes=codes, double=double)
 
@@ -125,6 +130,7 @@ def scales(trial, kept, save, only):
             packed = packed or make()
             rows[name] = f(name)
             kept["rows"] = [*rows.values()]
+            kept["best"] = {f"{codes}, {8 if double else 32} bits": best_rate(rows, codes, double) for codes, double in arms}
             save()
             print(name, *(f"{k} {rows[name][k]:.5g}" for k in ("output", "kl", "perplexity")), rows[name].get("seconds", ""), flush=True)
             return rows[name]
@@ -144,11 +150,6 @@ def scales(trial, kept, save, only):
             keep(f"{base}: learned from {few} rows", lambda name: learned(packed, name, lr, learn=few, few=True, **about))
         if codes != "feedback":
             keep(f"{base}: learned in 32 bits", lambda name: learned(packed, name, lr, through=False, **about))
-    kept["best"] = {f"{codes}, {8 if double else 32} bits": best_rate(rows, codes, double) for codes, double in starts(trial)}
-    W, H = trial.bench.W[SLICE], trial.bench.H[SLICE]
-    Q = quantize(W)
-    kept["slice"] = {k: relative_errors(W, P.dequantize(), H)[2] for k, P in
-                     dict(start=Q, rows=with_scales(Q, fit_scales(W, Q, H))).items()}
 
 
 def best_rate(rows, codes, double):
