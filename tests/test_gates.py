@@ -167,15 +167,20 @@ def test_no_page_takes_more_than_a_t4():
     assert not {k: gb for rows in table.values() for k, gb in rows["memory"].items() if gb >= 15}
 
 
-# The kernels are forked from one process that has imported the libraries, for imports take longer than the cells.
-RUN_PAGES = """
+# One process imports the libraries, and what is to run is forked from it: kernels, commands and tests. Imports take longer than these.
+FORKED = """
 import sys
 sys.path.insert(0, "tests")
-from forks import Kernels
+import forks
 from run_notebook import run
-for page in sys.argv[1:]:
-    print(page, flush=True)   # the last one is the one that failed
-    run(f"nbs/{page}.ipynb", kernel_manager_class=Kernels)
+def pages(names):
+    for o in names:
+        print(o, flush=True)   # the last one is the one that failed
+        run(f"nbs/{o}.ipynb", kernel_manager_class=forks.Kernels)
+def python(code, *args):
+    r = forks.run(code, *args, timeout=600)
+    print(r.stdout, flush=True)
+    if r.returncode: sys.exit(r.stderr)
 """
 
 
@@ -199,21 +204,18 @@ needs_namespace = pytest.mark.skipif(sys.platform != "linux" or not may_unshare(
 
 
 @needs_namespace
-def test_the_first_command_without_a_network(tmp_path):
+def test_the_first_command_and_pages_without_a_network(tmp_path):
     "Once the model is in the cache, nothing is asked of the world."
     from qlora_nb.base.model_files import smollm2_folder
     smollm2_folder()
-    small = ["--per-device-train-batch-size", 1, "--gradient-accumulation-steps", 1]
-    r = offline(sys.executable, "-c", "from qlora_nb.apps.cli import finetune_main as f; f()", "--max-steps", 1, "--eval-rows", 0, *small,
-                "--output-dir", tmp_path/"run")
-    assert r.returncode == 0, r.stderr[-2000:]
-    assert json.loads((tmp_path/"run/run.json").read_text(encoding="utf-8"))["steps"] == 1
-
-
-@needs_namespace
-def test_pages_without_a_network():
-    r = offline(sys.executable, "-c", RUN_PAGES, "1_foundations/01_why", "2_training/20_mask_viewer")
+    small = "--per-device-train-batch-size 1 --gradient-accumulation-steps 1 --max-steps 1 --eval-rows 0"
+    code = FORKED + f"""
+python("from qlora_nb.apps.cli import finetune_main as f; f()", *{small.split()}, "--output-dir", sys.argv[1])
+pages(["1_foundations/01_why", "2_training/20_mask_viewer"])"""
+    r = offline(sys.executable, "-c", code, tmp_path/"run")
     assert r.returncode == 0, (r.stdout + r.stderr)[-2000:]
+    assert json.loads((tmp_path/"run/run.json").read_text(encoding="utf-8"))["steps"] == 1
+    assert "2_training/20_mask_viewer" in r.stdout
 
 
 @needs_namespace
@@ -247,11 +249,13 @@ def with_colab(colab, *args, **how):
 def test_pages_on_colabs_versions(colab):
     "Widgets of 2022, IPython 7, and the oldest TRL that we support; one test, as each worker would install them."
     shipped = dict(o.strip().split("==") for o in (ROOT/"tests/colab-2026-08.txt").read_text(encoding="utf-8").splitlines() if "==" in o)
-    code = "import IPython, ipywidgets, trl; print(IPython.__version__, ipywidgets.__version__, trl.__version__)"
-    assert with_colab(colab, "-c", code).stdout.split() == [shipped["ipython"], shipped["ipywidgets"], "0.29.1"]
-    r = with_colab(colab, "-c", RUN_PAGES, "base/quiz", "base/explorer", "1_foundations/00_start", "1_foundations/03_nf4",
+    code = FORKED + """
+python("import IPython, ipywidgets, trl; print(IPython.__version__, ipywidgets.__version__, trl.__version__)")
+pages(sys.argv[1:])
+# the chat's page trains for half a minute; what test_chat.py holds it to takes seconds
+python("import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_chat.py")"""
+    r = with_colab(colab, "-c", code, "base/quiz", "base/explorer", "1_foundations/00_start", "1_foundations/03_nf4",
                    "2_training/20_mask_viewer", "2_training/22_training_loop", "2_training/30_packing")
     assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
-    # the chat's page trains for half a minute; what test_chat.py holds it to takes seconds
-    r = with_colab(colab, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "tests/test_chat.py")
-    assert r.returncode == 0 and " passed" in r.stdout, (r.stdout + r.stderr)[-3000:]
+    assert r.stdout.split()[:3] == [shipped["ipython"], shipped["ipywidgets"], "0.29.1"]
+    assert "2_training/30_packing" in r.stdout and " passed" in r.stdout, r.stdout[-3000:]
