@@ -18,6 +18,7 @@ import browser, changed, durations, forks
 
 GIB = 2**30
 PER_WORKER = 4*GIB  # a page that loads SmolLM2-135M several times peaks below this, together with its worker
+LEFT = 20_000  # objects that Python may look through again and again: some milliseconds
 NOTEBOOK_TESTS = re.compile(r"\b(?:NOTEBOOKS|PAGES)\b")  # a test file that makes a test of each page
 
 
@@ -123,6 +124,15 @@ def pytest_collection_modifyitems(config, items):
 def pytest_collection_finish(session):
     "The libraries' million objects are left out of each `gc.collect()` that a training run ends with."
     gc.collect(), gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """So is what a test has left for good, as a compiler that it imported or a plan that is kept: several times in each run, half a
+    second would go into it. What it has left for nobody is gone before."""
+    try: return (yield)
+    finally:
+        if len(gc.get_objects()) > LEFT: gc.collect(), gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
