@@ -1,5 +1,5 @@
 "The site and the slides: all links lead somewhere, nothing comes from another server, and a browser walks through."
-import html, json, os, re, shutil, threading
+import html, json, os, re, shutil, subprocess, threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -7,13 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 
 import forks
+from browser import CHROMIUM
 from common import MODULES, NBS, PAGES, ROOT, module_name, once
 from qlora_nb.classroom.site import NEEDED, build_site
 from qlora_nb.classroom.slides import build_slides
-from qlora_nb.classroom.site_pages import course
+from qlora_nb.classroom.adoption_sheet import adoption_sheet
+from qlora_nb.classroom.site_pages import course, settings
 from qlora_nb.base.errors import QLoRAError
 
 gone = [o for o in [*NEEDED, "sphinx_revealjs"] if find_spec(o) is None]
@@ -299,3 +302,13 @@ def test_decks(page, address, slides):
         assert page.evaluate("Reveal.getSlidePastCount()") == 1
         assert not page.wrong, (name, page.wrong)
         assert not (cut := page.evaluate(CUT)), (name, cut)
+
+
+def test_the_adoption_sheet_is_two_pages_of_paper(tmp_path):
+    "As a browser prints it."
+    if CHROMIUM is None: pytest.skip("there is no Chromium: apt-get install chromium")
+    guide = nbformat.read(ROOT/"nbs/classroom/teaching.ipynb", 4)
+    (tmp_path/"sheet.html").write_text(adoption_sheet(guide, settings(ROOT)), encoding="utf-8")
+    subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path/'profile'}", f"--print-to-pdf={tmp_path/'sheet.pdf'}",
+                    (tmp_path/"sheet.html").as_uri()], check=True, timeout=60, capture_output=True)
+    assert len(re.findall(rb"/Type\s*/Page\b", (tmp_path/"sheet.pdf").read_bytes())) == 2
