@@ -161,7 +161,8 @@ def check_quantizable(W:torch.Tensor, codebook:str, block_size:int):  # As in `q
     if W.numel() == 0:
         raise QLoRAError("there is nothing to quantize.", where, "Skip tensors without elements.")
     check_format(codebook, block_size)
-    if len(bad := (~W.isfinite()).nonzero()):
+    if not W.abs().amax().isfinite():   # NaN too: it is passed on
+        bad = (~W.isfinite()).nonzero()
         what = (f"{len(bad):,} of {W.numel():,} values are NaN or infinite, the first at "
                 f"{bad[0].tolist()}.")
         raise QLoRAError(what, where, "Look for a damaged checkpoint, or an overflow in float16.")

@@ -11,6 +11,7 @@ import threading, warnings
 from itertools import groupby
 from ..base.arguments import check_counts, check_model, check_tokenizer, texts_of
 from .sampling import check_sampling, penalize, seeded
+from ..speed.dequantized import dequantized
 from ..speed.shared_prefix import prefill_shared
 from ..training.end_tokens import stop_ids
 
@@ -97,9 +98,9 @@ def generate(model,                  # From `load_model`, `finetune` or `load_ad
     check_sampling(seed=seed, max_new_tokens=max_new_tokens, **how)
     check_model(model), check_tokenizer(tokenizer), check_counts(batch_size=batch_size)
     texts = texts_of(prompts)
-    plan = batches(close_gaps(model).eval(), tokenizer, texts, batch_size)
     done, stops = {}, set(stop_ids(model, tokenizer))
-    with seeded(seed, model.device):
+    with dequantized(close_gaps(model).eval()), seeded(seed, model.device):
+        plan = batches(model, tokenizer, texts, batch_size)
         for idx in tqdm(plan, desc="answering", disable=not progress, unit="batch", leave=False):
             out = write(model, tokenizer, [texts[i] for i in idx], max_new_tokens, **how).tolist()
             done |= zip(idx, (until_stop(tokenizer, ids, stops) for ids in out))
