@@ -446,3 +446,27 @@ def test_scores_of_other_answers():
 def test_import_is_light():
     code = "import sys, qlora_nb.training.data; print([o for o in ('datasets', 'transformers', 'trl', 'peft') if o in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+CLOSED = {   # a file's name, what it begins with → what is said
+    "sheet.xlsx": (b"PK\3\4", "Save the sheet as 'CSV UTF-8'"), "a.jsonl.zst": (b"", "Unpack it; .gz alone"), "a.zip": (b"PK\3\4", "Unpack it"),
+    "a.arrow": (b"ARROW1", "datasets.Dataset.from_file"), "a.txt": (b"Q: 1+1?", "Put each question with its answer into a row"),
+    "zst.jsonl": (b"\x28\xb5\x2f\xfd0", "packed by Zstandard"), "bz.jsonl": (b"BZh91AY", "packed by bzip2"), "xz.jsonl": (b"\xfd7zXZ\0", "packed by xz")}
+
+@pytest.mark.parametrize("name", CLOSED)
+def test_kinds_that_are_not_read_say_the_way_out(name, tmp_path):
+    start, said = CLOSED[name]
+    (tmp_path/name).write_bytes(start)
+    with pytest.raises(QLoRAError) as e: load_rows(tmp_path/name)
+    assert said in str(e.value)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_pipes_patterns_and_wide_letters(large, tmp_path):
+    "A pipe would be waited for without an end, and is empty the second time; a pattern is no file; UTF-32 begins as UTF-16 does."
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path/"pipe.jsonl")
+        with pytest.raises(QLoRAError, match="this is a pipe or a device"): load_rows(tmp_path/"pipe.jsonl", large=large)
+    with pytest.raises(QLoRAError, match="this is a pattern, and none is expanded here"): load_rows(tmp_path/"*.jsonl", large=large)
+    (tmp_path/"a.jsonl").write_text(GOOD, encoding="utf-32")
+    assert load_rows(tmp_path/"a.jsonl", large=large)[0]["prompt"] == "Hi"

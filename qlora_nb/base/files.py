@@ -14,7 +14,7 @@ from .errors import QLoRAError
 from .core import versions
 from .json_rows import is_list, json_rows
 from .readers import (SAME, check_signs, csv_rows, kind_of_file, named_kind,
-                                   parquet_rows)
+                                   parquet_rows, refuse_pipe)
 
 # %% ../../nbs/base/files.ipynb #0d7d4f82
 # such names mean files, not the Hub
@@ -41,6 +41,9 @@ def is_file(data:str|Path, # A path, or the id of a Hub data set
     if "://" in name:
         raise QLoRAError("this is an address, and nothing is fetched from there.", name,
                          "Download the file, or give the id of a Hub data set.")
+    if any(o in name for o in "*?[{"):
+        raise QLoRAError("this is a pattern, and none is expanded here.", name,
+                         "Give the files that it means, in a list: sorted(glob.glob(pattern)).")
     if path.suffix.lower() in FILE_KINDS or name.startswith((".", "/", "~")):
         raise QLoRAError("there is no such file.", name, near(path.name, path.parent) + cure)
     return False
@@ -92,7 +95,11 @@ def from_hub(name:str,  # Its id
                          name, cure) from e
 
 # %% ../../nbs/base/files.ipynb #93ba6ba0
-def _starts_as_utf16(f): return f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+def _starts_as_wide(f) -> str|None:
+    "The encoding that the first bytes of a file say, where it is not UTF-8."
+    start = f.read(4)   # that of UTF-32 begins as that of UTF-16
+    if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): return "utf-32"
+    return "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else None
 
 def _pieces(rows):
     "What `json.dumps` makes of rows, piece by piece."
@@ -108,9 +115,10 @@ def digest(data          # A file, or rows
     if not isinstance(data, (str, Path)):
         for o in _pieces(data): sha.update(o)
         return sha.hexdigest()
+    refuse_pipe(as_path(data))
     with open(as_path(data), "rb") as f:
         plain = named_kind(data) == ".jsonl" and Path(data).suffix.lower() != ".gz"
-        text = plain and not _starts_as_utf16(f)
+        text = plain and not _starts_as_wide(f)
         f.seek(0)
         for line in f if text else iter(lambda: f.read(2**20), b""):
             sha.update(line)
@@ -133,9 +141,9 @@ def identity(rows, tokenizer, settings):
 def _lines(path, ends):
     "The lines of a text file, perhaps packed, as `_read_text` of `readers` would decode them."
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as f:
-        wide = _starts_as_utf16(f)
+        wide = _starts_as_wide(f)
         f.seek(0)
-        if wide: yield from io.TextIOWrapper(f, encoding="utf-16", errors="replace", newline=ends)
+        if wide: yield from io.TextIOWrapper(f, encoding=wide, errors="replace", newline=ends)
         else:
             for i, o in enumerate(f):
                 yield from io.StringIO(o.decode("utf-8" if i else "utf-8-sig"), newline=ends)
