@@ -159,3 +159,20 @@ def test_positions_that_no_config_names(tmp_path):
     long = dict(prompt="Which are these? "*9, response="Numbers.")
     with pytest.raises(QLoRAError, match=r"row 3: the example has \d+ tokens, and the model can take 40\. Set max_length=40"):
         finetune(tmp_path/"mpt", [*ROWS[:2], long], tmp_path/"run", device="cpu", max_steps=1, progress=False)
+
+
+def test_ctrl_c_while_a_trained_model_is_scored(base, tmp_path, monkeypatch):
+    "The adapter is there, and the message says where, and how to go on."
+    from qlora_nb.evaluation import evaluation
+    def interrupted(*a, **kw): raise KeyboardInterrupt
+    how = dict(model=base, data=ROWS, output_dir=tmp_path/"run", eval_rows=2, max_steps=1, device="cpu", progress=False)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt, match=r"The adapter is saved in .*run: use it, or score it with --resume"):
+        m.setattr(evaluation, "evaluate", interrupted)
+        evaluation.finetune_and_evaluate(**how)
+    assert (tmp_path/"run"/"adapter"/"adapter_config.json").exists()
+    assert evaluation.finetune_and_evaluate(**how, resume=True).after is not None
+
+
+def test_a_user_who_is_not_here(base):
+    for f in (lambda o: load_rows(o + "/a.jsonl"), lambda o: finetune(base, ROWS, o), lambda o: merge_and_save("run", o)):
+        with pytest.raises(QLoRAError, match="this user has no home"): f("~nobody-of-this-name")

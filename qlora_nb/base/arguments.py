@@ -71,6 +71,8 @@ def numbers_of(name:str, value):
 def check_folder(name:str, value):
     "Raise `QLoRAError` for what can be no path."
     if not isinstance(value, (str, Path)): wrong(name, value, "a folder")
+    try: Path(value).expanduser()
+    except RuntimeError: wrong(name, str(value), "a folder: this user has no home here")
 
 def check_run(output_dir, callbacks, leave_out, resume, progress, example=None, config=None
               ) -> tuple:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SAME', 'FOLDERS', 'WAYS', 'SIGNS', 'csv_rows', 'without_nulls', 'from_table', 'not_utf8', 'arrow_rows',
-           'parquet_rows', 'named_kind', 'refuse_pipe', 'kind_of_file', 'check_signs', 'read_rows']
+           'parquet_rows', 'named_kind', 'kind_of_file', 'check_signs', 'read_rows']
 
 # %% ../../nbs/base/readers.ipynb #a02117b1
 import codecs, csv, gzip, io, re, zlib
@@ -183,12 +183,6 @@ WAYS = {".xlsx .xls .xlsm .ods .numbers": "Save the sheet as 'CSV UTF-8'. ",
         ".arrow .feather": "Give datasets.Dataset.from_file(path), or a table of pyarrow. ",
         ".txt .md .pdf .docx .html": "Put each question with its answer into a row. "}
 
-def refuse_pipe(path:Path):
-    "Raise `QLoRAError` for what is there, and can be read once only or never ends."
-    if path.exists() and not path.is_file():
-        raise QLoRAError("this is a pipe or a device, and rows are read more than once.", str(path),
-                         "Write what comes out of it into a file, such as rows.jsonl.")
-
 def kind_of_file(path:Path) -> str:
     "The ending of a file's name, without the .gz of a packed one. Raises `QLoRAError`."
     kind = named_kind(path)
@@ -201,7 +195,6 @@ def kind_of_file(path:Path) -> str:
         way = next((v for k, v in WAYS.items() if kind in k.split()), "")
         raise QLoRAError(f"files of the kind '{kind}' are not read.", str(path),
                          f"{way}Use {kinds}.")
-    refuse_pipe(path)
     return kind
 
 # %% ../../nbs/base/readers.ipynb #267765d7-a

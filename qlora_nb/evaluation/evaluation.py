@@ -205,6 +205,9 @@ def score_run(run, rows:list, progress:bool=True) -> tuple:   # (rows, before, a
     "Score a run's model without and with its adapter; an error is told and does not undo the run."
     if not rows: return [], None, None, NONE_HELD_OUT
     try: return _score_both(run, rows, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"The adapter is saved in {run.folder}: use it, or score it with "
+                                "--resume (resume=True).") from None
     except Exception as e:
         why = f"The evaluation failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})."
         warnings.warn(why := why + " The adapter is saved; --resume scores it again.")
