@@ -20,7 +20,7 @@ from ..speed.dequantized import dequantized
 from ..using.inference import generate
 from .intervals import interval, paired_interval
 from ..base.mapped import Mapped, all_but
-from ..speed.data_parallel import rank, write_once
+from ..speed.data_parallel import rank, when_trained, write_once
 from ..base.sources import OPTIONS, shared_options
 from ..training.settings import check_settings
 from ..training.schedule import NamedRows, pick_rows, repetitions, say_overlap, source_of
@@ -205,9 +205,7 @@ def score_run(run, rows:list, progress:bool=True) -> tuple:   # (rows, before, a
     "Score a run's model without and with its adapter; an error is told and does not undo the run."
     if not rows: return [], None, None, NONE_HELD_OUT
     try: return _score_both(run, rows, progress)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"The adapter is saved in {run.folder}: use it, or score it with "
-                                "--resume (resume=True).") from None
+    except KeyboardInterrupt: raise KeyboardInterrupt(when_trained(run.folder)) from None
     except Exception as e:
         why = f"The evaluation failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})."
         warnings.warn(why := why + " The adapter is saved; --resume scores it again.")
