@@ -230,8 +230,7 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
     start, source = time.perf_counter(), source_of(data)
     asked = dict(data=data, eval_data=eval_data, test_data=test_data, eval_rows=eval_rows)
     settings.setdefault("config_yaml", asked | dict(seed=seed) | as_asked(settings))
-    reading = {k: settings.pop(k) for k in OPTIONS if k in settings}
-    how = shared_options(reading)
+    how = shared_options(reading := {k: settings.pop(k) for k in OPTIONS if k in settings})
     rows = load_rows(data, **reading)
     if not isinstance(rows, Mapped): rows = NamedRows(rows, source)
     eval_data, test_data = (o if o is None else load_rows(o, **how) for o in (eval_data, test_data))
