@@ -57,8 +57,8 @@ def in_words(check:str, names:list) -> str:
     return "\n".join(["try:", body, "except AssertionError: raise", "except Exception as _e:",
         "    _e = f'{type(_e).__name__}: {_e}'.split('\\n')[0].rstrip(': ')",
         "    raise AssertionError(",
-        f"        f'The check cannot go on with {', '.join(names)} ({{_e}}): '",
-        "        'is it what the task asks for?') from None", *lines[at:]])
+        f"        'The check cannot go on with {', '.join(names)} '",
+        "        f'({_e}): is it what the task asks for?') from None", *lines[at:]])
 
 # %% ../../nbs/classroom/student_checks.ipynb #5c000016
 WIDTH = 75
@@ -84,7 +84,7 @@ def wrapped(code:str) -> str:
     for o in sorted(ast.walk(ast.parse(code)), key=lambda o: -getattr(o, "lineno", 0)):
         text = o.msg if isinstance(o, ast.Assert) else getattr(o, "value", None)
         if not isinstance(o, (ast.Assert, ast.Expr)) or text is None: continue
-        line = lines[o.lineno - 1].encode()      # positions in a tree are counted in bytes
+        line = lines[o.lineno - 1].rstrip().encode()      # positions in a tree are counted in bytes
         if len(line.decode()) <= WIDTH or o.lineno != o.end_lineno: continue
         if not isinstance(text, (ast.Constant, ast.JoinedStr)): continue
         if text.end_col_offset != len(line): continue
