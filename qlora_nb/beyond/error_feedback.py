@@ -12,6 +12,23 @@ from ..base.errors import QLoRAError
 from ..foundations.double_quantization import QuantizedTensor, double_quantize
 from ..foundations.nf4 import levels, nearest_code
 
+# %% ../../nbs/6_beyond/65_error_feedback.ipynb #damp65c
+def _factor(H, damp):   # U, upper triangular, with UᵀU the inverse of H
+    H = H.double()
+    H = H + damp*H.diagonal().mean()*torch.eye(len(H), dtype=H.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+# %% ../../nbs/6_beyond/65_error_feedback.ipynb #group65c
+def _round_group(part, S, code, u):   # (rounded, errors); changes `part`
+    Q, E = torch.empty(part.shape), torch.empty(part.shape)
+    for j in range(part.shape[1]):
+        s = torch.where(S[:, j] == 0, torch.ones(len(S)), S[:, j])
+        Q[:, j] = code[nearest_code(part[:, j]/s, code).int()]*S[:, j]
+        E[:, j] = (part[:, j] - Q[:, j])/u[j, j]
+        part[:, j:] -= E[:, j:j+1]*u[j, j:]
+    return Q, E
+
 # %% ../../nbs/6_beyond/65_error_feedback.ipynb #feed65
 def feedback_codes(W:torch.Tensor,       # (N, K), K in whole blocks
                    H:torch.Tensor,       # (K, K), as of `input_moments`
@@ -25,19 +42,11 @@ def feedback_codes(W:torch.Tensor,       # (N, K), K in whole blocks
         raise QLoRAError(f"rows of {K} are not whole blocks of {n}.", cure="Use a smaller block.")
     order = H.diagonal().argsort(descending=True)
     S = scales.view(N, K//n).repeat_interleave(n, 1)[:, order]
-    left, Q = W.float()[:, order], torch.empty(N, K)
-    H = H[order][:, order].double()
-    H = H + damp*H.diagonal().mean()*torch.eye(K, dtype=H.dtype)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
-    U = torch.linalg.cholesky(inverse, upper=True).float()
+    left, Q, U = W.float()[:, order], torch.empty(N, K), _factor(H[order][:, order], damp)
     for a in range(0, K, n):
-        part, E, u = left[:, a:a+n], torch.empty(N, n), U[a:a+n, a:a+n]
-        for j in range(n):
-            s = torch.where(S[:, a+j] == 0, torch.ones(N), S[:, a+j])
-            Q[:, a+j] = code[nearest_code(part[:, j]/s, code).int()]*S[:, a+j]
-            E[:, j] = (part[:, j] - Q[:, a+j])/u[j, j]
-            part[:, j:] -= E[:, j:j+1]*u[j, j:]
-        left[:, a+n:] -= E@U[a:a+n, a+n:]
+        g = slice(a, a + n)
+        Q[:, g], E = _round_group(left[:, g], S[:, g], code, U[g, g])
+        left[:, a+n:] -= E@U[g, a+n:]
     return Q[:, order.argsort()]
 
 # %% ../../nbs/6_beyond/65_error_feedback.ipynb #fq65

@@ -94,6 +94,12 @@ def put_weight(layer:bnb.nn.Linear4bit, Q:QuantizedTensor):
     if not s.nested: s.absmax = Q.scales
     else: s.absmax, s.state2.absmax, s.offset = Q.scales.codes, Q.scales.absmax, Q.scales.offset
 
+# %% ../../nbs/6_beyond/63_scale_search.ipynb #cost63
+def _cost(moments, name, device):   # Mean squares of the inputs of a layer, or None
+    if not moments: return None
+    cost = moments[name].to(device)
+    return cost.diagonal() if cost.ndim > 1 else cost
+
 # %% ../../nbs/6_beyond/63_scale_search.ipynb #model63
 @torch.no_grad()
 def search_model(model:nn.Module,    # In NF4, of bitsandbytes; changed in place
@@ -106,10 +112,9 @@ def search_model(model:nn.Module,    # In NF4, of bitsandbytes; changed in place
         raise QLoRAError(f"{len(missing)} layers have no weight to search with.", missing[0],
                          "Give the weights of the same model, loaded with bits=None.")
     for n, m in layers.items():
-        s, cost = m.weight.quant_state, moments[n].to(m.weight.device) if moments else None
-        cost = cost.diagonal() if moments and cost.ndim > 1 else cost
-        put_weight(m, search_quantize(weights[n].to(m.weight.device), s.quant_type, s.blocksize,
-                                      s.nested, weights=cost, signed=signed))
+        s, device = m.weight.quant_state, m.weight.device
+        put_weight(m, search_quantize(weights[n].to(device), s.quant_type, s.blocksize, s.nested,
+                                      weights=_cost(moments, n, device), signed=signed))
     return model
 
 # %% ../../nbs/6_beyond/63_scale_search.ipynb #sq63
@@ -121,20 +126,32 @@ def input_squares(model:nn.Module,     # In NF4, of bitsandbytes
     found = over_inputs(model, layers, ids, window, lambda x: x.square().sum(0))
     return {n: s.cpu() for n, s in found.items()}
 
+# %% ../../nbs/6_beyond/63_scale_search.ipynb #ids63
+def _calibration_ids(model):   # (2048,) token ids
+    tok = load_tokenizer(model.qlora_nb_name, model.qlora_nb_revision)
+    text = prose()[200_000:212_000]
+    return tok(text, add_special_tokens=False, return_tensors="pt").input_ids[0][:2048]
+
 # %% ../../nbs/6_beyond/63_scale_search.ipynb #txt63
 def calibration(model, inputs=None   # {name: (K,)}, or a file of them; None: measured
                ) -> dict:
     "The mean squares for a model, from a text that everyone has, or from a file."
     if isinstance(inputs, dict): return inputs
     if inputs and Path(inputs).exists(): return load_file(inputs)
-    tok = load_tokenizer(model.qlora_nb_name, model.qlora_nb_revision)
-    text = prose()[200_000:212_000]
-    ids = tok(text, add_special_tokens=False, return_tensors="pt").input_ids[0][:2048]
-    found = input_squares(model, ids)
+    found = input_squares(model, _calibration_ids(model))
     if inputs:
         save_file(found, new := Path(inputs).with_suffix(".new"))
         new.replace(inputs)   # whole, or not at all
     return found
+
+# %% ../../nbs/6_beyond/63_scale_search.ipynb #stack63
+def _no_stacks(model, layers):
+    "Raise `QLoRAError` for experts in a stack, whose scales are not searched."
+    known = {id(m.weight) for m in layers.values()}
+    for n, p in model.named_parameters():
+        if hasattr(p, "quant_state") and id(p) not in known:
+            raise QLoRAError("the scales of experts in a stack are not searched.", n,
+                             "Leave quantization out.")
 
 # %% ../../nbs/6_beyond/63_scale_search.ipynb #fill63
 def refill(model:nn.Module,   # Of `load_model`, in NF4; changed in place
@@ -142,11 +159,7 @@ def refill(model:nn.Module,   # Of `load_model`, in NF4; changed in place
           ) -> dict:          # The mean squares that it was filled by
     "Search all scales, of either sign, by the inputs. Raises `QLoRAError` for stacks of experts."
     layers = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    known = {id(m.weight) for m in layers.values()}
-    for n, p in model.named_parameters():
-        if hasattr(p, "quant_state") and id(p) not in known:
-            raise QLoRAError("the scales of experts in a stack are not searched.", n,
-                             "Leave quantization out.")
+    _no_stacks(model, layers)
     inputs = calibration(model, inputs)
     if missing := layers.keys() - inputs.keys():
         raise QLoRAError(f"{len(missing)} layers have no inputs to search by.", min(missing),
@@ -157,4 +170,5 @@ def refill(model:nn.Module,   # Of `load_model`, in NF4; changed in place
     search_model(model, {n: weight(wide.get_submodule(n)).detach() for n in layers}, inputs)
     return inputs
 
+# %% ../../nbs/6_beyond/63_scale_search.ipynb #name63s2
 QUANTIZATIONS["nf4-search"] = refill

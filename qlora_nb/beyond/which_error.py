@@ -28,7 +28,7 @@ def linear_layers(model:nn.Module  # Not quantized
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
-# %% ../../nbs/6_beyond/62_which_error.ipynb #mom62
+# %% ../../nbs/6_beyond/62_which_error.ipynb #mom62-a
 @torch.no_grad()
 def over_inputs(model:nn.Module, layers:dict,   # {name: module}
                 ids:torch.Tensor, window:int,   # As for `input_moments`
@@ -49,6 +49,7 @@ def over_inputs(model:nn.Module, layers:dict,   # {name: module}
         for h in hooks: h.remove()
     return {n: s/rows.numel() for n, s in sums.items()}
 
+# %% ../../nbs/6_beyond/62_which_error.ipynb #mom62
 def input_moments(model:nn.Module,     # Not quantized
                   ids:torch.Tensor,    # (n,) token ids of a text
                   window:int=512,      # Tokens of a row; an incomplete last row is left out

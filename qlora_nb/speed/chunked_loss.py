@@ -21,18 +21,24 @@ def logits_gradient(s, y):  # (n, V) logits, (n,) labels → sum of the losses, 
     p = s.sub_(log_sum).exp_()
     return loss, p.scatter_add_(1, y[:, None], -torch.ones_like(log_sum)).to(dtype)
 
+# %% ../../nbs/7_speed/77_chunked_loss.ipynb #over77
+def _over_chunks(hidden, weight, bias, labels, chunk_size, gradient):
+    "(sum of the losses, gradient of the hidden states)."
+    total, d_hidden = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+    chunks = (t.split(chunk_size) for t in (hidden, labels, d_hidden))
+    for h, y, g in zip(*chunks):
+        loss, p = gradient(F.linear(h, weight, bias), y)
+        total += loss
+        torch.mm(p, weight, out=g)
+    return total, d_hidden
+
 # %% ../../nbs/7_speed/77_chunked_loss.ipynb #30bd2f17
 class ChunkedLoss(torch.autograd.Function):
     "Sum of the cross-entropies; the gradient of the hidden states is made in the forward pass."
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels,   # (N, D), (V, D), (V,) or None, (N,)
                 chunk_size, gradient):
-        total, d_hidden = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
-        chunks = (t.split(chunk_size) for t in (hidden, labels, d_hidden))
-        for h, y, g in zip(*chunks):
-            loss, p = gradient(F.linear(h, weight, bias), y)
-            total += loss
-            torch.mm(p, weight, out=g)
+        total, d_hidden = _over_chunks(hidden, weight, bias, labels, chunk_size, gradient)
         ctx.save_for_backward(d_hidden)   # which is freed as soon as it is used
         return total
     @staticmethod

@@ -21,15 +21,18 @@ def clean_up(stream):  # The current one before the capture
     with torch.cuda.graph(torch.cuda.CUDAGraph()):   # one that ends unlocks the generator
         torch.zeros(1, device=stream.device)
 
+# %% ../../nbs/7_speed/78_cuda_graphs.ipynb #mock78c
+def _mock(work):   # of a graph, on a CPU
+    out = []
+    def again(): out.clear(); out.extend(work())
+    return out, again
+
 # %% ../../nbs/7_speed/78_cuda_graphs.ipynb #1d81a8dc
 def capture(work,         # A function that returns tensors
             pool=None):   # Where a GPU captures into, of `torch.cuda.graph_pool_handle()`
     """A list for what `work` returns, and a function that does it again; on a GPU as a CUDA
     graph, always into the same memory."""
-    if pool is None:
-        out = []
-        def again(): out.clear(); out.extend(work())
-        return out, again
+    if pool is None: return _mock(work)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"): out = work()
@@ -119,22 +122,33 @@ def shape_key(leaves, spec, state) -> tuple|None:   # Arguments, flat; what else
         return (t.shape, t.dtype, t.requires_grad) if isinstance(t, torch.Tensor) else str(t)
     return *map(shape, leaves), str(spec), state
 
-# %% ../../nbs/7_speed/78_cuda_graphs.ipynb #e2b8bda4
+# %% ../../nbs/7_speed/78_cuda_graphs.ipynb #cache78
 class GraphCache:
     "`GraphedPasses` for each shape of arguments, captured when it comes for the third time."
     def __init__(self, call, params, device, after:int=2, most:int=16):
         self.call, self.params, self.after, self.most = call, params, after, most
         self.passes, self.seen, self.why = {}, Counter(), None
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    def find(self, leaves, spec, state=None):
-        "The passes for these arguments, captured now if it is time, or None."
-        if (key := shape_key(leaves, spec, state)) is None: return None
-        self.seen[key] += 1
-        if key in self.passes: return self.passes[key]
-        if self.why or self.seen[key] < self.after or len(self.passes) >= self.most: return None
-        if self.seen[key] == self.after:
-            return GraphedPasses(self.call, leaves, spec, self.params(), None)   # a warm-up
-        return self.captured(key, leaves, spec)
+
+# %% ../../nbs/7_speed/78_cuda_graphs.ipynb #e2b8bda4
+@patch
+def find(self:GraphCache, leaves, spec, state=None):
+    "The passes for these arguments, captured now if it is time, or None."
+    if (key := shape_key(leaves, spec, state)) is None: return None
+    self.seen[key] += 1
+    if key in self.passes: return self.passes[key]
+    if self.why or self.seen[key] < self.after or len(self.passes) >= self.most: return None
+    if self.seen[key] == self.after:
+        return GraphedPasses(self.call, leaves, spec, self.params(), None)   # a warm-up
+    return self.captured(key, leaves, spec)
+
+# %% ../../nbs/7_speed/78_cuda_graphs.ipynb #cause78
+def _first_cause(e):
+    "Why a capture has failed, in a sentence."
+    while e.__context__: e = e.__context__   # what came first says most
+    why = f"capture failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+    held = ". Is a loss from before still held? Keep loss.detach() of it"
+    return why + held*("legacy stream" in why)
 
 # %% ../../nbs/7_speed/78_cuda_graphs.ipynb #51b9fc99
 @patch
@@ -146,10 +160,7 @@ def captured(self:GraphCache, key, leaves, spec):
     try:
         self.passes[key] = GraphedPasses(self.call, leaves, spec, self.params(), self.pool, homes)
     except Exception as e:   # whatever a layer does that cannot be captured
-        while e.__context__: e = e.__context__   # what came first says most
-        self.why = f"capture failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
-        if "legacy stream" in self.why:
-            self.why += ". Is a loss from before still held? Keep loss.detach() of it"
+        self.why = _first_cause(e)
         warnings.warn(f"the layers run eagerly: {self.why}")
     return self.passes.get(key)
 

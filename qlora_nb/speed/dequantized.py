@@ -49,8 +49,7 @@ def _multiply(m, stamp, W, bias, x):
 def keep_dequantized(model,             # On a CPU; changed in place, `drop_dequantized` undoes it
                      share:float=.25    # Of the free memory that wide weights may take
                     ) -> int:           # Bytes kept; 0 without room, and on other devices
-    """Dequantize each 4-bit weight once and multiply with the result. The packed weights stay
-    what they are."""
+    "Dequantize each 4-bit weight once and multiply with it; the packed weights stay as they are."
     layers = [m for m in four_bit_layers(model) if not {"forward", "shards"} & set(vars(m))]
     size = model.get_input_embeddings().weight.element_size()
     need = sum(m.in_features*m.out_features for m in layers)*size
@@ -78,19 +77,22 @@ def dequantized(model, share:float=.25):  # See `keep_dequantized`
 # %% ../../nbs/7_speed/74_dequantized.ipynb #78acd594
 Packed = namedtuple("Packed", "q scales code scales2 code2 offset")
 
+# %% ../../nbs/7_speed/74_dequantized.ipynb #ours74
+def _packed_of_ours(base):
+    q, double, device = base.packed.view(-1), hasattr(base, "codes"), base.packed.device
+    scales = ((base.codes, base.absmax, dynamic_code(device), base.offset) if double
+              else (base.scales,)*4)
+    packed = Packed(q, scales[0], levels(base.how["codebook"], device), *scales[1:])
+    return packed, base.how["block_size"], 256*double, base.how["codebook"]
+
 # %% ../../nbs/7_speed/74_dequantized.ipynb #2baa4a80
 def packed_of(base) -> tuple:  # (Packed, block_size, block_size of the scales or 0, "nf4" or "fp4")
     "The tensors of a 4-bit layer of bitsandbytes or of our own; none is copied."
-    def plain(t): return t.detach().as_subclass(torch.Tensor)
-    if hasattr(base, "packed"):
-        q, double, device = base.packed.view(-1), hasattr(base, "codes"), base.packed.device
-        scales = ((base.codes, base.absmax, dynamic_code(device), base.offset) if double
-                  else (base.scales,)*4)
-        packed = Packed(q, scales[0], levels(base.how["codebook"], device), *scales[1:])
-        return packed, base.how["block_size"], 256*double, base.how["codebook"]
+    if hasattr(base, "packed"): return _packed_of_ours(base)
     w, s = base.weight, base.weight.quant_state
+    q = w.data.detach().as_subclass(torch.Tensor).view(-1).view(torch.uint8)
     second = (s.state2.absmax, s.state2.code, s.offset.float()) if s.nested else (s.absmax,)*3
-    packed = Packed(plain(w.data).view(-1).view(torch.uint8), s.absmax, s.code, *second)
+    packed = Packed(q, s.absmax, s.code, *second)
     return packed, s.blocksize, s.state2.blocksize if s.nested else 0, s.quant_type
 
 # %% ../../nbs/7_speed/74_dequantized.ipynb #bca75b87

@@ -104,16 +104,23 @@ def stop_checkpointing(model):
     model.checkpointed = getattr(function, "keywords", {})
     model.gradient_checkpointing_disable()
 
+# %% ../../nbs/7_speed/82_fast_training.ipynb #comp82
+def _compile_layers(model, blocks, device, memory, compile, offload, dynamic):
+    "Compile each layer; what waits on the host, or None."
+    stop_checkpointing(model)
+    host = ActivationOffload(device) if offload else None
+    if offload: model.host_memory = host
+    backend = compiler(memory, "inductor" if compile is True else compile)
+    torch._dynamo.reset()   # variants of another model's layers would count
+    for m in blocks: compile_layer(m, backend, host, dynamic)
+    return host
+
 # %% ../../nbs/7_speed/82_fast_training.ipynb #40e967d7
 def speed_up_layers(model, device, memory, compile, offload, cuda_graphs, dynamic) -> list:  # Rows
     "Compile the decoder's layers, and replay them as CUDA graphs; see `make_fast`."
     blocks, how, host = list(decoder_layers(model)), [], None
     if compile:
-        stop_checkpointing(model)
-        if offload: model.host_memory = host = ActivationOffload(device)
-        backend = compiler(memory, "inductor" if compile is True else compile)
-        torch._dynamo.reset()   # variants of another model's layers would count
-        for m in blocks: compile_layer(m, backend, host, dynamic)
+        host = _compile_layers(model, blocks, device, memory, compile, offload, dynamic)
         how.append(f"compiled, memory {memory:g}" + ", CPU offload"*offload)
     if cuda_graphs:
         graph_layers(model, blocks, device, host)

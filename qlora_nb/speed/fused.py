@@ -118,28 +118,36 @@ def adapted_layers(model) -> dict:  # Name → layer with an adapter, of PEFT or
 def active_names(layer) -> tuple:
     return (layer.active,) if isinstance(layer, LoRA) else tuple(layer.active_adapters)
 
-# %% ../../nbs/7_speed/75_fused.ipynb #507bdc3f
-def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
-    "The reason for which this layer cannot be fused, or None."
-    base, names = layer.base_layer, active_names(layer)
-    state = getattr(getattr(base, "weight", None), "quant_state", None)
-    if len(names) != 1: return f"{len(names)} adapters are active"
-    name = names[0]
-    if name not in layer.lora_A: return f"it has no adapter '{name}'"
-    if layer.merged: return "its adapter is merged"
-    if not hasattr(base, "packed") and state is None:
-        return f"its base, {type(base).__name__}, is not in 4 bits"
-    if getattr(layer.lora_dropout[name], "p", 0): return f"dropout is {layer.lora_dropout[name].p}"
+# %% ../../nbs/7_speed/75_fused.ipynb #why75a
+def _why_not_adapter(layer, name):
+    if p := getattr(layer.lora_dropout[name], "p", 0): return f"dropout is {p}"
     if variant := getattr(layer, "lora_variant", {}).get(name): return type(variant).__name__
     if layer.lora_B[name].bias is not None: return "its adapter has a bias"
+
+# %% ../../nbs/7_speed/75_fused.ipynb #why75c
+def _state(base): return getattr(getattr(base, "weight", None), "quant_state", None)
+
+def _why_not_base(layer):
+    base = layer.base_layer
     if getattr(base.bias, "requires_grad", False): return "its bias is trained"
     if getattr(layer, "fan_in_fan_out", False): return "its weight is stored transposed"
-    if (base.packed if state is None else base.weight).is_cuda and not hasattr(triton, "cdiv"):
-        return "Triton is not installed"
+    weight = base.packed if _state(base) is None else base.weight
+    if weight.is_cuda and not hasattr(triton, "cdiv"): return "Triton is not installed"
     _, block, _, kind = packed_of(base)
     if kind not in ("nf4", "fp4"): return f"its codebook is {kind}"
     if layer.in_features % block:
         return f"its {layer.in_features} inputs are no multiple of {block}"
+
+# %% ../../nbs/7_speed/75_fused.ipynb #507bdc3f
+def why_not(layer) -> str|None:  # A layer with an adapter, of PEFT or our own
+    "The reason for which this layer cannot be fused, or None."
+    base, names = layer.base_layer, active_names(layer)
+    if len(names) != 1: return f"{len(names)} adapters are active"
+    if names[0] not in layer.lora_A: return f"it has no adapter '{names[0]}'"
+    if layer.merged: return "its adapter is merged"
+    if not hasattr(base, "packed") and _state(base) is None:
+        return f"its base, {type(base).__name__}, is not in 4 bits"
+    return _why_not_adapter(layer, names[0]) or _why_not_base(layer)
 
 # %% ../../nbs/7_speed/75_fused.ipynb #79d1aac9
 def layer_state(layer) -> tuple:  # A layer with an adapter, of PEFT or our own
@@ -166,23 +174,33 @@ def changed(layer) -> bool:  # One that was fused
                   "make_fast again")
     return True
 
-# %% ../../nbs/7_speed/75_fused.ipynb #a3de19a7
+# %% ../../nbs/7_speed/75_fused.ipynb #nothing75
 # not one tensor n times, which the compiler does not take
 def nothing(t, n): return [t.new_empty(0) for _ in range(n)]
 
+# %% ../../nbs/7_speed/75_fused.ipynb #a3de19a7
 def fused_parts(layer, fold:bool|None=None) -> tuple:  # As for `fuse`
     "What `FusedLoRA` takes of a layer: its `Packed`, its numbers, and the dtype to compute in."
     base, (packed, block, block2, kind) = layer.base_layer, packed_of(layer.base_layer)
     if (W := getattr(base, "kept_weight", None)) is not None:
         packed, block2, kind, fold = Packed(W, *nothing(W, 5)), 0, "kept", False
     elif block2 and not packed.q.is_cuda and not hasattr(base, "shards"):
-        # half a bit a weight, for two dequantizations a step
         s = plain_scales(packed.scales, packed.code2, packed.scales2, packed.offset, block2)
         packed, block2 = Packed(packed.q, s, packed.code, *nothing(s, 3)), 0
     ours = hasattr(base, "packed")   # those of `84_sharded_base` too
     dtype = base.dtype if ours else base.compute_dtype or base.weight.quant_state.dtype
     fold = packed.q.is_cuda if fold is None else fold
     return packed, (layer.scaling[active_names(layer)[0]], block, block2, kind, fold), dtype
+
+# %% ../../nbs/7_speed/75_fused.ipynb #through75
+def _through(layer, name, x, eager):   # a call of the fused function
+    packed, how, dtype = layer.fused
+    A, B, bias = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.base_layer.bias
+    x2, A, B, bias = (None if t is None else t.to(dtype) for t in (x, A, B, bias))
+    y = FusedLoRA.apply(x2, A, B, bias, *how, *packed).to(x.dtype)
+    if eager and y.requires_grad and hasattr(layer.base_layer, "shards"):
+        y.register_hook(partial(whose_bytes, layer))
+    return y
 
 # %% ../../nbs/7_speed/75_fused.ipynb #76e74b6b
 def fuse(layer,             # For which `why_not` is None; changed in place
@@ -191,18 +209,12 @@ def fuse(layer,             # For which `why_not` is None; changed in place
     (name,), theirs = active_names(layer), layer.forward
     layer.fused, layer.fused_state = fused_parts(layer, fold), layer_state(layer)
     def forward(self, x, *args, **kwargs):
-        packed, how, dtype = self.fused
         off = getattr(self, "disable_adapters", False) or self.merged
         if off or not self.training or not torch.is_grad_enabled():
             return theirs(x, *args, **kwargs)
         eager = not torch.compiler.is_compiling()   # a compiled block asks `changed` itself
         if eager and changed(self): return theirs(x, *args, **kwargs)
-        A, B, bias = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.bias
-        x2, A, B, bias = (None if t is None else t.to(dtype) for t in (x, A, B, bias))
-        y = FusedLoRA.apply(x2, A, B, bias, *how, *packed).to(x.dtype)
-        if eager and y.requires_grad and hasattr(self.base_layer, "shards"):
-            y.register_hook(partial(whose_bytes, self))
-        return y
+        return _through(self, name, x, eager)
     layer.forward = types.MethodType(forward, layer)
 
 # %% ../../nbs/7_speed/75_fused.ipynb #2b4430ac
