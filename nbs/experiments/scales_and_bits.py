@@ -2,9 +2,12 @@
 
     python nbs/experiments/scales_and_bits.py scales nbs/results/learned_scales.json [--size full|cpu|tiny] [--device cuda] [--only NAME ...]
     python nbs/experiments/scales_and_bits.py bits nbs/results/mixed_bits.json [--size full|cpu|tiny] [--device cuda]
+    python nbs/experiments/scales_and_bits.py four nbs/results/mixed_bits.json --size part --device cpu
 
-`full` is for one GPU and takes about four minutes for each; `cpu` is the part of it that two cores do in about seven minutes; `tiny` only
-tries it. All is computed in float32. A run goes on with what its file has, and begins anew when the file is of another size.
+`full` is for one GPU: about seven minutes for scales, more for bits. What is stored was cut off after six minutes each, without the codes
+of error feedback and without the budgets from four bits on; `four` measures at four bits what that run could not, on a CPU. `cpu` is
+what two cores do in about seven minutes of computing, and `tiny` only tries it. All is computed in float32. A run goes on with what its
+file has, and begins anew when the file is of another size.
 
 The text is the Python reference. Its first tokens, in rows, are the test, and nothing else sees them. Moments come from tokens 32,768
 to 34,816; scales are learned, and sensitivities measured, on rows from token 40,960 on; the learning rate is chosen on rows from token
@@ -46,6 +49,7 @@ SIZES = dict(full=dict(window=512, rows=16, others=4, learn=64, choose=8, steps=
                        sensitive=4, bases=["unquantized", "nf4"], options=[2, 3, 4, 8, 16], budgets=[3, 3.5, 4, 4.5, 5], draws=8),
              cpu=dict(window=128, rows=8, others=2, learn=16, choose=2, steps=16, batch=1, rates=[1e-3, 3e-3], seeds=1, arms=ARMS[:2],
                       sensitive=1, bases=["nf4"], options=[2, 4, 8], budgets=[4], draws=4),
+             part=dict(window=512, rows=6, others=1, learn=1, choose=1),   # for `four`
              tiny=dict(window=32, rows=2, others=1, learn=2, choose=1, steps=2, batch=1, rates=[1e-3], seeds=1, arms=ARMS[1:2],
                        sensitive=1, bases=["nf4"], options=[3, 4], budgets=[3.5], draws=1))
 SLICE = "model.layers.2.self_attn.v_proj"   # what a page measures again
@@ -108,6 +112,7 @@ def scales(trial, kept, save, only):
     o, rows = trial.o, {r["name"]: r for r in kept["rows"]}
     W, H = trial.bench.W[SLICE], trial.bench.H[SLICE]
     Q = quantize(W)
+    kept["slice_hardware"] = kept["hardware"]
     kept["slice"] = {k: relative_errors(W, P.dequantize(), H)[2] for k, P in
                      dict(start=Q, rows=with_scales(Q, fit_scales(W, Q, H))).items()}
 
@@ -218,6 +223,25 @@ def bits(trial, kept, save, only):
     kept["slice"] = two_blocks(trial, first)
 
 
+def four(trial, kept, save, only):
+    "At four bits a weight, on this machine and a part of the test: bits chosen by stored sensitivities, and four bits everywhere."
+    W = trial.bench.W
+    size, sets = {n: w.numel() for n, w in W.items()}, {"uniform": dict.fromkeys(W, 4)}
+    for base, cost in kept["sensitivity"].items():
+        cost = {n: {int(b): v for b, v in c.items()} for n, c in cost.items()}
+        sets[f"best by {base}"] = best_bits(cost, size, 4)
+    sets["shuffled"] = shuffled_bits(sets["best by unquantized"], size, 0)
+    kept["four"] = dict(hardware=cpu_kind(), rows=len(trial.bench.rows), window=trial.o["window"], allocations=[])
+    for way, made in sets.items():
+        trial.fill({n: round_bits(w, made[n]) for n, w in W.items()})
+        kept["four"]["allocations"].append(dict(way=way, mean=mean_bits(made, size), bits=letters(made), **trial.judge()))
+        trial.fill(W)
+        print(way, kept["four"]["allocations"][-1]["kl"], flush=True)
+        save()
+    first = {n: 0 for n in W if ".layers.0." in n or ".layers.1." in n}
+    kept["slice"], kept["slice_hardware"] = two_blocks(trial, first), cpu_kind()
+
+
 def two_blocks(trial, choices):
     "The page's own model: two blocks and 64 tokens, one matrix at a time."
     model, every = trial.model, trial.model.model.layers
@@ -232,13 +256,13 @@ def two_blocks(trial, choices):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["scales", "bits"]), p.add_argument("out", type=Path)
+    p.add_argument("what", choices=["scales", "bits", "four"]), p.add_argument("out", type=Path)
     p.add_argument("--size", choices=SIZES, default="full"), p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--only", nargs="+", help="parts of names of rows")
     a = p.parse_args()
     kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {}
     settings = dict(size=a.size, **SIZES[a.size], dtype="float32", model="SmolLM2-135M-Instruct, from Q4_1")
-    if kept.get("settings") != settings: kept = dict(rows=[]) if a.what == "scales" else {}
+    if a.what != "four" and kept.get("settings") != settings: kept = dict(rows=[]) if a.what == "scales" else {}
     trial = Trial(SIZES[a.size], a.device)
     device = torch.cuda.get_device_name() if a.device.startswith("cuda") else cpu_kind()
     bench = trial.bench
@@ -250,7 +274,7 @@ def main():
         for k in ('{"name"', '{"options"', '"sensitivity"', '"allocations"', '"model.layers'): text = text.replace(k, "\n" + k)
         a.out.write_text(text + "\n", encoding="utf-8")
     print("unquantized", kept["unquantized"]["perplexity"], flush=True)
-    dict(scales=scales, bits=bits)[a.what](trial, kept, save, a.only)
+    dict(scales=scales, bits=bits, four=four)[a.what](trial, kept, save, a.only)
     save()
 
 
