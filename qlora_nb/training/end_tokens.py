@@ -109,16 +109,8 @@ def check_labels(examples:list):
         raise QLoRAError("there is nothing to learn in this row: all of its labels are -100.",
                          where=f"row {empty[0]}")
 
-# %% ../../nbs/2_training/23_end_tokens.ipynb #f1754cd6
-def check_ids(model, tokenizer, examples:list):
-    "Raise `QLoRAError` for an id or a position that is in no table; warn of rows too long."
-    table = model.get_input_embeddings().weight.shape[0]
-    worst = max(examples, key=lambda e: max(e["input_ids"]))
-    if (top := max(worst["input_ids"])) >= table:
-        token = tokenizer.convert_ids_to_tokens(top)
-        raise QLoRAError(f"the token {token!r} has the number {top}, but the model knows {table} "
-                         "tokens.", f"row {number(worst)}",
-                         "Use the model's own tokenizer, or a model with a larger table.")
+# %% ../../nbs/2_training/23_end_tokens.ipynb #f1754cd6-a
+def _check_positions(model, examples):
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     longest = max(examples, key=lambda e: len(e["input_ids"]))
     n, limit = len(longest["input_ids"]), getattr(config, "max_position_embeddings", None)
@@ -130,7 +122,19 @@ def check_ids(model, tokenizer, examples:list):
     if any(limit <= rows <= limit + 8 for rows in others):   # a table of positions
         raise QLoRAError(what, f"row {number(longest)}", f"Set max_length={limit}.")
     warnings.warn(f"row {number(longest)}: {what} It was never trained on more: set "
-                  f"max_length={limit}.", stacklevel=2)
+                  f"max_length={limit}.", stacklevel=3)
+
+# %% ../../nbs/2_training/23_end_tokens.ipynb #f1754cd6
+def check_ids(model, tokenizer, examples:list):
+    "Raise `QLoRAError` for an id or a position that is in no table; warn of rows too long."
+    table = model.get_input_embeddings().weight.shape[0]
+    worst = max(examples, key=lambda e: max(e["input_ids"]))
+    if (top := max(worst["input_ids"])) >= table:
+        token = tokenizer.convert_ids_to_tokens(top)
+        raise QLoRAError(f"the token {token!r} has the number {top}, but the model knows {table} "
+                         "tokens.", f"row {number(worst)}",
+                         "Use the model's own tokenizer, or a model with a larger table.")
+    _check_positions(model, examples)
 
 # %% ../../nbs/2_training/23_end_tokens.ipynb #3e100002
 def with_lengths(examples:list) -> tuple:   # Of `encode_rows`, or packs of such

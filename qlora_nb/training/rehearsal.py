@@ -39,13 +39,12 @@ def adapted_ids(model) -> set:   # Of `id`s
         return [adapted_tensor(m)] if hasattr(m, "parameter_name") else m.base_layer.modules()
     return {id(o) for m in model.modules() if hasattr(m, "lora_A") for o in held(m)}
 
-# %% ../../nbs/2_training/24_rehearsal.ipynb #5455ed9b
-def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
-    "Of the numbers in the matrices of the layers, without embeddings and head."
+# %% ../../nbs/2_training/24_rehearsal.ipynb #5455ed9b-a
+def _matrices(model) -> dict:   # What → (numbers, in 4 bits?, under an adapter?)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     apart = {id(p) for o in ends if o is not None for p in o.parameters()}
     apart |= {id(p) for n, p in model.named_parameters() if ".lora_" in n}
-    adapted, found = adapted_ids(model), {}   # what → (numbers, in 4 bits?, under an adapter?)
+    adapted, found = adapted_ids(model), {}
     for m in model.modules():
         if isinstance(m, torch.nn.Embedding): continue
         for p in m.parameters(recurse=False):
@@ -53,8 +52,23 @@ def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
             if id(p) not in apart and (four or p.dim() > 1):
                 found[id(p)] = numel(p), four, id(m) in adapted or id(p) in adapted
         if hasattr(m, "packed_numel"): found[id(m)] = m.packed_numel(), True, id(m) in adapted
-    total = max(1, sum(n for n, _, _ in found.values()))
-    return tuple(sum(o[0]*o[k] for o in found.values())/total for k in (1, 2))
+    return found
+
+# %% ../../nbs/2_training/24_rehearsal.ipynb #5455ed9b
+def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
+    "Of the numbers in the matrices of the layers, without embeddings and head."
+    found = _matrices(model).values()
+    total = max(1, sum(n for n, _, _ in found))
+    return tuple(sum(o[0]*o[k] for o in found)/total for k in (1, 2))
+
+# %% ../../nbs/2_training/24_rehearsal.ipynb #4df1315a-a
+@contextlib.contextmanager
+def _same_metrics(trainer):
+    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
+    tokens = getattr(trainer, "_total_train_tokens", 0)
+    try: yield
+    finally:
+        if metrics is not None: trainer._metrics, trainer._total_train_tokens = metrics, tokens
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #4df1315a
 @contextlib.contextmanager
@@ -64,14 +78,11 @@ def undisturbed(trainer):
     mine = {n: p for n, p in model.named_parameters() if p.requires_grad}
     saved = {n: p.detach().clone() for n, p in mine.items()}
     modes = [(m, m.training) for m in model.modules()]
-    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
-    tokens = getattr(trainer, "_total_train_tokens", 0)
     try:
-        with same_random(): yield mine
+        with _same_metrics(trainer), same_random(): yield mine
     finally:
         for n, p in mine.items(): p.data.copy_(saved[n]), setattr(p, "grad", None)
         for m, mode in modes: m.training = mode
-        if metrics is not None: trainer._metrics, trainer._total_train_tokens = metrics, tokens
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #0b19a542
 def stir(mine:dict):
@@ -155,8 +166,7 @@ def wanted_by_peft(model, folder) -> set|None:  # Names; None where its config m
     key = config.to_json_string(False), (folder/"adapter_config.json").read_text(encoding="utf-8")
     if key in KNOWN: return KNOWN[key]
     try:
-        with quiet(), as_named(), torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet(), as_named(), torch.device("meta"), warnings.catch_warnings(action="ignore"):
             base = AutoModelForCausalLM.from_config(config)
             fresh = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
     except Exception: return None
@@ -170,18 +180,21 @@ def read_back(model, folder):
     weights = load_peft_weights(str(folder), device="cpu")
     with as_named(): set_peft_model_state_dict(model, weights, model.active_adapter)
 
-# %% ../../nbs/2_training/24_rehearsal.ipynb #67b85853
-def check_reload(model, mine:dict, base:str):
-    "Save the adapter and read it back. Raises `QLoRAError` where something is lost or misplaced."
+# %% ../../nbs/2_training/24_rehearsal.ipynb #67b85853-a
+def _read_again(model, mine, base) -> tuple:   # (what is lost, in the file, on a fresh base)
     want = {n: p.detach().clone() for n, p in mine.items()}
     with tempfile.TemporaryDirectory() as tmp:
         folder = save_adapter(model, Path(tmp)/"adapter", base)
         for p in mine.values(): p.data.zero_()
         read_back(model, folder)
         lost = [n for n, p in mine.items() if not torch.equal(p.data, want[n])]
-        lost = lost or not_in_file(model, folder)
         have = set(load_file(folder/"adapter_model.safetensors"))
-        fresh = wanted_by_peft(model, folder)
+        return lost or not_in_file(model, folder), have, wanted_by_peft(model, folder)
+
+# %% ../../nbs/2_training/24_rehearsal.ipynb #67b85853
+def check_reload(model, mine:dict, base:str):
+    "Save the adapter and read it back. Raises `QLoRAError` where something is lost or misplaced."
+    lost, have, fresh = _read_again(model, mine, base)
     def fail(what, where): raise QLoRAError(what, where, "Choose other target_modules=[...].")
     if lost: fail(f"{len(lost)} of {len(mine)} matrices are not in the saved file.", lost[0])
     if fresh is not None and (odd := sorted(have ^ fresh)):
@@ -202,27 +215,41 @@ def _step(trainer, examples, collator, pad, measure, base, called):
         check_reload(model, mine, base)
     return loss, dead, mine
 
-# %% ../../nbs/2_training/24_rehearsal.ipynb #264b9423
-def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str
-             ) -> list:  # Sentences
-    "One step on two rows that leaves nothing behind. Raises `QLoRAError` for what would go wrong."
-    model, called = trainer.model, set()
-    layers = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_A")]
+# %% ../../nbs/2_training/24_rehearsal.ipynb #264b9423-a
+@contextlib.contextmanager
+def _layers_called(model):   # Yields a set of names
+    layers, called = [(n, m) for n, m in model.named_modules() if hasattr(m, "lora_A")], set()
     hooks = [m.register_forward_hook(lambda m, a, o, n=n: called.add(n)) for n, m in layers]
-    try: loss, dead, mine = _step(trainer, examples, collator, pad, measure, base, called)
+    try: yield called
+    finally:
+        for o in hooks: o.remove()
+
+# %% ../../nbs/2_training/24_rehearsal.ipynb #264b9423-b
+@contextlib.contextmanager
+def _in_a_sentence(model):
+    try: yield
     except (QLoRAError, MemoryError, torch.OutOfMemoryError): raise
     except Exception as e:
         if "memory" in str(e).lower(): raise
         what = f"a first step fails ({type(e).__name__}: {' '.join(str(e).split())[:200]})."
         raise QLoRAError(what, model.config.model_type) from e
-    finally:
-        for o in hooks: o.remove()
-    # DDP looks for adapters without a gradient only where there are any
-    if handler := getattr(trainer.accelerator, "ddp_handler", None):
-        handler.find_unused_parameters = bool(dead)
+
+# %% ../../nbs/2_training/24_rehearsal.ipynb #264b9423-c
+def _summary(model, loss, dead, mine) -> list:
     four, under = coverage(model)
     said = [f"{four:.1%} of the weights of the layers are in 4 bits, {under:.1%} under adapters; "
             f"trainer, logits and evaluation agree on the loss of two rows ({loss:.3f})."]
     if dead: said.append(f"{len(dead)} of {len(mine)} adapter matrices belong to layers that two "
                          f"rows do not reach, such as {dead[0]}.")
     return said
+
+# %% ../../nbs/2_training/24_rehearsal.ipynb #264b9423
+def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str
+             ) -> list:  # Sentences
+    "One step on two rows that leaves nothing behind. Raises `QLoRAError` for what would go wrong."
+    with _layers_called(trainer.model) as called, _in_a_sentence(trainer.model):
+        loss, dead, mine = _step(trainer, examples, collator, pad, measure, base, called)
+    # DDP looks for adapters without a gradient only where there are any
+    if handler := getattr(trainer.accelerator, "ddp_handler", None):
+        handler.find_unused_parameters = bool(dead)
+    return _summary(trainer.model, loss, dead, mine)

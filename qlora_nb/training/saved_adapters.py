@@ -24,6 +24,15 @@ from ..base.adapter_files import open_tensors, quantized, quantized_as, read_jso
 from ..foundations.adapters import BACKENDS, attach_adapter, chosen_layers
 from .end_tokens import note_loaded
 
+# %% ../../nbs/2_training/27_saved_adapters.ipynb #d23db30a-a
+def _what_helps(folder:Path, named:str) -> str:
+    "What to do about a folder without an adapter."
+    if (folder/"adapter_model.bin").exists():
+        return "adapter_model.bin is not read: load it by PEFT, and save it again."
+    if not folder.exists() and named.count("/") == 1 and named[0] not in "./~":
+        return f"Fetch one of the Hub's first: hf download {named} --local-dir FOLDER."
+    return "Give the folder of a finished run, or of an adapter in PEFT's format."
+
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #d23db30a
 def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
     "The folder of an adapter itself. Raises `QLoRAError` where there is no complete one."
@@ -33,15 +42,10 @@ def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
     named, folder = str(folder), Path(folder).expanduser()
     if folder.is_file(): folder = folder.parent   # adapter_model.safetensors itself was given
     if (folder/"adapter").is_dir(): folder = folder/"adapter"
-    cure = "Give the folder of a finished run, or of an adapter in PEFT's format."
-    if (folder/"adapter_model.bin").exists():
-        cure = "adapter_model.bin is not read: load it by PEFT, and save it again."
-    if not folder.exists() and named.count("/") == 1 and named[0] not in "./~":
-        cure = f"Fetch one of the Hub's first: hf download {named} --local-dir FOLDER."
     if missing := [f for f in ("adapter_config.json", "adapter_model.safetensors")
                    if not (folder/f).exists()]:
         raise QLoRAError(f"there is no adapter here: {' and '.join(missing)} missing.",
-                         str(folder), cure)
+                         str(folder), _what_helps(folder, named))
     return folder
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #93bc151f-a
