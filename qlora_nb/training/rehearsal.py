@@ -61,15 +61,6 @@ def coverage(model) -> tuple:  # (share in 4 bits, share under adapters)
     total = max(1, sum(n for n, _, _ in found))
     return tuple(sum(o[0]*o[k] for o in found)/total for k in (1, 2))
 
-# %% ../../nbs/2_training/24_rehearsal.ipynb #4df1315a-a
-@contextlib.contextmanager
-def _same_metrics(trainer):
-    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
-    tokens = getattr(trainer, "_total_train_tokens", 0)
-    try: yield
-    finally:
-        if metrics is not None: trainer._metrics, trainer._total_train_tokens = metrics, tokens
-
 # %% ../../nbs/2_training/24_rehearsal.ipynb #4df1315a
 @contextlib.contextmanager
 def undisturbed(trainer):
@@ -78,11 +69,14 @@ def undisturbed(trainer):
     mine = {n: p for n, p in model.named_parameters() if p.requires_grad}
     saved = {n: p.detach().clone() for n, p in mine.items()}
     modes = [(m, m.training) for m in model.modules()]
+    metrics = copy.deepcopy(getattr(trainer, "_metrics", None))
+    tokens = getattr(trainer, "_total_train_tokens", 0)
     try:
-        with _same_metrics(trainer), same_random(): yield mine
+        with same_random(): yield mine
     finally:
         for n, p in mine.items(): p.data.copy_(saved[n]), setattr(p, "grad", None)
         for m, mode in modes: m.training = mode
+        if metrics is not None: trainer._metrics, trainer._total_train_tokens = metrics, tokens
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #0b19a542
 def stir(mine:dict):
@@ -244,12 +238,10 @@ def _summary(model, loss, dead, mine) -> list:
     return said
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #264b9423
-def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str
-             ) -> list:  # Sentences
-    "One step on two rows that leaves nothing behind. Raises `QLoRAError` for what would go wrong."
+def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str) -> list:
+    "What one step on two rows shows, in sentences; it is undone. Raises `QLoRAError`."
     with _layers_called(trainer.model) as called, _in_a_sentence(trainer.model):
         loss, dead, mine = _step(trainer, examples, collator, pad, measure, base, called)
-    # DDP looks for adapters without a gradient only where there are any
     if handler := getattr(trainer.accelerator, "ddp_handler", None):
         handler.find_unused_parameters = bool(dead)
     return _summary(trainer.model, loss, dead, mine)
