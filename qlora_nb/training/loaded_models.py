@@ -26,8 +26,7 @@ from .schedule import encode_checked
 from .optimizers import pick_optimizer
 from ..speed.sharded_base import shard_base
 from .saved_adapters import (adapter_folder, base_for, check_fits, check_wishes,
-                                              load_adapter, meant, more_than_lora,
-                                              own_quantization, revision_for, shape_of)
+    load_adapter, meant, more_than_lora, own_quantization, revision_for, shape_of)
 from .training_loop import check_checkpointing
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #ede14d3b
@@ -47,6 +46,14 @@ def name_of(model) -> str:
                      "base.", cure="Load it with load_model, or set model.qlora_nb_name to its "
                                    "folder or Hub id.")
 
+# %% ../../nbs/2_training/28_loaded_models.ipynb #90f73265-a
+def _refuse_changed(model):
+    known = getattr(model, "qlora_nb_scales", None)
+    if known is not None and not math.isclose(known, scale_sum(model), rel_tol=1e-9):
+        cure = "Load it again, or save what was merged by merge_and_save, and give that folder."
+        raise QLoRAError("the weights of this model were changed after it was loaded, as by "
+                         "merging an adapter.", name_of(model), cure)
+
 # %% ../../nbs/2_training/28_loaded_models.ipynb #90f73265
 def load_base(model, tokenizer, device, backend, revision=None, adapter=None,
               quantization="nf4", inputs=None) -> tuple:  # (model, tokenizer)
@@ -58,28 +65,25 @@ def load_base(model, tokenizer, device, backend, revision=None, adapter=None,
     if isinstance(model, (str, Path)):
         if quantization != "nf4": how |= dict(quantization=quantization, inputs=inputs)
         return BACKENDS[backend](model, **how), tokenizer or load_tokenizer(model, revision)
-    known = getattr(model, "qlora_nb_scales", None)
-    if known is not None and not math.isclose(known, scale_sum(model), rel_tol=1e-9):
-        cure = "Load it again, or save what was merged by merge_and_save, and give that folder."
-        raise QLoRAError("the weights of this model were changed after it was loaded, as by "
-                         "merging an adapter.", name_of(model), cure)
+    _refuse_changed(model)
     return model if hasattr(model, "qlora_nb_name") else disable_cpu_repacking(model), tokenizer
 
-# %% ../../nbs/2_training/28_loaded_models.ipynb #ee226e1b
-def own_adapter(model) -> dict|None:  # Of `Settings`; None where there is none
-    """Take the adapter that a model carries for training. Raises `QLoRAError` where it is not
-    clear which."""
-    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
-    if not layers: return None
+# %% ../../nbs/2_training/28_loaded_models.ipynb #ee226e1b-a
+def _refuse_unclear(model, layers):
     if not is_scratch(model) and not isinstance(model, PeftModel):
-        cure = ("To train that one further, give the run's model: finetune(run.model, ...). "
-                "For a new one call run.model.unload(), or load the base again.")
         raise QLoRAError("this model carries the adapter of an earlier run.", type(model).__name__,
-                         cure)
+                         "To train that one further, give the run's model: finetune(run.model, "
+                         "...). For a new one call run.model.unload(), or load the base again.")
     if (names := sorted({o for m in layers for o in m.lora_A})) != ["default"]:
         raise QLoRAError(f"the model carries the adapters {', '.join(names)}; "
                          f"one, 'default', can be trained.",
                          cure="load_adapter(folder) gives a model with one.")
+
+# %% ../../nbs/2_training/28_loaded_models.ipynb #ee226e1b
+def own_adapter(model) -> dict|None:  # Of `Settings`; None where there is none
+    "Take the adapter that a model carries for training. Raises where it is not clear which."
+    if not (layers := [m for m in model.modules() if hasattr(m, "lora_A")]): return None
+    _refuse_unclear(model, layers)
     set_adapter(model, "default") if is_scratch(model) else model.set_adapter("default")
     own = layers[0].hyper["default"] if is_scratch(model) else vars(model.peft_config["default"])
     return shape_of(own | dict(quantization=own_quantization(model, None)))
@@ -95,31 +99,35 @@ def refuse_head(model, targets):   # `target_modules`
         raise QLoRAError("an adapter on the output head cannot be trained here.",
                          f"target_modules={targets}", "Leave it out.")
 
+# %% ../../nbs/2_training/28_loaded_models.ipynb #e2b6db3e-a
+def _new_adapters(model, s:dict):
+    more = {k: bool(s.get(k)) for k in ("use_rslora", "use_dora")}
+    more |= s.get("peft_config") or {}   # what is left of one
+    return add_adapters(model, s["r"], s["lora_alpha"], s["lora_dropout"],
+                        s["target_modules"], s.get("target_parameters"), **more)
+
+def _further(s:dict) -> str:
+    shape = f"(r={s['r']}, lora_alpha={s['lora_alpha']:g})"
+    if s.get("adapter"):
+        return (f"The adapter in {s['adapter']} {shape} is trained further; its file stays as it "
+                "is.")
+    return (f"The model carries an adapter {shape}, which is trained further: an earlier run that "
+            "returned this model changes with it.")
+
 # %% ../../nbs/2_training/28_loaded_models.ipynb #e2b6db3e
 def put_adapters(model, s:dict, sharded:bool=False) -> tuple:  # (model with adapters, what to say)
     "New adapters, or the one that is there. Raises `QLoRAError` for one on the output head."
     refuse_head(model, s.get("target_modules"))
-    if not any(hasattr(m, "lora_A") for m in model.modules()):
-        more = {k: bool(s.get(k)) for k in ("use_rslora", "use_dora")}
-        more |= s.get("peft_config") or {}   # what is left of one
-        model = add_adapters(model, s["r"], s["lora_alpha"], s["lora_dropout"],
-                             s["target_modules"], s.get("target_parameters"), **more)
-        if sharded: shard_base(model)
-        return model, None
+    there = any(hasattr(m, "lora_A") for m in model.modules())
+    if not there: model = _new_adapters(model, s)
     if sharded: shard_base(model)
-    further = f"(r={s['r']}, lora_alpha={s['lora_alpha']:g})"
-    if s.get("adapter"):
-        return model, (f"The adapter in {s['adapter']} {further} is trained further; its file "
-                       "stays as it is.")
-    return model, (f"The model carries an adapter {further}, which is trained further: an earlier "
-                   "run that returned this model changes with it.")
+    return model, _further(s) if there else None
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #f8269d61
 USUAL = dict(r=16, lora_alpha=32, lora_dropout=0., target_modules="all-linear", template="auto",
              quantization="nf4")
 
-def fill_in(s:dict, own:dict|None=None
-            ) -> dict:  # Settings, `None` where nothing was asked for; those of an adapter
+def fill_in(s:dict, own:dict|None=None) -> dict:   # None in `s`: not asked for; `own`: an adapter's
     "Settings with rank, alpha, dropout, targets and template filled in."
     return s | {k: v if s.get(k) is None else s[k] for k, v in USUAL.items()} | (own or {})
 
@@ -162,8 +170,7 @@ def own_revision(model, revision:str|None) -> str|None:
                      name_of(model), "Load that one.")
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #6e000001
-def brought_along(model, backend:str|None, s:dict
-                  ) -> tuple:  # (the name of its base, its backend, settings)
+def brought_along(model, backend:str|None, s:dict) -> tuple:  # (its base, its backend, settings)
     "What a loaded model brings along. Raises `QLoRAError` for wishes that contradict it."
     name, mine = name_of(model), "scratch" if is_scratch(model) else "bnb"
     if backend not in (None, mine):
@@ -182,8 +189,7 @@ def brought_along(model, backend:str|None, s:dict
 # %% ../../nbs/2_training/28_loaded_models.ipynb #43dc0fab
 def find_model(model, tokenizer, backend:str|None, s:dict
                ) -> tuple:  # (model, tokenizer, its place or None, settings)
-    """Which model a run is about, and what it brings along. Raises `QLoRAError` for a wrong
-    name, and for contradictions."""
+    "Which model a run is about, and what it brings along. Raises `QLoRAError` for contradictions."
     if backend not in (None, *BACKENDS):
         raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {', '.join(BACKENDS)}.")
     if hasattr(model, "tokenizer"): model, tokenizer = model.model, model.tokenizer   # a `Run`, say
@@ -198,8 +204,16 @@ def find_model(model, tokenizer, backend:str|None, s:dict
     if place and tokenizer is not None:
         warnings.warn(f"tokenizer=... is not used: {name} is loaded with its own. To use another, "
                       "load the model first: load_model(...).", stacklevel=4)
-    tokenizer = None if place else tokenizer
-    return model, tokenizer, place, dict(model=name, backend=backend) | fill_in(s)
+    named = dict(model=name, backend=backend) | fill_in(s)
+    return model, None if place else tokenizer, place, named
+
+# %% ../../nbs/2_training/28_loaded_models.ipynb #309202d4-a
+def _device_of(model, device, place, name) -> torch.device:
+    where = pick_device(device) if device or place else model.device
+    if not place and where.type != model.device.type:
+        raise QLoRAError(f"the model is on {model.device.type}, not on {where.type}.", name,
+                         "Load it there: load_model(..., device=...).")
+    return where
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #309202d4
 def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tuple:
@@ -210,10 +224,7 @@ def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tupl
     settings |= dict(rows=len(rows), rows_sha256=digest(rows), num_processes=n_ranks())
     for k, o in dict(model=place, adapter=settings["adapter"]).items():
         if o and Path(o).is_dir(): settings[f"{k}_sha256"] = content_id(o)
-    where = pick_device(device) if device or place else model.device
-    if not place and where.type != model.device.type:
-        raise QLoRAError(f"the model is on {model.device.type}, not on {where.type}.",
-                         settings["model"], "Load it there: load_model(..., device=...).")
+    where = _device_of(model, device, place, settings["model"])
     settings["optim"] = pick_optimizer(settings["optim"], where)
     if settings["fast"] is None: settings["fast"] = fast_by_default(where, model)
     return model, tokenizer, settings

@@ -8,11 +8,10 @@ __all__ = ['row_marks', 'row_losses', 'mean_loss', 'best_eval', 'out_of_patience
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #2ffa94c0
 from ..base.core import count_params
-import math, warnings
+import math, torch, warnings
 from fastcore.basics import patch
 from importlib import metadata
 from pathlib import Path
-import torch
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
@@ -155,7 +154,7 @@ def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
     if not abs(loss.item() - want) <= near*abs(want):
         return f"{loss.item():.4g} instead of {want:.4g}"
 
-# %% ../../nbs/2_training/22_training_loop.ipynb #909e50e5
+# %% ../../nbs/2_training/22_training_loop.ipynb #909e50e5-a
 class FastTrainer(SureTrainer):
     "TRL's trainer, which takes the loss of a model that was made fast."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kw):
@@ -165,12 +164,15 @@ class FastTrainer(SureTrainer):
         loss = fast(inputs, n=num_items_in_batch)   # around DDP: `RankTrainer` averages
         spread = self.args.average_tokens_across_devices and num_items_in_batch is not None
         return loss*self.accelerator.num_processes if spread else loss   # a mean follows
-    def train(self, *args, **kw):
-        try: return super().train(*args, **kw)
-        finally:   # what comes next needs no routers' logits, and may need CUDA graphs' memory
-            if getattr(self, "aux_loss_enabled", False):
-                self.model.config.get_text_config().output_router_logits = False
-            if stack := getattr(self.model, "stack", None): stack.forget()
+
+# %% ../../nbs/2_training/22_training_loop.ipynb #909e50e5
+@patch
+def train(self:FastTrainer, *args, **kw):
+    try: return SureTrainer.train(self, *args, **kw)
+    finally:
+        if getattr(self, "aux_loss_enabled", False):
+            self.model.config.get_text_config().output_router_logits = False
+        if stack := getattr(self.model, "stack", None): stack.forget()
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #01bea415
 @patch
@@ -198,27 +200,29 @@ def check_checkpointing(model):
                          cure="Leave --gradient-checkpointing out.") from e
     model.gradient_checkpointing_disable()
 
-# %% ../../nbs/2_training/22_training_loop.ipynb #903e4162
+# %% ../../nbs/2_training/22_training_loop.ipynb #903e4162-a
 class AdapterTrainer(FastTrainer):
     "TRL's trainer for adapters: `guard` sees each batch, `held_out` are those to evaluate on."
     guard, held_out, tokens = None, (), 0
     def __init__(self, model, args, **kw):
         if args.gradient_checkpointing: check_checkpointing(model)
         super().__init__(model, args, **kw)
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        rows, labels = inputs.pop("rows", []), inputs["labels"]
-        self.tokens += int(inputs.get("attention_mask", torch.ones_like(labels)).sum())
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.guard is None: return loss
-        self.guard.saw(loss, rows, (labels != -100).sum())
-        if self.accelerator.sync_gradients:   # the last batch of this step
-            scaler = self.accelerator.scaler
-            self.guard.check(self.state.global_step + 1, self.model, scaler and scaler.get_scale())
-        return loss
-    def log(self, logs, *args, **kw):
-        # of packed rows, TRL counts one
+    def log(self, logs, *args, **kw):   # of packed rows, TRL counts one
         if "loss" in logs: self._metrics["train"]["num_tokens"] = [self.tokens]
         super().log(logs, *args, **kw)
+
+# %% ../../nbs/2_training/22_training_loop.ipynb #903e4162
+@patch
+def training_step(self:AdapterTrainer, model, inputs, num_items_in_batch=None):
+    rows, labels = inputs.pop("rows", []), inputs["labels"]
+    self.tokens += int(inputs.get("attention_mask", torch.ones_like(labels)).sum())
+    loss = FastTrainer.training_step(self, model, inputs, num_items_in_batch)
+    if self.guard is None: return loss
+    self.guard.saw(loss, rows, (labels != -100).sum())
+    if self.accelerator.sync_gradients:   # the last batch of this step
+        scaler = self.accelerator.scaler
+        self.guard.check(self.state.global_step + 1, self.model, scaler and scaler.get_scale())
+    return loss
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #67c68f2e
 @patch
