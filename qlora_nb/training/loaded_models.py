@@ -75,9 +75,8 @@ def _refuse_unclear(model, layers):
                          "To train that one further, give the run's model: finetune(run.model, "
                          "...). For a new one call run.model.unload(), or load the base again.")
     if (names := sorted({o for m in layers for o in m.lora_A})) != ["default"]:
-        raise QLoRAError(f"the model carries the adapters {', '.join(names)}; "
-                         f"one, 'default', can be trained.",
-                         cure="load_adapter(folder) gives a model with one.")
+        raise QLoRAError(f"the model carries the adapters {', '.join(names)}; one, 'default', can "
+                         "be trained.", cure="load_adapter(folder) gives a model with one.")
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #ee226e1b
 def own_adapter(model) -> dict|None:  # Of `Settings`; None where there is none
@@ -109,8 +108,7 @@ def _new_adapters(model, s:dict):
 def _further(s:dict) -> str:
     shape = f"(r={s['r']}, lora_alpha={s['lora_alpha']:g})"
     if s.get("adapter"):
-        return (f"The adapter in {s['adapter']} {shape} is trained further; its file stays as it "
-                "is.")
+        return f"The adapter in {s['adapter']} {shape} is trained further; its file stays as it is."
     return (f"The model carries an adapter {shape}, which is trained further: an earlier run that "
             "returned this model changes with it.")
 
