@@ -20,10 +20,10 @@ from ..base.errors import QLoRAError
 def option(default, help:str, **more):   # `more`: for argparse
     return field(default=default, metadata=dict(help=help, **more))
 
-# %% ../../nbs/2_training/25_settings.ipynb #5251392b
+# %% ../../nbs/2_training/25_settings.ipynb #5251392b-sa
 @dataclass
-class Settings:
-    "What makes a run what it is, named as in PEFT and TRL."
+class _Adapter:
+    "How long to train, and the shape of the adapter."
     max_steps: int|None = option(
         None, "optimizer steps, instead of num_train_epochs (None: tickets 150)")
     num_train_epochs: float|None = option(
@@ -42,6 +42,11 @@ class Settings:
     use_dora: bool|None = option(
         None, "train the lengths of the rows beside their directions (None: as for use_rslora)")
     loraplus_lr_ratio: float|None = option(None, "learning rate of B divided by that of A, LoRA+")
+
+# %% ../../nbs/2_training/25_settings.ipynb #5251392b
+@dataclass
+class Settings(_Adapter):
+    "What makes a run what it is, named as in PEFT and TRL."
     peft_config: str|None = option(
         None, "a LoraConfig of PEFT's, or the folder of a saved one, instead of r, lora_alpha, ...")
     target_modules: str|None = option(
