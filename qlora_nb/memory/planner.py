@@ -88,7 +88,6 @@ def forward_loss(model, ids, loss, mark):
         mark("forward")
         args[0].register_hook(lambda g: mark("loss"))
     if loss == "full":
-        # taken off at the end
         with model.get_output_embeddings().register_forward_pre_hook(before_head):
             return model(input_ids=ids, labels=ids, use_cache=False).loss
     h = model.get_decoder()(input_ids=ids, use_cache=False)[0]
@@ -202,6 +201,16 @@ def check_plan(method:str, optim:str, loss:str, **sizes):
                              cure=f"Choose {', '.join(known[name])}.")
     check_counts(**sizes)
 
+# %% ../../nbs/3_memory/37_planner.ipynb #d2b70aec-a
+def _cannot(e, cfg, max_length) -> QLoRAError:
+    "What to say of a step that fails without weights."
+    why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+    cure = "Try method='lora' or another loss, or measure a step on a card."
+    known = getattr(cfg, "max_position_embeddings", getattr(cfg, "max_seq_len", None))
+    if known and max_length > known: cure = f"It has {known} positions: set max_length={known}."
+    return QLoRAError(f"a step of this architecture cannot be rehearsed without weights ({why}).",
+                      cfg.model_type, cure)
+
 # %% ../../nbs/3_memory/37_planner.ipynb #d2b70aec
 def plan(model,                # A Hub id, a folder, "smollm2", a config, or a model
          per_device_train_batch_size:int=1, max_length:int=2048,  # Rows, and tokens of a row
@@ -213,8 +222,7 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
          dtype:torch.dtype=torch.bfloat16,       # Computed in
          target_parameters=None, use_dora:bool=False,  # Stacks of experts with adapters; DoRA?
          quantization:str="nf4") -> Plan:   # As in `load_model`: whichever, in as many bytes
-    """Plan the memory of a training step on a CUDA card, without weights. Raises `QLoRAError`
-    for unknown settings."""
+    "Plan the memory of a training step on a CUDA card, without weights."
     how = dict(per_device_train_batch_size=per_device_train_batch_size, max_length=max_length, r=r)
     check_plan(method, optim, loss, **how), check_names("target_modules", target_modules)
     check_flags(gradient_checkpointing=gradient_checkpointing, use_dora=use_dora)
@@ -226,10 +234,4 @@ def plan(model,                # A Hub id, a folder, "smollm2", a config, or a m
                 target_modules=target_modules if named else tuple(target_modules))
     try: return Plan(cfg, how, *grow(cfg, **how))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError,
-            AttributeError) as e:
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
-        cure = "Try method='lora' or another loss, or measure a step on a card."
-        known = getattr(cfg, "max_position_embeddings", getattr(cfg, "max_seq_len", None))
-        if known and max_length > known: cure = f"It has {known} positions: set max_length={known}."
-        raise QLoRAError(f"a step of this architecture cannot be rehearsed without weights "
-                         f"({why}).", cfg.model_type, cure) from e
+            AttributeError) as e: raise _cannot(e, cfg, max_length) from e

@@ -119,28 +119,37 @@ def token_kinds(tokenizer, size:int) -> list:   # Rows of the embedding
         return TokenType.CONTROL if added[i].special else TokenType.USER_DEFINED
     return [(vocab.get(i, f"[PAD{i}]"), kind(i)) for i in range(size)]
 
-# %% ../../nbs/4_using/46_gguf.ipynb #266f1cbc
-def add_tokenizer(w:GGUFWriter, tokenizer, size:int,  # Rows of the embedding
-                  stops=()):   # Of `stop_ids`; beside EOS, a file can name two
-    "Vocabulary, merges, special ids, the tokens that end an answer, and the chat template."
-    tokens, kinds = zip(*token_kinds(tokenizer, size))
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre(pre_name(tokenizer))
-    w.add_token_list(tokens)
-    w.add_token_types(kinds)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    for name in ("bos", "eos", "unk", "pad"):
-        i = getattr(tokenizer, f"{name}_token_id")
-        if i is not None: getattr(w, f"add_{name}_token_id")(i)
+# %% ../../nbs/4_using/46_gguf.ipynb #266f1cbc-a
+def _add_ends(w, tokenizer, stops):
+    "The tokens that end an answer beside EOS: a file can name two."
     others = [i for i in stops if i != tokenizer.eos_token_id]
     others.sort(key=lambda i: i != template_end(tokenizer))   # that of the template first
     if left := tokenizer.convert_ids_to_tokens(others[2:]):
         warnings.warn(f"a GGUF file names two ends beside EOS; {left} are left out.")
     for add, i in zip((w.add_eot_token_id, w.add_eom_token_id), others): add(i)
-    w.add_add_bos_token(begins_with_bos(tokenizer))
-    w.add_add_space_prefix(False)
+
+# %% ../../nbs/4_using/46_gguf.ipynb #266f1cbc
+def add_tokenizer(w:GGUFWriter, tokenizer, size:int, stops=()):  # Rows of the embedding; `stop_ids`
+    "Vocabulary, merges, special ids, the tokens that end an answer, and the chat template."
+    tokens, kinds = zip(*token_kinds(tokenizer, size))
+    w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre(pre_name(tokenizer))
+    w.add_token_list(tokens), w.add_token_types(kinds)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    for name in ("bos", "eos", "unk", "pad"):
+        i = getattr(tokenizer, f"{name}_token_id")
+        if i is not None: getattr(w, f"add_{name}_token_id")(i)
+    _add_ends(w, tokenizer, stops)
+    w.add_add_bos_token(begins_with_bos(tokenizer)), w.add_add_space_prefix(False)
     if tokenizer.chat_template: w.add_chat_template(tokenizer.chat_template)
+
+# %% ../../nbs/4_using/46_gguf.ipynb #7c958c83-a
+def _describe(w, model, dtype, name, base, license):
+    "What a list of models shows: name, size, base, license and format."
+    w.add_type("model"), w.add_name(name), w.add_size_label(f"{count_params(model).total/1e6:.0f}M")
+    if base: w.add_base_model_count(1), w.add_base_model_name(0, base)
+    if license: w.add_license(license)
+    w.add_file_type(FORMATS[dtype][1]), w.add_quantization_version(2)
 
 # %% ../../nbs/4_using/46_gguf.ipynb #7c958c83
 def write_gguf(model, tokenizer,
@@ -152,12 +161,9 @@ def write_gguf(model, tokenizer,
     "Write a Llama-type model as GGUF. Raises `QLoRAError` for what is not supported."
     check_format(dtype), check_supported(model)
     w = GGUFWriter(path, "llama")
-    w.add_type("model"), w.add_name(name), w.add_size_label(f"{count_params(model).total/1e6:.0f}M")
-    if base: w.add_base_model_count(1), w.add_base_model_name(0, base)
-    if license: w.add_license(license)
-    w.add_file_type(FORMATS[dtype][1]), w.add_quantization_version(2)
-    stops, size = stop_ids(model, tokenizer), model.config.vocab_size
-    add_settings(w, model.config), add_tokenizer(w, tokenizer, size, stops)
+    _describe(w, model, dtype, name, base, license)
+    add_settings(w, model.config)
+    add_tokenizer(w, tokenizer, model.config.vocab_size, stop_ids(model, tokenizer))
     add_tensors(w, model, dtype)
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
     return path

@@ -54,11 +54,12 @@ def check_adapter(source):   # Of `read_source`
         raise QLoRAError(f"this adapter cannot be merged here: {odd}.", str(source.folder),
                          "Only LoRA, rsLoRA and DoRA can. Merge it with PEFT, on its own base.")
 
-# %% ../../nbs/4_using/45_merge.ipynb #56833012
+# %% ../../nbs/4_using/45_merge.ipynb #56833012-a
 def read_config(base:str, revision:str|None=None):
     return AutoConfig.from_pretrained(locate(base), revision=revision or "main",
                                       trust_remote_code=False)
 
+# %% ../../nbs/4_using/45_merge.ipynb #56833012
 def plain_base(base:str, onto:str, trained_in:torch.dtype, device:str|None, revision:str|None=None,
                source=None):   # Whose 4 bits they should be; None: the usual ones
     "A base in float32 or, for later, in the 4 bits that it was trained in."
@@ -123,22 +124,24 @@ def as_kept(W:torch.Tensor, onto:str, dtype:torch.dtype, name:str) -> torch.Tens
     if (kept := W.to(dtype)).isfinite().all(): return kept
     raise QLoRAError(f"a weight is too large for {dtype}.", name, "Choose dtype='bfloat16'.")
 
+# %% ../../nbs/4_using/45_merge.ipynb #9e1b72a1-a
+def _merge_layer(m, onto, dtype, name) -> tuple:   # Sums of squares: weight, change, what is lost
+    was = weight_of(m).detach().clone()
+    m.merge(safe_merge=True)
+    W = weight_of(m).data
+    turned = isinstance(m.get_base_layer(), Conv1D)   # its rows are our columns
+    kept = as_kept(W.T.contiguous() if turned else W, onto, dtype, name)
+    weight_of(m).data = kept = kept.T.contiguous() if turned else kept
+    return tuple(o.square().sum().item() for o in (was, W - was, kept.float() - W))
+
 # %% ../../nbs/4_using/45_merge.ipynb #9e1b72a1
 @torch.no_grad()
 def add_up(model,   # Of `with_adapter`; changed in place
            onto:str, dtype:torch.dtype) -> dict:
     "Merge, and round to what is stored: the size of the change, and the part lost in rounding."
-    weights = change = lost = 0.
-    for n, m in [o for o in model.named_modules() if isinstance(o[1], LoraLayer)]:
-        was = weight_of(m).detach().clone()
-        m.merge(safe_merge=True)
-        W = weight_of(m).data
-        turned = isinstance(m.get_base_layer(), Conv1D)   # its rows are our columns
-        kept = as_kept(W.T.contiguous() if turned else W, onto, dtype, n)
-        weight_of(m).data = kept = kept.T.contiguous() if turned else kept
-        weights += was.square().sum().item()
-        change += (W - was).square().sum().item()
-        lost += (kept.float() - W).square().sum().item()
+    layers = [o for o in model.named_modules() if isinstance(o[1], LoraLayer)]
+    squares = [_merge_layer(m, onto, dtype, n) for n, m in layers] or [(0., 0., 0.)]
+    weights, change, lost = map(sum, zip(*squares))
     if not change:
         raise QLoRAError("the adapter changes nothing: all of its B are zero.",
                          cure="Has it been trained?")
@@ -151,6 +154,18 @@ def file_dtype(dtype,                    # A torch dtype, its name, or None
     "The number format of an export. Raises `QLoRAError` for one that no file should be in."
     return as_dtype(dtype) or as_dtype(read_config(base, revision).dtype or torch.float32)
 
+# %% ../../nbs/4_using/45_merge.ipynb #415063af-a
+def _wanted(folder, onto, dtype, base, trained_in, device) -> tuple:
+    if onto not in ONTO:
+        raise QLoRAError(f"there is no onto='{onto}'.", cure=f"Choose from: {', '.join(ONTO)}.")
+    source = read_source(folder, base)
+    check_adapter(source), base_for(source.folder, source.base, base)
+    trained_in = as_dtype(trained_in or source.notes.get("dtype") or pick_dtype(device))
+    revision = revision_of(source)
+    dtype = file_dtype(dtype, source.base, revision)
+    check_base(source.folder, source.base, source.notes, revision)
+    return source, revision, dtype, trained_in
+
 # %% ../../nbs/4_using/45_merge.ipynb #415063af
 def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's format
            onto:str="dequantized",     # "dequantized": what was trained; "original"; "4bit"
@@ -160,15 +175,8 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
            device:str|None="cpu"       # Where to add; four bytes a parameter are needed there
           ) -> Merged:
     "A model with its adapter merged, as it will be saved. Raises `QLoRAError` where it cannot be."
-    if onto not in ONTO:
-        raise QLoRAError(f"there is no onto='{onto}'.", cure=f"Choose from: {', '.join(ONTO)}.")
-    source = read_source(folder, base)
-    check_adapter(source)
-    base_for(source.folder, source.base, base)
-    trained_in = as_dtype(trained_in or source.notes.get("dtype") or pick_dtype(device))
-    revision = revision_of(source)
-    dtype, (tok, chat) = file_dtype(dtype, source.base, revision), export_tokenizer(source)
-    check_base(source.folder, source.base, source.notes, revision)
+    source, revision, dtype, trained_in = _wanted(folder, onto, dtype, base, trained_in, device)
+    tok, chat = export_tokenizer(source)
     model = plain_base(source.base, onto, trained_in, device, revision, source)
     if onto == "original": want = probe(model := with_adapter(model, source))
     else: model, want = written_out(model, source)
@@ -196,12 +204,13 @@ def merge_words(f:dict) -> str:   # The facts of `merged`
             f"{f['change']:.2%} of their norm; storing the sum in {f['dtype']} adds an error of "
             f"{f['lost']:.2%} of this change.")
 
-# %% ../../nbs/4_using/45_merge.ipynb #ff6790d3
+# %% ../../nbs/4_using/45_merge.ipynb #ff6790d3-a
 def unsaved_buffers(model) -> dict:   # name → tensor
     "What a model computes when it is built, such as a table of angles, and no file holds."
     return {f"{n}.{k}": b for n, m in model.named_modules()
             for k in m._non_persistent_buffers_set if (b := m._buffers.get(k)) is not None}
 
+# %% ../../nbs/4_using/45_merge.ipynb #ff6790d3
 def read_back(folder, want:torch.Tensor, dtype:torch.dtype,   # The logits it should have
               unsaved:dict={}):   # Of `unsaved_buffers`, as they were in training
     "Load what was written. Raises `QLoRAError` where it cannot be loaded, or is another model."

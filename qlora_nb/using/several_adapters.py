@@ -40,6 +40,17 @@ def free_name(model, name:str) -> str:
                          cure="Use letters and digits.")
     return name
 
+# %% ../../nbs/4_using/43_several_adapters.ipynb #b51684c4-a
+def _say_of_base(model, folder, notes, base):
+    "Warn where the model is another one than an adapter was trained on, as far as anybody knows."
+    have, at = getattr(model, "qlora_nb_name", base), getattr(model, "qlora_nb_revision", None)
+    known = notes.get("base_sha256")
+    if have != base:
+        warnings.warn(f"{folder.name} was trained on {base}; this is {have}.", stacklevel=3)
+    elif known and known != (content_id(locate(have), revision=at) or known):
+        warnings.warn(f"{folder.name} was trained on other weights than {have} has now.",
+                      stacklevel=3)
+
 # %% ../../nbs/4_using/43_several_adapters.ipynb #b51684c4
 def add_adapter_from(model,               # A base, or a model with PEFT's adapters on it
                      folder:str|Path,     # Of a run or of an adapter
@@ -47,13 +58,7 @@ def add_adapter_from(model,               # A base, or a model with PEFT's adapt
     "Put one more adapter on a model. Only the first is switched to."
     folder, notes, base = adapter_folder(folder)
     free_name(model, name), check_fits(model, folder)
-    have, at = getattr(model, "qlora_nb_name", base), getattr(model, "qlora_nb_revision", None)
-    known = notes.get("base_sha256")
-    if have != base:
-        warnings.warn(f"{folder.name} was trained on {base}; this is {have}.", stacklevel=2)
-    elif known and known != (content_id(locate(have), revision=at) or known):
-        warnings.warn(f"{folder.name} was trained on other weights than {have} has now.",
-                      stacklevel=2)
+    _say_of_base(model, folder, notes, base)
     with quiet(): model = attach_adapter(model, folder, name)
     note_loaded(model, name, notes)
     return model.eval(), notes
