@@ -1,7 +1,7 @@
 "What a function of the front door is handed: a value of the wrong kind ends in one sentence, and never in another meaning."
 import pytest, pyarrow as pa, torch
 from pathlib import Path
-from transformers import AutoModelForCausalLM, MptConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, LlamaModel, MptConfig, TrainerCallback
 
 from common import once, small_base, small_tokenizer
 from qlora_nb import (add_adapters, audit_4bit, encode_prompt, evaluate, finetune, generate, load_model, load_rows, load_tokenizer, merge_and_save, plan,
@@ -176,3 +176,10 @@ def test_ctrl_c_while_a_trained_model_is_scored(base, tmp_path, monkeypatch):
 def test_a_user_who_is_not_here(base):
     for f in (lambda o: load_rows(o + "/a.jsonl"), lambda o: finetune(base, ROWS, o), lambda o: merge_and_save("run", o)):
         with pytest.raises(QLoRAError, match="this user has no home"): f("~nobody-of-this-name")
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_a_model_without_a_head(kind, tmp_path):
+    "The head of a reward model, or of one for embeddings, would be random, and nothing would say so."
+    kind(LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)).save_pretrained(tmp_path)
+    with pytest.raises(QLoRAError, match=f"no output head: it was saved as {kind.__name__}, and is no causal"): load_model(tmp_path, device="cpu")

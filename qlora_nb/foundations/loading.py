@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Audit', 'WIDE_SHARE', 'QUANTIZATIONS', 'bnb_kind', 'refuse_wide', 'refuse_repacking', 'audit_4bit',
            'disable_cpu_repacking', 'check_sizes', 'audited', 'quick_quantize', 'quick_codes', 'check_stored',
-           'scale_sum', 'noted', 'read_base', 'check_quantization', 'load_model']
+           'scale_sum', 'noted', 'refuse_random_head', 'read_base', 'check_quantization', 'load_model']
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #9eeb54c3
 import contextlib, math
@@ -155,6 +155,14 @@ def noted(model, name, revision, dtype):   # As in `load_model`
     return model
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-r
+def refuse_random_head(model, missing, name):   # `missing`: names that the files do not hold
+    "Raise `QLoRAError` where the head was not read, as of a classifier: it would be random."
+    head = model.get_output_embeddings()
+    if any(f"{n}.weight" in missing for n, m in model.named_modules() if m is head):
+        was = ", ".join(model.config.architectures or ["another kind"])
+        raise QLoRAError(f"its files hold no output head: it was saved as {was}, and is no "
+                         "causal language model.", str(name), "Give one that is.")
+
 def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` and `max_memory`
               skip=()):   # Layers that are left wide
     "One reading of a checkpoint, in 4 bits where `bits` says so."
@@ -162,9 +170,11 @@ def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` a
     with hub_errors(name), quiet(), all_on_cards(name), contextlib.ExitStack() as s:
         blocks = (plain_linears, packing_stacks, quick_codes) if bits else ()
         for o in blocks: s.enter_context(o())
-        return as_it_is(AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
-            **where, **four))
+            output_loading_info=True, **where, **four)
+    refuse_random_head(model, info["missing_keys"], name)
+    return as_it_is(model)
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #qways
 QUANTIZATIONS = {}   # name → f(model, inputs), which fills its 4-bit layers anew and returns inputs
