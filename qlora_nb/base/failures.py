@@ -21,7 +21,7 @@ def broken_gradients(model:torch.nn.Module
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     if not grads: return []
     norms = torch._foreach_norm(list(grads.values()))
-    fine = torch.stack([o.float() for o in norms]).isfinite().tolist()
+    fine = torch.stack([o.float().to(norms[0].device) for o in norms]).isfinite().tolist()
     return [n for n, ok in zip(grads, fine) if not ok]
 
 # %% ../../nbs/base/failures.ipynb #dd58023c

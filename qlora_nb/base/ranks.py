@@ -8,8 +8,8 @@ __all__ = ['LOST', 'can_fork', 'join_group', 'on_ranks', 'n_ranks', 'rank', 'is_
 
 # %% ../../nbs/base/ranks.ipynb #d1570004
 import qlora_nb.base.core   # before PyTorch is loaded
-import contextlib, dill, multiprocessing, os, signal, sys, tempfile, threading, time
-import torch, traceback
+import cloudpickle, contextlib, multiprocessing, os, signal, sys, tempfile
+import threading, time, torch, traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 from torch import distributed as dist
@@ -35,16 +35,16 @@ def join_group(rank:int, n:int, store:str, backend:str):   # `store`: a file tha
 def _rank(rank, n, store, backend, pipe, job):
     try:
         join_group(rank, n, store, backend)
-        f, args = dill.loads(job) if isinstance(job, bytes) else job
-        pipe.send_bytes(dill.dumps((True, f(*args))))
+        f, args = cloudpickle.loads(job) if isinstance(job, bytes) else job
+        pipe.send_bytes(cloudpickle.dumps((True, f(*args))))
         dist.destroy_process_group()
     except BaseException as e:
         what = "".join(traceback.format_exception_only(e)).strip()
-        pipe.send_bytes(dill.dumps((False, (time.time(), what, traceback.format_exc()))))
+        pipe.send_bytes(cloudpickle.dumps((False, (time.time(), what, traceback.format_exc()))))
 
 # %% ../../nbs/base/ranks.ipynb #d1570013-a
 def _answer(pipe, child) -> tuple:   # (went well?, result or error)
-    try: return dill.loads(pipe.recv_bytes())
+    try: return cloudpickle.loads(pipe.recv_bytes())
     except EOFError:
         child.join()
         return False, (0., f"it was ended (exit code {child.exitcode}).", "")
@@ -80,7 +80,7 @@ def on_ranks(n:int,                # Processes
     not answer."""
     fork, children, pipes = can_fork(), [], []
     ctx = multiprocessing.get_context("fork" if fork else "spawn")
-    job = (f, args) if fork else dill.dumps((f, args), recurse=True)
+    job = (f, args) if fork else cloudpickle.dumps((f, args))
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(n):

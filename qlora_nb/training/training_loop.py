@@ -18,6 +18,7 @@ from trl import SFTTrainer
 # %% ../../nbs/2_training/22_training_loop.ipynb #f543dfaf
 from ..base.errors import QLoRAError
 from ..base.mapped import Order
+from ..base.triton_setup import is_spread
 from ..foundations.adapters import read_adapter, save_lora
 from ..speed.data_parallel import RankTrainer, counted_alone, first_of
 from ..speed.logits import evaluating, head_logits, own_loss, picked_logits, plain_head
@@ -117,7 +118,7 @@ class SureTrainer(AdapterCheckpoints):
         if self.sure or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, n)
         try: loss = super().compute_loss(model, inputs, False, n)
-        except AttributeError as e: why = str(e)   # it asks the config for a name that is not there
+        except (RuntimeError if is_spread(self.model) else AttributeError) as e: why = str(e)
         else:
             if not (why := first_of(self.off(batch, n))):   # of all processes
                 self.sure = True
