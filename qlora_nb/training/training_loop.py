@@ -36,8 +36,7 @@ def row_marks(model, batch  # `input_ids`, `attention_mask`, `labels`: (rows, to
     picked, inputs = labels[:, 1:] != -100, {k: v for k, v in batch.items() if k != "labels"}
     logits = (head_logits(model, hidden[:, :-1][picked.to(hidden.device)]) if plain
               else picked_logits(model, inputs, picked)).to(labels.device)   # it may be spread
-    losses, missed = torch.zeros(picked.shape, device=labels.device), torch.zeros_like(picked)
-    right = labels[:, 1:][picked]
+    right, losses, missed = labels[:, 1:][picked], picked.float()*0, torch.zeros_like(picked)
     losses[picked] = torch.nn.functional.cross_entropy(logits.float(), right, reduction="none")
     missed[picked] = logits.argmax(-1) != right
     if rows is not None:   # folded by `hidden_states`; `own`: (rows, tokens)
