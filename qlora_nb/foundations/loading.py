@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from ..base.core import Table, cpu_kind, keep_memory, pick_device, pick_dtype
 from ..base.arguments import as_dtype, check_model
+from ..base.causal import check_causal, may_look_ahead
 from ..base.errors import QLoRAError
-from ..base.model_files import hub_errors, locate
+from ..base.model_files import causal_config, hub_errors, locate
 from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears, quiet,
                                       stored_as, whole_blocks)
 from ..base.weights import (WEIGHT_COLUMNS, as_it_is, list_weights, misplaced, too_wide,
@@ -23,7 +24,7 @@ from ..base.weights import (WEIGHT_COLUMNS, as_it_is, list_weights, misplaced, t
 from .expert_weights import pack_stacks, packing_stacks
 from .nf4 import levels, nearest_code, scale_blocks
 import bitsandbytes as bnb, torch, torch.nn as nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #611dbdb4
 def bnb_kind() -> str:  # As of `cpu_kind`
@@ -129,12 +130,10 @@ def quick_codes():
         yield
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #edb50b2c
-def check_stored(name, place, revision="main") -> str|None:   # As `stored_as`
+def check_stored(name, revision) -> str|None:   # As in `load_model`; as `stored_as`
     """How a checkpoint is stored. Raises `QLoRAError` where that is a format that cannot be
     trained here."""
-    with hub_errors(name):
-        stored = stored_as(AutoConfig.from_pretrained(place, revision=revision,
-                                                      trust_remote_code=False))
+    stored = stored_as(causal_config(name, revision))
     if stored in (None, "nf4"): return stored
     raise QLoRAError(f"its weights are quantized already, in {stored.upper()}, and cannot be "
                      "trained here.", str(name),
@@ -211,11 +210,12 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
     if device and device_map:
         raise QLoRAError("device and device_map are both given.", str(name), "Give one of them.")
     device, place, dtype = pick_device(device), locate(name, revision), as_dtype(dtype)
-    dtype, stored = dtype or pick_dtype(device), check_stored(name, place, revision or "main")
+    dtype, stored = dtype or pick_dtype(device), check_stored(name, revision)
     check_quantization(quantization, bits, stored)
     where = dict(device_map=device_map or {"": device}, max_memory=max_memory)
     load = partial(read_base, name, place, bits, dtype, revision or "main", where)
     model = disable_cpu_repacking(load())
+    if may_look_ahead(model.config): check_causal(model, name)
     if stored: model = as_asked(model, bits, dtype)
     if device.type == "cpu": keep_memory()
     if bits: model = audited(model, load if not stored else None)

@@ -11,14 +11,15 @@ __all__ = ['SHAPES', 'LOW', 'HIGH', 'BUILT', 'on_card', 'tensors_in', 'described
 import copy, re, weakref
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #d87a764b
-from ..base.model_files import hub_errors, locate
+from ..base.causal import check_kind
+from ..base.model_files import causal_config
 from ..base.weights import as_it_is
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 from ..base.nf4_config import plain_linears, quiet
 
@@ -122,10 +123,10 @@ class Autocast(TorchFunctionMode):
 def config_of(model) -> PretrainedConfig:
     """The config of a model's name, folder, config or of itself. Raises `QLoRAError` when it
     cannot be read."""
-    if isinstance(model, PretrainedConfig): return model.get_text_config()
     if hasattr(model, "config"): return model.config.get_text_config()
-    with hub_errors(model):
-        return AutoConfig.from_pretrained(locate(model), trust_remote_code=False).get_text_config()
+    config = model if isinstance(model, PretrainedConfig) else causal_config(model)
+    for o in (config, config.get_text_config()): check_kind(o, o.model_type)
+    return o
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #00915a3a
 BUILT = {}

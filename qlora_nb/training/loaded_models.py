@@ -240,7 +240,7 @@ def before_weights(model, tokenizer, rows, numbers, held, s:dict, source:str, sc
                    ) -> tuple:  # (tokenizer, what `encode_checked` returns)
     "Encode the rows, and check all of them and the settings, where no model is loaded yet too."
     if isinstance(model, (str, Path)):
-        tokenizer = load_tokenizer(s["model"], s["model_revision"])
-        model = without_weights(s["model"], s["model_revision"])
+        model, tokenizer = (f(s["model"], s["model_revision"])
+                            for f in (without_weights, load_tokenizer))
         if model is not None: check_beforehand(model, s)
     return tokenizer, encode_checked(model, tokenizer, rows, numbers, s, source, held, scored)

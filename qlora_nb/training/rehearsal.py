@@ -24,6 +24,7 @@ from ..base.errors import QLoRAError
 from ..foundations.adapters import as_named, read_adapter, save_adapter
 from ..foundations.lora_model import adapter_tensors
 from ..base.nf4_config import quiet
+from ..base.causal import check_causal
 from .end_tokens import check_longest, with_lengths
 from ..foundations.qlora import is_scratch
 from ..speed.data_parallel import counted_alone
@@ -204,6 +205,7 @@ def _step(trainer, examples, collator, pad, measure, base, called):
         batch, padded = collator([two] if isinstance(examples[0], list) else two), pad(two)
         batch = {k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)}
         check_longest(model, examples)
+        with trainer.compute_loss_context_manager(): check_causal(model, base)
         loss = same_losses(trainer, batch, padded, measure)
         dead = check_gradients(model, mine, called)
         check_reload(model, mine, base)
