@@ -15,12 +15,14 @@ from .errors import QLoRAError
 # %% ../../nbs/base/causal.ipynb #7c3a1008
 def check_kind(config, name):   # Of a model; what to call it
     "Raise `QLoRAError` where a config is that of an encoder-decoder, or of no language model."
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    own = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ if known else None
-    saved = config.architectures or []
-    if known and (not config.is_encoder_decoder or own in saved): return
-    what = ("an encoder-decoder" if config.is_encoder_decoder else
-            "a model for which transformers has no causal language model")
+    kinds, saved = MODEL_FOR_CAUSAL_LM_MAPPING, config.architectures or []
+    own = kinds[type(config)] if type(config) in kinds else None
+    alone = config.is_encoder_decoder and getattr(own, "__name__", None) not in saved
+    again = own and own.config_class in kinds   # once it is saved
+    if again and not alone: return
+    what = ("an encoder-decoder" if alone else
+            "a model for which transformers has no causal language model" if not own else
+            "a model whose language part cannot be loaded again once it is saved")
     raise QLoRAError(f"it is {what} ({', '.join(saved) or config.model_type}).", str(name),
                      "Give a causal language model, which writes from left to right.")
 

@@ -42,9 +42,11 @@ def refuse_wide(model, found:list, four:list):   # All weights; those in 4 bits
     "Raise `QLoRAError` where more than `WIDE_SHARE` is wide without a reason."
     wide = [w for w in found if w.kind == "wide" or w.kind.startswith("FP4")]
     if sum(w.numel for w in wide) > WIDE_SHARE*sum(w.numel for w in four + wide):
-        raise QLoRAError(too_wide(model, found, wide), where=type(model).__name__,
-                         cure="Load it with qlora_nb.foundations.loading.load_model, or quantize "
-                              "it with qlora_nb.foundations.qlora.")
+        cure = ("Load it with qlora_nb.foundations.loading.load_model, or quantize it with "
+                "qlora_nb.foundations.qlora.")
+        if hasattr(model, "qlora_nb_read"):   # by `audited`
+            cure = "They are in no linear layer and in no stack of experts: choose another model."
+        raise QLoRAError(too_wide(model, found, wide), where=type(model).__name__, cure=cure)
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #166edaf2-b
 def refuse_repacking(modules:dict):   # By name
@@ -203,8 +205,7 @@ def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a H
                device_map:str|dict|None=None, max_memory:dict|None=None,
                quantization:str="nf4",        # How to fill NF4; others: see `QUANTIZATIONS`
                inputs=None):                  # For them, as in `beyond.scale_search.refill`
-    """Load a causal language model for QLoRA, in eval mode, and audit it. Raises `QLoRAError`
-    when that cannot be done."""
+    "Load a causal language model for QLoRA, in eval mode, and audit it, or raise `QLoRAError`."
     if bits not in (4, None):
         raise QLoRAError(f"bits={bits} is not on offer.", cure="Choose 4, or None for 16 bits.")
     if device and device_map:
