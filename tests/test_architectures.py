@@ -36,7 +36,8 @@ def folders(tmp_path_factory):
 def test_the_whole_way(name, backend, folders):
     facts = check(name, backend, folders(name))
     assert right(facts), facts
-    if "refused" in facts: assert backend == "scratch" and name in ("mamba", "mamba2"), facts
+    # a fused kernel takes the weight of nemotron_h's out_proj in training alone, as that of mamba2
+    if "refused" in facts: assert backend == "scratch" and name in ("mamba", "mamba2", "nemotron_h"), facts
 
 
 OTHERS = dict(   # of kinds that the matrix does not have

@@ -156,7 +156,9 @@ def read_elsewhere(model:nn.Module
     found, was, error, training = set(), {m: type(m) for m in layers}, None, model.training
     ids = torch.arange(3, 6, device=next(model.parameters()).device)[None]
     for m in layers: m.__class__ = spy_class(was[m], found.add)
-    try: model.train()(input_ids=ids), model.eval()(input_ids=ids)   # they may go different ways
+    try:   # they may go different ways
+        model.train()(input_ids=ids, use_cache=False)   # as it is trained
+        model.eval()(input_ids=ids)
     except Exception as e: error = e
     finally:
         model.train(training)
