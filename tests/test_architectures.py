@@ -2,7 +2,7 @@
 import json, sys
 
 import pytest, torch, transformers
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
 
 from common import ROOT
 sys.path.insert(0, str(ROOT/"nbs"/"experiments"))
@@ -220,6 +220,46 @@ def test_what_finetune_saves_loads_and_merges(name, backend, how, tmp_path, monk
     bfloat16 = run.model.get_input_embeddings().weight.dtype == torch.bfloat16   # what this processor trained in
     assert (merged - y).norm() < (.02 if bfloat16 else 1e-5)*y.norm()
 
+
+class Expert(torch.nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.up, self.down = (torch.nn.Linear(*o, bias=False) for o in ((c.hidden_size, c.intermediate_size), (c.intermediate_size, c.hidden_size)))
+    def forward(self, x): return self.down(torch.nn.functional.silu(self.up(x)))
+
+class Experts(torch.nn.ModuleList):
+    def forward(self, x, index, weights):
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self):
+            rows, k = (index == e).nonzero(as_tuple=True)
+            y = y.index_add(0, rows, (expert(x[rows])*weights[rows, k, None]).to(y.dtype))
+        return y
+
+class ListConfig(MixtralConfig): model_type = "list_of_experts"
+
+class ListForCausalLM(MixtralForCausalLM):
+    config_class = ListConfig
+    def __init__(self, config):
+        super().__init__(config)
+        for o in self.model.layers: o.mlp.experts = Experts(Expert(config) for _ in range(config.num_local_experts))
+        self.post_init()
+
+def test_experts_in_a_list_keep_the_loss_of_their_routers(tmp_path):
+    "They are in no stack, and yet there are routers, whose loss is part of what is trained."
+    AutoConfig.register("list_of_experts", ListConfig, exist_ok=True)
+    AutoModelForCausalLM.register(ListConfig, ListForCausalLM, exist_ok=True)
+    config = ListConfig(**architectures.MOE | dict(num_local_experts=4, output_router_logits=True, router_aux_loss_coef=.5))
+    facts = check("list", folder=build("list", str(tmp_path), config))
+    assert right(facts), facts   # the gradient too, of which the routers' loss is a part
+    assert load_model(tmp_path, device="cpu").config.router_aux_loss_coef == .5
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_config_with_a_loss_for_routers_that_are_not_there(place):
+    from qlora_nb.base.weights import as_it_is
+    kind, fields = MORE["doge"]
+    with torch.device(place): model = AutoModelForCausalLM.from_config(getattr(transformers, f"{kind}Config")(**fields))
+    assert model.config.router_aux_loss_coef and not as_it_is(model).config.router_aux_loss_coef
 
 def test_a_decoder_that_is_no_head(tmp_path):
     from qlora_nb.memory.planner import plan

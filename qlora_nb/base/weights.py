@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Weight', 'WEIGHT_COLUMNS', 'state_bytes', 'four_bit_kind', 'acts_linear', 'full_shape', 'stack_owners', 'routers',
            'list_weights', 'clean_name', 'wide_kinds', 'Noted', 'spy_class', 'read_elsewhere', 'computes_with_weights',
-           'misplaced', 'below_head', 'as_it_is', 'weight_rows', 'wide_layers', 'too_wide']
+           'misplaced', 'below_head', 'routers_loss', 'as_it_is', 'weight_rows', 'wide_layers', 'too_wide']
 
 # %% ../../nbs/base/weights.ipynb #4a7564e2
 import qlora_nb.base.core   # before PyTorch is loaded
@@ -186,12 +186,24 @@ def misplaced(model:nn.Module
 # %% ../../nbs/base/weights.ipynb #0687f3d4
 def below_head(model) -> nn.Module: return model.base_model   # for `get_decoder`
 
+@torch.no_grad()
+def routers_loss(model) -> bool:
+    "Does the model have a loss for its routers, when it is asked for one?"
+    ids, mode = torch.arange(3, 6, device=next(model.parameters()).device)[None], model.training
+    if ids.is_meta: return False   # where no token can choose an expert
+    try:
+        out = model.train()(input_ids=ids, use_cache=False, output_router_logits=True)
+        return torch.is_tensor(getattr(out, "aux_loss", None))
+    except (IndexError, TypeError, AttributeError, ValueError): return False
+    finally: model.train(mode)
+
 def as_it_is(model:nn.Module):   # Any causal language model; changed in place
     "The model, whose decoder is not its head, and whose config has no routers without experts."
     if (head := model.get_output_embeddings()) is not None and model.get_decoder() is head:
         model.get_decoder = MethodType(below_head, model)
     config = model.config.get_text_config()
-    if getattr(config, "router_aux_loss_coef", 0) and not stack_owners(model):
+    asked = getattr(config, "router_aux_loss_coef", 0) and not stack_owners(model)
+    if asked and not routers_loss(model):
         config.router_aux_loss_coef, config.output_router_logits = 0., False
     return model
 
