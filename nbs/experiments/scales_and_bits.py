@@ -246,7 +246,8 @@ def two_blocks(trial, choices):
     "The page's own model: two blocks and 64 tokens, one matrix at a time."
     model, every = trial.model, trial.model.model.layers
     model.model.layers = every[:2]
-    rows = trial.bench.ids[None, LEARN:LEARN + 64]
+    text = "\n".join(o["prompt"].splitlines()[-1] for o in make_tickets("train", 8))   # the reference is another with each Python
+    rows = load_tokenizer()(text, add_special_tokens=False, return_tensors="pt").input_ids[:, :64].to(model.device)
     p = [log_probs(model, rows[0]).exp()]
     some = {n: {b: round_bits(trial.bench.W[n], b) for b in (2, 3, 4, 8)} for n in choices}
     got = sensitivities({n: trial.bench.layers[n] for n in choices}, some, 4, lambda: divergence(model, p, rows)[0][0])
