@@ -125,8 +125,8 @@ def config_of(model) -> PretrainedConfig:
     cannot be read."""
     if hasattr(model, "config"): return model.config.get_text_config()
     config = model if isinstance(model, PretrainedConfig) else causal_config(model)
-    for o in (config, config.get_text_config()): check_kind(o, o.model_type)
-    return o
+    for o in (config, text := config.get_text_config()): check_kind(o, o.model_type)
+    return text
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #00915a3a
 BUILT = {}

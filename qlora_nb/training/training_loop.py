@@ -117,7 +117,7 @@ class SureTrainer(AdapterCheckpoints):
         if self.sure or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, n)
         try: loss = super().compute_loss(model, inputs, False, n)
-        except (RuntimeError if is_spread(self.model) else AttributeError) as e: why = str(e)
+        except (AttributeError, *[RuntimeError]*is_spread(self.model)) as e: why = str(e)
         else:
             if not (why := first_of(self.off(batch, n))):   # of all processes
                 self.sure = True
