@@ -8,7 +8,7 @@ __all__ = ['PARTS', 'PAPER', 'sheet_parts', 'adoption_sheet']
 # %% ../../nbs/classroom/adoption_sheet.ipynb #ad000003
 import re
 import nbformat
-from .site_pages import site_links
+from .site_pages import TITLE, site_links
 from .slides import output_html, prose_html
 
 # %% ../../nbs/classroom/adoption_sheet.ipynb #ad000006
@@ -46,6 +46,5 @@ h2, h3 {break-after: avoid}"""
 def adoption_sheet(nb:nbformat.NotebookNode, cfg:dict) -> str:
     "A page of HTML to print, of the instructor's guide."
     body = "\n".join(sheet_parts(nb, cfg))
-    title = "QLoRA, built piece by piece"
-    return (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
-            f"<style>\n{PAPER}\n</style>\n<h1>{title}</h1>\n{body}\n</html>\n")
+    return (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{TITLE}</title>\n'
+            f"<style>\n{PAPER}\n</style>\n<h1>{TITLE}</h1>\n{body}\n</html>\n")

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 import qlora_nb
 from ..apps.cli import one_line_errors
+from .site_pages import TITLE
 
 # %% ../../nbs/classroom/grade_command.ipynb #41000007
 def grade_parser() -> argparse.ArgumentParser:
@@ -34,7 +35,7 @@ def grade_parser() -> argparse.ArgumentParser:
     add("--key", default=None, help="a private key: writes certificates")
     add("--new-key", default=None, help="a file for a new private key: writes certificates")
     add = p.add_argument
-    add("--course", default="QLoRA, built piece by piece",
+    add("--course", default=TITLE,
         help="the name on a certificate, before the pages that were graded")
     add("--term", default=None, help="the version on a certificate (None: that of the package)")
     add("--supported-until", default=None, help="a date such as 2027-09-30, on a certificate")
