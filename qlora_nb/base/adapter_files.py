@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'BROKEN', 'quantized', 'note_quantization', 'quantized_as', 'same_quantization', 'describe_adapter',
-           'read_json', 'open_tensors']
+           'read_json', 'open_tensors', 'matrix_names']
 
 # %% ../../nbs/base/adapter_files.ipynb #b6e84c0d
 import qlora_nb.base.core   # before PyTorch
@@ -86,3 +86,13 @@ def open_tensors(folder:Path):  # Of an adapter
     try: return safe_open(file, "pt")
     except SafetensorError as e:
         raise QLoRAError(f"this file is damaged ({e}).", str(file), BROKEN) from e
+
+# %% ../../nbs/base/adapter_files.ipynb #names
+def matrix_names(folder:Path) -> set:  # Of an adapter
+    "The names of its matrices. Raises `QLoRAError` where one holds NaN or an infinity."
+    with open_tensors(folder) as f:
+        for k in f.keys():
+            if not f.get_tensor(k).isfinite().all():
+                raise QLoRAError(f"the adapter holds numbers that are none, such as in {k}.",
+                                 str(folder), "Take it from an earlier checkpoint of its run.")
+        return {k for k in f.keys() if ".lora_" in k}

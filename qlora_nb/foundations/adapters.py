@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'as_named', 'refused', 'adapted_layers', 'adapted_parameters', 'chosen_layers', 'short_names',
-           'refuse_options', 'peft_explained', 'put_adapters', 'add_adapters', 'adapter_coverage', 'save_adapter',
-           'sizes_explained', 'names_known', 'attach_adapter', 'read_adapter', 'tiny_qlora']
+           'refuse_options', 'peft_explained', 'put_adapters', 'add_adapters', 'could_have', 'adapter_coverage',
+           'save_adapter', 'sizes_explained', 'names_known', 'read_by_peft', 'attach_adapter', 'read_adapter',
+           'tiny_qlora']
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #0e572188
 from ..base.core import Table
@@ -18,7 +19,7 @@ from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #d4e49a76
-from ..base.adapter_files import describe_adapter, open_tensors, same_quantization
+from ..base.adapter_files import describe_adapter, matrix_names, same_quantization
 from ..base.errors import QLoRAError
 from ..base.model_files import tiny_model
 from ..base.nf4_config import quiet
@@ -136,19 +137,21 @@ def add_adapters(model,                       # A 4-bit model of either backend
     return model
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #8c95d4ff
+def could_have(model) -> dict:   # With adapters of either backend
+    "Each weight that could have an adapter, by name, and how many numbers it has."
+    return {w.name: w.numel for w in list_weights(model)
+            if w.kind.startswith("NF4") or w.kind in ("wide", "router", "read elsewhere")}
+
+# %% ../../nbs/1_foundations/09_adapters.ipynb #8c95d4ff-b
 def adapter_coverage(model) -> Table:   # With adapters of either backend
     "By kind of weight that could have an adapter: how many numbers, and whether it has one."
-    size = {w.name: w.numel for w in list_weights(model)
-            if w.kind.startswith("NF4") or w.kind in ("wide", "router", "read elsewhere")}
-    have = {f"{n}{end}" for n in adapted_layers(model) for end in ("", ".weight")}
-    have |= {*adapted_parameters(model)}
-    rows, kinds, total = [], {}, sum(size.values())
+    size, have, kinds = could_have(model), {*adapted_layers(model)}, {}
+    have = {f"{n}{end}" for n in have for end in ("", ".weight")} | {*adapted_parameters(model)}
+    def row(kind, names):
+        n, covered = (sum(size[o] for o in names if o in own) for own in (size, have))
+        return [kind, f"{n:,}", n/sum(size.values()), covered/n]
     for o in size: kinds.setdefault(re.sub(r"\b\d+\b", "*", o), []).append(o)
-    for kind,ns in kinds.items():
-        n = sum(size[o] for o in ns)
-        rows.append([kind, f"{n:,}", n/total, sum(size[o] for o in ns if o in have)/n])
-    covered = sum(size[o] for o in size if o in have)
-    return Table([*rows, ["all", f"{total:,}", 1., covered/total]],
+    return Table([*(row(k, names) for k,names in kinds.items()), row("all", size)],
                  ["weights", "numbers", "share", "with an adapter"], ".1%")
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #90564f31
@@ -190,27 +193,28 @@ def names_known(model, keys) -> bool:
     mods = {clean_name(n) for n in outer_modules(model)}
     return all(clean_name(k.partition(".lora_")[0]) in mods for k in keys)
 
+# %% ../../nbs/1_foundations/09_adapters.ipynb #fa0e62f2-a
+def read_by_peft(model, folder, name, keys):   # As in `attach_adapter`; the names in the file
+    "Let PEFT put an adapter from a file on a model."
+    with (quiet(), as_named() if names_known(model, keys) else contextlib.nullcontext(),
+          stacks_as_parameters(model), sizes_explained(folder), warnings.catch_warnings()):
+        warnings.filterwarnings("ignore", message=".*missing adapter keys.*")   # compared below
+        if isinstance(model, PeftModel): model.load_adapter(folder, name)
+        else: model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    return model
+
 # %% ../../nbs/1_foundations/09_adapters.ipynb #fa0e62f2
 def attach_adapter(model,               # A base, or a model with PEFT's adapters on it
                    folder:str|Path,     # Of an adapter in PEFT's format
                    name:str="default"):
     "Put an adapter from a file on a model. Raises `QLoRAError` unless each matrix has its layer."
     same_quantization(model, folder := Path(folder).expanduser())
-    with open_tensors(folder) as f:
-        for k in f.keys():
-            if not f.get_tensor(k).isfinite().all():
-                raise QLoRAError(f"the adapter holds numbers that are none, such as in {k}.",
-                                 str(folder), "Take it from an earlier checkpoint of its run.")
-        keys = {k for k in f.keys() if ".lora_" in k}
+    keys = matrix_names(folder)
     if is_scratch(model):
         load_lora(model, folder, name)
         model.disable_adapter = partial(disable_adapter, model)
         return model
-    with (quiet(), as_named() if names_known(model, keys) else contextlib.nullcontext(),
-          stacks_as_parameters(model), sizes_explained(folder), warnings.catch_warnings()):
-        warnings.filterwarnings("ignore", message=".*missing adapter keys.*")   # compared below
-        if isinstance(model, PeftModel): model.load_adapter(folder, name)
-        else: model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+    model = read_by_peft(model, folder, name, keys)
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if odd := keys ^ {k for k in own if ".lora_" in k}:
         raise QLoRAError(f"{len(odd)} matrices of the adapter and the model do not belong "

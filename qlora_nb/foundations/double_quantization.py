@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['dynamic_code', 'DoubleQuantized', 'double_quantize', 'dequantize_packed', 'QuantizedTensor', 'check_format',
-           'check_quantizable', 'quantize']
+           'check_finite', 'check_quantizable', 'quantize']
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #c69882bf
 from ..base.core import Table
@@ -148,6 +148,15 @@ def check_format(codebook:str, block_size:int):  # As in `quantize`
         raise QLoRAError(f"a block of {block_size} is not possible.",
                          cure="Use a power of two from 2 up; 64 is usual.")
 
+# %% ../../nbs/1_foundations/04_double_quantization.ipynb #5643985a-b
+def check_finite(W:torch.Tensor, where:str):  # `where`: what an error says of the tensor
+    "Raise `QLoRAError` with the place of the first value that is NaN or infinite."
+    if W.abs().amax().isfinite(): return   # NaN too: it is passed on
+    bad = (~W.isfinite()).nonzero()
+    what = (f"{len(bad):,} of {W.numel():,} values are NaN or infinite, the first at "
+            f"{bad[0].tolist()}.")
+    raise QLoRAError(what, where, "Look for a damaged checkpoint, or an overflow in float16.")
+
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #5643985a
 def check_quantizable(W:torch.Tensor, codebook:str, block_size:int):  # As in `quantize`
     "Raise `QLoRAError` for what cannot be quantized."
@@ -161,11 +170,7 @@ def check_quantizable(W:torch.Tensor, codebook:str, block_size:int):  # As in `q
     if W.numel() == 0:
         raise QLoRAError("there is nothing to quantize.", where, "Skip tensors without elements.")
     check_format(codebook, block_size)
-    if not W.abs().amax().isfinite():   # NaN too: it is passed on
-        bad = (~W.isfinite()).nonzero()
-        what = (f"{len(bad):,} of {W.numel():,} values are NaN or infinite, the first at "
-                f"{bad[0].tolist()}.")
-        raise QLoRAError(what, where, "Look for a damaged checkpoint, or an overflow in float16.")
+    check_finite(W, where)
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #eabc9fc5
 def quantize(W:torch.Tensor,       # Any shape, strides and device; float32, bfloat16 or float16
@@ -176,11 +181,10 @@ def quantize(W:torch.Tensor,       # Any shape, strides and device; float32, bfl
     "Quantize a weight to 4 bits. Raises `QLoRAError` for what `check_quantizable` refuses."
     check_quantizable(W, codebook, block_size)
     scaled, absmax = scale_blocks(W, block_size)
-    n = W.numel() + W.numel() % 2
-    codes = nearest_code(scaled.view(-1)[:n], levels(codebook, W.device))
+    codes = nearest_code(scaled.view(-1)[:W.numel() + W.numel() % 2], levels(codebook, W.device))
     scales = double_quantize(absmax) if double else absmax
-    return QuantizedTensor(codes[::2] << 4 | codes[1::2], scales, W.shape, W.dtype, block_size,
-                           codebook)
+    packed = codes[::2] << 4 | codes[1::2]
+    return QuantizedTensor(packed, scales, W.shape, W.dtype, block_size, codebook)
 
 # %% ../../nbs/1_foundations/04_double_quantization.ipynb #12f3868b
 @patch(cls_method=True)

@@ -9,6 +9,7 @@ __all__ = ['ParamWrapper', 'adopt_wrappers', 'shown_parameters', 'stacks_as_para
 # %% ../../nbs/1_foundations/11_expert_adapters.ipynb #e11a0003
 from ..base.weights import clean_name
 import contextlib, difflib, re
+from fastcore.basics import patch
 from peft.tuners.lora import layer as peft_layer
 from ..base.errors import QLoRAError
 from .expert_weights import is_stack, stacks_of
@@ -23,17 +24,23 @@ class ParamWrapper(peft_layer.ParamWrapper):   # PEFT knows it by this name
         was, stack.added = stack.added, tuple(self.factors(o) for o in active if o in self.lora_A)
         try: yield
         finally: stack.added = was
-    def factors(self, name:str
-                ) -> tuple:  # (B, A, scaling): (experts, rows, r), (experts, r, columns)
-        A, B = self.lora_A[name].weight, self.lora_B[name].weight
-        A = A.reshape(self.num_experts, -1, A.shape[-1])
-        B = B.reshape(B.shape[0], -1, self.num_experts).permute(2, 0, 1)
-        if not self._did_swap_in_out_features: A, B = B.mT, A.mT   # a stack of (inputs, outputs)
-        return B, A, self.scaling[name]
-    def merge(self, *args, **kw):
-        raise NotImplementedError(f"an adapter on {self.parameter_name} cannot be merged into a "
-                                  "stack in 4 bits. Use qlora_nb.using.merge.merge_and_save, which "
-                                  "writes the stack out.")
+
+# %% ../../nbs/1_foundations/11_expert_adapters.ipynb #51f49838-b
+@patch
+def factors(self:ParamWrapper, name:str
+            ) -> tuple:  # (B, A, scaling): (experts, rows, r), (experts, r, columns)
+    A, B = self.lora_A[name].weight, self.lora_B[name].weight
+    A = A.reshape(self.num_experts, -1, A.shape[-1])
+    B = B.reshape(B.shape[0], -1, self.num_experts).permute(2, 0, 1)
+    if not self._did_swap_in_out_features: A, B = B.mT, A.mT   # a stack of (inputs, outputs)
+    return B, A, self.scaling[name]
+
+# %% ../../nbs/1_foundations/11_expert_adapters.ipynb #51f49838-c
+@patch
+def merge(self:ParamWrapper, *args, **kw):
+    raise NotImplementedError(f"an adapter on {self.parameter_name} cannot be merged into a "
+                              "stack in 4 bits. Use qlora_nb.using.merge.merge_and_save, which "
+                              "writes the stack out.")
 
 # %% ../../nbs/1_foundations/11_expert_adapters.ipynb #342d9038
 def adopt_wrappers(model):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MERGED', 'PLAIN', 'lora_layers', 'set_adapter', 'lora_report', 'check_adapter', 'add_lora', 'delta', 'merge',
            'unmerge', 'disable_adapter', 'adapter_tensors', 'common_rule', 'adapter_config', 'write_adapter',
-           'save_adapter', 'plain_config', 'load_adapter']
+           'save_adapter', 'plain_config', 'wanted_tensors', 'load_adapter']
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #36cd7757
 from ..base.core import Table
@@ -91,10 +91,9 @@ def add_lora(model:nn.Module,               # Changed in place: its own paramete
              alpha_pattern:dict|None=None   # The same for alpha
             ) -> Table:                     # What was wrapped (see `lora_report`)
     "Add trainable adapters. Raises `QLoRAError` when a target matches nothing; warns if partly."
-    patterns = {**(rank_pattern or {}), **(alpha_pattern or {})}
     new = {n: (pattern_value(rank_pattern, n, r), pattern_value(alpha_pattern, n, lora_alpha),
                lora_dropout, rslora, adapter) for n in match_targets(model, target_modules)}
-    for k in patterns:
+    for k in {**(rank_pattern or {}), **(alpha_pattern or {})}:
         if not any(pattern_value({k: 1}, n, 0) for n in new):
             warnings.warn(f"'{k}' matches no layer.", stacklevel=2)
     check_adapter(model, adapter, new)
@@ -161,9 +160,8 @@ def common_rule(hyper:dict) -> tuple:   # Of {layer: its numbers}
 def adapter_config(model, adapter):
     "PEFT's description of an adapter, read off its layers; odd ranks go into `rank_pattern`."
     layers = lora_layers(model, adapter)
-    hyper = {n: m.hyper[adapter] for n,m in layers.items()}
     short = sorted({n.split(".")[-1] for n in layers})
-    rule, odd = common_rule(hyper)
+    rule, odd = common_rule({n: m.hyper[adapter] for n,m in layers.items()})
     if odd["lora_dropout"] or odd["use_rslora"]:
         raise QLoRAError("PEFT has one dropout and one scaling rule for all.")
     exact = set(chain(*find_targets(model, short).values())) == set(layers)
@@ -213,6 +211,18 @@ def plain_config(folder:Path) -> dict:   # Of an adapter
     raise QLoRAError(f"this is not plain LoRA: {', '.join(odd)}.", where=str(folder),
                      cure="Load it with PEFT.")
 
+# %% ../../nbs/1_foundations/06_lora_model.ipynb #522237e3-a
+def wanted_tensors(model, cfg:dict, have:dict) -> tuple:   # A configuration; what is in the file
+    "(layers that the adapter is for, {name of a tensor in the file: its shape})."
+    key = "base_model.model.{}.lora_{}.weight".format
+    some = cfg.get("layers_to_transform") is not None or cfg.get("exclude_modules")
+    names = {n for n in chain(*find_targets(model, cfg["target_modules"]).values())
+             if not some or key(n, "A") in have}
+    sizes = {n: (*layer_size(m), pattern_value(cfg.get("rank_pattern"), n, cfg["r"]))
+             for n,m in outer_modules(model).items() if n in names and layer_size(m)}
+    want = {key(n, "A"): (r, d_in) for n,(d_in, _, r) in sizes.items()}
+    return list(sizes), want | {key(n, "B"): (d_out, r) for n,(_, d_out, r) in sizes.items()}
+
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #522237e3
 def load_adapter(model:nn.Module,         # The base model; changed in place as by `add_lora`
                  folder:str|Path,         # Written by `save_adapter` or by PEFT
@@ -220,21 +230,13 @@ def load_adapter(model:nn.Module,         # The base model; changed in place as 
     "Add an adapter from a file. Raises `QLoRAError` for tensors that are missing, unknown or odd."
     cfg = plain_config(folder := Path(folder).expanduser())
     have, ranks = load_file(folder/"adapter_model.safetensors"), cfg.get("rank_pattern")
-    key = "base_model.model.{}.lora_{}.weight".format
-    some = cfg.get("layers_to_transform") is not None or cfg.get("exclude_modules")
-    names = {n for n in chain(*find_targets(model, cfg["target_modules"]).values())
-             if not some or key(n, "A") in have}
-    sizes = {n: (*layer_size(m), pattern_value(ranks, n, cfg["r"]))
-             for n,m in outer_modules(model).items() if n in names and layer_size(m)}
-    want = {key(n, "A"): (r, d_in) for n,(d_in, _, r) in sizes.items()}
-    want |= {key(n, "B"): (d_out, r) for n,(_, d_out, r) in sizes.items()}
-    bad = dict(missing=[k for k in want if k not in have],
-               unknown=[k for k in have if k not in want],
+    names, want = wanted_tensors(model, cfg, have)
+    bad = dict(missing=sorted({*want} - {*have}), unknown=sorted({*have} - {*want}),
                shape=[f"{k} is {(*have[k].shape,)}, not {o}" for k,o in want.items()
                       if k in have and have[k].shape != o])
     if bad := "; ".join(f"{k}: {', '.join(v[:3])} ({len(v)} in all)" for k,v in bad.items() if v):
         raise QLoRAError(f"this adapter does not fit the model. {bad}.", str(folder),
                          "Take the model it was made for.")
-    add_lora(model, list(sizes), cfg["r"], cfg["lora_alpha"], cfg.get("lora_dropout", 0.),
+    add_lora(model, names, cfg["r"], cfg["lora_alpha"], cfg.get("lora_dropout", 0.),
              cfg.get("use_rslora", False), adapter, ranks, cfg.get("alpha_pattern"))
     for k,p in adapter_tensors(model, adapter).items(): p.data.copy_(have[k])
