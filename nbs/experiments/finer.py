@@ -154,8 +154,8 @@ def group_of(name, layers=30):
 
 class Bench:
     "The model, its weights, its answers, and the moments of its layers' inputs."
-    def __init__(self, n, window=WINDOW, dtype=torch.bfloat16, device="cpu"):
-        self.model, tok = load_model(bits=None, dtype=dtype, device=device), load_tokenizer()
+    def __init__(self, n, window=WINDOW, dtype=torch.bfloat16, device="cpu", name="smollm2"):
+        self.model, tok = load_model(name, bits=None, dtype=dtype, device=device), load_tokenizer(name)
         self.ids = ids = tok(prose(), add_special_tokens=False, return_tensors="pt").input_ids[0].to(device)
         self.rows, self.layers = ids[:n*window].view(n, window), linear_layers(self.model)
         self.W = {n: m.weight.detach().float() for n, m in self.layers.items()}

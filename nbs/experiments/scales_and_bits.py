@@ -1,13 +1,13 @@
 """Learned scales and mixed bits on SmolLM2-135M: two experiments on one model, its text and its teacher.
 
-    python nbs/experiments/scales_and_bits.py scales nbs/results/learned_scales.json [--size full|cpu|tiny] [--device cuda] [--only NAME ...]
-    python nbs/experiments/scales_and_bits.py bits nbs/results/mixed_bits.json [--size full|cpu|tiny] [--device cuda]
+    python nbs/experiments/scales_and_bits.py scales nbs/results/learned_scales.json [--size full|cpu|tiny] [--device cuda] [--only NAME ...] [--limit SECONDS]
+    python nbs/experiments/scales_and_bits.py bits nbs/results/mixed_bits.json [--size full|cpu|tiny] [--device cuda] [--limit SECONDS]
     python nbs/experiments/scales_and_bits.py four nbs/results/mixed_bits.json --size part --device cpu
 
-`full` is for one GPU: about seven minutes for scales, more for bits. What is stored was cut off after six minutes each, without the codes
-of error feedback and without the budgets from four bits on; `four` measures at four bits what that run could not, on a CPU. `cpu` is
-what two cores do in about seven minutes of computing, and `tiny` only tries it. All is computed in float32. A run goes on with what its
-file has, and begins anew when the file is of another size.
+`full` is for one GPU: about ten minutes each. The first call was cut off after six minutes, without the codes of error feedback and
+without the budgets from four bits on; `four` measures at four bits what that run could not, on a CPU. `cpu` is what two cores do in about
+seven minutes of computing, and `tiny` only tries it. All is computed in float32. A run goes on with what its file has, and begins anew
+when the file is of another size or model; after `--limit` seconds no row is begun. `--model` takes another model than the packaged one.
 
 The text is the Python reference. Its first tokens, in rows, are the test, and nothing else sees them. Moments come from tokens 32,768
 to 34,816; scales are learned, and sensitivities measured, on rows from token 40,960 on; the learning rate is chosen on rows from token
@@ -16,8 +16,11 @@ to 34,816; scales are learned, and sensitivities measured, on rows from token 40
 
 The rules, written before the first run. All on the test rows, in pairs:
 - Learned scales *help* when the 95 % interval of KL less that of the same codes with the scales that they began with, at the same
-  storage, lies below zero; they *harm* when it lies above; else they are *not told apart*. The learning rate of each is the best of three
-  on other rows, and is called *bracketed* when it is the middle one.
+  storage, lies below zero; they *harm* when it lies above; else they are *not told apart*. The learning rate of each is the best of those
+  that were tried, on other rows, and is called *bracketed* when a lower and a higher one were tried. (In the first call the best one was
+  the highest of three. Then 1e-2 and 3e-2 were added, and the codes of error feedback measured; the rules stayed.)
+- Learned scales *add to error feedback* when the interval of KL less that of its codes as they were lies below zero. The two together are
+  *better than search and learned scales* when the interval of the KL of the one less that of the other, each at its best rate, does.
 - Scales fitted by row, layer by layer, and scales learned from the whole model are compared by the same rule; so are 8 bits that
   training sees, and 8 bits that it does not.
 - *Sensitivity is worth measuring* when at a budget the chosen bits have less KL than every random allocation of that budget and than
@@ -44,8 +47,9 @@ from qlora_nb.foundations.double_quantization import quantize
 from qlora_nb.training.tickets import make_tickets
 
 LEARN, CHOOSE = 40960, 81920   # first tokens
-ARMS = ["searched, 8 bits", "absmax, 8 bits", "searched, 32 bits", "absmax, 32 bits", "feedback, 8 bits"]
-SIZES = dict(full=dict(window=512, rows=16, others=4, learn=64, choose=8, steps=64, batch=4, rates=[3e-4, 1e-3, 3e-3], seeds=3, arms=ARMS,
+ARMS = ["searched, 8 bits", "absmax, 8 bits", "feedback, 8 bits", "searched, 32 bits", "absmax, 32 bits"]
+RATES = [3e-3, 1e-2, 1e-3, 3e-2, 3e-4]   # in the order of what is wanted most
+SIZES = dict(full=dict(window=512, rows=16, others=4, learn=64, choose=8, steps=64, batch=4, rates=RATES, seeds=3, arms=ARMS,
                        sensitive=4, bases=["unquantized", "nf4"], options=[2, 3, 4, 8, 16], budgets=[3, 3.5, 4, 4.5, 5], draws=8),
              cpu=dict(window=128, rows=8, others=2, learn=16, choose=2, steps=16, batch=1, rates=[1e-3, 3e-3], seeds=1, arms=ARMS[:2],
                       sensitive=1, bases=["nf4"], options=[2, 4, 8], budgets=[4], draws=4),
@@ -55,20 +59,20 @@ SIZES = dict(full=dict(window=512, rows=16, others=4, learn=64, choose=8, steps=
 SLICE = "model.layers.2.self_attn.v_proj"   # what a page measures again
 
 
-def tickets(n, window):
+def tickets(n, window, name):
     "Rows of support tickets and their answers, one after the other."
     text = "\n\n".join(f"{o['prompt']}\n{o['response']}" for o in make_tickets("test"))
-    return load_tokenizer()(text[:n*window*8], add_special_tokens=False, return_tensors="pt").input_ids[0, :n*window].view(n, window)
+    return load_tokenizer(name)(text[:n*window*8], add_special_tokens=False, return_tensors="pt").input_ids[0, :n*window].view(n, window)
 
 
 class Trial:
     "The model and its rows: test, tickets, and those to learn from and to choose by."
-    def __init__(self, o, device):
-        self.o, self.bench = o, Bench(o["rows"], o["window"], torch.float32, device)
+    def __init__(self, o, device, name="smollm2"):
+        self.o, self.bench = o, Bench(o["rows"], o["window"], torch.float32, device, name)
         self.model, ids = self.bench.model.requires_grad_(False), self.bench.ids
         def rows(first, n): return ids[first:first + n*o["window"]].view(n, o["window"])
         self.learn, self.choose = rows(LEARN, o["learn"]), rows(CHOOSE, o["choose"])
-        self.others = tickets(o["others"], o["window"]).to(device)
+        self.others = tickets(o["others"], o["window"], name).to(device)
         self.answers = {k: [log_probs(self.model, r).exp() for r in getattr(self, k)] for k in ("choose", "others")}
 
     def fill(self, weights):
@@ -112,8 +116,8 @@ def scales(trial, kept, save, only):
     o, rows = trial.o, {r["name"]: r for r in kept["rows"]}
     W, H = trial.bench.W[SLICE], trial.bench.H[SLICE]
     Q = quantize(W)
-    kept["slice_hardware"] = kept["hardware"]
-    kept["slice"] = {k: relative_errors(W, P.dequantize(), H)[2] for k, P in
+    kept.setdefault("slice_hardware", kept["hardware"])
+    if "slice" not in kept: kept["slice"] = {k: relative_errors(W, P.dequantize(), H)[2] for k, P in
                      dict(start=Q, rows=with_scales(Q, fit_scales(W, Q, H))).items()}
 
     def learned(packed, name, lr, seed=0, learn=None, **more):
@@ -131,7 +135,7 @@ def scales(trial, kept, save, only):
 
         def keep(name, f):
             nonlocal packed
-            if name in rows or only and not any(k in name for k in only): return rows.get(name)
+            if name in rows or only and not any(k in name for k in only) or time.time() > trial.until: return rows.get(name)
             packed = packed or make()
             rows[name] = f(name)
             kept["rows"] = [*rows.values()]
@@ -145,11 +149,13 @@ def scales(trial, kept, save, only):
             return scales_row(trial, name, {n: with_scales(Q, fit_scales(W[n], Q, H[n])) for n, Q in packed.items()}, scales="rows", **about)
         keep(f"{base}: start", lambda name: scales_row(trial, name, packed, scales="start", **about))
         keep(f"{base}: rows", fitted)
-        rates = o["rates"] if double else [best_rate(rows, codes, True) or o["rates"][0]]
+        before = [r["lr"] for r in rows.values() if (r["codes"], r["double"], r["scales"]) == (codes, double, "learned")]
+        rates = o["rates"] if double else before or [best_rate(rows, codes, True) or o["rates"][0]]
         for lr in rates: keep(f"{base}: learned at {lr:g}", lambda name: learned(packed, name, lr, **about))
         lr = best_rate(rows, codes, double)
         if not double or lr is None: continue
         if codes == "searched":
+            # seeds, few rows and 32 bits keep the rate that they were first measured at
             for seed in range(1, o["seeds"]): keep(f"{base}: learned, seed {seed}", lambda name: learned(packed, name, lr, seed, **about))
             few = max(1, o["learn"]//16)
             keep(f"{base}: learned from {few} rows", lambda name: learned(packed, name, lr, learn=few, few=True, **about))
@@ -196,7 +202,7 @@ def bits(trial, kept, save, only):
     bases = dict(nf4=4, unquantized=16)
 
     def add(options, budget, way, made, seed=0):
-        if (options, budget, way, seed) in done: return
+        if (options, budget, way, seed) in done or time.time() > trial.until: return
         trial.fill({n: choices[n][b] for n, b in made.items()})
         row = dict(options=options, budget=budget, way=way, seed=seed, mean=mean_bits(made, size), bits=letters(made),
                    predicted={k: predicted(made, c, bases[k]) for k, c in costs.items() if bases[k] in next(iter(c.values()))},
@@ -219,8 +225,9 @@ def bits(trial, kept, save, only):
                 add(options, budget, "random", random_bits(allowed, size, budget, seed), seed)
                 add(options, budget, "shuffled", shuffled_bits(chosen, size, seed), seed)
             save()
-    first = {n: c for n, c in choices.items() if ".layers.0." in n or ".layers.1." in n}
-    kept["slice"] = two_blocks(trial, first)
+    if "slice" not in kept:
+        first = {n: c for n, c in choices.items() if ".layers.0." in n or ".layers.1." in n}
+        kept["slice"] = two_blocks(trial, first)
 
 
 def four(trial, kept, save, only):
@@ -259,12 +266,17 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["scales", "bits", "four"]), p.add_argument("out", type=Path)
     p.add_argument("--size", choices=SIZES, default="full"), p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--only", nargs="+", help="parts of names of rows")
+    p.add_argument("--only", nargs="+", help="parts of names of rows"), p.add_argument("--model", default="smollm2")
+    p.add_argument("--limit", type=float, default=1e9, help="seconds after which no row is begun")
     a = p.parse_args()
     kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {}
-    settings = dict(size=a.size, **SIZES[a.size], dtype="float32", model="SmolLM2-135M-Instruct, from Q4_1")
-    if a.what != "four" and kept.get("settings") != settings: kept = dict(rows=[]) if a.what == "scales" else {}
-    trial = Trial(SIZES[a.size], a.device)
+    name = "SmolLM2-135M-Instruct, from Q4_1" if a.model == "smollm2" else a.model
+    settings, until = dict(size=a.size, **SIZES[a.size], dtype="float32", model=name), time.time() + a.limit
+    def fixed(s): return {k: v for k, v in (s or {}).items() if k not in ("rates", "arms")}   # of which there may be more by and by
+    if a.what != "four" and fixed(kept.get("settings")) != fixed(settings): kept = dict(rows=[]) if a.what == "scales" else {}
+    if a.what != "four": kept["settings"] = settings
+    trial = Trial(SIZES[a.size], a.device, a.model)
+    trial.until = until
     device = torch.cuda.get_device_name() if a.device.startswith("cuda") else cpu_kind()
     bench = trial.bench
     kept = dict(hardware=device, versions=versions(), settings=settings, threads=torch.get_num_threads(),
