@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 # What a user calls, and the module that defines it.
 FRONT = dict(finetune="training.finetune", finetune_and_evaluate="evaluation.evaluation", evaluate="evaluation.evaluation",
              load_model="foundations.loading", load_tokenizer="base.model_files", audit_4bit="foundations.loading",
-             add_adapters="foundations.adapters", quantize="foundations.double_quantization", load_adapter="training.saved_adapters",
+             add_adapters="foundations.adapters", quantize="foundations.double_quantization", quantize_model="apps.quantize", load_adapter="training.saved_adapters",
              encode_prompt="training.data", generate="using.inference", stream="using.inference", chat="apps.chat",
              merge_and_save="using.merge",
              plan="memory.planner", make_fast="speed.fast_training", load_rows="training.data", QLoRAError="base.errors")

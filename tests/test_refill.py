@@ -5,10 +5,13 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from transformers import AutoModelForCausalLM, GPT2Config
 
+from qlora_nb.apps.quantize import quantize_model
 from qlora_nb.base.adapter_files import INPUTS, read_json
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.model_files import load_tokenizer, tiny_model
+from qlora_nb.base.ranks import on_ranks, rank
 from qlora_nb.beyond.scale_search import search_quantize
 from qlora_nb.foundations.adapters import attach_adapter
 from qlora_nb.foundations.loading import QUANTIZATIONS, load_model
@@ -121,3 +124,57 @@ def test_names_of_the_table_are_those_of_the_help():
     from qlora_nb.training.settings import Settings
     said = Settings.__dataclass_fields__["quantization"].metadata["help"]
     assert all(o in said for o in QUANTIZATIONS)
+
+
+def test_processes_take_the_inputs_of_the_first(base, tmp_path):
+    def load(folder):
+        from qlora_nb.beyond import scale_search
+        squares = scale_search.input_squares
+        scale_search.input_squares = lambda *a: {n: s*(1 + rank()*torch.rand(len(s))) for n, s in squares(*a).items()}
+        return load_model(base, device="cpu", quantization="nf4-search", inputs=folder/INPUTS).qlora_nb_scales
+    one, two = on_ranks(2, load, tmp_path)
+    assert one == two and (tmp_path/INPUTS).exists()
+
+
+def test_layers_of_gpt2_and_a_device_map(tmp_path):
+    config = GPT2Config(vocab_size=49152, n_embd=64, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path), load_tokenizer().save_pretrained(tmp_path)
+    wide, model = load_model(tmp_path, bits=None, device="cpu"), load_model(tmp_path, device_map={"": "cpu"}, quantization="nf4-search")
+    assert len(four(model)) == 4
+    for n, m in four(model).items():
+        Q = search_quantize(wide.get_submodule(n).weight.detach().T.contiguous(), weights=model.qlora_nb_inputs[n], signed=True)
+        assert torch.equal(dequantize_4bit(m.weight.data, m.weight.quant_state), Q.dequantize()), n
+
+
+@pytest.fixture(scope="module")
+def learned(base, tmp_path_factory):
+    text, out = tmp_path_factory.mktemp("text")/"text.txt", tmp_path_factory.mktemp("four")/"four"
+    text.write_text(" ".join(f"It is {i}." for i in range(400)))
+    quantize_model(base, out, text, device="cpu", max_steps=4, learning_rate=1e-2, max_length=32, progress=False)
+    return out
+
+
+def test_a_checkpoint_with_learned_scales_trains_and_merges(learned, base, tmp_path):
+    facts, model = read_json(learned/"quantization.json"), load_model(learned, device="cpu")
+    assert facts["learned"] and facts["kl_after"] < facts["kl_before"] and model.qlora_nb_quantization == "nf4"
+    assert read_json(learned/"config.json")["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+    run = finetune(str(learned), ROWS, tmp_path/"run", **HOW)
+    want = logits(run.model).float()
+    assert torch.equal(logits(load_adapter(tmp_path/"run", device="cpu").model).float(), want)
+    merge_and_save(tmp_path/"run", tmp_path/"merged")   # compares the logits before and after itself
+    merged = load_model(str(tmp_path/"merged"), bits=None, device="cpu", dtype=torch.float32)
+    assert (logits(merged) - want).norm() < .02*want.norm()
+
+
+def test_the_layers_of_gpt2_learn(tmp_path):
+    config = GPT2Config(vocab_size=49152, n_embd=64, n_layer=1, n_head=2, resid_pdrop=.5)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path/"wide"), load_tokenizer().save_pretrained(tmp_path/"wide")
+    quantize_model(tmp_path/"wide", tmp_path/"four", device="cpu", max_steps=6, learning_rate=1e-2, max_length=16, progress=False)
+    assert read_json(tmp_path/"four"/"quantization.json")["learned"]
+
+
+def test_what_cannot_be_quantized_is_said(base, learned, tmp_path, monkeypatch):
+    with pytest.raises(QLoRAError, match="in 4 bits already"): quantize_model(learned, tmp_path/"a")
+    with pytest.raises(QLoRAError, match="qlora_quantize MODEL FOLDER"): load_model(base, quantization="nf4-learned")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(QLoRAError, match="by one process"): quantize_model(base, tmp_path/"a")

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from ..base.errors import QLoRAError
 from ..base.model_files import load_tokenizer
+from ..base.ranks import everyone, rank
 from .which_error import over_inputs
 from ..evaluation.perplexity import prose
 from ..foundations.loading import QUANTIZATIONS, load_model
@@ -138,8 +139,8 @@ def calibration(model, inputs=None   # {name: (K,)}, or a file of them; None: me
     "The mean squares for a model, from a text that everyone has, or from a file."
     if isinstance(inputs, dict): return inputs
     if inputs and Path(inputs).exists(): return load_file(inputs)
-    found = input_squares(model, _calibration_ids(model))
-    if inputs:
+    found = everyone(input_squares(model, _calibration_ids(model)))[0]
+    if inputs and rank() == 0:
         save_file(found, new := Path(inputs).with_suffix(".new"))
         new.replace(inputs)   # whole, or not at all
     return found

@@ -187,6 +187,9 @@ QUANTIZATIONS = {}   # name → f(model, inputs), which fills its 4-bit layers a
 def check_quantization(name:str, bits:int|None=4, stored:str|None=None, backend:str="bnb"):
     "Raise `QLoRAError` for a way to fill NF4 that is not there, or cannot be taken here."
     if name == "nf4": return
+    if name == "nf4-learned":
+        raise QLoRAError("nf4-learned takes a text and minutes, and is made once.", cure="Call "
+                         "qlora_quantize MODEL FOLDER --text FILE, and load the folder.")
     if name not in QUANTIZATIONS:
         raise QLoRAError(f"there is no quantization='{name}' here.",
                          cure=f"Choose {' or '.join(['nf4', *QUANTIZATIONS])}; others come with "
