@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'text_rows', 'memory_needed', 'packed_layers', 'kl_rows', 'say', 'learned', 'check_wishes', 'filled',
-           'same_bits', 'quantize_model', 'quantize_parser', 'quantize_main']
+           'same_bits', 'written', 'learning_dtype', 'foretell', 'quantize_model', 'quantize_parser', 'quantize_main']
 
 # %% ../../nbs/apps/quantize.ipynb #impqz
 import argparse
@@ -13,6 +13,7 @@ from .cli import one_line_errors
 from ..base.errors import QLoRAError
 
 # %% ../../nbs/apps/quantize.ipynb #impqz2
+import qlora_nb.base.core   # before PyTorch is loaded
 import os, sys, time, torch
 import bitsandbytes as bnb
 from bitsandbytes.functional import dequantize_4bit
@@ -137,6 +138,30 @@ def same_bits(model, folder, device, dtype):
         if not torch.equal(a, b):
             raise QLoRAError("what was written has other weights.", n, "Nothing was left behind.")
 
+# %% ../../nbs/apps/quantize.ipynb #writtenqz
+def written(made, tok, facts:dict, out, device, dtype) -> Path:
+    "Write the folder, and look whether it is read as it was meant."
+    if device.type == "cuda": facts["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    with new_folder(out, sum(p.nbytes for p in made.parameters())*11//10) as new:
+        with quiet(): made.save_pretrained(new), tok.save_pretrained(new)
+        write_json(new/"quantization.json", facts)
+        same_bits(made, new, device, dtype)
+    free_memory()
+    return Path(out).expanduser()
+
+# %% ../../nbs/apps/quantize.ipynb #dtypeqz
+def learning_dtype(device, dtype=None) -> torch.dtype:
+    "What to learn in: float16 is too coarse for the gradients of scales."
+    usual = pick_dtype(device)
+    return as_dtype(dtype) or (torch.float32 if usual == torch.float16 else usual)
+
+def foretell(model, batch:int, window:int, device, dtype, revision=None) -> float|None:
+    "Say what learning will have in use; the bytes."
+    need, weights = memory_needed(model, batch, window, dtype, revision)
+    if need: say(f"about {fmt_bytes(need)} on {device}, in {str(dtype)[6:]}: {weights:,} weights in "
+                 "4 bits, and their unquantized teacher beside them")
+    return need
+
 # %% ../../nbs/apps/quantize.ipynb #quantqz
 def quantize_model(model="smollm2", out="quantized",   # As in `load_model`; a new folder
                    text=None,                  # A text file; None: the Python reference
@@ -146,30 +171,20 @@ def quantize_model(model="smollm2", out="quantized",   # As in `load_model`; a n
                    device=None, dtype=None, revision=None, seed:int=0, progress:bool=True) -> Path:
     "Write a checkpoint in NF4 with learned scales. Raises `QLoRAError`, and leaves nothing, else."
     check_wishes(model, out, quantization, revision)
-    device = pick_device(device)
-    usual = pick_dtype(device)   # gradients of scales are small for float16
-    dtype = as_dtype(dtype) or (torch.float32 if usual == torch.float16 else usual)
-    batch, n = per_device_train_batch_size, max_length
-    need, weights = memory_needed(model, batch, n, dtype, revision)
-    if need and quantization == "nf4-learned":
-        say(f"about {fmt_bytes(need)} on {device}, in {str(dtype)[6:]}: {weights:,} weights in 4 "
-            f"bits, and their unquantized teacher beside them")
-    try: made, tok, facts = filled(model, text, quantization, max_steps, learning_rate, batch, n,
-                                   device, dtype, revision, seed, progress)
+    device, batch, n = pick_device(device), per_device_train_batch_size, max_length
+    dtype, how = learning_dtype(device, dtype), (max_steps, learning_rate, batch, n)
+    learns = quantization == "nf4-learned"
+    need = foretell(model, batch, n, device, dtype, revision) if learns else None
+    try: made, tok, facts = filled(model, text, quantization, *how, device, dtype, revision, seed,
+                                   progress)
     except torch.OutOfMemoryError as e:
         raise QLoRAError("the GPU's memory is too small for this.", str(model),
                          "Set per_device_train_batch_size=1, or a smaller max_length.") from e
-    facts |= dict(model=str(model), revision=revision, quantization=quantization,
-                  text=text and Path(text).name, max_steps=max_steps, max_length=n, seed=seed,
-                  learning_rate=learning_rate, per_device_train_batch_size=batch,
-                  dtype=str(dtype)[6:], planned_bytes=need, versions=versions())
-    if device.type == "cuda": facts["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-    with new_folder(out, sum(p.nbytes for p in made.parameters())*11//10) as new:
-        with quiet(): made.save_pretrained(new), tok.save_pretrained(new)
-        write_json(new/"quantization.json", facts)
-        same_bits(made, new, device, dtype)
-    free_memory()
-    return Path(out).expanduser()
+    names = "max_steps", "learning_rate", "per_device_train_batch_size", "max_length"
+    facts |= dict(model=str(model), revision=revision, quantization=quantization, seed=seed,
+                  text=text and Path(text).name, dtype=str(dtype)[6:], planned_bytes=need,
+                  versions=versions(), **dict(zip(names, how)))
+    return written(made, tok, facts, out, device, dtype)
 
 # %% ../../nbs/apps/quantize.ipynb #parserqz
 def quantize_parser() -> argparse.ArgumentParser:

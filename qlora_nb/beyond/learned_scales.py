@@ -83,7 +83,8 @@ class ScaledLinear(torch.autograd.Function):
 
 # %% ../../nbs/6_beyond/67_learned_scales.ipynb #student67b
 @contextlib.contextmanager
-def student(model:nn.Module, packed:dict, scales:dict):   # {name: QuantizedTensor}, {name: (blocks,)}
+def student(model:nn.Module, packed:dict,   # {name: QuantizedTensor}
+            scales:dict):                   # {name: (blocks,)}
     "Let the layers multiply in 4 bits with these scales, for the length of a block."
     layers = {n: model.get_submodule(n) for n in packed}
     def multiply(n, bias, x):
