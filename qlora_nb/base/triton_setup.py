@@ -32,10 +32,9 @@ def is_spread(model) -> bool:   # A model; of a name nothing is known
     return len({*map(str, getattr(model, "hf_device_map", {}).values())}) > 1
 
 def fast_by_default(device:torch.device, model=None) -> bool:
-    """Is the fast step known to be right here? In one process, with all layers on a CPU or on the
-    current CUDA device with Triton and its C compiler."""
+    """Is the fast step known to be right here? With all layers on a CPU, or on the current CUDA
+    device with Triton and its C compiler."""
     if is_spread(model): return False
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): return False
     if device.type != "cuda": return device.type == "cpu"
     here = device.index in (None, torch.cuda.current_device())
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
