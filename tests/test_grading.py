@@ -270,6 +270,16 @@ def odd_files(folder, root):
     for c in (copies := handed_in()): c.id += "-copy"
     write(folder/"fair_duplicated/toy.ipynb", *handed_in(GOOD, GOOD_COUNT), *copies)
     write(folder/"fair_no_checks/toy.ipynb", good[0], good[2])
+    write(folder/"fair_no_name/Untitled7.ipynb", *(new_code_cell(c.source) for c in good))
+    write(folder/"fair_helper/Copy of toy.ipynb", new_code_cell("import operator as op\nlarge = load()\n\ndef mul(a, b): return op.mul(a, b)"),
+          *handed_in("def scale(x, by=2): return mul(x, by)\nbits = 4.5", GOOD_COUNT))
+    setup = new_code_cell("import torch", id="exercise-setup")
+    write(folder/"fair_below/toy.ipynb", setup, *handed_in("# see below", GOOD_COUNT), new_code_cell(GOOD))
+    write(folder/"fair_swapped/toy.ipynb", setup, *handed_in(GOOD_COUNT, GOOD))
+    write(folder/"fair_nbgrader/homework/toy.ipynb", *good)
+    (folder/"fair_nbgrader/homework/timestamp.txt").write_text("2027-05-01 15:58:23.948203 UTC", encoding="utf-8")
+    write(folder/"odd_deeper/a/b/toy.ipynb", *good)
+    write(folder/"unfair_lesson/toy.ipynb", new_code_cell(GOOD), setup, *handed_in(None, GOOD_COUNT))   # the lesson's own function
     write(folder/"fair_bom/toy.ipynb", *good)
     (folder/"fair_bom/toy.ipynb").write_bytes(b"\xef\xbb\xbf" + (folder/"fair_bom/toy.ipynb").read_bytes())
     write(folder/"=cmd|' \n<b>/toy.ipynb", *good)
@@ -327,9 +337,16 @@ def test_every_odd_file_is_one_line(graded):
     assert not {o.student for o in graded["grades"].results} & {*odd} - {"odd_odd_cells"}
 
 
-@pytest.mark.parametrize("name", ["flat", "renamed", "grade_ids", "no_ids", "duplicated", "no_checks", "bom"])
+@pytest.mark.parametrize("name", ["flat", "renamed", "grade_ids", "no_ids", "no_name", "duplicated", "no_checks", "helper", "below", "swapped", "nbgrader", "bom"])
 def test_a_clumsy_file_gets_its_points(graded, name):
     assert points(graded, f"fair_{name}") == dict(scale=3, count=1), message(graded, f"fair_{name}")
+
+
+def test_a_lesson_is_no_answer(graded): assert message(graded, "unfair_lesson") == "It is not answered."
+
+
+def test_the_time_that_nbgrader_noted_counts(graded):
+    assert {str(o.when) for o in graded["grades"].results if o.student == "fair_nbgrader"} == {"2027-05-01 15:58:23"}
 
 
 def test_a_changed_check_changes_nothing(graded): assert points(graded, "unfair_check") == dict(scale=0, count=1)

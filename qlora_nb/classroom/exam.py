@@ -78,12 +78,11 @@ def write_exam(seed:int|str,     # Another seed, another exam
         raise QLoRAError("this seed cannot be part of a file's name.", f"{seed}"[:80],
                          "Letters, digits, - and _, at most 80.")
     nb, out = exam_notebook(seed, n), Path(out).expanduser()
-    files = [out/o for o in (f"exam/exam_{seed}.ipynb", f"solutions/exam_{seed}.ipynb",
-                             f"solutions/exam_{seed}_source.ipynb")]
+    files = [out/o/f"exam_{seed}.ipynb" for o in ("exam", "solutions")]
     if found := [o for o in files if o.exists()]:
         raise QLoRAError("an exam of this seed is there already.", found[0],
                          "Take another --out or --seed.")
-    for path, version in zip(files, (student_version(nb), instructor_version(nb), nb)):
+    for path, version in zip(files, (student_version(nb), instructor_version(nb))):
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(version, path)
-    return tuple(files[:2])
+    return tuple(files)

@@ -73,7 +73,9 @@ HEAD = re.compile(r"^### Exercise (\d+)\. (.+)\n\n"
 
 # %% ../../nbs/classroom/exercises.ipynb #e0000029-a
 def _mistakes(text):
-    "The wrong answers in a raw cell, by misconception."
+    "The wrong answers of an exercise, by misconception: in a raw cell, or folded for instructors."
+    folded = re.findall(r"^\*([^\n]+)\*\n\n```python\n(.*?)\n```$", text, re.M | re.S)
+    if folded and text.startswith("<details>"): return dict(folded)
     parts = re.split(r"^### WRONG: *(.+)\n", text, flags=re.M)[1:]
     return {o.strip(): code.strip("\n") for o, code in zip(parts[::2], parts[1::2])}
 

@@ -13,6 +13,7 @@ from .answers import said
 from .by_value import Channel
 from .isolation import ISOLATED, SCRATCH, check_isolation, readable
 from .page_process import Limits
+from .student_checks import reads
 from ..base.errors import QLoRAError
 
 # %% ../../nbs/classroom/sandbox.ipynb #ef000007
@@ -119,6 +120,7 @@ def check_answer(box:Sandbox, answer:str,        # A student's code
                 ) -> str|None:                   # What is wrong, or None
     "Run an answer, and its check on what it answers."
     names, imports = defined(solution)
+    names = [o for o in names if o in reads(check)]   # a solution may have names of its own
     seconds, lives = min(seconds or box.limits.seconds, box.limits.seconds), []
     try:
         got = talk(box, answer, dict(check=check, names=names, imports=imports), seconds, lives)
