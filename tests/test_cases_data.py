@@ -87,6 +87,13 @@ READ = {
     "the whole prompt once more, with its context": ("stanford.json", json.dumps([dict(instruction="Where does it end?", input=RIVER, output="In the sea.",
         text=f"Below is an instruction.\n\n### Instruction:\nWhere does it end?\n\n### Input:\n{RIVER}\n\n### Response:\nIn the sea.")]),
         [pair(f"Where does it end?\n\n{RIVER}", "In the sea.")], ["`text` (1 row, the first is row 1, 'Below is an instruction. ### Instruction…')"]),
+    "tables in columns, with a null first and with chats": ("columns.json", json.dumps(dict(instruction=["Hi", "Where?"], input=[None, "Ostby"], output=["Hello", "At the sea."])), [pair("Hi", "Hello"), pair("Where?\n\nOstby", "At the sea.")], []),
+    "chats in a column": ("columns.json", json.dumps(dict(messages=[[user("Hi"), assistant("Hello")]]*2)), [messages(user("Hi"), assistant("Hello"))]*2, []),
+    "lines ended in two ways": ("old.jsonl", '{"prompt": "Hi", "response": "Hello"}\r{"prompt": "Bye", "response": "See you"}\n', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
+    "two tables joined, the second without a header": ("joined.csv", "\ufeffprompt,response\nHi,Hello\n\ufeffBye,See you\n", [pair("Hi", "Hello"), pair("Bye", "See you")], []),
+    "an input of blanks": ("blank.json", json.dumps([dict(instruction="Hi", input=" \n", output="Hello")]), [pair("Hi", "Hello")], []),
+    "results and calls as turns of their own": ("calls.jsonl", lines(*[share(("human", "Tide?"), (a, '{"name": "tide", "arguments": {"port": "Ostby"}}'), (b, "low"), ("gpt", "Low.")) for a, b in (("tool_call", "tool_response"), ("function-call", "ipython"))]),
+        [messages(user("Tide?"), assistant("", tool_calls=[TIDE]), dict(role="tool", content="low"), assistant("Low."))]*2, []),
     "a mark in the header of a joined file": ("joined.csv", "\ufeff\ufeffprompt,response\nHi,Hello\n", [pair("Hi", "Hello")], []),
     "Cohere's word for the assistant": ("chatbot.jsonl", lines(messages(dict(role="User", content="Hi"), dict(role="Chatbot", content="Hello"))), [messages(user("Hi"), assistant("Hello"))], []),
     "a date beside them": ("dates.jsonl", lines(pair("Hi", "Hello", when="2024-01-01")), [pair("Hi", "Hello")], ["`when` (1 row, the first is row 1, '2024-01-01')"]),
@@ -164,6 +171,22 @@ REFUSED = {
     "a column twice": ("split.json", json.dumps(dict(columns=["prompt", "response", "prompt"], index=[0], data=[["a", "b", "c"]])), ": the column 'prompt' is there twice. Rename one, such as prompt."),
     "a row that is too short": ("split.json", json.dumps(dict(columns=["prompt", "response"], index=[0], data=[["a"]])), ": a row has another length than the list of columns."),
     "a row around another, with a field of the same name": ("viewer.jsonl", lines(dict(note=RIVER, row=pair("Hi", "Hello", note="x"))), f", row 1: the field `note beside it` ({RIVER[:40]!r}".rstrip("'") + "…') would be lost. " + LOST.format("note beside it", name_columns(prompt="prompt", response="response"))),
+    "a header with its mark once more": ("joined.csv", "\ufeffprompt,response\nHi,Hello\n\ufeffprompt,response\n", f", row 2: the header stands here once more. {SKIP}"),
+    "a table of Markdown's": ("table.csv", "| prompt | response |\n|:---|---:|\n| Hi | Hello |\n", f", row 1: this is the rule of a Markdown table. {SKIP}"),
+    "a document": ("rows.csv", "%PDF-1.7\n", ": this is a PDF. Put each question with its answer into a row of a .jsonl file."),
+    "columns of different lengths": ("columns.json", json.dumps(dict(prompt=["a", "b"], response=["c"])), ": the columns have different rows, 'prompt', 'response'. Each column needs a value for each row, perhaps null."),
+    "a name with a space, twice": ("spaced.jsonl", lines({"prompt": "a", "prompt ": "b", "response": "c"}), ", row 1: the field `prompt ` ('b') would be lost. " + LOST.format("prompt ", name_columns(prompt="prompt", response="response"))),
+    "a row that is not to be learned": ("flags.jsonl", lines(pair("Hi", "Hello", train=True), pair("Hi", "Bye", train=False)), ", row 2: the field `train` ('False') would be lost. " + LOST.format("train", name_columns(prompt="prompt", response="response"))),
+    "a row that counts half": ("flags.jsonl", lines(pair("Hi", "Hello", sample_weight=.5)), ", row 1: the field `sample_weight` ('0.5') would be lost. " + LOST.format("sample_weight", name_columns(prompt="prompt", response="response"))),
+    "two thoughts": (*one(user("Hi"), assistant("Hello", reasoning="Short.", reasoning_content="Long.")), f", row 2: message 2 has both `reasoning_content` and `reasoning`, and they differ. {SKIP}"),
+    "an argument twice": (*one(user("Tide?"), assistant(None, tool_calls=[dict(name="tide", arguments='{"port": "a", "port": "b"}')])), f", row 2: the key 'port' is there twice. {SKIP}"),
+    "half a letter in an argument": (*one(user("Tide?"), assistant(None, tool_calls=[dict(name="tide", arguments=r'{"port": "\ud83d"}')])), f", row 2: `arguments of the tool call of message 2` holds half of a surrogate pair: no character. {SKIP}"),
+    "an answer that nobody sees": ("unseen.jsonl", lines(pair("Hi", "\u200b\0")), f", row 1: `response` is empty. {SKIP}"),
+    "a chat as NumPy prints it": ("printed.csv", "messages\n\"[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant'}]\"\n", f""", row 1: the list of messages is text that is no JSON ("[{{'role': 'user', 'content': 'Hi'}} {{'rol…"). {SKIP}"""),
+    "a pair under names of its own": ("pair.jsonl", lines(dict(prompt="Hi", chosen_answer="Hello!", rejected_answer="Go.")), ", row 1: this is a preference pair (`chosen_answer`, `rejected_answer`), made for DPO; here one answer is learned (SFT). "
+                                      f"To learn the chosen answers: {name_columns(prompt='prompt', response='chosen_answer')}"),
+    "a verdict under a name of its own": ("kto.jsonl", lines(pair("Hi", "Go.", kto_tag=False)), ", row 1: this is an answer judged good or bad (`kto_tag`), made for KTO; here each answer is learned as it stands. "
+                                          f"Keep the rows whose kto_tag is true: {name_columns(prompt='prompt', response='response')}"),
     "a split in one file": ("both.json", json.dumps(dict(train=[pair("a", "b")], test=[pair("c", "d")])), ": the file holds several lists of rows: 'train', 'test'. Save the one that is meant as a .jsonl file."),
 }
 
@@ -184,6 +207,39 @@ def test_files_are_mapped_as_they_are_read(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert list(map_rows(path, cache_dir=tmp_path/"cache")) == list(load_rows(path))
+
+
+def test_answers_that_may_be_empty_cells_are_said(tmp_path):
+    (path := tmp_path/"cells.csv").write_text("prompt,response\nHi,nan\nWhich?,None\n", encoding="utf-8")
+    for large, first, second in ((False, ", 'nan'", ", 'None'"), (True, "", "")):
+        with pytest.warns(UserWarning) as said: assert list(load_rows(path, large=large)) == [pair("Hi", "nan"), pair("Which?", "None")]
+        assert [str(o.message) for o in said] == [f"{path}: learned as it stands, perhaps an empty cell: `nan in response` (1 row, the first is row 1{first}); "
+                                                  f"`None in response` (1 row, the first is row 2{second})."]
+
+
+def test_bytes_that_are_cut_and_lines_of_old_files(tmp_path):
+    "The same from memory and from a table on the disk: rows, or where the file breaks."
+    old, wide, cut = tmp_path/"old.jsonl", tmp_path/"wide.csv", tmp_path/"cut.csv"
+    old.write_bytes(b'{"prompt": "a", "response": "b"}\r{"prompt": "c"}\r')
+    wide.write_bytes("prompt,response\n".encode("utf-16-le")), cut.write_bytes("prompt,response\nHi,né".encode()[:-1])
+    (half := tmp_path/"half.csv").write_bytes("prompt,response\nHi,Hello".encode("utf-16")[:-1])
+    (pair := tmp_path/"pair.csv").write_bytes("prompt,response\nHi,".encode("utf-16") + b"\x3d\xd8")
+    for path, said in {old: ", row 2: the field `response` is missing", wide: ": this is UTF-16 or UTF-32 without its mark", cut: ", row 1: the file ends within a letter",
+                       half: "the file ends within a letter", pair: ", row 1: `response` holds half of a surrogate pair"}.items():
+        for large in (False, True):
+            with pytest.raises(QLoRAError, match=f"{path.name}.*{said}"): load_rows(path, large=large)
+
+
+def test_what_can_be_no_data(tmp_path, monkeypatch):
+    "Refused at once, wherever it is asked for."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"rows.jsonl").write_text(lines(pair("Hi", "Hello")), encoding="utf-8")
+    cases = {(o for o in "ab"): "data of the type generator", "-": "this is a pipe or a device", "a"*300 + ".jsonl": "this cannot be opened .File name too long", tmp_path: "this is a folder",
+             "rows.xlsx": "there is no such file", "ROWS.JSONL": "there is no such file. Did you mean 'rows.jsonl'"}
+    for data, said in cases.items():
+        for large in (False, True):
+            with pytest.raises(QLoRAError, match=said): load_rows(data, large=large)
+    with pytest.raises(QLoRAError, match="the weight of a data set is 1000000000.0, and has to be a number above zero and below"): load_rows([("rows.jsonl", 1e9)])
 
 
 # ---- what is no file ----

@@ -69,7 +69,7 @@ BROKEN = {
     "open quote": ("a.csv", 'prompt,response\nHi,Hello\n"Hi,Hello\n', "row 2", "not valid CSV"),
     "empty cell": ("a.csv", "prompt,response\n\nHi,Hello\n\nHi,\n", "row 2", "`response` is empty"),
     "another kind": ("a.txt", "Hi", "a.txt", "files of the kind '.txt' are not read"),
-    "no suffix": ("rows", GOOD, "rows", "files of the kind '' are not read"),
+    "no suffix": ("rows", GOOD, "rows", "the name has no ending"),
 }
 
 

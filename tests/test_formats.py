@@ -36,6 +36,7 @@ GOOD = {
     "ShareGPT's system turn": (share(("system", "s"), ("human", "Hi"), ("model", "Hello")), SYSTEM_HI),
     "ShareGPT, system beside": (share(("human", "Hi"), ("gpt", "Hello"), system="s", id=3), SYSTEM_HI),
     "ShareGPT, empty system": (share(("human", "Hi"), ("bot", "Hello"), system=""), HI),
+    "ShareGPT, system of spaces": (share(("human", "Hi"), ("bot", "Hello"), system="  "), HI),
     "messages": (HI | dict(source="x"), HI),
     "messages, more keys": (dict(messages=[m | dict(weight=1) for m in HI["messages"]]), HI),
     "messages, system beside": (HI | dict(system="s"), SYSTEM_HI),
@@ -70,7 +71,6 @@ BAD = {
     "answer to the system": (chat(("system", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")), "message 2 is an answer"),
     "two systems": (SYSTEM_HI | dict(system="t"), "message 2 is a system message"),
     "system is a number": (dict(prompt="a", response="b", system=3), "`system` must be text, not int"),
-    "system of spaces": (dict(prompt="a", response="b", system="  "), "`system` is empty"),
     "half a surrogate": (share(("human", "\ud83d"), ("gpt", "b")), "surrogate"),
 }
 

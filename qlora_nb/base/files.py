@@ -7,18 +7,19 @@ __all__ = ['FILE_KINDS', 'PARTS', 'LARGE', 'as_path', 'near', 'refuse_pipe', 'is
            'digest', 'identity', 'each_row', 'is_large']
 
 # %% ../../nbs/base/files.ipynb #66e7b5af
-import codecs, difflib, gzip, hashlib, io, json, zlib
+import difflib, gzip, hashlib, io, json, zlib
 from itertools import chain, islice
 from pathlib import Path
 from .errors import QLoRAError
 from .core import versions
+from .file_kinds import (SAME, WAYS, bad_bytes, check_signs, kind_of_file, named_kind,
+                                      wide_encoding)
 from .json_rows import is_list, json_rows
-from .readers import (SAME, check_signs, csv_rows, kind_of_file, named_kind,
-                                   parquet_rows)
+from .readers import csv_rows, parquet_rows
 
 # %% ../../nbs/base/files.ipynb #0d7d4f82
 # such names mean files, not the Hub
-FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", *SAME)
+FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", *SAME, *" ".join(WAYS).split())
 
 def as_path(data) -> Path:
     "A path as it was meant, `~` being the home of the user. Raises `QLoRAError` for no such user."
@@ -29,13 +30,18 @@ def as_path(data) -> Path:
 def near(name, folder):
     "Names in `folder` that resemble `name`, as a sentence."
     names = ["tickets", *(o.name for o in folder.iterdir())] if folder.is_dir() else ["tickets"]
-    near = difflib.get_close_matches(name, names, n=3)
+    near = [o for o in names if o.lower() == name.lower()]   # as other systems find it
+    near = near or difflib.get_close_matches(name, names, n=3)
     return f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
 
 # %% ../../nbs/base/files.ipynb #ddb60e29
 def refuse_pipe(path:Path):
     "Raise `QLoRAError` for what is there, and can be read once only or never ends."
-    if path.exists() and not (path.is_file() or path.is_dir()):
+    try: known = not path.exists() or path.is_file() or path.is_dir()
+    except OSError as e:   # a folder on the way that is closed, a name that is too long
+        raise QLoRAError(f"this cannot be opened ({e.strerror}).", str(path)[:200],
+                         "Check its name and the permissions of its folders.") from e
+    if not known or str(path) == "-":
         raise QLoRAError("this is a pipe or a device, and rows are read more than once.", str(path),
                          "Write what comes out of it into a file, such as rows.jsonl.")
 
@@ -104,12 +110,6 @@ def from_hub(name:str,  # Its id
                          name, cure) from e
 
 # %% ../../nbs/base/files.ipynb #93ba6ba0
-def _starts_as_wide(f) -> str|None:
-    "The encoding that the first bytes of a file say, where it is not UTF-8."
-    start = f.read(4)   # that of UTF-32 begins as that of UTF-16
-    if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE): return "utf-32"
-    return "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else None
-
 def _pieces(rows):
     "What `json.dumps` makes of rows, piece by piece."
     yield b"["
@@ -127,15 +127,13 @@ def digest(data          # A file, or rows
     refuse_pipe(as_path(data))
     with open(as_path(data), "rb") as f:
         plain = named_kind(data) == ".jsonl" and Path(data).suffix.lower() != ".gz"
-        text = plain and not _starts_as_wide(f)
+        text = plain and not wide_encoding(f.read(4))
         f.seek(0)
         for line in f if text else iter(lambda: f.read(2**20), b""):
             sha.update(line)
             row += not line.isspace()
             try: text and line.decode()
-            except UnicodeDecodeError as e:
-                raise QLoRAError(f"byte {line[e.start]:#04x} is not UTF-8.", f"{data}, row {row}",
-                                 "Save the file as UTF-8.") from e
+            except UnicodeDecodeError as e: raise bad_bytes(e, f"{data}, row {row}") from e
     return sha.hexdigest()
 
 # %% ../../nbs/base/files.ipynb #c2aab5cd
@@ -150,9 +148,10 @@ def identity(rows, tokenizer, settings):
 def _lines(path, ends):
     "The lines of a text file, perhaps packed, as `_read_text` of `readers` would decode them."
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as f:
-        wide = _starts_as_wide(f)
+        wide = wide_encoding(f.read(4))
         f.seek(0)
-        if wide: yield from io.TextIOWrapper(f, encoding=wide, errors="replace", newline=ends)
+        if wide:
+            with io.TextIOWrapper(f, wide, "surrogatepass", ends) as text: yield from text
         else:
             for i, o in enumerate(f):
                 yield from io.StringIO(o.decode("utf-8" if i else "utf-8-sig"), newline=ends)
@@ -163,7 +162,7 @@ def _first_two(lines): return list(islice(filter(str.strip, lines), 2)) or [""]
 def _begin(path, kind, skip, named):
     "An iterator over the rows of a file, by its kind."
     if kind == ".parquet": return parquet_rows(path, skip)
-    lines, name = _lines(path, "\n" if kind == ".jsonl" else ""), str(path)
+    lines, name = _lines(path, None if kind == ".jsonl" else ""), str(path)
     if kind in (".csv", ".tsv"): return csv_rows(lines, name, skip, named)
     two = _first_two(lines)
     if kind == ".jsonl" and not is_list(two[0], len(two) > 1):
@@ -179,9 +178,7 @@ def each_row(path:Path, skip_bad_rows:bool=False, named:bool=False):  # As in `r
     try:
         check_signs(path)
         for n, row in enumerate(_begin(path, kind, skip_bad_rows, named), 1): yield row
-    except UnicodeDecodeError as e:
-        raise QLoRAError(f"byte {e.object[e.start]:#04x} is not UTF-8.", f"{path}, row {n + 1}",
-                         "Save the file as UTF-8.") from e
+    except UnicodeDecodeError as e: raise bad_bytes(e, f"{path}, row {n + 1}") from e
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path),
                          "Write it again, as .jsonl.") from e
@@ -193,7 +190,7 @@ def each_row(path:Path, skip_bad_rows:bool=False, named:bool=False):  # As in `r
 LARGE = 1_000_000  # bytes of rows, whose examples take less as lists than a training step does
 
 def _opening(path):
-    two = _first_two(_lines(path, "\n"))
+    two = _first_two(_lines(path, None))
     return two[0], len(two) > 1
 
 # %% ../../nbs/base/files.ipynb #50491ca0

@@ -11,11 +11,12 @@ from pathlib import Path
 import pyarrow.compute as pc
 from .core import versions
 from .errors import QLoRAError
+from .file_kinds import check_signs, kind_of_file
 from .files import as_path, digest, each_row, is_file
 from .mapped import Mapped
 from .notes import BROKEN, Row, number_of, say_column
 from .rows import EXPECTED, check_reading, check_row, first_shape
-from .sources import rows_given
+from .sources import refuse_stream, rows_given
 
 # %% ../../nbs/base/mapped_rows.ipynb #8d869ee0
 def _unchecked(data, split, skip, named):
@@ -81,7 +82,10 @@ def map_rows(data,                     # A file, a `Dataset`, a stream, a DataFr
     path = isinstance(data, (str, Path))
     kind = "rows" if isinstance(data, (list, tuple, Mapped)) else type(data).__name__
     name = name or (str(data) if path else f"the {kind} given")
-    key = repr([versions()["qlora_nb"], digest(data) if path and is_file(data, EXPECTED) else ""])
+    file = as_path(data) if path and is_file(data, EXPECTED) else None
+    if file: kind_of_file(file), check_signs(file)   # before all of it is read
+    if not path: refuse_stream(data)
+    key = repr([versions()["qlora_nb"], digest(data) if file else ""])
     how = dict(given=(data,), name=name, split=split, columns=columns, system=system,
                skip=skip_bad_rows, key=key)
     table = _written(how, str(cache_dir) if cache_dir else None)

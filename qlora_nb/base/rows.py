@@ -7,13 +7,13 @@ __all__ = ['NOTHING', 'map_columns', 'read_history', 'read_row', 'check_reading'
 
 # %% ../../nbs/base/rows.ipynb #793bbafe
 import re
-from .chats import list_of_turns, parse_text, read_messages, read_tools
+from .chats import JUDGES, list_of_turns, read_messages, read_tools
 from .errors import QLoRAError
 from .fields import (CHATS, EXPECTED, FIELDS, HARMLESS, SKIP, brief, carries_meaning,
-                                  check_text, fail, is_empty, is_judged, kind_of, refuse_kind,
-                                  say_columns, shape_of)
-from .json_rows import is_turns, undress
-from .notes import Notes, Row, say_unused
+                                  check_text, fail, is_empty, is_judged, kind_of, pair_in,
+                                  refuse_kind, say_columns, shape_of)
+from .json_rows import is_turns, parse_text, undress
+from .notes import DOUBT, Notes, Row, say_unused
 
 # %% ../../nbs/base/rows.ipynb #59a60ac8
 def map_columns(row, columns:dict, note):
@@ -54,7 +54,7 @@ NOTHING = ("nan", "none", "null", "n/a", "<na>", "<noinput>", "nat")
 def _optional(row, name, note):
     "The text of a field that may be missing or empty: None then."
     value = row.get(name)
-    if is_empty(value): return
+    if is_empty(value) or isinstance(value, str) and not value.strip(): return
     if isinstance(value, str) and value.strip().lower() in NOTHING:
         return note(f"{value.strip()} in {name}", value)
     return check_text(value, name)
@@ -99,6 +99,7 @@ def _pair(row, shape, note):
         before = [o | dict(weight=0) if o.get("role") == "assistant" else o for o in row[asked]]
         return dict(messages=first + before + row[said])
     prompt, response = _question(row, asked, note), check_text(row[said], said)
+    if response.strip().lower() in NOTHING: note(f"{DOUBT}{response.strip()} in {said}", response)
     thought = _one_of(row, "reasoning", (), note)
     history = [] if is_empty(row.get("history")) else read_history(row["history"])
     if not (history or thought) and is_empty(row.get("tools")):
@@ -114,12 +115,18 @@ def _chat(row, shape, note):
                 and isinstance(turns, list) else turns)
 
 # %% ../../nbs/base/rows.ipynb #06c3d9cd
+def _weighs(name, value) -> bool:
+    "Does a field say that a row is to be learned not at all, or in part?"
+    if not JUDGES.fullmatch(name) or not isinstance(value, (int, float)): return False
+    no = re.search("mask|ignore", name, re.I) is not None
+    return value == no if value in (0, 1) else "weight" in name.lower() and 0 < value < 1
+
 def _check_rest(row, used, texts, note, others={}):   # `others`: what else is used, by its place
     "Note each field that is not used where it is harmless, and refuse it where it is not."
     ours = ["prompt", "response"] if used[1] else ["messages"]
     for k, v in row.items():
         if k in used or is_empty(v): continue
-        if carries_meaning(k, v, texts):
+        if carries_meaning(k, v, texts) or _weighs(k, v):
             way = say_columns(**dict(zip(ours, used)), **others)
             fail(f"the field `{k}` ({brief(v)}) would be lost.",
                  f"If it belongs to the question, map it by columns=dict(context={k!r}, ...); if "
@@ -151,8 +158,7 @@ def _check_shape(row, shape):
     if not isinstance(row, dict):
         fail(f"the row is a {kind_of(row)}, not an object with fields.", EXPECTED)
     mine = shape_of(row)
-    judged = {"chosen", "rejected"} <= set(row) or is_judged(row)
-    if None in (shape, mine) or judged: refuse_kind(row)
+    if None in (shape, mine) or pair_in(row) or is_judged(row): refuse_kind(row)
     whole = all(k in row for k in mine.split("/"))
     if mine != shape and (whole or not any(k in row for k in shape.split("/"))):
         fail(f"the row has the shape {mine}, but row 1 has {shape}.")
