@@ -11,6 +11,7 @@ from .cli import one_line_errors
 from ..training.settings import split_names
 
 # %% ../../nbs/apps/tools.ipynb #cdf53a8a
+#| code-fold: true
 def plan_parser() -> argparse.ArgumentParser:
     "The options of `qlora_plan`."
     p = argparse.ArgumentParser(
@@ -50,6 +51,7 @@ def plan_main(argv:list|None=None):  # None: the options that the command was ca
         print(advise(o.pop("model"), o.pop("gpu"), **o))
 
 # %% ../../nbs/apps/tools.ipynb #e85538aa
+#| code-fold: true
 def export_parser() -> argparse.ArgumentParser:
     "The options of `qlora_export`."
     p = argparse.ArgumentParser(

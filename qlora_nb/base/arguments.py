@@ -30,6 +30,7 @@ def check_counts(**counts):
         if not isinstance(v, Integral) or isinstance(v, bool) or v < 1:
             wrong(k, v, "a whole number from 1 on")
 
+# %% ../../nbs/base/arguments.ipynb #argn
 def check_names(name:str, value):
     "Raise `QLoRAError` for what is neither a text nor a list of texts, and for none of them."
     many = [value] if isinstance(value, str) else value
@@ -59,6 +60,7 @@ def listed(name:str, value, fits, wanted:str) -> list:   # fits: is one of them 
         if not fits(o): wrong(f"one of {name}", o, wanted)
     return many
 
+# %% ../../nbs/base/arguments.ipynb #argr
 def numbers_of(name:str, value):
     "Row numbers as they were given, `None` as none. Raises `QLoRAError` for what holds none."
     if value is None: return ()
@@ -74,6 +76,7 @@ def check_folder(name:str, value):
     try: Path(value).expanduser()
     except RuntimeError: wrong(name, str(value), "a folder: this user has no home here")
 
+# %% ../../nbs/base/arguments.ipynb #argrun
 def check_run(output_dir, callbacks, leave_out, resume, progress, example=None, config=None
               ) -> tuple:
     "What a run is given beside its settings: (callbacks, leave_out). Raises `QLoRAError`."
@@ -96,6 +99,7 @@ def check_model(model, needs:str="get_output_embeddings"):   # A method that it 
         cure = "Give what load_model returns, or the .model and the .tokenizer of a run."
         raise QLoRAError(f"a {type(model).__name__} is no model.", cure=cure)
 
+# %% ../../nbs/base/arguments.ipynb #argt
 def check_tokenizer(tokenizer):
     "Raise `QLoRAError` for what is no tokenizer."
     if not (callable(tokenizer) and hasattr(tokenizer, "decode")):

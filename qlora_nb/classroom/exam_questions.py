@@ -41,8 +41,7 @@ Write the number, or a formula in Python, to `bits`.""", answer, check,
 
 # %% ../../nbs/classroom/exam_questions.ipynb #exam0011
 def parameters_of_lora(rng):
-    d, f = rng.choice([512, 576, 768]), rng.choice([1536, 2048, 3072])
-    r, L = rng.choice([4, 8, 16]), rng.choice([12, 24, 30])
+    d, f, r, L = map(rng.choice, ([512, 576, 768], [1536, 2048, 3072], [4, 8, 16], [12, 24, 30]))
     answer, check = number("n", f"{L}*{r}*(2*({d} + {d}) + ({d} + {f}))",
                            "Each matrix gets A (r by in) and B (out by r).")
     return fill("lora_size", "Parameters of an adapter", "Predict", 1, 5, 1, """
@@ -52,7 +51,7 @@ parameters are trained? Write it to `n`.""", answer, check,
         {"counts A only": f"n = {L}*{r}*(2*{d} + {f})",
          "counts one block": f"n = {r}*(4*{d} + {d} + {f})",
          "counts the whole matrices": f"n = {L}*(2*{d}*{d} + {d}*{f})",
-         "forgets one square matrix": f"n = {L}*{r}*(2*{d} + {d} + {f})"}, d=d, f=f, r=r, L=L)
+         "forgets a square matrix": f"n = {L}*{r}*(3*{d} + {f})"}, d=d, f=f, r=r, L=L)
 
 # %% ../../nbs/classroom/exam_questions.ipynb #exam0012
 def bytes_of_training(rng):

@@ -26,18 +26,23 @@ def _cleared(nb, *names):
     for o in names: nb, _ = getattr(preprocessors, o)().preprocess(nb, {})
     return nb
 
+# %% ../../nbs/classroom/exercises.ipynb #e0000012-d
+def _for_students(cells:list) -> list:
+    "Cells without mistakes and without what solutions have printed, checks in words for students."
+    answers = {c.id[:-len("-answer")]: c.source for c in cells if c.id.endswith("-answer")}
+    kept = [c for c in cells if not c.id.endswith("-wrong")]
+    for c in [c for c in kept if c.cell_type == "code" and c.id.startswith("ex-")]:
+        c.outputs, c.execution_count = [], None
+        slug = c.id.removesuffix("-check")
+        if slug != c.id: c.source = student_check(c.source, answers.get(slug, ""))
+    return kept
+
 # %% ../../nbs/classroom/exercises.ipynb #e0000012
 def student_version(nb:nbformat.NotebookNode # A page of the course
                    ) -> nbformat.NotebookNode: # A copy without solutions, hidden tests and mistakes
     "What a student gets: nbgrader's release version, with the outputs of the lesson kept."
     nb = copy.deepcopy(nb)
-    nb.cells = [c for c in nb.cells if not c.id.endswith("-wrong")]
-    answers = {c.id[:-len("-answer")]: c.source for c in nb.cells if c.id.endswith("-answer")}
-    for c in nb.cells:
-        if c.cell_type != "code" or not c.id.startswith("ex-"): continue
-        c.outputs, c.execution_count = [], None
-        slug = c.id.removesuffix("-check")
-        if slug != c.id: c.source = student_check(c.source, answers.get(slug, ""))
+    nb.cells = _for_students(nb.cells)
     if not any(c.id == "exercises" for c in nb.cells): return nb
     return _cleared(nb, "ClearSolutions", "LockCells", "ClearHiddenTests", "ComputeChecksums")
 
@@ -80,28 +85,30 @@ def _mistakes(text):
     return {o.strip(): code.strip("\n") for o, code in zip(parts[::2], parts[1::2])}
 
 # %% ../../nbs/classroom/exercises.ipynb #e0000029
+def _exercise(page:Path, task, cells:dict, stubs:dict) -> Exercise:   # By the id of a cell
+    "The exercise of the cell `task`. Raises `QLoRAError` where a part of it is missing."
+    slug, head = task.id[3:], HEAD.match(task.source)
+    parts = [f"{task.id}-{p}" for p in ("answer", "check", "wrong")]
+    lost = [o for o in ("exercise-setup", *parts) if o not in cells]
+    if lost or not head:
+        raise QLoRAError(f"exercise '{slug}' has no {lost[0] if lost else 'heading'}.", page.name,
+                         "It takes a heading with kind, stars and minutes, and four cells.")
+    number, title, kind, stars, minutes = head.groups()
+    answer, check, wrong = (cells[p] for p in parts)
+    return Exercise(page.stem, slug, title, kind, len(stars), int(minutes),
+        check.metadata.nbgrader.points, cells["exercise-setup"].source, stubs[answer.id],
+        answer.source, check.source, _mistakes(wrong.source))
+
+# %% ../../nbs/classroom/exercises.ipynb #exall
 def exercises_of(page:str|Path,                        # A notebook's file
                  nb:nbformat.NotebookNode|None=None    # Its content, where it is read already
                 ) -> list:                             # Of `Exercise`, in the order of the page
     "The exercises at the end of a page; raises `QLoRAError` where a part of one is missing."
     page, nb = Path(page), nb or read_page(page)
-    cells, found = {c.id: c for c in nb.cells}, []
+    cells = {c.id: c for c in nb.cells}
     stubs = {c.id: c.source for c in student_version(nb).cells} if "exercises" in cells else {}
-    for c in nb.cells:
-        if not c.id.startswith("ex-") or c.id.endswith(("-answer", "-check", "-wrong")): continue
-        slug, head = c.id[3:], HEAD.match(c.source)
-        parts = [f"{c.id}-{p}" for p in ("answer", "check", "wrong")]
-        lost = [o for o in ("exercise-setup", *parts) if o not in cells]
-        if lost or not head:
-            lacks = lost[0] if lost else "heading"
-            raise QLoRAError(f"exercise '{slug}' has no {lacks}.", page.name,
-                             "It takes a heading with kind, stars and minutes, and four cells.")
-        number, title, kind, stars, minutes = head.groups()
-        answer, check, wrong = (cells[p] for p in parts)
-        found.append(Exercise(page.stem, slug, title, kind, len(stars), int(minutes),
-            check.metadata.nbgrader.points, cells["exercise-setup"].source, stubs[answer.id],
-            answer.source, check.source, _mistakes(wrong.source)))
-    return found
+    return [_exercise(page, c, cells, stubs) for c in nb.cells if c.id.startswith("ex-")
+            and not c.id.endswith(("-answer", "-check", "-wrong"))]
 
 # %% ../../nbs/classroom/exercises.ipynb #e0000019
 def attempt(ex:Exercise, # The exercise

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOM', 'INDEX', 'pre', 'output_html', 'code_html', 'to_deck', 'prose_html', 'shown', 'blocks', 'columns',
            'title_slide', 'section_html', 'deck', 'put_assets', 'may_write', 'build_slides', 'write_index',
-           'write_decks']
+           'write_deck', 'write_decks']
 
 # %% ../../nbs/classroom/slides.ipynb #91f0b86d
 import html, json, re, shutil
@@ -178,17 +178,22 @@ def write_index(out, decks):
     (out/"index.html").write_text(INDEX.format("".join(links)), encoding="utf-8")
 
 # %% ../../nbs/classroom/slides.ipynb #07c7bd62
+def write_deck(root, out, part, p, decks, cfg, template) -> str:   # Its title
+    "Write the deck of one page."
+    path = root/"nbs"/part["folder"]/f"{p['name']}.ipynb"
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    title, text = deck(nb, p, part, decks, cfg, template)
+    (out/f"{p['name']}.html").write_text(text, encoding="utf-8")
+    return title
+
+# %% ../../nbs/classroom/slides.ipynb #sla
 def write_decks(root, out, lessons):
     cfg, template = settings(root), (root/"docs"/"slides"/"deck.html").read_text(encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     (out/"assets").mkdir(parents=True)
     put_assets(root, out/"assets")
-    names, made = {p["name"] for _, p in lessons}, {}
-    for part, p in lessons:
-        path = root/"nbs"/part["folder"]/f"{p['name']}.ipynb"
-        nb = json.loads(path.read_text(encoding="utf-8"))
-        title, text = deck(nb, p, part, names, cfg, template)
-        made[out/f"{p['name']}.html"] = title
-        (out/f"{p['name']}.html").write_text(text, encoding="utf-8")
+    decks = {p["name"] for _, p in lessons}
+    made = {out/f"{p['name']}.html": write_deck(root, out, part, p, decks, cfg, template)
+            for part, p in lessons}
     write_index(out, made)
     return list(made)

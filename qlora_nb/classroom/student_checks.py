@@ -25,13 +25,13 @@ KINDS = [(bool, "{o} in (True, False)", "True or False"),
          ((list, tuple, set), "isinstance({o}, (list, tuple, set))", "a list"),
          (str, "isinstance({o}, str)", "a text")]
 
+# %% ../../nbs/classroom/student_checks.ipynb #stc
 def constants(answer:str) -> dict:  # {name: value}
     "What a solution gives its names, as far as it needs no set-up."
     found = {}
-    for o in ast.parse(answer).body:
-        if not isinstance(o, ast.Assign): continue
-        for n in (several := [n.id for n in ast.walk(o.targets[0]) if isinstance(n, ast.Name)]):
-            found.pop(n, None)
+    for o in [o for o in ast.parse(answer).body if isinstance(o, ast.Assign)]:
+        several = [n.id for n in ast.walk(o.targets[0]) if isinstance(n, ast.Name)]
+        for n in several: found.pop(n, None)
         with contextlib.suppress(Exception):   # it needs what is in the set-up cell
             code = compile(ast.Expression(o.value), "solution", "eval")
             value = eval(code, found | dict(math=math))
@@ -77,17 +77,23 @@ def pieces(literal:str, room:int) -> list:
         rest = rest[outside[-1] + 1:]
     return [(f if "{" in o else "") + quote + o + quote for o in [*made, rest] if o]
 
+# %% ../../nbs/classroom/student_checks.ipynb #5c000018-a
+def _too_wide(o, lines:list):   # A statement of a tree → (its text, the line's bytes), or None
+    "The message of a statement that stands at the end of a line that is too long."
+    if not isinstance(o, (ast.Assert, ast.Expr)): return
+    text = o.msg if isinstance(o, ast.Assert) else o.value
+    line = lines[o.lineno - 1].rstrip().encode()      # positions in a tree are counted in bytes
+    if len(line.decode()) <= WIDTH or o.lineno != o.end_lineno: return
+    if isinstance(text, (ast.Constant, ast.JoinedStr)) and text.end_col_offset == len(line):
+        return text, line
+
 # %% ../../nbs/classroom/student_checks.ipynb #5c000018
 def wrapped(code:str) -> str:
     "The same code, long messages of `assert` and a long last line on lines of their own."
     lines = code.split("\n")
     for o in sorted(ast.walk(ast.parse(code)), key=lambda o: -getattr(o, "lineno", 0)):
-        text = o.msg if isinstance(o, ast.Assert) else getattr(o, "value", None)
-        if not isinstance(o, (ast.Assert, ast.Expr)) or text is None: continue
-        line = lines[o.lineno - 1].rstrip().encode()      # positions in a tree are counted in bytes
-        if len(line.decode()) <= WIDTH or o.lineno != o.end_lineno: continue
-        if not isinstance(text, (ast.Constant, ast.JoinedStr)): continue
-        if text.end_col_offset != len(line): continue
+        if not (found := _too_wide(o, lines)): continue
+        text, line = found
         head, literal = (t.decode() for t in (line[:text.col_offset], line[text.col_offset:]))
         margin = " "*(len(head) - len(head.lstrip()) + 4)
         made = [margin + p for p in pieces(literal, WIDTH - len(margin) - 1)]

@@ -80,16 +80,21 @@ class ShardedBase:
         self.group, self.rank, self.n = dist.new_group(), dist.get_rank(), dist.get_world_size()
         self.there, self.work, self.now = [None, None], [None, None], None
         self.gathers, self.waits = 0, 0
-        for layers in blocks:
-            flat, places = join_bytes([t for m in layers for t in m.buffers(recurse=False)])
-            self.pieces.append(my_piece(flat, self.rank, self.n).to(device))
-            self.places.append(places)
-            for m in layers:
-                m.names = list(m._buffers)
-                m._buffers.clear()   # no buffers any more: nobody moves, saves or broadcasts them
+        for layers in blocks: self.keep_piece(layers, device)
         size = self.n*max(map(len, self.pieces))
         self.rooms = [self.pieces[0].new_empty(size) for _ in range(2)]
         for k in range(len(blocks)): self.settle(k)
+
+# %% ../../nbs/7_speed/84_sharded_base.ipynb #piece84
+@patch
+def keep_piece(self:ShardedBase, layers:list, device):
+    "Take the bytes out of the layers of a block, and keep this rank's piece of them."
+    flat, places = join_bytes([t for m in layers for t in m.buffers(recurse=False)])
+    self.pieces.append(my_piece(flat, self.rank, self.n).to(device))
+    self.places.append(places)
+    for m in layers:
+        m.names = list(m._buffers)
+        m._buffers.clear()
 
 # %% ../../nbs/7_speed/84_sharded_base.ipynb #d8200024-a
 @patch
