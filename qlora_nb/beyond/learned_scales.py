@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['level_values', 'with_scales', 'fit_scales', 'scaled_weights', 'teacher_kl', 'ScaledLinear', 'student', 'lean_kl',
-           'rounded', 'learn_scales']
+           'rounded', 'draw_rows', 'learn_scales']
 
 # %% ../../nbs/6_beyond/67_learned_scales.ipynb #imp67
 from ..foundations.double_quantization import (QuantizedTensor, dequantize_packed,
@@ -107,6 +107,15 @@ def rounded(scales:torch.Tensor) -> torch.Tensor:
     "As double quantization stores them; backward as if nothing were done."
     return scales + (double_quantize(scales.detach()).dequantize() - scales).detach()
 
+# %% ../../nbs/6_beyond/67_learned_scales.ipynb #draw67
+def draw_rows(n:int, batch:int, seed:int=0):   # Without end
+    "Numbers of `batch` rows at a time, shuffled; each of `n` once before any comes again."
+    order, draw = [], torch.Generator().manual_seed(seed)
+    while True:
+        while len(order) < batch: order += torch.randperm(n, generator=draw).tolist()
+        yield order[:batch]
+        order = order[batch:]
+
 # %% ../../nbs/6_beyond/67_learned_scales.ipynb #learn67
 def learn_scales(model:nn.Module, packed:dict,   # Unquantized; {name of a layer: QuantizedTensor}
                  rows:torch.Tensor,              # (n, T) token ids to learn from
@@ -118,16 +127,13 @@ def learn_scales(model:nn.Module, packed:dict,   # Unquantized; {name of a layer
     values = {} if lean else {n: level_values(Q) for n, Q in packed.items()}
     factors = {n: torch.ones_like(s, requires_grad=True) for n, s in start.items()}
     double = {n: through and not torch.is_tensor(Q.scales) for n, Q in packed.items()}
-    optimizer, order = torch.optim.Adam(factors.values(), lr=lr), []
+    optimizer = torch.optim.Adam(factors.values(), lr=lr)
     fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1 - k/steps)
-    draw = torch.Generator().manual_seed(seed)
-    for k in range(steps):
-        while len(order) < batch: order += torch.randperm(len(rows), generator=draw).tolist()
-        chosen, order = rows[order[:batch]], order[batch:]
+    for k, drawn in zip(range(steps), draw_rows(len(rows), batch, seed)):
         now = {n: start[n]*f for n, f in factors.items()}
         now = {n: rounded(s) if double[n] else s for n, s in now.items()}
-        loss = (lean_kl(model, packed, now, chosen) if lean
-                else teacher_kl(model, scaled_weights(values, now), chosen))
+        loss = (lean_kl(model, packed, now, rows[drawn]) if lean
+                else teacher_kl(model, scaled_weights(values, now), rows[drawn]))
         loss.backward()
         optimizer.step(), optimizer.zero_grad(), fall.step()
         if watch: watch(k, loss.item())
