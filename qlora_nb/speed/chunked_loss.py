@@ -55,15 +55,16 @@ def chunked_loss(hidden:torch.Tensor,          # (B, T, D), the input of the out
                  gradient=logits_gradient      # Or `fused_gradient`, on a GPU
                 ) -> torch.Tensor:             # Nats a token
     """Cross-entropy of the next token. Raises `QLoRAError` for a head that is trained, and
-    without any label."""
+    without any label where `n` is not given."""
     if weight.requires_grad:
         raise QLoRAError("the output head is trained, and the chunked loss makes no gradient for "
                          "it.", cure="Freeze it, or use the model's own loss.")
     labels = labels[:, 1:].reshape(-1)
     keep = (labels != -100).nonzero().squeeze(1)
-    if not len(keep):
+    if n is None and not len(keep):   # a part of a larger step may have none
         raise QLoRAError("no position of this batch has a label.", cure="Drop such rows.")
     hidden = hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep].to(weight.dtype)
+    if not len(keep): return hidden.float().sum()   # 0, and so is its gradient
     total = ChunkedLoss.apply(hidden, weight, bias, labels[keep], chunk_size, gradient)
     return total/(len(keep) if n is None else n)
 

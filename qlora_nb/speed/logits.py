@@ -124,7 +124,7 @@ def own_loss(model, batch:dict,    # `input_ids`, `labels` (-100: none), and wha
     else:
         rows = [{k: v[i:i+1] for k, v in inputs.items()} for i in range(len(labels))]
         pairs = ((picked_logits(model, r, p[None]), y[p]) for r, p, y in zip(rows, picked, labels)
-                 if p.any())
+                 if p.any() or not picked.any())
     def nats(s, y):
         return F.cross_entropy(s.float(), y.to(s.device), reduction="sum").to(y.device)
     total = sum(nats(s, y) for s, y in pairs)
