@@ -64,6 +64,31 @@ def test_weights_that_an_architecture_takes_itself(name, tmp_path):
     assert to_16_bits(add_adapters(model, r=4), torch.bfloat16) == ["base_model.model.model.norm.weight"]
 
 
+# the type of a weight is computed in, an indexer without a gradient, a mask that is only made for attention of known names
+SPARSE = "GlmMoeDsa", architectures.MLA | dict(num_hidden_layers=2, mlp_layer_types=["dense", "sparse"], n_group=1, index_topk=4, index_head_dim=16, index_n_heads=2)
+BIRD = "BigBird", architectures.BASE | dict(is_decoder=True, intermediate_size=128, attention_type="original_full")   # a pooler, and a layer before the head
+
+@pytest.mark.parametrize("name, left, backend", [("sparse", "indexer.wk indexer.wq_b", "bnb"), ("sparse", "indexer.wk indexer.wq_b", "scratch"), ("bird", "bert.pooler", "bnb")])
+def test_layers_that_no_gradient_reaches(name, left, backend, tmp_path):
+    from common import small_tokenizer
+    from qlora_nb.training.finetune import finetune
+    from qlora_nb.training.saved_adapters import load_adapter
+    from qlora_nb.training.tickets import make_tickets
+    tok, (kind, fields) = small_tokenizer(), dict(sparse=SPARSE, bird=BIRD)[name]
+    base = build(name, str(tmp_path/"base"), getattr(transformers, f"{kind}Config")(**fields | dict(vocab_size=len(tok), max_position_embeddings=512)))
+    tok.save_pretrained(base)
+    facts = check(name, backend, base)
+    assert right(facts), facts
+    with pytest.warns(UserWarning, match=f"no gradient reaches .*{left.split()[-1]} of {kind}ForCausalLM: left out"):
+        run = finetune(base, make_tickets("train")[:8], output_dir=tmp_path/"run", max_steps=2, device="cpu", backend=backend, progress=False, per_device_train_batch_size=2, max_length=128)
+    names = adapted_layers(run.model)
+    assert names and not [n for n in names if n.endswith(tuple(left.split()))]
+    if name == "sparse": assert {type(run.model.get_submodule(n)) for n, _ in run.model.named_modules() if n.endswith("weights_proj")} == {torch.nn.Linear}
+    else: assert run.model.get_submodule("base_model.model.cls.predictions.transform.dense").lora_B["default"].weight.any()
+    with torch.no_grad(): a, b = (m.eval()(input_ids=IDS + 100).logits for m in (run.model, load_adapter(run.folder, device="cpu").model))
+    assert torch.equal(a, b)
+
+
 def test_attention_is_called_by_the_names_of_transformers():
     from qlora_nb.speed.cpu import attention_float32
     q = torch.randn(1, 2, 3, 4)

@@ -24,6 +24,7 @@ from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import Table, set_seed, versions
 from qlora_nb.base.model_files import load_tokenizer
 from qlora_nb.base.nf4_config import quiet
+from qlora_nb.base.targets import note_idle
 from qlora_nb.evaluation.evaluation import evaluate
 from qlora_nb.foundations.loading import audit_4bit
 from qlora_nb.foundations.expert_weights import dequantize_stacks
@@ -145,6 +146,7 @@ def check(name, backend="bnb", folder=None):
         share = {r[0]: r[4] for r in audit.table.rows}
         facts |= dict(four_bit=len(audit.four_bit), wide=share.get("wide", 0.), skipped=len(audit.skipped))
         twin = written_out(model, folder)
+        note_idle(model)   # as `finetune` does
         model = add_adapters(model, r=4, lora_alpha=8, lora_dropout=0.)
         names = adapted_layers(model)
         twin = add_adapters(twin, r=4, lora_alpha=8, target_modules=names)

@@ -118,14 +118,14 @@ def wide_kinds(model:nn.Module):   # → kind(name of module, module, name of pa
 
 # %% ../../nbs/base/weights.ipynb #9273daf9
 class Noted(torch.Tensor):
-    "A weight that notes when something is computed with it."
+    "A weight that notes when something is computed with it, or in its type."
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         # a computation counts even if it fails; a question such as `.device` does not
         out = args[0]
         try: return (out := super().__torch_function__(func, types, args, kwargs or {}))
         finally:
-            if torch.is_tensor(out):
+            if torch.is_tensor(out) or func == torch.Tensor.dtype.__get__:
                 for a in args:
                     for t in a if isinstance(a, (list, tuple)) else [a]:
                         getattr(t, "note", lambda: None)()
@@ -170,9 +170,10 @@ def read_elsewhere(model:nn.Module
 
 # %% ../../nbs/base/weights.ipynb #0687f3d2
 def computes_with_weights(model:nn.Module) -> bool:
-    "Does the code of this architecture take a layer's `weight.data`, as to clamp or rescale it?"
-    try: return "weight.data" in inspect.getsource(inspect.getmodule(type(model)))
+    "Does its code take a layer's `weight.data`, as to clamp it, or compute in its `weight.dtype`?"
+    try: source = inspect.getsource(inspect.getmodule(type(model)))
     except (OSError, TypeError): return False   # there is no source to look into
+    return "weight.data" in source or "weight.dtype" in source
 
 def misplaced(model:nn.Module
               ) -> tuple:  # (4-bit layers that should be wide, layers read elsewhere, error)

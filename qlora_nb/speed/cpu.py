@@ -11,6 +11,7 @@ import torch, types
 from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from .shared_prefix import named_attention
 
 # %% ../../nbs/7_speed/81_cpu.ipynb #853ed90d
 class RMSNorm(torch.autograd.Function):
@@ -95,8 +96,8 @@ def cpu_pieces(model) -> list:  # Changed in place. Result: (part, number, what 
     for reason in dict.fromkeys(why.values()):
         rows.append(("norm", [*why.values()].count(reason), f"as before: {reason}" if reason
                      else "fused function"))
-    config, own = decoder.config, not getattr(decoder, "_supports_attention_backend", False)
-    if dtype == torch.float32 or own: return rows   # nothing to gain, or not by name
+    config = decoder.config
+    if dtype == torch.float32 or not named_attention(decoder): return rows   # nothing to gain
     usual = config._attn_implementation == "sdpa"
     if usual: config._attn_implementation = "sdpa_float32"
     now = "in float32" if usual else f"as before: it is {config._attn_implementation}"

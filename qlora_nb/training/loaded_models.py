@@ -20,7 +20,7 @@ from ..foundations.lora_model import set_adapter
 from ..base.model_files import load_tokenizer, locate, without_weights
 from ..foundations.loading import check_quantization, disable_cpu_repacking, scale_sum
 from ..foundations.qlora import is_scratch
-from ..base.targets import match_targets
+from ..base.targets import match_targets, note_idle
 from .end_tokens import notes_of
 from .schedule import encode_checked
 from .optimizers import pick_optimizer
@@ -100,8 +100,8 @@ def refuse_head(model, targets):   # `target_modules`
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #e2b6db3e-a
 def _new_adapters(model, s:dict):
-    more = {k: bool(s.get(k)) for k in ("use_rslora", "use_dora")}
-    more |= s.get("peft_config") or {}   # what is left of one
+    more = {k: bool(s.get(k)) for k in ("use_rslora", "use_dora")} | (s.get("peft_config") or {})
+    if s["target_modules"] == "all-linear": note_idle(model)
     return add_adapters(model, s["r"], s["lora_alpha"], s["lora_dropout"],
                         s["target_modules"], s.get("target_parameters"), **more)
 

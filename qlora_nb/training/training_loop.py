@@ -8,9 +8,8 @@ __all__ = ['row_marks', 'row_losses', 'mean_loss', 'best_eval', 'out_of_patience
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #2ffa94c0
 from ..base.core import count_params
-import math, torch, warnings
+import importlib.metadata, math, torch, warnings
 from fastcore.basics import patch
-from importlib import metadata
 from pathlib import Path
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
@@ -21,7 +20,8 @@ from ..base.mapped import Order
 from ..base.triton_setup import is_spread
 from ..foundations.adapters import read_adapter, save_lora
 from ..speed.data_parallel import RankTrainer, counted_alone, first_of
-from ..speed.logits import evaluating, head_logits, own_loss, picked_logits, plain_head
+from ..speed.logits import (evaluating, fed_by_decoder, head_logits, own_loss, picked_logits,
+                                   plain_head)
 from ..speed.shared_prefix import hidden_states
 from ..foundations.qlora import is_scratch
 
@@ -103,7 +103,7 @@ def load_best(self:AdapterCheckpoints) -> tuple|None:
 # %% ../../nbs/2_training/22_training_loop.ipynb #281766f3
 def triton_everywhere() -> bool:
     "Does this TRL compute its loss in Triton on a CPU too?"
-    return metadata.version("trl").startswith("1.15.")
+    return importlib.metadata.version("trl").startswith("1.15.")
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #1d4d639f
 class SureTrainer(AdapterCheckpoints):
@@ -140,6 +140,7 @@ def models_loss(self:SureTrainer, model, inputs, return_outputs, n):
 @patch
 def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
     "What is wrong with TRL's loss of a batch, or None."
+    if not fed_by_decoder(self.model): return "a layer stands between decoder and head"
     outs = []   # of the model; to ask TRL for them costs a second forward pass
     with self.accelerator.autocast(), evaluating(self.model), counted_alone(self.args):
         with self.model.register_forward_hook(lambda m, args, out: outs.append(out)):
@@ -150,8 +151,7 @@ def off(self:SureTrainer, batch, n) -> str|None:  # What `compute_loss` gets
         loss = loss - self.router_aux_loss_coef*aux/steps
     half = dict(fp16=torch.float16, bf16=torch.bfloat16).get(self.accelerator.mixed_precision)
     dtype = half or self.model.get_input_embeddings().weight.dtype
-    near = max(1e-3, torch.finfo(dtype).eps)   # or one number's rounding
-    if not abs(loss.item() - want) <= near*abs(want):
+    if not abs(loss.item() - want) <= max(1e-3, torch.finfo(dtype).eps)*abs(want):   # a rounding
         return f"{loss.item():.4g} instead of {want:.4g}"
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #909e50e5-a
