@@ -171,9 +171,8 @@ def read_elsewhere(model:nn.Module
 # %% ../../nbs/base/weights.ipynb #0687f3d2
 def computes_with_weights(model:nn.Module) -> bool:
     "Does its code take a layer's `weight.data`, as to clamp it, or compute in its `weight.dtype`?"
-    try: source = inspect.getsource(inspect.getmodule(type(model)))
+    try: return "weight.d" in inspect.getsource(inspect.getmodule(type(model)))
     except (OSError, TypeError): return False   # there is no source to look into
-    return "weight.data" in source or "weight.dtype" in source
 
 def misplaced(model:nn.Module
               ) -> tuple:  # (4-bit layers that should be wide, layers read elsewhere, error)
