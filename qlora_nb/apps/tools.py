@@ -8,7 +8,6 @@ __all__ = ['plan_parser', 'plan_main', 'export_parser', 'export_main']
 # %% ../../nbs/apps/tools.ipynb #0e3712b5
 import argparse
 from .cli import one_line_errors
-from ..training.settings import split_names
 
 # %% ../../nbs/apps/tools.ipynb #cdf53a8a
 #| code-fold: true
@@ -45,9 +44,11 @@ def plan_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/apps/tools.ipynb #8f9c24f8
 def plan_main(argv:list|None=None):  # None: the options that the command was called with
     "Plan a training step: the console command `qlora_plan`."
-    o = split_names(vars(plan_parser().parse_args(argv)))
+    o = vars(plan_parser().parse_args(argv))
     with one_line_errors():
+        from qlora_nb.base.targets import split_names
         from qlora_nb.memory.gpus import advise
+        o = split_names(o)
         print(advise(o.pop("model"), o.pop("gpu"), **o))
 
 # %% ../../nbs/apps/tools.ipynb #e85538aa

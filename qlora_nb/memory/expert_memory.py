@@ -8,6 +8,7 @@ __all__ = ['LINEAR', 'Unpacked', 'unpacked_in', 'pack_experts', 'is_named', 'ada
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #ba39aa27
 from ..foundations.adapters import chosen_layers
 import contextlib, warnings
+from fastcore.basics import patch
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -28,16 +29,19 @@ class Unpacked(nn.Module):
         self.shape, self.dtype, blocks = shape, dtype, -(-shape.numel()//64)
         self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)),
                        torch.empty(256), torch.empty(16), torch.empty(())]
-    def read(self, add):
-        wide = self.scales[0].new_empty(self.shape, dtype=self.dtype)
-        if not self.adapter: return wide
-        # as PEFT keeps them: (experts*r, columns), (rows, r*experts)
-        (A, B), (r, rows, cols) = self.adapter, self.sizes
-        return add(wide, B.reshape(rows, r, -1).permute(2, 0, 1).to(self.dtype),
-                   A.reshape(-1, r, cols).to(self.dtype))
-    def forward(self, packed):
-        if self.wide is None: self.wide = self.read(torch.baddbmm)
-        return self.wide
+
+# %% ../../nbs/3_memory/39_expert_memory.ipynb #1a9eef6e-b
+@patch
+def read(self:Unpacked, add):
+    wide = self.scales[0].new_empty(self.shape, dtype=self.dtype)
+    if not self.adapter: return wide
+    (A, B), (r, rows, cols) = self.adapter, self.sizes   # (experts*r, columns), (rows, r*experts)
+    return add(wide, B.reshape(rows, r, -1).permute(2, 0, 1).to(self.dtype),
+               A.reshape(-1, r, cols).to(self.dtype))
+@patch
+def forward(self:Unpacked, packed):
+    if self.wide is None: self.wide = self.read(torch.baddbmm)
+    return self.wide
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #dd5d93b6
 def unpacked_in(m):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'LOW', 'HIGH', 'BUILT', 'on_card', 'tensors_in', 'described', 'result_of', 'Ledger', 'Flash', 'Autocast',
-           'config_of', 'whole', 'blocks_of', 'own_name', 'layer_groups', 'some_layers', 'Lookup', 'dora_change',
-           'Planned']
+           'config_of', 'whole', 'blocks_of', 'own_name', 'looks_of', 'layer_groups', 'some_layers', 'Lookup',
+           'dora_change', 'Planned']
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #36234e6e
 import copy, re, weakref
+from fastcore.basics import patch
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #d87a764b
 from ..base.causal import check_kind
@@ -41,6 +42,7 @@ def described(o):   # What an operation takes
     if isinstance(o, (list, tuple)): return *map(described, o),
     return type(o), o
 
+# %% ../../nbs/3_memory/36_ledger.ipynb #d9b02879-r
 def result_of(f, args:tuple, kwargs:dict):   # An operation of `torch.ops`
     "What it gives; a tensor without memory is worked out once for such arguments."
     key = f, described(args), described([*kwargs.items()])
@@ -50,9 +52,8 @@ def result_of(f, args:tuple, kwargs:dict):   # An operation of `torch.ops`
     how = out.shape, out.stride(), dict(dtype=out.dtype, device=out.device)
     s, same = out.untyped_storage(), torch.empty_strided(*how[:2], **how[2]).untyped_storage()
     given = [t.untyped_storage()._cdata for t in tensors_in((args, *kwargs.values()))]
-    if s._cdata not in given and s.nbytes() == same.nbytes():
-        if len(SHAPES) > 20_000: SHAPES.clear()
-        SHAPES[key] = how
+    if len(SHAPES) > 20_000: SHAPES.clear()
+    if s._cdata not in given and s.nbytes() == same.nbytes(): SHAPES[key] = how
     return out
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #c26aff2b
@@ -61,28 +62,33 @@ class Ledger(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.known, self.live, self.peak, self.moments, self.operations = set(), 0, 0, {}, 0
-    def note(self, t:torch.Tensor, new:bool=True):
-        "Enter the storage of a tensor; one that is older than the block weighs nothing."
-        s = t.untyped_storage()
-        key, n = s._cdata, on_card(s.nbytes())*new
-        if key in self.known: return
-        def gone(): self.known.discard(key); self.live -= n
-        weakref.finalize(s, gone)
-        self.known.add(key)
-        self.live += n
-        self.peak = max(self.peak, self.live)
     def mark(self, name:str):
         "End a moment of this name: its highest level, and what is in use at its end."
         self.moments[name] = max(self.peak, self.moments.get(name, (0,))[0]), self.live
         self.peak = self.live
-    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        # "is the mask all ones?" Yes.
-        if f is torch.ops.aten._local_scalar_dense.default and args[0].is_meta: return 1
-        for t in tensors_in((args, *kwargs.values())): self.note(t, new=False)
-        out, self.operations = result_of(f, args, kwargs), self.operations + 1
-        for t in tensors_in(out): self.note(t)
-        return out
+
+# %% ../../nbs/3_memory/36_ledger.ipynb #c26aff2b-b
+@patch
+def note(self:Ledger, t:torch.Tensor, new:bool=True):
+    "Enter the storage of a tensor; one that is older than the block weighs nothing."
+    s = t.untyped_storage()
+    key, n = s._cdata, on_card(s.nbytes())*new
+    if key in self.known: return
+    def gone(): self.known.discard(key); self.live -= n
+    weakref.finalize(s, gone)
+    self.known.add(key)
+    self.live += n
+    self.peak = max(self.peak, self.live)
+
+# %% ../../nbs/3_memory/36_ledger.ipynb #c26aff2b-c
+@patch
+def __torch_dispatch__(self:Ledger, f, types, args=(), kwargs=None):
+    kwargs = kwargs or {}
+    if f is torch.ops.aten._local_scalar_dense.default and args[0].is_meta: return 1
+    for t in tensors_in((args, *kwargs.values())): self.note(t, new=False)
+    out, self.operations = result_of(f, args, kwargs), self.operations + 1
+    for t in tensors_in(out): self.note(t)
+    return out
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #505d8bd9
 class Flash(torch.autograd.Function):
@@ -132,8 +138,7 @@ def config_of(model) -> PretrainedConfig:
 BUILT = {}
 
 def whole(cfg, dtype:torch.dtype) -> nn.Module:
-    """The model of a config with all its layers, without memory; the last ones are kept, since
-    planning asks again and again."""
+    "The model of a config with all its layers, without memory; the last ones are kept."
     key = type(cfg).__name__, str(cfg.to_dict()), dtype
     def build(**how):
         return as_it_is(AutoModelForCausalLM.from_config(
@@ -154,7 +159,6 @@ def blocks_of(model) -> tuple:  # (the module that has them, its attribute, the 
     return max((o for o in lists if id(o[2]) not in inner), key=lambda o: len(o[2]), default=())
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #1daa6007
-# one entry a layer, no mere numbering
 def _of_layers(v, n): return isinstance(v, (list, tuple)) and len(v) == n > len(set(map(str, v)))
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #8fb39d16-a
@@ -166,6 +170,13 @@ def own_name(model, keep:list|None):   # Of `whole`; indices of layers, or None 
     def number(hit): return f"{hit[1]}{keep[int(hit[2])]}"
     return lambda name: re.sub(rf"^({stem}\.)(\d+)", number, name)
 
+# %% ../../nbs/3_memory/36_ledger.ipynb #8fb39d16-b
+def looks_of(layer) -> tuple:
+    "What two layers that are alike have in common: names, shapes and switches of their parts."
+    return (tuple((n, tuple(p.shape)) for n, p in layer.named_parameters()),
+            tuple((n, type(m).__name__, *sorted(k for k, v in vars(m).items() if v is True))
+                  for n, m in layer.named_modules()))
+
 # %% ../../nbs/3_memory/36_ledger.ipynb #8fb39d16
 def layer_groups(model, named=()) -> list:  # Of `whole`; lists of indices, of one kind each
     "Which layers are alike, by their parts, and by which of these names they have."
@@ -176,10 +187,7 @@ def layer_groups(model, named=()) -> list:  # Of `whole`; lists of indices, of o
     for i, layer in enumerate(layers):
         at = f"{stem}.{i}."
         mine = tuple(n[len(at):] for n in named if n.startswith(at))
-        sizes = tuple((n, tuple(p.shape)) for n, p in layer.named_parameters())
-        switches = tuple((n, type(m).__name__, *sorted(k for k, v in vars(m).items() if v is True))
-                         for n, m in layer.named_modules())
-        found.setdefault((sizes, switches, mine, str([v[i] for v in lists])), []).append(i)
+        found.setdefault((looks_of(layer), mine, str([v[i] for v in lists])), []).append(i)
     return list(found.values())
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #2dcdfc85
@@ -232,8 +240,7 @@ class Planned(nn.Module):
     weight = property(lambda self: torch.empty(self.shape, dtype=self.dtype) if self.wide is None
                       else self.wide)   # some take it themselves
     def forward(self, x):
-        if self.packed:
-            # PEFT clones a 4-bit layer's output
+        if self.packed:   # PEFT clones the output
             y = Lookup.apply(x.to(self.dtype), self.shape).to(x.dtype).clone()
         else: y = nn.functional.linear(x, self.wide, self.bias)
         if not self.adapter: return y

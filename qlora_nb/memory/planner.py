@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'OPTIMIZERS', 'KNOWN', 'skeleton', 'parts_of', 'state_bytes', 'MockChunkedLoss', 'forward_loss', 'rehearse',
-           'refuse_recurrent', 'count', 'grow', 'Plan', 'check_plan', 'plan']
+           'refuse_recurrent', 'count', 'passing', 'grow', 'Plan', 'check_plan', 'plan']
 
 # %% ../../nbs/3_memory/37_planner.ipynb #9c6f3415
 import contextlib, copy, gc
@@ -25,8 +25,7 @@ METHODS = ("qlora", "lora", "full")
 # %% ../../nbs/3_memory/37_planner.ipynb #6fc54d0f
 def skeleton(cfg, method:str, r:int, target_modules, dtype:torch.dtype, keep:list|None=None,
              target_parameters=(), use_dora:bool=False) -> nn.Module:
-    """A model without memory: frozen layers replaced by mocks, except the head. With `keep`,
-    these layers only."""
+    "A model without memory: its frozen layers, but the head, are mocks. `keep`: these layers only."
     model = whole(cfg, torch.float32 if method == "full" else dtype)
     hits, of = {*adapted(model, method, target_modules, target_parameters)}, own_name(model, keep)
     with torch.device("meta"):
@@ -152,18 +151,21 @@ def count(cfg, method, r, target_modules, optim, dtype, target_parameters=(), us
     KNOWN[key] = groups, sorted(i for g in groups for i in g[:2]), parts
     return KNOWN[key]
 
+# %% ../../nbs/3_memory/37_planner.ipynb #61c94988-a
+def passing(cfg, keep:list, how:dict) -> dict:   # Indices of layers; settings of `rehearse`
+    "What is in use at each moment of a rehearsal with these layers, without what stays."
+    fixed, moments = rehearse(cfg, **how, keep=keep)
+    return {k: [o - sum(fixed.values()) for o in v] for k, v in moments.items()}
+
 # %% ../../nbs/3_memory/37_planner.ipynb #61c94988
 def grow(cfg, **how) -> tuple:
     "(parts, moments) of all layers; what comes and goes is rehearsed with few of each kind."
     if (key := _key(cfg, how)) in KNOWN: return KNOWN[key]
     groups, few, parts = count(cfg, **how)
-    def passing(keep):   # in use at each moment, without what stays
-        fixed, moments = rehearse(cfg, **how, keep=keep)
-        return {k: [o - sum(fixed.values()) for o in v] for k, v in moments.items()}
-    total = first = passing(few)
+    total = first = passing(cfg, few, how)
     for g in groups:
         if len(g) < 3: continue
-        more = passing(sorted([*few, g[2]]))
+        more = passing(cfg, sorted([*few, g[2]]), how)
         total = {k: [t + (len(g) - 2)*(b - a) for t, a, b in zip(total[k], first[k], more[k])]
                  for k in total}
     KNOWN[key] = parts, {k: tuple(o + sum(parts.values()) for o in v) for k, v in total.items()}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['end_ids', 'template_end', 'base_of', 'notes_of', 'note_ends', 'taught_ends', 'stop_ids', 'note_loaded', 'note_sum',
-           'number', 'check_labels', 'check_ids', 'with_lengths', 'check_longest', 'written', 'check_answers']
+           'number', 'check_labels', 'check_ids', 'with_lengths', 'longest_possible', 'check_longest', 'written',
+           'check_answers']
 
 # %% ../../nbs/2_training/23_end_tokens.ipynb #792a6aaa
 import qlora_nb.base.core   # before PyTorch is loaded
@@ -136,7 +137,7 @@ def check_ids(model, tokenizer, examples:list):
                          "Use the model's own tokenizer, or a model with a larger table.")
     _check_positions(model, examples)
 
-# %% ../../nbs/2_training/23_end_tokens.ipynb #3e100002
+# %% ../../nbs/2_training/23_end_tokens.ipynb #3e100002-a
 def with_lengths(examples:list) -> tuple:   # Of `encode_rows`, or packs of such
     "(the examples without packs, the number of tokens of each)."
     flat = examples.items if isinstance(examples, Grouped) else examples   # packs are not read
@@ -144,22 +145,26 @@ def with_lengths(examples:list) -> tuple:   # Of `encode_rows`, or packs of such
         flat = [e for o in examples for e in (o if isinstance(o, list) else [o])]
     return flat, count(flat, "tokens", lambda e: len(e["input_ids"]))
 
+# %% ../../nbs/2_training/23_end_tokens.ipynb #3e100002-b
 @torch.no_grad()
+def longest_possible(model, ids:torch.Tensor) -> int:   # (1, tokens)
+    "How many of these tokens the model can take: all of them, or what halving finds."
+    decoder, n = getattr(model, "get_base_model", lambda: model)().base_model, ids.shape[1]
+    def fails(k):
+        try: decoder(input_ids=ids[:, :k])
+        except (IndexError, RuntimeError, ValueError) as e: return "memory" not in str(e).lower()
+        return False
+    return bisect_left(range(1, n), True, key=fails) if fails(n) else n
+
+# %% ../../nbs/2_training/23_end_tokens.ipynb #3e100002
 def check_longest(model, examples:list):   # As `short_rows` takes them
     "Raise `QLoRAError` where the model cannot take the longest row, and say what it can take."
     flat, lengths = with_lengths(examples)
     n, at = max((int(n), i) for i, n in enumerate(lengths))
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(known, int) and n <= known: return
-    decoder = getattr(model, "get_base_model", lambda: model)().base_model
-    ids = torch.tensor([flat[at]["input_ids"]], device=model.device)
-    def fails(k):
-        try: decoder(input_ids=ids[:, :k])
-        except (IndexError, RuntimeError, ValueError) as e: return "memory" not in str(e).lower()
-        return False
-    if not fails(n): return
-    fits = bisect_left(range(1, n), True, key=fails)   # up to so many tokens it works
-    if not fits: return   # a row of one token fails too: it is not the length
+    fits = longest_possible(model, torch.tensor([flat[at]["input_ids"]], device=model.device))
+    if fits in (0, n): return   # a row of one token fails too: it is not the length
     raise QLoRAError(f"the example has {n} tokens, and the model can take {fits}.",
                      f"row {number(flat[at])}", f"Set max_length={fits}.")
 
