@@ -84,6 +84,7 @@ def crowded(fig) -> list:  # [] for a figure that is in order
                   if a.overlaps(b)]
 
 # %% ../../nbs/base/diagrams.ipynb #62d5136a
+#| code-fold: true
 def transformer_block() -> Figure:
     "A block of a Llama, with its seven matrices."
     fig, ax = canvas(4.6, 6.1)
@@ -120,6 +121,7 @@ def layer_key(ax):
     note(ax, 2.55, .2, "to the layer before", backward=True)
 
 # %% ../../nbs/base/diagrams.ipynb #b6d571f4
+#| code-fold: true
 def qlora_layer() -> Figure:
     "A linear layer of QLoRA: what is stored, what is trained, and where gradients go."
     fig, ax = canvas(4.8, 5.9)

@@ -8,6 +8,7 @@ __all__ = ['WIDE', 'VIEW', 'panels', 'picture', 'choice', 'toggle', 'textbox', '
 
 # %% ../../nbs/base/explorer.ipynb #f64be8c5
 from html import escape
+from fastcore.basics import patch
 from .core import figure_data
 from .errors import QLoRAError
 
@@ -97,19 +98,24 @@ class Explorer:
         self.box = W.VBox([*rows, self.live])
     values = property(lambda self: {k: w.value for k, w in self.controls.items()})
     alt = property(lambda self: self.now[0]["text/plain"])  # Of the figure shown last
-    def move(self, **values):
-        "Show the figure for these values, in the place for it."
-        if self.live is None: return   # called once when it is made: the first figure is there
-        try: self.now = picture(self.draw, **values)
-        except Exception as e:
-            at = ", ".join(f"{k}={v!r}" for k, v in values.items())
-            kind = "" if isinstance(e, QLoRAError) else f"{type(e).__name__}: "
-            raise NotDrawn(f"There is no figure for {at}: {kind}{e}") from e
-        png = f"data:image/png;base64,{self.now[0]['image/png']}"
-        image = f'<img alt="{escape(self.alt)}" src="{png}">'
-        show({"text/html": image, "text/plain": self.alt}, {})
-    def __repr__(self):
-        return f"An explorer of {', '.join(f'{k}={v!r}' for k, v in self.values.items())}."
+
+# %% ../../nbs/base/explorer.ipynb #expl_move-a
+@patch
+def move(self:Explorer, **values):
+    "Show the figure for these values, in the place for it."
+    if self.live is None: return   # called once when it is made: the first figure is there
+    try: self.now = picture(self.draw, **values)
+    except Exception as e:
+        at = ", ".join(f"{k}={v!r}" for k, v in values.items())
+        kind = "" if isinstance(e, QLoRAError) else f"{type(e).__name__}: "
+        raise NotDrawn(f"There is no figure for {at}: {kind}{e}") from e
+    png = f"data:image/png;base64,{self.now[0]['image/png']}"
+    show({"text/html": f'<img alt="{escape(self.alt)}" src="{png}">', "text/plain": self.alt}, {})
+
+# %% ../../nbs/base/explorer.ipynb #expl_move
+@patch
+def __repr__(self:Explorer):
+    return f"An explorer of {', '.join(f'{k}={v!r}' for k, v in self.values.items())}."
 
 # %% ../../nbs/base/explorer.ipynb #45161a49
 def explore(draw,                # A function of the controls' values → matplotlib figure

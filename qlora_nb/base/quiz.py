@@ -9,6 +9,7 @@ __all__ = ['Question', 'quiz_html', 'Quiz', 'quiz_widget']
 import html
 from dataclasses import dataclass
 from random import Random
+from fastcore.basics import patch
 from .errors import QLoRAError
 
 # %% ../../nbs/base/quiz.ipynb #quiz0007
@@ -23,11 +24,14 @@ class Question:
         if len(self.wrong) < 2 or len(said) == len(self.wrong) or not all(said.values()):
             raise QLoRAError("a question has one right answer, two wrong ones, a reason for each.",
                              self.ask, "Write what is missing.")
-    def options(self):
-        "[(answer, is it right?, reason)] in an order that is drawn."
-        all_ = [(*self.right, True), *((o, why, False) for o, why in self.wrong.items())]
-        Random(self.ask).shuffle(all_)
-        return [(answer, ok, why) for answer, why, ok in all_]
+
+# %% ../../nbs/base/quiz.ipynb #quiz_opt
+@patch
+def options(self:Question):
+    "[(answer, is it right?, reason)] in an order that is drawn."
+    all_ = [(*self.right, True), *((o, why, False) for o, why in self.wrong.items())]
+    Random(self.ask).shuffle(all_)
+    return [(answer, ok, why) for answer, why, ok in all_]
 
 # %% ../../nbs/base/quiz.ipynb #quiz0010
 def quiz_html(questions:list # Of `Question`
@@ -47,17 +51,21 @@ class Quiz:
     def __init__(self, questions:list): # Of `Question`
         self.questions = list(questions)
         self.first = {}                   # question → was it right at the first try?
-    def answer(self, i:int,      # Number of the question, from 0
-               answer:str        # One of its options
-              ) -> tuple:        # (is it right?, the reason)
+    def answer(self, i:int, answer:str    # Number of the question, from 0; one of its options
+              ) -> tuple:                 # (is it right?, the reason)
         "Choose an answer; only the first choice of a question counts."
         ok, why = {o: (ok, why) for o, ok, why in self.questions[i].options()}[answer]
         self.first.setdefault(i, ok)
         return ok, why
-    def score(self):
-        n, right = len(self.questions), sum(self.first.values())
-        return f"{len(self.first)} of {n} answered, {right} of {n} right at the first try."
-    def _repr_html_(self): return quiz_html(self.questions)
+
+# %% ../../nbs/base/quiz.ipynb #quiz_sc
+@patch
+def score(self:Quiz) -> str:
+    n, right = len(self.questions), sum(self.first.values())
+    return f"{len(self.first)} of {n} answered, {right} of {n} right at the first try."
+
+@patch
+def _repr_html_(self:Quiz): return quiz_html(self.questions)
 
 # %% ../../nbs/base/quiz.ipynb #quiz0015-a
 def _question_widget(quiz, i, score):
@@ -86,8 +94,6 @@ def quiz_widget(quiz:Quiz # Its questions and its score
     return w.VBox([*(_question_widget(quiz, i, score) for i in range(len(quiz.questions))), score])
 
 # %% ../../nbs/base/quiz.ipynb #quiz0019
-from fastcore.basics import patch
-
 @patch
 def _repr_mimebundle_(self:Quiz, include=None, exclude=None) -> dict:
     "Radio buttons where a front end has them, otherwise the list."

@@ -50,25 +50,27 @@ def _answer(pipe, child) -> tuple:   # (went well?, result or error)
         return False, (0., f"it was ended (exit code {child.exitcode}).", "")
 
 # %% ../../nbs/base/ranks.ipynb #d1570013
+def _raise_failed(failed:dict, n:int):   # {rank: (when, message, where in the function)}
+    "The error of the rank that failed first."
+    r = min(failed, key=lambda o: failed[o][0])
+    error = QLoRAError(failed[r][1], f"rank {r} of {n}")
+    error.add_note(failed[r][2])
+    raise error
+
+# %% ../../nbs/base/ranks.ipynb #rank_col
 def _collect(children, pipes, timeout:float) -> list:
-    got, failed, end = {}, {}, time.monotonic() + timeout
-    while left := [r for r in range(len(pipes)) if r not in got and r not in failed]:
+    got, failed, end, n = {}, {}, time.monotonic() + timeout, len(pipes)
+    while left := [r for r in range(n) if r not in got and r not in failed]:
         ready = wait([pipes[r] for r in left], max(0, end - time.monotonic()))
         if not ready: break
         for r in map(pipes.index, ready):
             fine, value = _answer(pipes[r], children[r])
             (got if fine else failed)[r] = value
             if not fine: end = min(end, time.monotonic() + 10)
-    if failed:
-        r = min(failed, key=lambda o: failed[o][0])
-        error = QLoRAError(failed[r][1], f"rank {r} of {len(pipes)}")
-        error.add_note(failed[r][2])   # where in the function
-        raise error
-    if left:
-        late = ", ".join(map(str, left))
-        raise QLoRAError(f"no answer after {timeout:g} s.", f"rank {late} of {len(pipes)}",
-                         "Do all ranks call the same collectives, in the same order?")
-    return [got[r] for r in range(len(pipes))]
+    if failed: _raise_failed(failed, n)
+    if not left: return [got[r] for r in range(n)]
+    raise QLoRAError(f"no answer after {timeout:g} s.", f"rank {', '.join(map(str, left))} of {n}",
+                     "Do all ranks call the same collectives, in the same order?")
 
 # %% ../../nbs/base/ranks.ipynb #d1570015
 def on_ranks(n:int,                # Processes

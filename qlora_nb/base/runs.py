@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARK', 'sync', 'write_json', 'seal', 'is_sealed', 'run_lock', 'in_use', 'last_checkpoint', 'comparable',
-           'differences', 'way_back', 'hold_run', 'read_settings', 'open_run', 'content_id', 'Run', 'latest_run',
-           'finished_run']
+           'differences', 'way_back', 'hold_run', 'read_settings', 'check_begin', 'open_run', 'content_id', 'Run',
+           'latest_run', 'finished_run']
 
 # %% ../../nbs/base/runs.ipynb #a3071801
 import contextlib, hashlib, json, os, shutil, warnings
@@ -142,21 +142,25 @@ def read_settings(file:Path) -> dict:  # `settings.json` of a run
                          "Start a new run.") from e
 
 # %% ../../nbs/base/runs.ipynb #d0a56e73
+def check_begin(folder:Path, has_work:bool, resume:bool):
+    "Raise `QLoRAError` where a run would be written over; warn where none can be gone on with."
+    if has_work and not resume:
+        raise QLoRAError("this folder already holds a run.", where=str(folder),
+                         cure="Add --resume to go on with it, or choose another --output-dir.")
+    if resume and not last_checkpoint(folder/"checkpoints"):
+        warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run "
+                      "starts at step 0.")
+
+# %% ../../nbs/base/runs.ipynb #runs_open
 def open_run(folder:Path, settings:dict, resume:bool) -> bool:  # Does it begin here?
     "Make the folder of a run, or check that it is the same. Raises `QLoRAError` for another one."
-    file = folder/"settings.json"
     has_work = any(folder.glob("checkpoints/checkpoint-*")) or (folder/"adapter").exists()
     with hold_run(folder):
-        if has_work and not resume:
-            raise QLoRAError("this folder already holds a run.", where=str(folder),
-                             cure="Add --resume to go on with it, or choose another --output-dir.")
-        if resume and not last_checkpoint(folder/"checkpoints"):
-            warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run "
-                          "starts at step 0.")
+        check_begin(folder, has_work, resume)
         if not has_work:
-            write_json(file, settings)
+            write_json(folder/"settings.json", settings)
             return True
-        if diff := differences(read_settings(file), settings):
+        if diff := differences(read_settings(folder/"settings.json"), settings):
             raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.",
                              where=str(folder), cure="Use the same options, or start a new run.")
         return False

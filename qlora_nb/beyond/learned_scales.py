@@ -95,6 +95,7 @@ def student(model:nn.Module, packed:dict,   # {name: QuantizedTensor}
     finally:
         for m in layers.values(): del m.forward
 
+# %% ../../nbs/6_beyond/67_learned_scales.ipynb #lean67y
 def lean_kl(model, packed, scales, rows) -> torch.Tensor:   # As of `teacher_kl`
     "KL(model as it is ‖ model with its layers in these 4 bits), the mean over tokens."
     def log_p(): return model(input_ids=rows, use_cache=False).logits.float().log_softmax(-1)

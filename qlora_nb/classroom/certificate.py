@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'ed25519', 'public_key', 'new_key', 'check_new', 'write_key', 'read_key', 'fingerprint', 'canonical', 'sign',
            'graded_pages', 'certificate_for', 'certificate_html', 'once', 'read_certificate', 'check_signature',
-           'signed_data', 'verify', 'file_name', 'write_certificates']
+           'signed_data', 'verify', 'file_name', 'write_one', 'write_certificates']
 
 # %% ../../nbs/classroom/certificate.ipynb #83000004
 import base64, hashlib, html, json, os, re
@@ -182,19 +182,22 @@ def file_name(student:str) -> str:
     return name if name == student else f"{name}-{digits}"
 
 # %% ../../nbs/classroom/certificate.ipynb #83000022
+def write_one(student:str, signed:dict, out:Path):
+    "A certificate in its two forms."
+    where = Path(out)/file_name(student)
+    for end, text in ((".json", json.dumps(signed, sort_keys=True, indent=1)),
+                      (".html", certificate_html(signed))):
+        where.with_suffix(end).write_text(text, encoding="utf-8")
+
+# %% ../../nbs/classroom/certificate.ipynb #certall
 def write_certificates(grades, out:Path, key, course:str, version:str,
                        until:date|None=None,   # Supported until
                        roster:dict={},
                        least:float=.5          # Share of the points that earns one
                       ) -> list:               # Of the students that got one
     "A signed .json and an .html for each student with enough points."
-    got = []
-    for student in points_of(grades):
-        data = certificate_for(student, grades, roster, course, version, until)
-        if data["points"] < least*data["of"]: continue
-        signed, where = sign(data, key), Path(out)/file_name(student)
-        where.with_suffix(".json").write_text(json.dumps(signed, sort_keys=True, indent=1),
-                                              encoding="utf-8")
-        where.with_suffix(".html").write_text(certificate_html(signed), encoding="utf-8")
-        got.append(student)
-    return got
+    all_ = {o: certificate_for(o, grades, roster, course, version, until)
+            for o in points_of(grades)}
+    got = {k: data for k, data in all_.items() if data["points"] >= least*data["of"]}
+    for student, data in got.items(): write_one(student, sign(data, key), out)
+    return list(got)

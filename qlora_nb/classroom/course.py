@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'VERSIONS', 'OTHERS', 'notebooks', 'frozen', 'check_term', 'release_note', 'linked', 'add_files',
-           'write_sheet', 'write_one', 'write_versions', 'build_course', 'course_parser', 'course_main']
+           'write_sheet', 'write_one', 'write_versions', 'build_course', 'course_parser', 'course_word', 'course_main']
 
 # %% ../../nbs/classroom/course.ipynb #kit00004
 import argparse, re, shutil, sys
@@ -156,6 +156,20 @@ def course_parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../../nbs/classroom/course.ipynb #kit00017
+def course_word(o:argparse.Namespace):   # Of `course_parser`
+    "Do what a word says, and print what came of it."
+    if o.word == "build":
+        made = build_course(o.out, o.source, o.release, o.until, not o.no_slides)
+        print(f"{o.out}: {made['pages']} pages with {made['exercises']} exercises, twice; "
+              f"{made['decks']} decks of slides.")
+    elif o.word == "site":
+        from qlora_nb.classroom.site import build_site
+        print(build_site(o.out, o.source))
+    elif o.word == "exam":
+        from qlora_nb.classroom.exam import write_exam
+        print(*write_exam(o.seed, o.out, o.questions), sep="\n")
+
+# %% ../../nbs/classroom/course.ipynb #kit_main
 def course_main(argv:list|None=None): # None: the options that the command was called with
     "Everything for a class: the console command `qlora_course`."
     argv = sys.argv[1:] if argv is None else argv
@@ -163,14 +177,4 @@ def course_main(argv:list|None=None): # None: the options that the command was c
         from qlora_nb.classroom import grade_command
         return getattr(grade_command, f"{argv[0]}_main")(argv[1:])
     o = course_parser().parse_args(argv)
-    with one_line_errors():
-        if o.word == "build":
-            made = build_course(o.out, o.source, o.release, o.until, not o.no_slides)
-            print(f"{o.out}: {made['pages']} pages with {made['exercises']} exercises, twice; "
-                  f"{made['decks']} decks of slides.")
-        elif o.word == "site":
-            from qlora_nb.classroom.site import build_site
-            print(build_site(o.out, o.source))
-        elif o.word == "exam":
-            from qlora_nb.classroom.exam import write_exam
-            print(*write_exam(o.seed, o.out, o.questions), sep="\n")
+    with one_line_errors(): course_word(o)

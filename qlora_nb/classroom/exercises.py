@@ -123,8 +123,7 @@ def attempt(ex:Exercise, # The exercise
     except Exception as e: return e
 
 # %% ../../nbs/classroom/exercises.ipynb #e0000022
-def doubts(ex:Exercise # The exercise
-          ) -> list:   # What is wrong with it, in words; empty when nothing is
+def doubts(ex:Exercise) -> list:   # What is wrong with it, in words; empty when nothing is
     "Test a check: the stub fails, the solution passes, each mistake is refused in words."
     found = []
     if attempt(ex, ex.stub) is None: found.append("the stub passes")
