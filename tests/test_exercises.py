@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 from qlora_nb.classroom.exercises import attempt, doubts, exercises_of, instructor_version, student_version
-from qlora_nb.classroom.student_checks import HIDDEN, student_check
+from qlora_nb.classroom.student_checks import HIDDEN, WIDTH, constants, folded, reads, student_check, wrapped
 from qlora_nb.base.errors import QLoRAError
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +66,24 @@ def test_an_odd_answer_gets_a_sentence(page):
             said = attempt(visible(ex), code)
             assert type(said) is AssertionError and str(said), (ex.slug, kind, repr(said))
             assert attempt(ex, code) is not None, (ex.slug, kind)
+
+
+@pytest.mark.parametrize("page", sorted({o.page for o in EXERCISES}))
+def test_a_check_fits_a_notebook(page):
+    "Every line has room at 800 pixels, and breaking lines changes nothing else."
+    for ex in (o for o in EXERCISES if o.page == page):
+        assert max(map(len, visible(ex).check.split("\n"))) <= WIDTH, ex.slug
+        assert ast.dump(ast.parse(folded(wrapped(ex.check)))) == ast.dump(ast.parse(ex.check)), ex.slug
+
+
+def test_what_is_no_number_is_not_taken_for_one():
+    "A student's own check says that NaN is no number and that an empty list is empty, whatever else it asks."
+    for ex in EXERCISES:
+        for name, value in constants(ex.solution).items():
+            empty = {float: "float('nan')", int: "float('nan')", list: "[]", dict: "{}", tuple: "()", str: "''"}.get(type(value))
+            if not empty or not value and type(value) not in (float, int) or name not in reads(ex.check): continue
+            said = str(attempt(visible(ex), f"{ex.solution}\n{name} = {empty}"))
+            assert f"{name} has to be" in said or f"{name} is empty" in said, (ex.page, ex.slug, name, said)
 
 
 def test_slugs_are_unique_within_a_page():
