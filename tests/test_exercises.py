@@ -86,6 +86,18 @@ def test_what_is_no_number_is_not_taken_for_one():
             assert f"{name} has to be" in said or f"{name} is empty" in said, (ex.page, ex.slug, name, said)
 
 
+@pytest.mark.parametrize("page", sorted({o.page for o in EXERCISES}))
+def test_a_stub_that_ran_is_no_answer(page):
+    "A stub gives its names values before it raises, and they stay: the student's check refuses them too."
+    for ex in (o for o in EXERCISES if o.page == page):
+        assert type(attempt(visible(ex), ex.stub.replace("raise NotImplementedError()", "pass"))) is AssertionError, ex.slug
+
+
+def test_after_a_restart_a_check_says_what_to_run():
+    told = [str(attempt(replace(visible(ex), setup=""), "")) for ex in EXERCISES]
+    assert {o.split(": ")[-1] for o in told} == {"run the set-up cell and your answer first."}
+
+
 def test_slugs_are_unique_within_a_page():
     for p in {o.page for o in EXERCISES}:
         slugs = [o.slug for o in EXERCISES if o.page == p]
