@@ -62,7 +62,8 @@ def in_words(check:str, names:list) -> str:
     "A check whose every error is a sentence. Its last line, which praises, stays outside."
     lines, last = check.split("\n"), ast.parse(check).body[-1]
     at = last.lineno - 1 if isinstance(last, ast.Expr) else len(lines)
-    body = textwrap.indent("\n".join(lines[:at]), "    ")
+    there = f"_o = {', '.join(names)}   # there when your answer has run"
+    body = textwrap.indent("\n".join([there, *lines[:at]]), "    ")
     return "\n".join(["try:", body, "except AssertionError: raise", "except NameError as _e:",
         "    raise AssertionError(",
         "        f'{_e}: run the set-up cell and your answer first.') from None",
