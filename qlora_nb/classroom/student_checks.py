@@ -146,7 +146,8 @@ def literals(code:str, row:int) -> list:  # Of (first column, last column, depth
         if name == "FSTRING_START": begun.append((o.start, depth))   # from Python 3.12 on
         if name in ("STRING", "FSTRING_END"):
             start, deep = begun.pop() if name == "FSTRING_END" else (o.start, depth)
-            if start[0] == o.end[0] == row + 1 and not begun: found.append((start[1], o.end[1], deep))
+            if start[0] == o.end[0] == row + 1 and not begun:
+                found.append((start[1], o.end[1], deep))
     return found
 
 def split_literal(code:str, row:int) -> list:  # Lines in place of one
