@@ -15,6 +15,7 @@ from qlora_nb.base.model_files import load_tokenizer, tiny_model
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.loading import load_model
 from qlora_nb.base.runs import is_sealed, last_checkpoint
+from qlora_nb.training.learning_rate import suggest_lr
 from qlora_nb.training.schedule import number_rows, overlap, repetitions
 from qlora_nb.training.finetune import finetune, make_trainer
 
@@ -398,11 +399,11 @@ def test_epochs_are_passes_to_the_row(n, batch, accumulation, epochs, base, rows
     assert drawn == {i: epochs for i in range(n)}
 
 
-def test_a_length_is_given_once_and_defaults_suit_a_large_model(base, rows, tmp_path):
+def test_a_length_is_given_once_and_the_rate_follows_the_model(base, rows, tmp_path):
     with pytest.raises(QLoRAError, match="max_steps and num_train_epochs are both given"): finetune(base, rows, tmp_path/"a", max_steps=1, num_train_epochs=1, **QUIET)
     info = finetune(base, rows[:4] + rows[:2], tmp_path/"b", device="cpu", progress=False).info
-    assert info["settings"]["learning_rate"] == 2e-4 and info["settings"]["num_train_epochs"] == 3 and info["steps"] == 6
-    assert "3 passes over 6 rows; 2 of them repeat an earlier one" in info["said"][0]
+    assert info["settings"]["learning_rate"] == suggest_lr(576) and info["settings"]["num_train_epochs"] == 3 and info["steps"] == 6
+    assert "3 passes over 6 rows; 2 of them repeat an earlier one" in info["said"][0] and "learning rate 0.0013, from hidden size" in info["said"][1]
 
 
 def test_numbers_are_those_of_the_file(base, rows, tmp_path):

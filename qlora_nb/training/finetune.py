@@ -38,8 +38,8 @@ from ..base.runs import Run, content_id, last_checkpoint, open_run, sync, write_
 from .schedule import (choose_rows, count_steps, name_rows, repetitions,
                                         say_overlap, say_schedule, settle, tell)
 from .settings import Settings, trainer_settings, write_config
-from .loaded_models import (before_weights, load_base, put_adapters, run_settings,
-                                             usual_targets)
+from .loaded_models import before_weights, load_base, put_adapters, run_settings
+from .learning_rate import say_lr, usual
 from .training_loop import AdapterTrainer, KeepBest, mean_loss, out_of_patience
 from ..base.progress import (LivePlot, ProgressBar, check_reports, close_bars, curve,
                                     in_notebook, plot_loss)
@@ -167,7 +167,7 @@ def prepare(model, tokenizer, rows, numbers, held, encoded, folder, s:dict, prog
     steps = s["max_steps"] or count_steps(s["num_train_epochs"], *shape)
     trained, unit = take(rows, numbers - 1), "packs" if s["packing"] else "rows"
     said += [say_schedule(steps, *shape, unit, repetitions(trained)),
-             say_overlap(trained, held) if held else None]
+             say_overlap(trained, held) if held else None, say_lr(model.config, s)]
     ends = note_ends(model, tokenizer, ends, template=s["template"])   # generation stops at these
     set_seed(s["seed"])
     model, more = put_adapters(model, s, sharded)
@@ -211,8 +211,7 @@ def finetune(model=None,            # A name, a loaded model or a `Run`; None: "
     folder = Path(output_dir).expanduser()
     if held and not settings["eval_steps"]: settings["eval_steps"] = how["save_steps"]
     if source == "tickets": example = example or as_messages(rows[0])[-2]["content"]   # made up
-    targets = settings["target_modules"] or usual_targets(model, source, settings["adapter"])
-    settings |= dict(eval_sha256=digest(held), target_modules=targets)
+    settings |= usual(model, source, settings) | dict(eval_sha256=digest(held))
     model, tokenizer, settings = run_settings(model, tokenizer, kept, device, backend, settings)
     with holding(folder) as first:
         if first and (open_run(folder, settings, resume) or not (folder/"config.yaml").exists()):

@@ -66,11 +66,9 @@ class NamedRows(list):
 # %% ../../nbs/2_training/26_schedule.ipynb #63901fe4
 def run_length(data, max_steps:int|None=None, num_train_epochs:float|None=None,
                learning_rate:float|None=None) -> dict:
-    "How long and how fast to train: the three settings with what is meant where nothing is said."
-    demo = source_of(data) == "tickets"
+    "How long and how fast to train, with what is meant where nothing is said about the length."
     if max_steps is None and num_train_epochs is None:
-        max_steps, num_train_epochs = (150, None) if demo else (None, 3)
-    if learning_rate is None: learning_rate = 2e-3 if demo else 2e-4
+        max_steps, num_train_epochs = (150, None) if source_of(data) == "tickets" else (None, 3)
     return dict(max_steps=max_steps, num_train_epochs=num_train_epochs, learning_rate=learning_rate)
 
 # %% ../../nbs/2_training/26_schedule.ipynb #642a9957

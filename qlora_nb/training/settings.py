@@ -30,7 +30,7 @@ class _Length:
     per_device_train_batch_size: int = option(4, "examples a forward pass; packs, with packing")
     gradient_accumulation_steps: int = option(1, "forward passes a step")
     learning_rate: float|None = option(
-        None, "the highest one (None: 2e-4; tickets, whose model is small: 2e-3)")
+        None, "the highest one (None: by hidden size and lora_alpha; tickets on smollm2: 2e-3)")
 
 # %% ../../nbs/2_training/25_settings.ipynb #5251392b-sb
 @dataclass
