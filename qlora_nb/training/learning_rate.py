@@ -107,5 +107,5 @@ def say_lr(config, s:dict) -> str|None:
 def rate_for(model, s:dict) -> float:   # A model, or a name that stands in `s` as well; `Settings`
     "The learning rate that was asked for, or `default_lr`."
     if (asked := s.get("learning_rate")) is not None: return asked
-    named = isinstance(model, (str, Path))
-    return default_lr(causal_config(s["model"], s.get("model_revision")) if named else model.config, s)
+    if not isinstance(model, (str, Path)): return default_lr(model.config, s)
+    return default_lr(causal_config(s["model"], s.get("model_revision")), s)
