@@ -55,7 +55,7 @@ def is_turns(value):
     return isinstance(value, list) and bool(value) and all(
         isinstance(o, dict) and {"role", "from"} & {*o} for o in value)
 
-# %% ../../nbs/base/json_rows.ipynb #0b08a770-b
+# %% ../../nbs/base/json_rows.ipynb #0b08a770-b-a
 DEEPEST = 100   # levels of lists and objects in a value; no row of a data set needs as many
 
 def plain(value, deep=0):
@@ -67,6 +67,7 @@ def plain(value, deep=0):
     if isinstance(value, dict): return {k: plain(v, deep + 1) for k, v in value.items()}
     return [plain(o, deep + 1) for o in value]
 
+# %% ../../nbs/base/json_rows.ipynb #0b08a770-b
 def parse_text(value):
     "What a text holds that is JSON, or Python's `repr` as in a CSV file; None when it is neither."
     for parse in (DECODER.decode, ast.literal_eval):
@@ -115,18 +116,21 @@ def _lists(row, place=""):
         if all(isinstance(o, dict) or is_turns(o) for o in v): yield place + k, v
 
 # %% ../../nbs/base/json_rows.ipynb #9717e180
+def _meant(lists, name):
+    "The one of several lists whose rows hold names that we know. Raises `QLoRAError`."
+    some = {k: v for k, v in lists.items()
+            if any(is_turns(o) or known_names(undress(o)) for o in v)}
+    if len(some) == 1: return some
+    if len(lists) < 2: return lists
+    raise QLoRAError(f"the file holds several lists of rows: {', '.join(map(repr, lists))[:100]}.",
+                     name, "Save the one that is meant as a .jsonl file.")
+
+# %% ../../nbs/base/json_rows.ipynb #jsm
 def _only(row, name):
     "The rows in the only list of an object, or None; text beside it is named in a warning."
     lists = dict(_lists(row))
-    some = {k: v for k, v in lists.items()
-            if any(is_turns(o) or known_names(undress(o)) for o in v)}
-    lists = some if len(some) == 1 else lists
-    if len(lists) > 1:
-        raise QLoRAError(f"the file holds several lists of rows: "
-                         f"{', '.join(map(repr, lists))[:100]}.", name,
-                         "Save the one that is meant as a .jsonl file.")
-    others = {o.split(".")[0] for o in dict(_lists(row))}
-    for place, rows in lists.items():
+    others = {o.split(".")[0] for o in lists}
+    for place, rows in _meant(lists, name).items():
         lost = [k for k, v in row.items() if k != place.split(".")[0]
                 and (k in others or carries_meaning(k, v, []))]
         said = ", ".join(f"`{k}` ({brief(row[k])})" for k in lost)
@@ -150,6 +154,15 @@ def _columns(row, name):
     if numbered(columns[0]): return [{k: v[i] for k, v in row.items()} for i in columns[0]]
     return [dict(zip(row, o)) for o in zip(*columns)]
 
+# %% ../../nbs/base/json_rows.ipynb #jsp
+def _split_table(row, name):
+    "The rows of a table whose names stand apart from them; None when it is none."
+    if set(row) != {"columns", "index", "data"}: return
+    names, rows = row["columns"], row["data"]
+    check_columns(names, name)
+    if all(len(o) == len(names) for o in rows): return [dict(zip(names, o)) for o in rows]
+    raise QLoRAError("a row has another length than the list of columns.", name)
+
 # %% ../../nbs/base/json_rows.ipynb #92f5c940
 def _unwrap(row, name):
     "The rows in one object, or the object as the only row."
@@ -158,15 +171,11 @@ def _unwrap(row, name):
     if not isinstance(row, dict):
         raise QLoRAError(f"the file holds one {type(row).__name__}, not a list of rows.", name,
                          "Save it as .jsonl.")
-    if set(row) == {"columns", "index", "data"}:
-        names, rows = row["columns"], row["data"]
-        check_columns(names, name)
-        if all(len(o) == len(names) for o in rows): return [dict(zip(names, o)) for o in rows]
-        raise QLoRAError("a row has another length than the list of columns.", name)
-    if not known_names(row) and (rows := _only(row, name)): return rows
-    def is_row(o): return isinstance(o, dict) and known_names(o)
-    values = list(row.values())
-    if not known_names(row) and values and all(map(is_row, values)): return values
+    if (rows := _split_table(row, name)) is not None: return rows
+    if not known_names(row):
+        if rows := _only(row, name): return rows
+        values = list(row.values())
+        if values and all(isinstance(o, dict) and known_names(o) for o in values): return values
     return _columns(row, name) or [row]
 
 # %% ../../nbs/base/json_rows.ipynb #66aa457e
@@ -175,11 +184,12 @@ def is_list(first, more=False):   # A line, and whether others follow
     first = first.strip()
     return first[:1] == "[" and not (more and first[-1:] == "]") or len(first) == 1
 
-# %% ../../nbs/base/json_rows.ipynb #438b3209
+# %% ../../nbs/base/json_rows.ipynb #438b3209-a
 def lines_of(text) -> list:
     "The lines of a text, whichever system ended them; never within a string of JSON."
     return re.split(r"\r\n?|\n", text)
 
+# %% ../../nbs/base/json_rows.ipynb #438b3209
 def json_rows(lines, name, skip=False):
     "The values of lines of JSON, one by one; with `skip`, an error in the place of a broken one."
     for i, o in enumerate(filter(str.strip, lines), 1):
