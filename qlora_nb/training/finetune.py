@@ -151,9 +151,9 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), r
 def packed(examples, model, tokenizer, max_length:int, tokens:int
            ) -> tuple:  # (packs, the model with a document mask, a collator for them)
     "What packing changes. Raises `QLoRAError` for a model that cannot keep documents apart."
-    model = separate_documents(model, min(max_length, tokens))   # of the longest pack
+    examples, model = pack(examples, max_length), separate_documents(model, min(max_length, tokens))
     pad = partial(collate_packed, pad_id=tokenizer.pad_token_id, flat=model.packs_in_one_row)
-    return pack(examples, max_length), model, pad
+    return examples, model, pad
 
 # %% ../../nbs/2_training/29_finetune.ipynb #6d8c1f8b
 def prepare(model, tokenizer, rows, numbers, held, encoded, folder, s:dict, progress, source,
