@@ -83,9 +83,11 @@ def spoken_of(path, words):
     return NOTEBOOK_TESTS.search(text) is not None or any(o in text.lower() for o in words)
 
 
+@cache
 def page_words(expression):
     "The words of a `-k` expression when each is a part of a page's name and none is denied; else nothing."
     words = re.findall(r"[\w.]+", expression.lower())
+    if not words: return []
     pages = [o.name for o in (changed.ROOT/"nbs").rglob("*.ipynb") if o.parent.name != "zh"]
     if {"not"} & set(words): return []
     words = [o for o in words if o not in ("and", "or")]

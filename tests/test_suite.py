@@ -161,6 +161,16 @@ def test_only_what_a_change_touches(small):
     assert "git knows no commit 'moon'" in pytest_in(small, "--changed=moon", "-n0")
 
 
+def test_forks_are_asked_when_one_has_ended(monkeypatch):
+    "Most tests start none, and what forks took is wanted before and after each test."
+    used = forks.cpu_seconds()
+    forks.run("sum(range(10**6))")
+    now = forks.cpu_seconds()
+    assert now > used and forks.peak_kilobytes() > 0
+    monkeypatch.setattr(forks, "ask", None)
+    assert (forks.cpu_seconds(), forks.peak_kilobytes()) == (now, 0)
+
+
 def test_durations_come_from_the_run(small):
     (small/"tests"/"test_heavy.py").unlink()
     out = pytest_in(small, "--save-durations", "-n2")
