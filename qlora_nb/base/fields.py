@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HARMLESS', 'MEANING', 'CHOICE', 'SKIP', 'BROKEN', 'UNSEEN', 'THOUGHTS', 'FIELDS', 'CHATS', 'PARTNERS', 'EXPECTED',
-           'is_empty', 'carries_meaning', 'fail', 'kind_of', 'brief', 'check_letters', 'check_text', 'shape_of',
-           'say_columns', 'is_judged', 'pair_in', 'refuse_kind']
+           'is_empty', 'is_copy', 'carries_meaning', 'fail', 'kind_of', 'brief', 'check_letters', 'check_text',
+           'shape_of', 'say_columns', 'is_judged', 'pair_in', 'refuse_kind']
 
 # %% ../../nbs/base/fields.ipynb #03ac9d8c
 import json, re
@@ -37,22 +37,25 @@ def is_empty(value) -> bool:
     except TypeError: return True   # NA of pandas, which is not even True or False
 
 # %% ../../nbs/base/fields.ipynb #e13659d7
-def carries_meaning(name:str,   # Of a field that is not used
-                    value,      # What is in it
-                    texts:list  # Those of the row that are used
-                   ) -> bool:   # False for what is empty, a label or a copy
+def is_copy(value, texts:list) -> bool:   # Of a row
+    "Does a text stand in the row once more, or does it repeat all of it?"
+    if not (isinstance(value, str) and texts): return False
+    return any(value.strip() in o for o in texts) or all(o.strip() in value for o in texts)
+
+# %% ../../nbs/base/fields.ipynb #fic
+def carries_meaning(name:str, value,   # Of a field that is not used
+                    texts:list         # Those of the row that are used
+                   ) -> bool:          # False for what is empty, a label or a copy
     "Would something be lost with this field?"
-    if is_empty(value): return False
-    if isinstance(value, str) and texts:
-        if any(value.strip() in o for o in texts) or all(o.strip() in value for o in texts):
-            return False
+    if is_empty(value) or is_copy(value, texts): return False
     if hasattr(value, "isoformat"): return False   # a date
     name = name.strip()
     if name.lower() in MEANING or CHOICE.fullmatch(name) and isinstance(value, str): return True
     if HARMLESS.fullmatch(name): return False
     if isinstance(value, dict): return any(carries_meaning(k, v, []) for k, v in value.items())
-    if isinstance(value, (list, tuple)) and sum(isinstance(o, str) for o in value) > 1: return True
-    if isinstance(value, (list, tuple)): return any(carries_meaning(name, o, []) for o in value)
+    if isinstance(value, (list, tuple)):
+        if sum(isinstance(o, str) for o in value) > 1: return True
+        return any(carries_meaning(name, o, []) for o in value)
     return not (isinstance(value, (int, float)) or re.fullmatch(r"[!-~]{1,100}", str(value)))
 
 # %% ../../nbs/base/fields.ipynb #673f9b08
@@ -116,22 +119,26 @@ def say_columns(**names):
     return f"columns=dict({pairs}), or --columns {','.join(f'{k}={v}' for k, v in names.items())}."
 
 # %% ../../nbs/base/fields.ipynb #8cb3d05c
+def _unknown_cure(texts:list) -> str:   # Names of the fields that hold text
+    "Two texts may be question and answer; else the names that are known."
+    beside = [k for o in [*FIELDS][2:] for k in FIELDS[o]]   # never question or answer alone
+    if len(two := [k for k in texts if k not in beside]) == 2:
+        return f"Name the columns: {say_columns(**dict(zip(('prompt', 'response'), two)))}"
+    return EXPECTED + f" Others are mapped by {say_columns(prompt='...', response='...')}"
+
+# %% ../../nbs/base/fields.ipynb #fiu
 def _refuse_unknown(row):
     "Say which columns may be meant in a row without a field that is known."
-    beside = [k for o in [*FIELDS][2:] for k in FIELDS[o]]   # never question or answer alone
     texts = [k for k, v in row.items()
              if isinstance(v, str) and v.strip() and carries_meaning(k, v, [])]
-    cure = EXPECTED + f" Others are mapped by {say_columns(prompt='...', response='...')}"
-    if len(two := [k for k in texts if k not in beside]) == 2:
-        cure = f"Name the columns: {say_columns(**dict(zip(('prompt', 'response'), two)))}"
     if [*texts, *(k for k in row if k == "text")][:1] == ["text"]:
         way = "Save them as `prompt` and `response`, or as `messages`."
         if isinstance(row.get("label"), str):   # a class
             way = f"If `label` is the answer: {say_columns(prompt='text', response='label')}"
         fail(f"the row is plain text ({brief(row['text'])}), in which question and answer cannot "
              "be told apart.", way)
-    fail(f"the row has none of the known fields; it has "
-         f"{', '.join(map(repr, row))[:100] or 'none at all'}.", cure)
+    found = ", ".join(map(repr, row))[:100] or "none at all"
+    fail(f"the row has none of the known fields; it has {found}.", _unknown_cure(texts))
 
 # %% ../../nbs/base/fields.ipynb #a83d94b6-a
 def is_judged(row) -> str|None:   # The name of the field with a verdict
@@ -148,26 +155,29 @@ def pair_in(row) -> tuple|None:   # (the chosen field, the rejected one)
         if good != k and good in row and not isinstance(row[k], (int, float)): return good, k
 
 # %% ../../nbs/base/fields.ipynb #a83d94b6
+def _refuse_pair(row, good:str, bad:str):   # The fields of the better and of the worse answer
+    asked = next((k for k in FIELDS["prompt"] if k in row), None)
+    way = (dict(prompt=asked or "PROMPT", response=good) if isinstance(row[good], str)
+           else dict(messages=good))
+    fail(f"this is a preference pair (`{good}`, `{bad}`), made for DPO; here one answer is learned "
+         "(SFT).", f"To learn the chosen answers: {say_columns(**way)}")
+
+def _refuse_judged(row, verdict:str):   # The field of the verdict
+    shape = shape_of(row) or "PROMPT/completion"
+    ours = ["messages"] if shape in CHATS else ["prompt", "response"]
+    way = say_columns(**dict(zip(ours, shape.split("/"))))
+    fail(f"this is an answer judged good or bad (`{verdict}`), made for KTO; here each answer is "
+         "learned as it stands.", f"Keep the rows whose {verdict} is true: {way}")
+
+# %% ../../nbs/base/fields.ipynb #fim
 def refuse_kind(row):
     "Raise `QLoRAError` for rows that are made for something else, saying what they are."
-    asked = next((k for k in FIELDS["prompt"] if k in row), None)
-    if pair := pair_in(row):
-        way = (dict(prompt=asked or "PROMPT", response=pair[0]) if isinstance(row[pair[0]], str)
-               else dict(messages=pair[0]))
-        fail(f"this is a preference pair (`{pair[0]}`, `{pair[1]}`), made for DPO; "
-             "here one answer is learned (SFT).",
-             f"To learn the chosen answers: {say_columns(**way)}")
-    if verdict := is_judged(row):
-        shape = shape_of(row) or "PROMPT/completion"
-        ours = ["messages"] if shape in CHATS else ["prompt", "response"]
-        way = say_columns(**dict(zip(ours, shape.split("/"))))
-        fail(f"this is an answer judged good or bad (`{verdict}`), made for KTO; here each answer "
-             "is learned as it stands.", f"Keep the rows whose {verdict} is true: {way}")
+    if pair := pair_in(row): _refuse_pair(row, *pair)
+    if verdict := is_judged(row): _refuse_judged(row, verdict)
     if "role" in row and "content" in row or "from" in row and "value" in row:
         fail("this is one message, not a chat.",
              'Save each chat as one row: {"messages": [{"role": ...}, ...]}.')
     if "parent_id" in row or "message_tree_id" in row:
-        fail("this is one message of a tree (`parent_id`), not a chat.",
-             "Follow each answer up to its root and save the path as one row of `messages`, a list "
-             "of {role, content}.")
+        fail("this is one message of a tree (`parent_id`), not a chat.", "Follow each answer up to "
+             "its root and save the path as one row of `messages`, a list of {role, content}.")
     if not shape_of(row): _refuse_unknown(row)

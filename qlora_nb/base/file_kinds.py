@@ -32,19 +32,18 @@ WAYS = {".xlsx .xls .xlsm .ods .numbers": "Save the sheet as 'CSV UTF-8'. ",
         ".arrow .feather": "Give datasets.Dataset.from_file(path), or a table of pyarrow. ",
         ".txt .md .pdf .docx .html": "Put each question with its answer into a row. "}
 
+# %% ../../nbs/base/file_kinds.ipynb #fk
 def kind_of_file(path:Path) -> str:
     "The ending of a file's name, without the .gz of a packed one. Raises `QLoRAError`."
-    kind = named_kind(path)
-    kinds = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
+    kind, kinds = named_kind(path), f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
     if path.is_dir():
         what = next((v for k, v in FOLDERS.items() if (path/k).exists()), "this is a folder.")
         raise QLoRAError(what, str(path), "Give what datasets.load_from_disk(...) makes of it."
                          if "save_to_disk" in what else f"Give one {kinds} file in it, or several.")
-    if kind not in KINDS:
-        way = next((v for k, v in WAYS.items() if kind in k.split()), "")
-        what = f"files of the kind '{kind}' are not read." if kind else "the name has no ending."
-        raise QLoRAError(what, str(path), f"{way}Use {kinds}.")
-    return kind
+    if kind in KINDS: return kind
+    way = next((v for k, v in WAYS.items() if kind in k.split()), "")
+    what = f"files of the kind '{kind}' are not read." if kind else "the name has no ending."
+    raise QLoRAError(what, str(path), f"{way}Use {kinds}.")
 
 # %% ../../nbs/base/file_kinds.ipynb #fk000009
 def wide_encoding(start:bytes) -> str|None:   # The first bytes of a file

@@ -53,6 +53,17 @@ def _header(names, name, named):
     return names
 
 # %% ../../nbs/base/readers.ipynb #403d828d
+def _odd_row(o:list, header:list) -> tuple|None:   # (what is wrong, what to do)
+    "What is wrong with the fields of a row, if anything."
+    if len(o) != len(header):
+        return (f"the row has {len(o)} fields, but the header has {len(header)}.",
+                f'Put "quotes" around text that holds a separator or a line break. {SKIP}')
+    if re.fullmatch("[ :]*---[-: ]*", "".join(o)):
+        return "this is the rule of a Markdown table.", SKIP
+    if len(header) > 1 and [k.strip() for k in o] == header:
+        return "the header stands here once more.", SKIP
+
+# %% ../../nbs/base/readers.ipynb #csv_r
 def csv_rows(lines, name, skip=False, named=False):
     "The rows of lines of CSV, one by one; with `skip`, an error in the place of a broken one."
     i, limit, table = 0, csv.field_size_limit(2**26), _fields(iter(lines))
@@ -62,17 +73,9 @@ def csv_rows(lines, name, skip=False, named=False):
         for o in table:
             if not "".join(o).strip(): continue   # a blank line, or cells that are all empty
             o[0] = o[0].lstrip("\ufeff")
-            row = dict(zip(header, o))
-            if len(header) > 1 and [k.strip() for k in o] == header:
-                row = bad("the header stands here once more.", SKIP)
-            if re.fullmatch("[ :]*---[-: ]*", "".join(o)):
-                row = bad("this is the rule of a Markdown table.", SKIP)
-            if len(o) != len(header):
-                cure = 'Put "quotes" around text that holds a separator or a line break. '
-                row = bad(f"the row has {len(o)} fields, but the header has {len(header)}.",
-                          cure + SKIP)
-            if isinstance(row, QLoRAError) and not skip: raise row
-            yield row
+            odd = _odd_row(o, header)
+            if odd and not skip: raise bad(*odd)
+            yield bad(*odd) if odd else dict(zip(header, o))
             i += 1
     except csv.Error as e:
         cure = 'Each "quote" must be closed, and one within quotes written twice: "".'
