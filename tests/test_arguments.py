@@ -1,7 +1,9 @@
 "What a function of the front door is handed: a value of the wrong kind ends in one sentence, and never in another meaning."
-import pytest, pyarrow as pa, torch, transformers
+import json, pytest, pyarrow as pa, torch, transformers
 from pathlib import Path
-from transformers import AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForSequenceClassification, LlamaModel, MptConfig, TrainerCallback
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, LlamaConfig, LlamaForSequenceClassification, LlamaModel, MptConfig, TrainerCallback
 
 from common import once, small_base, small_tokenizer
 from qlora_nb import (add_adapters, audit_4bit, encode_prompt, evaluate, finetune, generate, load_model, load_rows, load_tokenizer, merge_and_save, plan,
@@ -216,3 +218,33 @@ def test_a_decoder_alone_is_loaded(tmp_path):
     model = AutoModelForCausalLM.from_config(transformers.BartConfig(**SMALL, is_decoder=True))
     model.save_pretrained(tmp_path)
     assert type(load_model(tmp_path, device="cpu")).__name__ == "BartForCausalLM"
+
+
+def without(*names):
+    def change(folder):
+        held = load_file(folder/"model.safetensors")
+        save_file({k: v for k, v in held.items() if k not in names}, folder/"model.safetensors", metadata=dict(format="pt"))
+    return change
+
+def says(**fields):
+    def change(folder):
+        config = json.loads((folder/"config.json").read_text(encoding="utf-8"))
+        (folder/"config.json").write_text(json.dumps(config | fields), encoding="utf-8")
+    return change
+
+def beside(folder):
+    LoraConfig(r=2, target_modules=["q_proj"], base_model_name_or_path=str(folder)).save_pretrained(folder)
+    model = get_peft_model(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)), LoraConfig(r=2, target_modules=["q_proj"]))
+    save_file(get_peft_model_state_dict(model), folder/"adapter_model.safetensors", metadata=dict(format="pt"))
+
+@pytest.mark.parametrize("change, message", [
+    (without("model.layers.0.input_layernorm.weight"), "lack 1 weights, such as model.layers.0.input_layernorm.weight, which would be random"),
+    (without("model.embed_tokens.weight"), "lack 1 weights"), (says(num_hidden_layers=2), "lack 9 weights"), (says(attention_bias=True), "lack 4 weights"),
+    (says(vocab_size=640), "Its config.json is not that of its weights"), (says(hidden_act="none"), "cannot be loaded .KeyError"),
+    (says(quantization_config=dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")), "config.json says 4 bits"), (beside, "an adapter lies in its folder")])
+@pytest.mark.parametrize("bits", [4, None])
+def test_a_folder_that_is_not_whole(change, message, bits, tmp_path):
+    "What transformers would fill with random numbers, or an adapter that it would add, is no base."
+    AutoModelForCausalLM.from_config(LlamaConfig(**BERT | dict(num_key_value_heads=2))).save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises(QLoRAError, match=message): load_model(tmp_path, bits, device="cpu")

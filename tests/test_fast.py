@@ -46,6 +46,21 @@ def adapted(folder, backend="bnb", dtype=torch.float32, rank=8, **how):
     return model.train()
 
 
+def test_a_model_may_add_to_a_fused_layer_with_a_bias():
+    "In place, as RoCBert does: the output is no view of another tensor."
+    model = tiny_model("llama", hidden_size=64, num_hidden_layers=1, attention_bias=True)
+    quantize_model(model)
+    layer, x = [*adapted_layers(add_adapters(model, 4, 8)).values()][0], torch.randn(2, 5, 64, requires_grad=True)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    def gradients():
+        y = layer(x)
+        y += x
+        return torch.autograd.grad(y.square().sum(), [x, *(o["default"].weight for o in (layer.lora_A, layer.lora_B))])
+    usual = gradients()
+    fuse(layer)
+    for a, b in zip(usual, gradients()): assert (a - b).norm() < 1e-5*a.norm()
+
+
 def batch(seed=0, rows=2, tokens=24):
     g = torch.Generator().manual_seed(seed)
     ids, mask = torch.randint(3, 400, (rows, tokens), generator=g), torch.ones(rows, tokens, dtype=torch.long)

@@ -166,6 +166,8 @@ def hub_cure(e, first:str) -> str:   # An error, and its first line
     "What to do about an error of transformers."
     if re.search("connect|time.?out|resolve|offline", first, re.I):   # of the network
         return "Check the network, or use a local folder or 'smollm2', which need none."
+    if "mismatched_sizes" in first or isinstance(e, (KeyError, TypeError, RuntimeError)):
+        return "Its config.json is not that of its weights."
     if isinstance(e, SafetensorError) or re.search(r"-\d+-of-\d+\.safetensors", first):
         return "A file of the model is missing or not whole: fetch it again."
     if "safetensors" in first:
@@ -181,8 +183,10 @@ def hub_cure(e, first:str) -> str:   # An error, and its first line
 def hub_errors(name):
     "Turn what transformers says about a place it cannot read into one sentence."
     try: yield
-    except (OSError, ValueError, ImportError, SafetensorError) as e:
+    except Exception as e:
+        if isinstance(e, (QLoRAError, MemoryError)) or "memory" in str(e).lower(): raise
         first = " ".join(str(e).split())[:300]
+        if isinstance(e, (KeyError, TypeError, RuntimeError)): first = f"{type(e).__name__}: {first}"
         raise QLoRAError(f"the model cannot be loaded ({first}).", where=str(name),
                          cure=hub_cure(e, first)) from e
 

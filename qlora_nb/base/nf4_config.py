@@ -47,7 +47,11 @@ def plain_linears():
 def as_asked(model, bits, dtype):   # A model whose files were in NF4
     "Let an NF4 checkpoint compute in `dtype`, or write it out."
     for m in model.modules():
-        if isinstance(m, bnb.nn.Linear4bit): m.compute_dtype = m.weight.quant_state.dtype = dtype
+        if not isinstance(m, bnb.nn.Linear4bit): continue
+        if getattr(m.weight, "quant_state", None) is None:
+            raise QLoRAError("its config.json says 4 bits, and its files hold others.",
+                             cure="Take quantization_config out of it.")
+        m.compute_dtype = m.weight.quant_state.dtype = dtype
     for p in model.parameters():
         if p.is_floating_point(): p.data = p.data.to(dtype)
     if bits: return model

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Audit', 'WIDE_SHARE', 'QUANTIZATIONS', 'refuse_wide', 'refuse_repacking', 'audit_4bit', 'bnb_kind',
            'disable_cpu_repacking', 'check_sizes', 'audited', 'quick_quantize', 'quick_codes', 'check_stored',
-           'scale_sum', 'noted', 'refuse_random_head', 'read_base', 'check_quantization', 'load_model']
+           'scale_sum', 'noted', 'refuse_random', 'read_base', 'check_quantization', 'load_model']
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #9eeb54c3
 import contextlib, math
@@ -158,13 +158,20 @@ def noted(model, name, revision, dtype):   # As in `load_model`
     return model
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-h
-def refuse_random_head(model, missing, name):   # `missing`: names that the files do not hold
-    "Raise `QLoRAError` where the head was not read, as of a classifier: it would be random."
+def refuse_random(model, missing, name):   # `missing`: names that the files do not hold
+    "Raise `QLoRAError` where weights were not read, as a classifier's head: they would be random."
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise QLoRAError("an adapter lies in its folder, and would be a part of it.", str(name),
+                         "Move adapter_config.json and the adapter's weights elsewhere.")
     head = model.get_output_embeddings()
     if any(f"{n}.weight" in missing for n, m in model.named_modules() if m is head):
         was = ", ".join(model.config.architectures or ["another kind"])
         raise QLoRAError(f"its files hold no output head: it was saved as {was}, and is no "
                          "causal language model.", str(name), "Give one that is.")
+    if missing:
+        raise QLoRAError(f"its files lack {len(missing)} weights, such as {min(missing)}, which "
+                         "would be random.", str(name),
+                         "Fetch it again, or give its weights the config.json that is theirs.")
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-r
 def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` and `max_memory`
@@ -177,7 +184,7 @@ def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` a
         model, info = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
             output_loading_info=True, **where, **four)
-    refuse_random_head(model, info["missing_keys"], name)
+    refuse_random(model, info["missing_keys"], name)
     return as_it_is(model)
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #qways

@@ -88,13 +88,13 @@ class FusedLoRA(torch.autograd.Function):
                 alpha, block, block2, kind, fold, *packed):
         ctx.how = how = alpha, block, block2, kind, fold
         W = packed[0] if kind == "kept" else dequantize(*packed, A, B, *how, 0)
-        y, h = F.linear(x, W, bias), None
+        y, h = F.linear(x.reshape(-1, x.shape[-1]), W, bias), None
         if not fold:
             h = F.linear(x, A)
-            # and y itself is returned: a model may add to it in place
-            y.view(-1, y.shape[-1]).addmm_(h.flatten(0, -2), B.T, alpha=alpha)
+            y.addmm_(h.flatten(0, -2), B.T, alpha=alpha)
         ctx.save_for_backward(x, h, A, B, *packed)
-        return y
+        # to autograd no view of another tensor: a model may add to it in place
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], len(W)))
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
