@@ -186,7 +186,7 @@ def hub_errors(name):
     except Exception as e:
         if isinstance(e, (QLoRAError, MemoryError)) or "memory" in str(e).lower(): raise
         first = " ".join(str(e).split())[:300]
-        if isinstance(e, (KeyError, TypeError, RuntimeError)): first = f"{type(e).__name__}: {first}"
+        if isinstance(e, (KeyError, RuntimeError)): first = f"{type(e).__name__}: {first}"
         raise QLoRAError(f"the model cannot be loaded ({first}).", where=str(name),
                          cure=hub_cure(e, first)) from e
 
