@@ -45,6 +45,7 @@ SETTINGS = {
     "a seed below zero": (dict(seed=-1), "seed is -1, and has to be from 0 to below 4294967296"),
     "no seed": (dict(seed=None), "seed is None, and has to be a whole number"),
     "no end": (dict(learning_rate=float("inf")), "learning_rate is inf"),
+    "more passes than can be counted": (dict(num_train_epochs=1e30), "num_train_epochs is 1e+30, and has to be below 2,147,483,648"),
     "mistyped": (dict(max_stesp=3), "finetune has no argument 'max_stesp'. Did you mean max_steps=...?"),
     "a usual short name": (dict(**{"lr": 1e-4}), "finetune has no argument 'lr'. Did you mean learning_rate=...?"),
     "another short name": (dict(**{"rank": 8}), "finetune has no argument 'rank'. Did you mean r=...?"),
@@ -129,6 +130,7 @@ def test_exports_that_cannot_be_written_are_refused_before_any_work(tmp_path, mo
 @pytest.mark.parametrize("name", ["x"*300, "a\0b"])
 def test_names_that_no_folder_can_have(name, base, tmp_path, no_model):
     with pytest.raises(QLoRAError, match="the folder cannot be written .*Choose another --output-dir"): finetune(base, ROWS, tmp_path/name, max_steps=1, **QUIET)
+    with pytest.raises(QLoRAError, match="no variable is replaced here"): finetune(base, ROWS, "$HOME/run", max_steps=1, **QUIET)
 
 
 # ---- adapters of others ----

@@ -4,7 +4,7 @@ import json, os, random, signal, subprocess, sys, time
 import pytest
 import safetensors.torch, torch
 
-from qlora_nb.apps.cli import finetune_main, finetune_parser
+from qlora_nb.apps.cli import finetune_main, finetune_parser, one_line_errors
 from qlora_nb.foundations.adapters import BACKENDS
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import quiet
@@ -106,7 +106,9 @@ def test_a_run_is_repeated_from_its_config(tiny, tmp_path):
 
 @pytest.mark.parametrize("text, said", [("lerning_rate: 0.001", "options that there are not: --lerning_rate"), ("- r", "holds no options"),
                                         ("r: [4", "cannot be read"), ("learning_rate: 0", "learning_rate is 0"), ("long: shrink", "shrink"),
-                                        ("seed: 3\nlr: 1", "options that there are not: --lr"), ("r: 2.5", "2.5"), ("max_steps: many", "many")])
+                                        ("seed: 3\nlr: 1", "options that there are not: --lr"), ("r: 2.5", "2.5"), ("max_steps: many", "many"), ("r: 4\nr: 8", "the option 'r' is there twice"),
+                                        ("config: more.yaml", "options that there are not: --config"), ("Max-Steps: 3", "--Max-Steps. Did you mean max_steps?"), ("seed: 2024-01-01", "seed is datetime.date(2024, 1, 1)"),
+                                        ("columns: [a, b]", "columns is ['a', 'b'], and has to be text"), ("data: {a: 1}", "data is {'a': 1}, and has to be text or a list of texts"), ("system: 3", "system is 3, and has to be text"), ("3: 4", "holds no options")])
 def test_a_config_that_cannot_be_right(text, said, tmp_path, complaint):
     "Exit status 2 and the reason, before a model is loaded or a folder made."
     (tmp_path/"config.yaml").write_text(text + "\n", encoding="utf-8")
@@ -129,6 +131,19 @@ def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and "--resume" in err and "Traceback" not in err
     assert "stopped. checkpoint-" in err and "is complete" in err
+
+
+def test_a_command_that_is_asked_to_end(capsys):
+    "As a queue of a cluster asks it: what was begun is cleared away, and one line says how to go on. A file that is closed to us is one line too."
+    left, before = [], signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as e, one_line_errors("Give --resume."):
+        try: os.kill(os.getpid(), signal.SIGTERM), time.sleep(1)
+        except Exception: left.append("an error that is caught on the way")
+        finally: left.append("cleared")
+    assert e.value.code == 143 and left == ["cleared"] and signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr().err == "\nstopped by a signal. Give --resume.\n"
+    with pytest.raises(SystemExit) as e, one_line_errors(): open("nowhere/model.safetensors")
+    assert e.value.code == 2 and capsys.readouterr().err.startswith("error: nowhere/model.safetensors: this cannot be used (No such file or directory). Check its name")
 
 
 def test_evaluated_while_it_trains(tiny, tmp_path):

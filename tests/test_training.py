@@ -203,6 +203,23 @@ def test_no_space_left(base, rows, whole, tmp_path, monkeypatch):
     assert outcome(tmp_path/"run") == outcome(whole/"bnb")
 
 
+def test_a_folder_that_goes_while_the_run_goes(base, rows, tmp_path, monkeypatch):
+    "Removed, it is begun anew, said, and the run can be gone on with; a file in its place ends the run in a sentence. No other folder is needed."
+    import shutil, tempfile
+    from transformers import TrainerCallback
+    class Away(TrainerCallback):
+        def __init__(self, then): self.then = then
+        def on_step_end(self, args, state, control, **kw):
+            if state.global_step == 1: shutil.rmtree(Path(args.output_dir).parent), self.then(Path(args.output_dir).parent)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path/"nowhere"))
+    how = dict(max_steps=2, save_steps=2, per_device_train_batch_size=1, device="cpu", progress=False)
+    with pytest.warns(UserWarning, match="this folder was removed or renamed during the run"):
+        finetune(base, rows, tmp_path/"run", callbacks=[Away(lambda _: None)], **how)
+    assert finetune(base, rows, tmp_path/"run", resume=True, **how).info["resumed_from"] == "checkpoint-2"
+    with pytest.raises(QLoRAError, match="checkpoint-2 cannot be used any more .Not a directory.*No checkpoint was complete"):
+        finetune(base, rows, tmp_path/"other", callbacks=[Away(lambda o: o.write_text(""))], **how)
+
+
 def test_a_disk_that_is_really_full(base, rows, whole, tmp_path):
     "A file system in memory with room for two checkpoints; with room for more, the run goes on to the same bits."
     disk = tmp_path/"disk"

@@ -73,6 +73,8 @@ def numbers_of(name:str, value):
 def check_folder(name:str, value):
     "Raise `QLoRAError` for what can be no path."
     if not isinstance(value, (str, Path)): wrong(name, value, "a folder")
+    if any(o.startswith("$") for o in Path(value).parts):   # it would be made under this name
+        wrong(name, str(value), "a folder: no variable is replaced here")
     try: Path(value).expanduser()
     except RuntimeError: wrong(name, str(value), "a folder: this user has no home here")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARK', 'sync', 'write_json', 'seal', 'is_sealed', 'run_lock', 'in_use', 'last_checkpoint', 'comparable',
-           'differences', 'way_back', 'hold_run', 'read_settings', 'check_begin', 'open_run', 'content_id', 'Run',
-           'latest_run', 'finished_run']
+           'differences', 'way_back', 'hold_run', 'read_settings', 'check_begin', 'open_run', 'content_id', 'write_run',
+           'Run', 'latest_run', 'finished_run']
 
 # %% ../../nbs/base/runs.ipynb #a3071801
 import contextlib, hashlib, json, os, shutil, warnings
@@ -75,7 +75,7 @@ def last_checkpoint(folder:str|Path) -> Path|None:  # The `checkpoints` folder o
     ours = [f for f in torn if (f/MARK).exists() or (f/"complete.json").exists()
             or not any(f.iterdir())]
     if ours and not in_use(folder.parent):
-        for f in ours: shutil.rmtree(f)
+        for f in ours: shutil.rmtree(f, ignore_errors=True)   # it may be closed to us by now
     return whole[max(whole)] if whole else None
 
 # %% ../../nbs/base/runs.ipynb #672177b4
@@ -198,6 +198,14 @@ def content_id(place:str|Path,     # A folder with *.safetensors, or an id in th
     return sha.hexdigest() if found else None
 
 # %% ../../nbs/base/runs.ipynb #7c253c0e
+def write_run(folder:Path, settings:dict, info:dict):
+    "Write `run.json`, and the settings once more where the folder was removed as the run went."
+    if not (file := folder/"settings.json").exists():
+        warnings.warn(f"{folder}: this folder was removed or renamed during the run. What lies "
+                      "there now was written since then, and the checkpoints before are not in it.")
+        write_json(file, settings)
+    write_json(folder/"run.json", info)
+
 class Run(namedtuple("Run", "model tokenizer folder info")):
     "What `finetune` returns; shows itself as a table."
     def __repr__(self):

@@ -32,7 +32,7 @@ from .document_mask import collate_packed, separate_documents
 from .packing import pack
 from ..speed.data_parallel import as_one, by_first, collated, holding, seal_once, step_shape
 from .rehearsal import not_in_file, rehearse
-from ..base.runs import Run, content_id, last_checkpoint, open_run, sync, write_json
+from ..base.runs import Run, content_id, last_checkpoint, open_run, sync, write_run
 
 # %% ../../nbs/2_training/29_finetune.ipynb #e6347ac4
 from .schedule import (choose_rows, count_steps, name_rows, repetitions,
@@ -110,7 +110,7 @@ def finish(model, trainer, folder:Path, rows:list, s:dict, notes:dict, **facts) 
     info = dict(settings=s, versions=versions(), **facts, loss_curve=str(folder/"loss.png"),
                 adapter=str(adapter), losses=curve(history, "loss")[1],
                 eval_losses=list(zip(*curve(history, "eval_loss"))))
-    write_json(folder/"run.json", info)
+    write_run(folder, s, info)
     return info
 
 # %% ../../nbs/2_training/29_finetune.ipynb #c9e6d3ff

@@ -7,7 +7,7 @@ __all__ = ['KNOWN', 'numel', 'adapted_ids', 'coverage', 'undisturbed', 'stir', '
            'check_gradients', 'not_in_file', 'wanted_by_peft', 'read_back', 'check_reload', 'rehearse']
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #e08ba0ab
-import contextlib, copy, tempfile, warnings
+import contextlib, copy, re, tempfile, warnings
 from heapq import nsmallest
 from pathlib import Path
 
@@ -176,9 +176,9 @@ def read_back(model, folder):
     with as_named(): set_peft_model_state_dict(model, weights, model.active_adapter)
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #67b85853-a
-def _read_again(model, mine, base) -> tuple:   # (what is lost, in the file, on a fresh base)
+def _read_again(model, mine, base, place) -> tuple:  # (what is lost, in the file, on a fresh base)
     want = {n: p.detach().clone() for n, p in mine.items()}
-    with tempfile.TemporaryDirectory() as tmp:
+    with tempfile.TemporaryDirectory(dir=place, prefix=".rehearsal-") as tmp:
         folder = save_adapter(model, Path(tmp)/"adapter", base)
         for p in mine.values(): p.data.zero_()
         read_back(model, folder)
@@ -187,9 +187,9 @@ def _read_again(model, mine, base) -> tuple:   # (what is lost, in the file, on 
         return lost or not_in_file(model, folder), have, wanted_by_peft(model, folder)
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #67b85853
-def check_reload(model, mine:dict, base:str):
+def check_reload(model, mine:dict, base:str, place):   # `place`: a folder that can be written
     "Save the adapter and read it back. Raises `QLoRAError` where something is lost or misplaced."
-    lost, have, fresh = _read_again(model, mine, base)
+    lost, have, fresh = _read_again(model, mine, base, place)
     def fail(what, where): raise QLoRAError(what, where, "Choose other target_modules=[...].")
     if lost: fail(f"{len(lost)} of {len(mine)} matrices are not in the saved file.", lost[0])
     if fresh is not None and (odd := sorted(have ^ fresh)):
@@ -208,7 +208,7 @@ def _step(trainer, examples, collator, pad, measure, base, called):
         with trainer.compute_loss_context_manager(): check_causal(model, base)
         loss = same_losses(trainer, batch, padded, measure)
         dead = check_gradients(model, mine, called)
-        check_reload(model, mine, base)
+        check_reload(model, mine, base, Path(trainer.args.output_dir).parent)
     return loss, dead, mine
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #264b9423-a
@@ -224,9 +224,9 @@ def _layers_called(model):   # Yields a set of names
 @contextlib.contextmanager
 def _in_a_sentence(model):
     try: yield
-    except (QLoRAError, MemoryError, torch.OutOfMemoryError): raise
+    except (QLoRAError, MemoryError, torch.OutOfMemoryError, OSError): raise
     except Exception as e:
-        if "memory" in str(e).lower(): raise
+        if re.search("memory|os error", str(e).lower()): raise
         what = f"a first step fails ({type(e).__name__}: {' '.join(str(e).split())[:200]})."
         raise QLoRAError(what, model.config.model_type) from e
 

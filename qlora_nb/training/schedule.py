@@ -43,7 +43,9 @@ def count_steps(epochs:float, n:int, batch_size:int, accumulation:int=1) -> int:
     whole, part = int(epochs), epochs - int(epochs)
     rest = min(math.ceil(part*n/(batch_size*accumulation)),
                steps_a_pass(n, batch_size, accumulation))
-    return max(1, whole*steps_a_pass(n, batch_size, accumulation) + rest)
+    steps = max(1, whole*steps_a_pass(n, batch_size, accumulation) + rest)
+    if steps < 2**31: return steps
+    raise QLoRAError(f"num_train_epochs={epochs:g} are {steps:,} steps, above 2,147,483,647.")
 
 # %% ../../nbs/2_training/26_schedule.ipynb #e3e1b9b5
 def rows_seen(steps:int, n:int, batch_size:int, accumulation:int=1) -> int:

@@ -129,8 +129,9 @@ def check_value(name:str, value):
     kind, said = (Integral, "a whole number") if name in WHOLE else (Real, "a number")
     if not isinstance(value, kind) or isinstance(value, bool): fail(said)
     if name in POSITIVE and not value > 0: fail("above zero")
-    if name in COUNTED and value >= 2**31: fail("below 2,147,483,648")
-    if name in REAL and 3e38 < value < math.inf: fail("what a float32 can hold")
+    if name in {"num_train_epochs", *COUNTED} and value >= 2**31: fail("below 2,147,483,648")
+
+    if name in REAL and value > 3e38: fail("what a float32 can hold")
     low, high = RANGES.get(name, (0, math.inf))
     span = f"from {low} to below {high}" if high < math.inf else f"{low} or more"
     if not low <= value < high: fail(span)
