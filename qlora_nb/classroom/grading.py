@@ -97,6 +97,7 @@ class Result:
     misconception:str|None # Which of the known mistakes says the same
     seconds:float
     when:datetime          # The file was handed in
+    changed:str|None=None  # By a person: from how many points to how many, and why
 
 # %% ../../nbs/classroom/grading.ipynb #dc000018
 def missing(message:str|None, sub, code:str) -> str|None:
@@ -129,6 +130,7 @@ class Grades:
     results:list    # Of `Result`
     problems:list   # Of (path, why it could not be graded)
     pages:dict      # {name: list of `Exercise`}
+    due:datetime|None=None   # What came later is named in the report
 
 # %% ../../nbs/classroom/grading.ipynb #dc000020
 def grade(folder:str|Path,             # FOLDER/<student>/<page>.ipynb or FOLDER/<student>.ipynb
@@ -137,10 +139,11 @@ def grade(folder:str|Path,             # FOLDER/<student>/<page>.ipynb or FOLDER
           total:float=120,             # Seconds of one submission
           isolated:bool=True,          # False: answers see files and network
           progress:bool=True,          # A bar with the time left
-          more:list=()                 # More files and folders that set-up cells read
+          more:list=(),                # More files and folders that set-up cells read
+          roster:dict={}               # Tells whose a file from Canvas or Moodle is
          ) -> Grades:
     "Grade a class. Whatever a submission does, it costs only itself."
-    subs, problems = read_submissions(folder, pages := pages_of(source))
+    subs, problems = read_submissions(folder, pages := pages_of(source), roster)
     used = {k: v for k, v in pages.items() if any(o.page == k for o in subs)}
     steps = sum(len(o.answers) for o in subs) + sum(len(o.wrong) for v in used.values() for o in v)
     results = []

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from .sandbox import defined
+from .gradebook import student_of
 from .student_checks import reads
 from ..base.errors import QLoRAError
 
@@ -169,20 +170,21 @@ def read_one(student:str, path:Path, pages:dict) -> Submission:
 
 # %% ../../nbs/classroom/submissions.ipynb #bf000020
 def read_submissions(folder:str|Path,
-                     pages:dict       # {name: list of `Exercise`}
+                     pages:dict,      # {name: list of `Exercise`}
+                     roster:dict={}   # Tells whose a file from Canvas or Moodle is
                     ) -> tuple:       # [Submission], [(path, why)]
     "All that can be graded in a folder, and a line for each thing that cannot."
     folder, found = Path(folder).expanduser(), {}
     files, problems = listed(folder)
     for student, path in files:
-        try: one = read_one(student, path, pages)
+        try: one = read_one(student_of(student, roster), path, pages)
         except Unreadable as e:
             problems.append((path, str(e)))
             continue
-        if other := found.get((student, one.page)):
+        if other := found.get((one.student, one.page)):
             first, one = sorted((one, other), key=lambda o: (o.path.stem == o.page, o.when))
             problems.append((first.path, f"is not graded: {one.path.name} is there too"))
-        found[student, one.page] = one
+        found[one.student, one.page] = one
     for o in found.values():
         if o.page not in (o.path.stem, COPY.sub("", o.path.stem)) and o.path.parent != folder:
             problems.append((o.path, f"is taken as {o.page}, whose exercises it holds"))
