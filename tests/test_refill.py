@@ -146,10 +146,10 @@ def test_layers_of_gpt2_and_a_device_map(tmp_path):
         assert torch.equal(dequantize_4bit(m.weight.data, m.weight.quant_state), Q.dequantize()), n
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def learned(base, tmp_path_factory):
     text, out = tmp_path_factory.mktemp("text")/"text.txt", tmp_path_factory.mktemp("four")/"four"
-    text.write_text(" ".join(f"It is {i}." for i in range(400)))
+    text.write_text(" ".join(f"It is {i}." for i in range(400)), encoding="utf-8")
     quantize_model(base, out, text, device="cpu", max_steps=4, learning_rate=1e-2, max_length=32, progress=False)
     return out
 

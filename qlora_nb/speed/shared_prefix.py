@@ -67,7 +67,7 @@ def named_attention(decoder) -> bool:
     "Is its attention looked up by a name, which may be a new one?"
     try: source = inspect.getsource(inspect.getmodule(type(decoder)))
     except (OSError, TypeError): return False   # there is no source to look into
-    asked = re.search(r"_attn_implementation\s*(==|!=|in\b|not\b)", source)
+    asked = re.search(r"_attn_implementation\s*(==|!=|in\b|not\b)(?!\s*.eager)", source)
     return bool(getattr(decoder, "_supports_attention_backend", False)) and not asked
 
 # %% ../../nbs/7_speed/80_shared_prefix.ipynb #ec003cbc
