@@ -384,6 +384,19 @@ def test_graphs_share_their_gradients(folders):
 
 
 @needs_gpu
+def test_batches_of_one_step_add_up_in_graphs(folders):
+    "The next forward pass writes into the graphs' memory, where the gradients of the batch before it lie."
+    model, shapes = adapted(folders["llama"]).cuda(), [{k: v.cuda() for k, v in batch(tokens=t).items()} for t in (24, 30, 24, 24)]
+    def all_of(loss):
+        for b in shapes[:-1]: loss(b).backward()
+        return loss(shapes[-1])
+    want = gradients(model, lambda: all_of(lambda b: model(**b).loss))
+    make_fast(model, compile=False)
+    for _ in range(4): same(want, gradients(model, lambda: all_of(model.step_loss)))
+    assert len(model.stack.passes) == 2
+
+
+@needs_gpu
 def test_a_loss_that_is_held_is_named(folders):
     model = adapted(folders["llama"]).cuda()
     b = {k: v.cuda() for k, v in batch().items()}
