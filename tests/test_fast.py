@@ -392,7 +392,7 @@ def test_batches_of_one_step_add_up_in_graphs(folders):
         return loss(shapes[-1])
     want = gradients(model, lambda: all_of(lambda b: model(**b).loss))
     make_fast(model, compile=False)
-    for _ in range(4): same(want, gradients(model, lambda: all_of(model.step_loss)))
+    for _ in range(4): same(want, gradients(model, lambda: all_of(model.step_loss)), rtol=2e-2)
     assert len(model.stack.passes) == 2
 
 
