@@ -71,7 +71,8 @@ class GraphedPasses:
 def move_out(p:GraphedPasses):
     "Copy gradients out of the graphs' memory, into which the next forward pass may write."
     for q, g in zip(p.params, p.grads):
-        if g is not None and q.grad is g: q.grad = g.clone()
+        both = g is not None and q.grad is not None
+        if both and q.grad.data_ptr() == g.data_ptr(): q.grad = g.clone()
 
 def replay_backward(p:GraphedPasses):   # After `move_out`
     "Replay a backward pass; gradients of an earlier batch of the same step are added."
