@@ -98,18 +98,19 @@ def idle_layers(model:nn.Module   # A causal language model
     "Linear layers that are called, and to whose output no gradient comes back from the logits."
     seen, ids = {}, torch.arange(3, 7, device=next(model.parameters()).device)[None]
     def leaf(m, a, y): return y.detach().requires_grad_().clone()   # which may be changed in place
-    def note(m, a, y):
-        if y.requires_grad: y.retain_grad()
-        seen.setdefault(m, []).append(y)
+    def note(m, a, y): seen.setdefault(m, []).append(y)
     hooks = [m.register_forward_hook(note) for m in model.modules() if layer_size(m)]
     hooks.append(model.get_input_embeddings().register_forward_hook(leaf))
     try:
         with torch.enable_grad():
-            model(input_ids=ids, use_cache=False).logits.float().sum().backward()
+            out = model(input_ids=ids, use_cache=False).logits.float().sum()
     finally:
         for o in hooks: o.remove()
+    ys = [y for v in seen.values() for y in v if y.requires_grad]   # and no weight's gradient
+    found = torch.autograd.grad(out, ys, allow_unused=True)
+    reached = {id(y) for y, g in zip(ys, found) if g is not None}
     return [n for n,m in model.named_modules() if m in seen
-            and all(y.grad is None for y in seen[m])]
+            and not any(id(y) in reached for y in seen[m])]
 
 # %% ../../nbs/base/targets.ipynb #a1270007
 def note_idle(model:nn.Module):   # Without adapters; noted on it, for `find_targets`
