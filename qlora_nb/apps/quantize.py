@@ -18,7 +18,7 @@ import os, sys, time, torch
 import bitsandbytes as bnb
 from bitsandbytes.functional import dequantize_4bit
 from tqdm.auto import tqdm
-from ..base.arguments import as_dtype
+from ..base.arguments import as_dtype, check_counts, wrong
 from ..base.core import fmt_bytes, free_memory, pick_device, pick_dtype, versions
 from ..base.model_files import load_tokenizer, without_weights
 from ..base.new_folder import check_room, new_folder
@@ -171,6 +171,9 @@ def quantize_model(model="smollm2", out="quantized",   # As in `load_model`; a n
                    device=None, dtype=None, revision=None, seed:int=0, progress:bool=True) -> Path:
     "Write a checkpoint in NF4 with learned scales. Raises `QLoRAError`, and leaves nothing, else."
     check_wishes(model, out, quantization, revision)
+    check_counts(max_steps=max_steps, max_length=max_length,
+                 per_device_train_batch_size=per_device_train_batch_size)
+    if not 0 < learning_rate < float("inf"): wrong("learning_rate", learning_rate, "above 0")
     device, batch, n = pick_device(device), per_device_train_batch_size, max_length
     dtype, how = learning_dtype(device, dtype), (max_steps, learning_rate, batch, n)
     learns = quantization == "nf4-learned"
