@@ -142,7 +142,7 @@ def test_a_command_that_is_asked_to_end(capsys):
         finally: left.append("cleared")
     assert e.value.code == 143 and left == ["cleared"] and signal.getsignal(signal.SIGTERM) == before
     assert capsys.readouterr().err == "\nstopped by a signal. Give --resume.\n"
-    with pytest.raises(SystemExit) as e, one_line_errors(): open("nowhere/model.safetensors")
+    with pytest.raises(SystemExit) as e, one_line_errors(): open("nowhere/model.safetensors", encoding="utf-8")
     assert e.value.code == 2 and capsys.readouterr().err.startswith("error: nowhere/model.safetensors: this cannot be used (No such file or directory). Check its name")
 
 

@@ -217,7 +217,7 @@ def test_a_folder_that_goes_while_the_run_goes(base, rows, tmp_path, monkeypatch
         finetune(base, rows, tmp_path/"run", callbacks=[Away(lambda _: None)], **how)
     assert finetune(base, rows, tmp_path/"run", resume=True, **how).info["resumed_from"] == "checkpoint-2"
     with pytest.raises(QLoRAError, match="checkpoint-2 cannot be used any more .Not a directory.*No checkpoint was complete"):
-        finetune(base, rows, tmp_path/"other", callbacks=[Away(lambda o: o.write_text(""))], **how)
+        finetune(base, rows, tmp_path/"other", callbacks=[Away(lambda o: o.write_text("", encoding="utf-8"))], **how)
 
 
 def test_a_disk_that_is_really_full(base, rows, whole, tmp_path):
