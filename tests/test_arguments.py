@@ -1,5 +1,5 @@
 "What a function of the front door is handed: a value of the wrong kind ends in one sentence, and never in another meaning."
-import json, pytest, pyarrow as pa, torch, transformers
+import json, pytest, pyarrow as pa, torch, transformers, warnings
 from pathlib import Path
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -248,3 +248,13 @@ def test_a_folder_that_is_not_whole(change, message, bits, tmp_path):
     AutoModelForCausalLM.from_config(LlamaConfig(**BERT | dict(num_key_value_heads=2))).save_pretrained(tmp_path)
     change(tmp_path)
     with pytest.raises(QLoRAError, match=message): load_model(tmp_path, bits, device="cpu")
+
+
+@pytest.mark.parametrize("bits", [4, None])
+def test_layers_that_a_config_leaves_out_are_said(bits, tmp_path):
+    AutoModelForCausalLM.from_config(LlamaConfig(**BERT | dict(num_key_value_heads=2, num_hidden_layers=2))).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has no place for")
+        load_model(tmp_path, bits, device="cpu")
+    says(num_hidden_layers=1)(tmp_path)
+    with pytest.warns(UserWarning, match="hold 9 tensors that its config.json has no place for, such as model.layers.1."): load_model(tmp_path, bits, device="cpu")
