@@ -63,7 +63,6 @@ def signer(o:argparse.Namespace) -> dict|None:
 def time_of(text:str|None, option:str):  # A `datetime`, or None where none is given
     "What an option says of time. Raises `QLoRAError` for what is none."
     from datetime import datetime
-    from qlora_nb.base.errors import QLoRAError
     try: return datetime.fromisoformat(text).replace(tzinfo=None) if text else None
     except ValueError:
         raise QLoRAError(f"'{text}' is no time.", option, "Write it as 2027-05-01T12:00.") from None

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from ..base.core import Table, cpu_kind, keep_memory, pick_device, pick_dtype
 from ..base.arguments import as_dtype, check_model
-from ..base.causal import check_causal, may_look_ahead, say_unused
+from ..base.causal import check_causal, may_look_ahead, say_left_out
 from ..base.errors import QLoRAError
 from ..base.model_files import causal_config, hub_errors, locate
 from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears, quiet,
@@ -185,7 +185,7 @@ def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` a
             place, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
             output_loading_info=True, **where, **four)
     refuse_random(model, info["missing_keys"], name)
-    say_unused(info["unexpected_keys"], name)
+    say_left_out(info["unexpected_keys"], name)
     return as_it_is(model)
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #qways
