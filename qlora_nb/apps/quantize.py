@@ -160,8 +160,8 @@ def learning_dtype(device, dtype=None) -> torch.dtype:
 def foretell(model, batch:int, window:int, device, dtype, revision=None) -> float|None:
     "Say what learning will have in use; the bytes."
     need, weights = memory_needed(model, batch, window, dtype, revision)
-    if need: say(f"at least {fmt_bytes(need)} on {device}, in {str(dtype)[6:]}: {weights:,} weights "
-                 "in 4 bits, and their unquantized teacher beside them")
+    if need: say(f"at least {fmt_bytes(need)} on {device}, in {str(dtype)[6:]}: {weights:,} "
+                 "weights in 4 bits, and their unquantized teacher beside them")
     return need
 
 # %% ../../nbs/apps/quantize.ipynb #quantqz
