@@ -107,14 +107,37 @@ def test_a_run_is_repeated_from_its_config(tiny, tmp_path):
 @pytest.mark.parametrize("text, said", [("lerning_rate: 0.001", "options that there are not: --lerning_rate"), ("- r", "holds no options"),
                                         ("r: [4", "cannot be read"), ("learning_rate: 0", "learning_rate is 0"), ("long: shrink", "shrink"),
                                         ("seed: 3\nlr: 1", "options that there are not: --lr"), ("r: 2.5", "2.5"), ("max_steps: many", "many"), ("r: 4\nr: 8", "the option 'r' is there twice"),
-                                        ("config: more.yaml", "options that there are not: --config"), ("Max-Steps: 3", "--Max-Steps. Did you mean max_steps?"), ("seed: 2024-01-01", "seed is datetime.date(2024, 1, 1)"),
-                                        ("columns: [a, b]", "columns is ['a', 'b'], and has to be text"), ("data: {a: 1}", "data is {'a': 1}, and has to be text or a list of texts"), ("system: 3", "system is 3, and has to be text"), ("3: 4", "holds no options")])
+                                        ("config: more.yaml", "options that there are not: --config"), ("Max-Steps: 3", "--Max-Steps. Did you mean max_steps?"), ("seed: 2024-01-01", "seed is '2024-01-01', and has to be a whole number"),
+                                        ("columns: [a, b]", "columns is ['a', 'b'], and has to be text"), ("data: {a: 1}", "data is {'a': '1'}, and has to be text or a list of texts"), ("system: [3]", "system is ['3'], and has to be text"), ("3: 4", "options that there are not: --3"), ("[a]: 4", "cannot be read"),
+                                        ("max_steps: 1:30", "max_steps is '1:30', and has to be a whole number"), ("r: true", "r is 'true', and has to be a whole number"), ("learning_rate: 0x10", "learning_rate is '0x10', and has to be a number"),
+                                        ("packing: maybe", "packing is 'maybe', and has to be true or false"), ("learning_rate: [1]", "learning_rate is ['1'], and has to be a number")])
 def test_a_config_that_cannot_be_right(text, said, tmp_path, complaint):
     "Exit status 2 and the reason, before a model is loaded or a folder made."
     (tmp_path/"config.yaml").write_text(text + "\n", encoding="utf-8")
     status, err = complaint("--config", tmp_path/"config.yaml", "--device", "cpu", "--output-dir", tmp_path/"run")
     assert status == 2 and said in err and "Traceback" not in err, err
     assert not (tmp_path/"run").exists()
+
+
+def test_a_config_says_what_stands_there(tmp_path):
+    "YAML would read 010 as 8, no as false, a date as a date, and 1e-4 as text."
+    (tmp_path/"config.yaml").write_text("max_steps: 010\nlearning_rate: 1e-4\nmodel: no\ndata: [2024-01-01, 007]\nsystem: 3\nfast: no\npacking: true\ncolumns: {prompt: 1, response: yes}\nr: ~\n", encoding="utf-8")
+    from qlora_nb.apps.cli import finetune_options
+    o = finetune_options(["--config", str(tmp_path/"config.yaml"), "--output-dir", "x"])
+    assert o["config_yaml"] == dict(max_steps=10, learning_rate=1e-4, model="no", data=["2024-01-01", "007"], system="3", fast=False, packing=True, columns=dict(prompt="1", response="yes"))
+    assert o["r"] is None and list(map(type, (o["max_steps"], o["learning_rate"], o["fast"]))) == [int, float, bool]
+
+
+@pytest.mark.parametrize("command, words", [("cli.finetune_main", "--r 4 --r 8"), ("cli.finetune_main", "--max-steps 3 --max_s=4"), ("cli.finetune_main", "--revision a --model-revision b"),
+                                            ("cli.chat_main", "--seed 1 --seed=2"), ("tools.plan_main", "smollm2 --gpu T4 --gpu L4"), ("tools.export_main", "--out a --out b"),
+                                            ("quantize.quantize_main", "smollm2 x --seed 1 --seed 2")])
+def test_an_option_that_is_there_twice(command, words, capsys):
+    "The last one would win without a word."
+    import importlib
+    module, name = command.split(".")
+    with pytest.raises(SystemExit) as e: getattr(importlib.import_module(f"qlora_nb.apps.{module}"), name)(words.split())
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and said.endswith(" is there twice, and only one can be meant") and said.split("error: --")[1].split()[0] in ("r", "max-steps", "model-revision", "seed", "gpu", "out")
 
 
 def test_an_option_wins_over_the_config(tmp_path):

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from trl import TrlParser
 from ..base.errors import PeerLost, QLoRAError
-from .data_options import DataOptions, name_sources, read_config, typed
+from .data_options import (DataOptions, check_once, name_sources, parse_once,
+                                   read_config, typed)
 from ..training.settings import Settings, option
 
 # %% ../../nbs/apps/cli.ipynb #77709db2
@@ -55,8 +56,7 @@ def finetune_parser() -> TrlParser:
 # %% ../../nbs/apps/cli.ipynb #readoptc
 def read_options(p:TrlParser, argv:list) -> dict:
     "The options of a call over those of its `--config FILE`."
-    if sum(o == "--data" or o.startswith("--data=") for o in argv) > 1:
-        p.error("--data is there twice: name all data after one, such as --data a.jsonl b.jsonl")
+    check_once(p, argv)
     if file := p.parse_known_args(argv)[0].config: read_config(p, file)
     return {k: v for k, v in vars(p.parse_args(argv)).items() if k != "config"}
 
@@ -212,7 +212,7 @@ def load_chat(adapter, base, device, revision=None) -> tuple:  # (model, tokeniz
 # %% ../../nbs/apps/cli.ipynb #0aae17e9
 def chat_main(argv:list|None=None):  # None: the options that the command was called with
     "Chat with an adapter on its base: the console command `qlora_chat`."
-    o = vars(chat_parser().parse_args(argv))
+    o = vars(parse_once(chat_parser(), argv))
     which = [*map(o.pop, ("adapter", "model", "device", "revision"))]
     with one_line_errors():
         from qlora_nb.using.sampling import check_sampling

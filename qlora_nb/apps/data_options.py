@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['typed', 'DataOptions', 'stop', 'read_columns', 'read_template', 'one_source', 'source_options', 'training_options',
-           'name_sources', 'read_config']
+           'name_sources', 'read_config', 'check_once', 'parse_once']
 
 # %% ../../nbs/apps/data_options.ipynb #9efd5e22
-import difflib, re, yaml
+import argparse, difflib, re, sys, yaml
 from dataclasses import dataclass
 from pathlib import Path
 from ..base.arguments import LISTS
@@ -92,7 +92,11 @@ def name_sources(o:dict, refuse=stop) -> dict:  # `refuse`: what is called with 
     return o | {k: Source(o[k], **how) for k in ("eval_data", "test_data") if o.get(k)}
 
 # %% ../../nbs/apps/data_options.ipynb #cfg00002
-class _Once(yaml.SafeLoader): "YAML whose keys are there once."
+class _Texts(yaml.SafeLoader):
+    "YAML whose keys are there once, and whose values are texts, or null."
+    yaml_implicit_resolvers = {
+        first: [o for o in found if o[0].endswith((":null", ":merge"))]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
 def _mapping(loader, node):
     names = [k.value for k, _ in node.value if isinstance(k, yaml.ScalarNode)]
@@ -101,31 +105,62 @@ def _mapping(loader, node):
     loader.flatten_mapping(node)
     return loader.construct_mapping(node, deep=True)
 
-_Once.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Texts.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 # %% ../../nbs/apps/data_options.ipynb #cfg00004
-def _odd(option, value) -> str|None:
-    "What is wrong with the type of a value that a file gives to an option, in words."
+def _reads(option, text:str) -> bool:
+    "Is this text a value of an option, on the command line?"
+    try: option.type(text)
+    except (ValueError, argparse.ArgumentTypeError): return False
+    return True
+
+def _read_value(option, value):
+    "A value of a file, read as on the command line. Raises `ValueError`: what it has to be."
+    if value is None: return
+    if option.type is not str:
+        if isinstance(value, str) and _reads(option, value): return option.type(value)
+        kinds = {"0.5": "a number", "7": "a whole number", "true": "true or false"}
+        raise ValueError(next(v for k, v in kinds.items() if _reads(option, k)))
     texts = isinstance(value, list) and all(isinstance(o, str) for o in value)
-    if option.type is not str or value is None or isinstance(value, str): return
-    shape = dict if option.dest == "columns" else list if option.dest in LISTS else ()
-    if isinstance(value, shape) or option.nargs == "+" and texts: return
-    more = " or a list of texts" if option.nargs == "+" else ""
-    return f"{option.dest} is {value!r}, and has to be text{more}"
+    shape = dict if option.dest == "columns" else list if option.dest in LISTS else str
+    if isinstance(value, (str, shape)) or option.nargs == "+" and texts: return value
+    raise ValueError("text or a list of texts" if option.nargs == "+" else "text")
 
 # %% ../../nbs/apps/data_options.ipynb #cfg00005
 def read_config(p, file:str):   # The parser, and what `--config FILE` names
     "Make what a file of options says the defaults of the parser."
-    try: found = yaml.load(Path(file).expanduser().read_text(encoding="utf-8-sig"), _Once)
+    try: found = yaml.load(Path(file).expanduser().read_text(encoding="utf-8-sig"), _Texts)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         p.error(f"{file} cannot be read: {' '.join(str(e).split())}")
     if not isinstance(found, dict) or any(not isinstance(k, str) for k in found):
         p.error(f"{file} holds no options: write one `name: value` a line")
     known = {o.dest: o for o in p._actions if o.dest not in ("help", "config")}
     for k, v in found.items():
-        if k in known and (odd := _odd(known[k], v)): p.error(f"{file}: {odd}")
+        if k not in known: continue
+        try: found[k] = _read_value(known[k], v)
+        except ValueError as e: p.error(f"{file}: {k} is {v!r}, and has to be {e}")
     if not (unknown := [k for k in found if k not in known]):
         return p.set_defaults_with_config(**found)
     near = difflib.get_close_matches(unknown[0].replace("-", "_").lower(), known, 1)
     p.error(f"{file} names options that there are not: {', '.join(f'--{k}' for k in unknown)}"
-            + f". Did you mean {near[0]}?"*len(near))
+            + "".join(f". Did you mean {o}?" for o in near))
+
+# %% ../../nbs/apps/data_options.ipynb #cfg00007
+def _meant(p, word:str) -> str|None:   # The parser, and an option as it was typed
+    "The name of the option that a word of a call means, if it is one."
+    exact = {o.dest for o in p._actions if word in o.option_strings}
+    near = {o.dest for o in p._actions for s in o.option_strings if s.startswith(word)}
+    return (exact or near).pop() if len(exact or near) == 1 else None
+
+def check_once(p, argv:list):   # The parser, and the words of a call
+    "End with a complaint about an option that is there twice: the last one would win."
+    words = [str(o).partition("=")[0] for o in argv]
+    given = [_meant(p, o) for o in words if o.startswith("--")]
+    if (twice := first_twice([*filter(None, given)])) is None: return
+    cure = ": name all data after one, such as --data a.jsonl b.jsonl"*(twice == "data")
+    p.error(f"--{twice.replace('_', '-')} is there twice{cure or ', and only one can be meant'}")
+
+def parse_once(p, argv:list|None=None):   # As of `parse_args`
+    "The options of a call, each of them there once."
+    check_once(p, sys.argv[1:] if argv is None else argv)
+    return p.parse_args(argv)

@@ -10,6 +10,7 @@ __all__ = ['WAYS', 'say', 'text_rows', 'memory_needed', 'packed_layers', 'kl_row
 import argparse
 from pathlib import Path
 from .cli import one_line_errors
+from .data_options import parse_once
 from ..base.errors import QLoRAError
 
 # %% ../../nbs/apps/quantize.ipynb #impqz2
@@ -218,5 +219,5 @@ def quantize_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/apps/quantize.ipynb #mainqz
 def quantize_main(argv:list|None=None):  # None: the options that the command was called with
     "Quantize a model: the console command `qlora_quantize`."
-    o = vars(quantize_parser().parse_args(argv))
+    o = vars(parse_once(quantize_parser(), argv))
     with one_line_errors(): print(quantize_model(**o))

@@ -8,6 +8,7 @@ __all__ = ['plan_parser', 'plan_main', 'export_parser', 'export_main']
 # %% ../../nbs/apps/tools.ipynb #0e3712b5
 import argparse
 from .cli import one_line_errors
+from .data_options import parse_once
 
 # %% ../../nbs/apps/tools.ipynb #cdf53a8a
 #| code-fold: true
@@ -44,7 +45,7 @@ def plan_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/apps/tools.ipynb #8f9c24f8
 def plan_main(argv:list|None=None):  # None: the options that the command was called with
     "Plan a training step: the console command `qlora_plan`."
-    o = vars(plan_parser().parse_args(argv))
+    o = vars(parse_once(plan_parser(), argv))
     with one_line_errors():
         from qlora_nb.base.targets import split_names
         from qlora_nb.memory.gpus import advise
@@ -77,7 +78,7 @@ def export_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/apps/tools.ipynb #70263a7c
 def export_main(argv:list|None=None):  # None: the options that the command was called with
     "Export a run: the console command `qlora_export`."
-    o = vars(export_parser().parse_args(argv))
+    o = vars(parse_once(export_parser(), argv))
     with one_line_errors():
         import qlora_nb.beyond.scale_search   # an adapter may need a base of this kind
         from qlora_nb.using.gguf import export_run

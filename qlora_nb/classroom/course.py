@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import qlora_nb
 from ..apps.cli import one_line_errors
+from ..apps.data_options import parse_once
 from .adoption_sheet import adoption_sheet
 from .exercises import exercises_of, instructor_version, student_version
 from .site_pages import checkout, course, settings, site_links
@@ -176,5 +177,5 @@ def course_main(argv:list|None=None): # None: the options that the command was c
     if argv and argv[0] in OTHERS:
         from qlora_nb.classroom import grade_command
         return getattr(grade_command, f"{argv[0]}_main")(argv[1:])
-    o = course_parser().parse_args(argv)
+    o = parse_once(course_parser(), argv)
     with one_line_errors(): course_word(o)

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 import qlora_nb
 from ..apps.cli import one_line_errors
+from ..apps.data_options import parse_once
 from ..base.errors import QLoRAError
 from .site_pages import TITLE
 
@@ -93,7 +94,7 @@ def write_all(grades, out:Path, o:argparse.Namespace, roster:dict, sign:dict|Non
 # %% ../../nbs/classroom/grade_command.ipynb #41000010
 def grade_main(argv:list|None=None):  # None: the options that the command was called with
     "Grade a class: `qlora_course grade`."
-    o = grade_parser().parse_args(argv)
+    o = parse_once(grade_parser(), argv)
     with one_line_errors():
         from qlora_nb.classroom.gradebook import change, read_changes, read_roster
         from qlora_nb.classroom.grading import grade
@@ -121,7 +122,7 @@ def verify_parser() -> argparse.ArgumentParser:
 # %% ../../nbs/classroom/grade_command.ipynb #41000012
 def verify_main(argv:list|None=None):  # None: the options that the command was called with
     "Check a certificate: `qlora_course verify`."
-    o = verify_parser().parse_args(argv)
+    o = parse_once(verify_parser(), argv)
     with one_line_errors():
         from qlora_nb.classroom.certificate import verify
         data, notes = verify(o.file, o.key)
