@@ -108,3 +108,30 @@ def test_a_loaded_model_that_is_asked_to_be_another(base, tmp_path):
     for backend, load in BACKENDS.items():
         model, other = load(base, device="cpu"), next(o for o in BACKENDS if o != backend)
         with pytest.raises(QLoRAError, match=f"loaded for the backend '{backend}', not for '{other}'"): finetune(model, ROWS, tmp_path/"a", backend=other)
+
+
+def test_what_is_closed_is_said_and_not_removed(monkeypatch, base, adapter, tmp_path):
+    "A file that another user has made: transformers says that it is not there, or goes on without it."
+    from qlora_nb.base import file_kinds
+    from qlora_nb.base.model_files import load_tokenizer
+    from qlora_nb.base.runs import MARK, content_id, last_checkpoint, seal
+    from qlora_nb.training.saved_adapters import load_adapter
+    (point := tmp_path/"checkpoints"/"checkpoint-2").mkdir(parents=True)
+    (point/MARK).touch(), (point/"optimizer.pt").write_bytes(b"x"), seal(point)
+    shut = set()
+    def opened(path, *how):
+        if path.name in shut: raise PermissionError(13, "Permission denied", str(path))
+        return open(path, *how)
+    monkeypatch.setattr(file_kinds, "open", opened, raising=False)
+    named = dict(device="cpu")
+    for name, place, do in (("model.safetensors", base, lambda: load_model(base, **named)), ("generation_config.json", base, lambda: load_model(base, **named)),
+                            ("tokenizer.json", base, lambda: load_tokenizer(base)), ("model.safetensors", base, lambda: content_id(base)),
+                            ("model.safetensors", base, lambda: finetune(base, ROWS, tmp_path/"run", max_steps=1, progress=False, **named)),
+                            ("adapter_model.safetensors", adapter, lambda: load_adapter(adapter, **named)), ("qlora_nb.json", adapter, lambda: load_adapter(adapter, **named)),
+                            ("adapter_config.json", adapter, lambda: finetune(base, ROWS, tmp_path/"run", peft_config=adapter, progress=False, **named)),
+                            ("complete.json", point, lambda: last_checkpoint(point.parent)), ("optimizer.pt", point, lambda: last_checkpoint(point.parent))):
+        shut |= {name}
+        with pytest.raises(QLoRAError) as e: do()
+        assert str(e.value) == f"{place/name}: this cannot be read (Permission denied). Its owner can open it: chmod -R a+rX FOLDER."
+        shut.clear()
+    assert last_checkpoint(point.parent) == point

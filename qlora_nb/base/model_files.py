@@ -16,6 +16,7 @@ from platformdirs import user_cache_dir
 from .causal import check_kind
 from .core import set_seed
 from .errors import QLoRAError
+from .file_kinds import check_open
 from .nf4_config import plain_linears, quiet
 import gguf, numpy as np, torch, transformers
 from gguf import GGUFReader
@@ -152,6 +153,7 @@ def locate(name:str|Path, revision:str|None=None) -> str:  # As in `load_model`
         raise QLoRAError(f"a {type(name).__name__} is no name of a model.",
                          cure="Give 'smollm2', a folder or a Hub id.")
     path = smollm2_folder() if name == "smollm2" else Path(name).expanduser()
+    check_open(path)
     if (path/"config.json").exists():
         if not revision: return str(path)
         raise QLoRAError(f"a folder on this machine has no revision '{revision}'.", str(name),

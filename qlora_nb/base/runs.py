@@ -13,6 +13,7 @@ from collections import namedtuple
 from pathlib import Path
 from filelock import FileLock, Timeout
 from .errors import QLoRAError
+from .file_kinds import check_open
 from .core import Table
 
 # %% ../../nbs/base/runs.ipynb #449a5b5d
@@ -63,13 +64,15 @@ def in_use(folder:Path) -> bool:  # Of a run
     if not (folder/".lock").exists(): return False
     try:
         with run_lock(folder): return False
-    except Timeout: return True
+    except (Timeout, OSError): return True   # or what is another's
 
 # %% ../../nbs/base/runs.ipynb #eae48887
 def last_checkpoint(folder:str|Path) -> Path|None:  # The `checkpoints` folder of a run
-    "The sealed checkpoint with the highest step; half-written ones of ours are removed."
-    folder = Path(folder).expanduser()
+    """The sealed checkpoint with the highest step; half-written ones of ours are removed. Raises
+    `QLoRAError` for one that is closed to us."""
+    check_open(folder := Path(folder).expanduser())
     found = {int(o.name[11:]): o for o in folder.glob("checkpoint-*") if o.name[11:].isdigit()}
+    for f in found.values(): check_open(f)
     whole = {n: f for n, f in found.items() if is_sealed(f)}
     torn = [f for n, f in found.items() if n not in whole]
     ours = [f for f in torn if (f/MARK).exists() or (f/"complete.json").exists()
@@ -135,9 +138,9 @@ def hold_run(folder:Path):  # Made where there is none
 
 # %% ../../nbs/base/runs.ipynb #60dd030f
 def read_settings(file:Path) -> dict:  # `settings.json` of a run
-    "What a run was started with. Raises `QLoRAError` for a file that is damaged."
+    "What a run was started with. Raises `QLoRAError` for a file that is damaged, or closed."
     try: return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (OSError, ValueError) as e:
         raise QLoRAError("the settings of this run cannot be read.", str(file),
                          "Start a new run.") from e
 
@@ -154,6 +157,7 @@ def check_begin(folder:Path, has_work:bool, resume:bool):
 # %% ../../nbs/base/runs.ipynb #runs_open
 def open_run(folder:Path, settings:dict, resume:bool) -> bool:  # Does it begin here?
     "Make the folder of a run, or check that it is the same. Raises `QLoRAError` for another one."
+    check_open(folder)
     has_work = any(folder.glob("checkpoints/checkpoint-*")) or (folder/"adapter").exists()
     with hold_run(folder):
         check_begin(folder, has_work, resume)
@@ -189,6 +193,7 @@ def content_id(place:str|Path,     # A folder with *.safetensors, or an id in th
         from huggingface_hub import snapshot_download
         try: place = snapshot_download(str(place), revision=revision, local_files_only=True)
         except Exception: return None
+    check_open(Path(place))
     found = sorted(o for f in Path(place).glob("*.safetensors") for o in _tensors(f))
     sha = hashlib.sha256(json.dumps([o[:3] for o in found]).encode())
     for _, _, _, file, start, size in found[::len(found)//many + 1]:

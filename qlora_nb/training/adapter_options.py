@@ -8,6 +8,7 @@ __all__ = ['OWN', 'HANDED_ON', 'SILENT', 'STARTS', 'read_config', 'take_apart', 
 # %% ../../nbs/2_training/33_adapter_options.ipynb #47318a7d
 from ..base.core import cpu_kind
 from ..base.errors import QLoRAError
+from ..base.file_kinds import check_open
 from pathlib import Path
 from peft import LoraConfig
 
@@ -24,6 +25,7 @@ def read_config(config) -> LoraConfig:   # One, or the folder of one that was sa
     if isinstance(config, LoraConfig): return config
     if not isinstance(config, (str, Path)):
         raise QLoRAError(f"peft_config is a {type(config).__name__}, and has to be a LoraConfig.")
+    check_open(Path(config).expanduser())
     try: found = LoraConfig.from_pretrained(str(Path(config).expanduser()))
     except (OSError, TypeError, ValueError) as e:
         raise QLoRAError("there is no LoraConfig here.", str(config),

@@ -16,6 +16,7 @@ import torch
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #c5502788
 from ..base.errors import QLoRAError
+from ..base.file_kinds import check_open
 from ..base.model_files import load_tokenizer, locate
 from ..base.runs import content_id
 from ..base.targets import is_pattern, layer_size
@@ -42,8 +43,9 @@ def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
         raise QLoRAError(f"a {type(folder).__name__} is no folder of an adapter.",
                          cure="Give the folder of a run, or the run.")
     named, folder = str(folder), Path(folder).expanduser()
+    check_open(folder)
     if folder.is_file(): folder = folder.parent   # adapter_model.safetensors itself was given
-    if (folder/"adapter").is_dir(): folder = folder/"adapter"
+    if (folder/"adapter").is_dir(): check_open(folder := folder/"adapter")
     if missing := [f for f in FILES if not (folder/f).exists()]:
         raise QLoRAError(f"there is no adapter here: {' and '.join(missing)} missing.",
                          str(folder), _what_helps(folder, named))
