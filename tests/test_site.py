@@ -13,7 +13,7 @@ import pytest
 import forks
 from browser import CHROMIUM
 from common import MODULES, NBS, PAGES, ROOT, module_name, once
-from qlora_nb.classroom.site import NEEDED, build_site
+from qlora_nb.classroom.site import ICON, NEEDED, build_site
 from qlora_nb.classroom.slides import build_slides
 from qlora_nb.classroom.adoption_sheet import adoption_sheet
 from qlora_nb.classroom.site_pages import course, settings
@@ -100,6 +100,14 @@ def test_all_pages_are_there_and_all_links_resolve(site):
 def test_nothing_comes_from_elsewhere(site, slides):
     assert not fetched_from_elsewhere(site)
     assert not fetched_from_elsewhere(slides)
+
+
+def test_pages_bring_what_they_use(site):
+    "The icons that the pages name and few others; the index of the search on the page of results alone."
+    text = (site/"_static"/"scripts"/"fontawesome.js").read_text(encoding="utf-8")
+    kept = [m[1] for m in ICON.finditer(text)]
+    assert {"bars", "github", "magnifying-glass", "moon", "rocket"} <= set(kept) and len(kept) < 100, kept
+    assert [o.name for o in site.rglob("*.html") if "searchindex.js" in o.read_text(encoding="utf-8")] == ["search.html"]
 
 
 def test_next_leads_through_the_course(site):
