@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Packed', 'four_bit_layers', 'dequantized_weight', 'keep_dequantized', 'drop_dequantized', 'dequantized', 'packed_of',
-           'plain_scales', 'write_out_4bit']
+           'plain_scales', 'write_out_4bit', 'in_32_bits']
 
 # %% ../../nbs/7_speed/74_dequantized.ipynb #e77dd9aa
 from ..base.nf4_config import quiet
@@ -16,9 +16,12 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from ..base.arguments import check_model
+from ..base.errors import QLoRAError
 from ..foundations.double_quantization import dynamic_code
+from ..foundations.expert_weights import stacks_of
 from ..foundations.nf4 import levels
 from ..foundations.qlora import NF4Linear
+from .logits import far_apart
 
 # %% ../../nbs/7_speed/74_dequantized.ipynb #04142405
 def four_bit_layers(model) -> list:
@@ -132,3 +135,25 @@ def write_out_4bit(model):   # Of `load_model`; changed in place
     kept = filter(_can_be_undone, getattr(model, "_weight_conversions", ()))
     model._weight_conversions = list(kept) or None
     return model.float()
+
+# %% ../../nbs/7_speed/74_dequantized.ipynb #in32-w
+def _wide(write, packed): return write(packed).float()   # A stack of experts
+
+def _times_wide(m, x):   # A layer of bitsandbytes
+    "Multiply in float32 with what the layer multiplies with in its own format, and compare both."
+    W, bias = dequantized_weight(m)
+    own = far_apart(type(m).forward(m, x.to(W.dtype)), F.linear(x.to(W.dtype), W, bias))
+    if own > 8*torch.finfo(W.dtype).eps:
+        raise QLoRAError(f"bitsandbytes does not multiply with what it dequantizes: {own:.1%} off.",
+                         f"{m.out_features} x {m.in_features}", "Install another version of it.")
+    return F.linear(x, W.float(), None if bias is None else bias.float())
+
+# %% ../../nbs/7_speed/74_dequantized.ipynb #in32
+def in_32_bits(model):   # Of `load_model`, with or without adapters; changed in place
+    "Let a 4-bit model compute in float32, with the values that its weights have in its format."
+    for m in model.modules():
+        if isinstance(m, bnb.nn.Linear4bit): m.forward = partial(_times_wide, m)
+        for s, _ in stacks_of(m): s.write = partial(_wide, s.write)
+    for t in [*model.parameters(), *model.buffers()]:
+        if t.is_floating_point() and getattr(t, "quant_state", None) is None: t.data = t.data.float()
+    return model

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'evaluating', 'through_head', 'measure_head', 'head_measured', 'plain_head', 'fed_by_decoder', 'head_logits',
-           'is_matrix', 'why_own_loss', 'own_logits', 'picked_logits', 'own_loss', 'near_enough', 'probe',
-           'same_logits']
+           'is_matrix', 'why_own_loss', 'own_logits', 'picked_logits', 'own_loss', 'near_enough', 'probe', 'far_apart',
+           'same_logits', 'say_apart', 'unsaved_buffers']
 
 # %% ../../nbs/7_speed/76_logits.ipynb #ab377c4d
 from ..foundations.lora import LoRA
-import contextlib, torch
+import contextlib, math, torch, warnings
 from peft.tuners.lora.layer import LoraLayer
 from torch.nn import functional as F
 from ..base.errors import QLoRAError
@@ -153,14 +153,34 @@ def probe(model) -> torch.Tensor:  # (24, V) in float32
     with evaluating(model):
         return model(input_ids=ids.to(model.device), use_cache=False).logits[0].float().cpu()
 
+# %% ../../nbs/7_speed/76_logits.ipynb #far76
+def far_apart(have, want) -> float:   # Of `probe`; infinite where one is finite and the other not
+    "The norm of the difference of two probes, as a share of the second."
+    finite = want.isfinite()
+    if not torch.equal(have.isfinite(), finite): return math.inf
+    return ((have - want)[finite].norm()/want[finite].norm().clamp(min=1e-30)).item()
+
 # %% ../../nbs/7_speed/76_logits.ipynb #01ca00be
-def same_logits(have, want,              # Of `probe`
-                dtype:torch.dtype|None,  # The coarsest format that takes part; None: same weights
+def same_logits(have, want,   # Of `probe`, both computed in float32 or with the same weights
                 what:str, where=""):
-    "Raise `QLoRAError` where logits differ by more than a format explains."
-    finite = have.isfinite() & want.isfinite()
-    near = max(1e-4, 8*torch.finfo(dtype).eps if dtype else 0)
-    off = ((have - want)[finite].norm()/want[finite].norm().clamp(min=1e-30)).item()
-    if off > near or not torch.equal(have.isfinite(), want.isfinite()):
+    "Raise `QLoRAError` where two forms of a model are two models."
+    if (off := far_apart(have, want)) > 1e-4:
         raise QLoRAError(f"{what}: its logits are {off:.1%} off.", str(where),
                          "Nothing was written. This is an error of ours: please report it.")
+
+# %% ../../nbs/7_speed/76_logits.ipynb #say76
+def say_apart(have, want, dtype:torch.dtype, what:str):   # The coarsest format that takes part
+    "Warn where a format changes logits by more than its rounding. Raises where it overflows."
+    if (off := far_apart(have, want)) == math.inf:
+        raise QLoRAError(f"{what} in {dtype} has logits that are not finite.",
+                         cure="Choose dtype='bfloat16' or 'float32'.")
+    if off > 8*torch.finfo(dtype).eps:
+        warnings.warn(f"{what} has other logits in {dtype} than in float32, by {off:.1%}: with "
+                      "rounded numbers it chooses otherwise, as a router chooses experts.",
+                      stacklevel=3)
+
+# %% ../../nbs/7_speed/76_logits.ipynb #ff6790d3-a
+def unsaved_buffers(model) -> dict:   # name → tensor
+    "What a model computes when it is built, such as a table of angles, and no file holds."
+    return {f"{n}.{k}": b for n, m in model.named_modules()
+            for k in m._non_persistent_buffers_set if (b := m._buffers.get(k)) is not None}

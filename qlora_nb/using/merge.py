@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONTO', 'Merged', 'check_adapter', 'read_config', 'plain_base', 'out_of_place', 'weight_of', 'shared_layers',
-           'with_adapter', 'written_out', 'as_kept', 'add_up', 'file_dtype', 'merged', 'merge_words', 'unsaved_buffers',
-           'read_back', 'merge_and_save']
+           'with_adapter', 'written_out', 'as_kept', 'lora_layers', 'add_up', 'round_off', 'file_dtype', 'merged',
+           'merge_words', 'read_back', 'merge_and_save']
 
 # %% ../../nbs/4_using/45_merge.ipynb #351a3fa9
 import warnings
@@ -24,8 +24,8 @@ from ..foundations.double_quantization import quantize
 from ..foundations.expert_weights import adapted_tensor, dequantize_stacks
 from ..foundations.loading import load_model
 from ..foundations.lora_model import PLAIN
-from ..speed.dequantized import write_out_4bit
-from ..speed.logits import probe, same_logits
+from ..speed.dequantized import in_32_bits, write_out_4bit
+from ..speed.logits import probe, same_logits, say_apart, unsaved_buffers
 from ..training.end_tokens import note_ends, stop_ids
 from ..training.saved_adapters import base_for, check_base, quantized_as, revision_of
 from .model_card import export_tokenizer, generation_ids, model_card, read_source
@@ -107,12 +107,12 @@ def with_adapter(model, source):   # Of `plain_base`, and of `read_source`
 
 # %% ../../nbs/4_using/45_merge.ipynb #878f7f61
 def written_out(model, source) -> tuple:   # In 4 bits; of `read_source`
-    "(the adapter on its base in float32, the logits on the base in 4 bits, which are the same)"
+    "(the adapter on its base written out, its logits, in float32, which are those in 4 bits)"
     own = with_adapter(model, source)
-    want, dtype = probe(own), own.get_input_embeddings().weight.dtype
+    trained, dtype = probe(own), own.get_input_embeddings().weight.dtype
+    say_apart(trained, want := probe(in_32_bits(own)), dtype, "the model as trained")
     own = with_adapter(write_out_4bit(dequantize_stacks(own.unload())), source)
-    same_logits(probe(own), want, dtype, "the base written out of 4 bits is another model",
-                source.base)
+    same_logits(probe(own), want, "the base written out of 4 bits is another model", source.base)
     return own, want
 
 # %% ../../nbs/4_using/45_merge.ipynb #3343d4e7
@@ -125,32 +125,40 @@ def as_kept(W:torch.Tensor, onto:str, dtype:torch.dtype, name:str) -> torch.Tens
     raise QLoRAError(f"a weight is too large for {dtype}.", name, "Choose dtype='bfloat16'.")
 
 # %% ../../nbs/4_using/45_merge.ipynb #9e1b72a1-a
-def _merge_layer(m, onto, dtype, name) -> tuple:   # Sums of squares: weight, change, what is lost
+def _merge_layer(m, name) -> tuple:   # Sums of squares: weight, change
     was = weight_of(m).detach().clone()
-    m.merge(safe_merge=True)
-    W = weight_of(m).data
-    turned = isinstance(m.get_base_layer(), Conv1D)   # its rows are our columns
-    kept = as_kept(W.T.contiguous() if turned else W, onto, dtype, name)
-    weight_of(m).data = kept = kept.T.contiguous() if turned else kept
-    return tuple(o.square().sum().item() for o in (was, W - was, kept.float() - W))
+    try: m.merge(safe_merge=True)
+    except RuntimeError as e:
+        if "lora_bias" not in str(e): raise
+        raise QLoRAError("the adapter has a bias (lora_bias), and the layer under it has none.",
+                         name, "It cannot be merged: use it as an adapter.") from e
+    return tuple(o.square().sum().item() for o in (was, weight_of(m).data - was))
 
 # %% ../../nbs/4_using/45_merge.ipynb #9e1b72a1
+def lora_layers(model): return [o for o in model.named_modules() if isinstance(o[1], LoraLayer)]
+
 @torch.no_grad()
-def add_up(model,   # Of `with_adapter`; changed in place
-           onto:str, dtype:torch.dtype) -> dict:
-    "Merge, and round to what is stored: the size of the change, and the part lost in rounding."
-    layers = [o for o in model.named_modules() if isinstance(o[1], LoraLayer)]
-    squares = [_merge_layer(m, onto, dtype, n) for n, m in layers] or [(0., 0., 0.)]
-    weights, change, lost = map(sum, zip(*squares))
-    if not change:
-        raise QLoRAError("the adapter changes nothing: all of its B are zero.",
-                         cure="Has it been trained?")
-    return dict(change=(change/weights)**.5, lost=(lost/change)**.5)
+def add_up(model) -> tuple:   # Of `with_adapter`; changed in place
+    "Merge in float32: (squares of the weights, of the change)."
+    weights, change = map(sum, zip((0., 0.), *(_merge_layer(m, n) for n, m in lora_layers(model))))
+    if change: return weights, change
+    raise QLoRAError("the adapter changes nothing: all of its B are zero.",
+                     cure="Has it been trained?")
+
+# %% ../../nbs/4_using/45_merge.ipynb #rnd45
+@torch.no_grad()
+def round_off(model, onto:str, dtype:torch.dtype) -> float:   # After `add_up`; changed in place
+    "Put what was merged into the form of the file: the squares of what that loses."
+    lost = 0.
+    for name, m in lora_layers(model):
+        W, turned = weight_of(m).data, isinstance(m.get_base_layer(), Conv1D)   # rows as columns
+        kept = as_kept(W.T.contiguous() if turned else W, onto, dtype, name)
+        weight_of(m).data = kept = kept.T.contiguous() if turned else kept
+        lost += (kept.float() - W).square().sum().item()
+    return lost
 
 # %% ../../nbs/4_using/45_merge.ipynb #96e98aa7
-def file_dtype(dtype,                    # A torch dtype, its name, or None
-               base:str, revision=None   # Which decides when there is no wish
-              ) -> torch.dtype:
+def file_dtype(dtype, base:str, revision=None) -> torch.dtype:   # A dtype, its name, or the base's
     "The number format of an export. Raises `QLoRAError` for one that no file should be in."
     return as_dtype(dtype) or as_dtype(read_config(base, revision).dtype or torch.float32)
 
@@ -180,13 +188,14 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
     model = plain_base(source.base, onto, trained_in, device, revision, source)
     if onto == "original": want = probe(model := with_adapter(model, source))
     else: model, want = written_out(model, source)
-    facts = dict(onto=onto, dtype=str(dtype).removeprefix("torch."),
-                 base_in=str(trained_in).removeprefix("torch.")) | add_up(model, onto, dtype)
+    weights, change = add_up(model)
+    same_logits(probe(model), want, "the merged model is another", source.base)
+    kinds = dict(dtype=str(dtype)[6:], base_in=str(trained_in)[6:])   # without "torch."
+    facts = dict(onto=onto, **kinds, change=(change/weights)**.5,
+                 lost=(round_off(model, onto, dtype)/change)**.5)
     model = model.unload().eval()
     for p in model.parameters(): p.data = p.data.to(dtype)   # buffers stay exact
-    if onto != "4bit":
-        coarser = max(dtype, trained_in, key=lambda o: torch.finfo(o).eps)
-        same_logits(probe(model), want, coarser, "the merged model is another", source.base)
+    if onto != "4bit": say_apart(probe(model), want, dtype, "the merged model")
     note_ends(model, tok, source.notes.get("end_tokens", ()))
     model.generation_config = generation_ids(tok, stop_ids(model, tok))
     return Merged(model, tok, chat, facts, want)
@@ -204,12 +213,6 @@ def merge_words(f:dict) -> str:   # The facts of `merged`
             f"{f['change']:.2%} of their norm; storing the sum in {f['dtype']} adds an error of "
             f"{f['lost']:.2%} of this change.")
 
-# %% ../../nbs/4_using/45_merge.ipynb #ff6790d3-a
-def unsaved_buffers(model) -> dict:   # name → tensor
-    "What a model computes when it is built, such as a table of angles, and no file holds."
-    return {f"{n}.{k}": b for n, m in model.named_modules()
-            for k in m._non_persistent_buffers_set if (b := m._buffers.get(k)) is not None}
-
 # %% ../../nbs/4_using/45_merge.ipynb #ff6790d3
 def read_back(folder, want:torch.Tensor, dtype:torch.dtype,   # The logits it should have
               unsaved:dict={}):   # Of `unsaved_buffers`, as they were in training
@@ -221,8 +224,8 @@ def read_back(folder, want:torch.Tensor, dtype:torch.dtype,   # The logits it sh
         raise QLoRAError(f"what was written cannot be loaded ({' '.join(str(e).split())[:200]}).",
                          cure="Nothing was left behind.") from e
     for n, b in unsaved_buffers(model).items():   # anew, perhaps in a finer dtype
-        if n in unsaved: b.data = unsaved[n].to(b.dtype)
-    same_logits(probe(model), want, None, "what was written is another model")
+        if n in unsaved: b.data = unsaved[n]
+    same_logits(probe(model), want, "what was written is another model")
 
 # %% ../../nbs/4_using/45_merge.ipynb #2f11b4ac
 def merge_and_save(folder:str|Path,        # Of a run, or of an adapter in PEFT's format
@@ -237,8 +240,7 @@ def merge_and_save(folder:str|Path,        # Of a run, or of an adapter in PEFT'
         with quiet(): m.model.save_pretrained(new), m.tokenizer.save_pretrained(new)
         card = model_card(source, out.name, "safetensors", merge_words(m.facts), m.chat)
         (new/"README.md").write_text(card, encoding="utf-8")
-        want, kind = probe(m.model.cpu()), m.model.dtype
-        rest = unsaved_buffers(m.model)
+        want, kind, rest = probe(m.model.cpu()), m.model.dtype, unsaved_buffers(m.model)
         m = None   # its memory is for what is read back
         read_back(new, want, kind, rest)
     free_memory()
