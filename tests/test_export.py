@@ -425,3 +425,49 @@ def test_every_export_stops_where_it_was_taught(tmp_path):
     for folder, name in ((tmp_path/"adapter", "a"), (out, "b")):
         fields = GGUFReader(export_gguf(folder, tmp_path/name, "f32")).fields
         assert [fields[f"tokenizer.ggml.{o}_token_id"].contents() for o in ("eos", "eot", "eom")] == ids
+
+
+def test_a_router_that_chooses_otherwise_in_bfloat16_is_no_error(tmp_path):
+    "Two experts that it finds nearly equal: every format takes another. In float32 the merge is exact, and what the file's format changes is said."
+    from transformers import MixtralConfig
+    set_seed(0)
+    tok = small_tokenizer()
+    model = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=len(tok), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=1, pad_token_id=0, bos_token_id=1, eos_token_id=2), dtype=torch.float32)
+    for o in model.model.layers:
+        o.mlp.gate.weight.data = o.mlp.gate.weight.data[:1] + 1e-4*torch.randn(4, 64)
+        o.mlp.experts.down_proj.data *= 20
+    with quiet(): model.save_pretrained(tmp_path/"base"), tok.save_pretrained(tmp_path/"base")
+    make_adapter(tmp_path/"base", tmp_path/"adapter")
+    how = dict(dtype="bfloat16", trained_in="bfloat16")
+    with pytest.warns(UserWarning, match="has other logits in torch.bfloat16 than in float32, by .*%"): merge_and_save(tmp_path/"adapter", tmp_path/"out", **how)
+    one, two = merged(tmp_path/"adapter", **how | dict(dtype="float32")), BACKENDS["bnb"](str(tmp_path/"base"), device="cpu", dtype=torch.bfloat16)
+    W = one.model.get_submodule("model.layers.1.self_attn.q_proj").weight - attached(two, tmp_path/"adapter")
+    assert W.abs().max() < 1e-6
+
+
+def attached(model, folder, name="model.layers.1.self_attn.q_proj"):
+    "What a 4-bit layer with an adapter multiplies with, by hand."
+    from bitsandbytes.functional import dequantize_4bit
+    with safe_open(folder/"adapter_model.safetensors", "pt") as f: A, B = (f.get_tensor(f"base_model.model.{name}.lora_{o}.weight") for o in "AB")
+    m = model.get_submodule(name)
+    return dequantize_4bit(m.weight.data, m.weight.quant_state).float() + 32/4*B @ A
+
+
+def test_a_bias_that_has_no_place_is_refused_in_a_sentence(llama, tmp_path):
+    "An adapter with lora_bias on layers without one works as an adapter, and only so."
+    make_adapter(llama, tmp_path/"adapter", lora_bias=True)
+    with pytest.raises(QLoRAError, match="q_proj: the adapter has a bias .lora_bias., and the layer under it has none. It cannot be merged: use it as an adapter"):
+        merged(tmp_path/"adapter", **F32)
+
+
+def test_a_buffer_that_no_file_holds_is_compared_as_it_was(tmp_path):
+    "Falcon-H1 multiplies by one that is computed in float32, and in a folder's own format when it is loaded."
+    from transformers import FalconH1Config
+    set_seed(0)
+    tok = small_tokenizer()
+    model = AutoModelForCausalLM.from_config(FalconH1Config(vocab_size=len(tok), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8, ssm_multipliers=[.3]*5), dtype=torch.float32)
+    with quiet(): model.save_pretrained(tmp_path/"base"), tok.save_pretrained(tmp_path/"base")
+    make_adapter(tmp_path/"base", tmp_path/"adapter")
+    assert merge_and_save(tmp_path/"adapter", tmp_path/"out", dtype="bfloat16", trained_in="bfloat16").exists()

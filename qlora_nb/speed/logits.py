@@ -174,7 +174,7 @@ def say_apart(have, want, dtype:torch.dtype, what:str):   # The coarsest format 
     if (off := far_apart(have, want)) == math.inf:
         raise QLoRAError(f"{what} in {dtype} has logits that are not finite.",
                          cure="Choose dtype='bfloat16' or 'float32'.")
-    if off > 8*torch.finfo(dtype).eps:
+    if off > max(1e-4, 8*torch.finfo(dtype).eps):
         warnings.warn(f"{what} has other logits in {dtype} than in float32, by {off:.1%}: with "
                       "rounded numbers it chooses otherwise, as a router chooses experts.",
                       stacklevel=3)
