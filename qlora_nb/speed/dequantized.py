@@ -155,5 +155,6 @@ def in_32_bits(model):   # Of `load_model`, with or without adapters; changed in
         if isinstance(m, bnb.nn.Linear4bit): m.forward = partial(_times_wide, m)
         for s, _ in stacks_of(m): s.write = partial(_wide, s.write)
     for t in [*model.parameters(), *model.buffers()]:
-        if t.is_floating_point() and getattr(t, "quant_state", None) is None: t.data = t.data.float()
+        packed = getattr(t, "quant_state", None) is not None
+        if t.is_floating_point() and not packed: t.data = t.data.float()
     return model
