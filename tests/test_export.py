@@ -462,12 +462,15 @@ def test_a_bias_that_has_no_place_is_refused_in_a_sentence(llama, tmp_path):
 
 
 def test_a_buffer_that_no_file_holds_is_compared_as_it_was(tmp_path):
-    "Falcon-H1 multiplies by one that is computed in float32, and in a folder's own format when it is loaded."
+    "Falcon-H1 multiplies by one, in float32 while it is merged, and in the file's format when that is loaded."
     from transformers import FalconH1Config
+    from qlora_nb.speed.logits import probe, unsaved_buffers
+    from qlora_nb.using.merge import read_back
     set_seed(0)
-    tok = small_tokenizer()
-    model = AutoModelForCausalLM.from_config(FalconH1Config(vocab_size=len(tok), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8, ssm_multipliers=[.3]*5), dtype=torch.float32)
-    with quiet(): model.save_pretrained(tmp_path/"base"), tok.save_pretrained(tmp_path/"base")
-    make_adapter(tmp_path/"base", tmp_path/"adapter")
-    assert merge_and_save(tmp_path/"adapter", tmp_path/"out", dtype="bfloat16", trained_in="bfloat16").exists()
+    model = AutoModelForCausalLM.from_config(FalconH1Config(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8, ssm_multipliers=[.3]*5), dtype=torch.float32)
+    for p in model.parameters(): p.data = (p.data*(10 if p.ndim > 1 else 1)).bfloat16()   # so that a block counts
+    with quiet(): model.save_pretrained(tmp_path)
+    rest = unsaved_buffers(model)
+    read_back(tmp_path, probe(model), torch.bfloat16, rest)
+    with pytest.raises(QLoRAError, match="another model"): read_back(tmp_path, probe(model), torch.bfloat16)
