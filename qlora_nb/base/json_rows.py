@@ -138,20 +138,24 @@ def _only(row, name):
         return rows
 
 # %% ../../nbs/base/json_rows.ipynb #a315e362
+def _numbered(o): return isinstance(o, dict) and o and all(map(str.isdigit, o))
+
+def _listed(o):   # not of turns, which are one row
+    return isinstance(o, list) and o and all(is_turns(k) or not isinstance(k, (dict, list))
+                                             for k in o)
+
+# %% ../../nbs/base/json_rows.ipynb #jscol
 def _columns(row, name):
     "The rows of a table in columns, as pandas writes one by default; None when it is none."
     columns = list(row.values())
-    def numbered(o): return isinstance(o, dict) and o and all(map(str.isdigit, o))
-    def listed(o):   # not of turns, which are one row
-        return isinstance(o, list) and o and all(is_turns(k) or not isinstance(k, (dict, list))
-                                                 for k in o)
-    if not columns or not (all(map(numbered, columns)) or all(map(listed, columns))): return
+    kind = next((f for f in (_numbered, _listed) if columns and all(map(f, columns))), None)
+    if kind is None: return
     odd = next((k for k, v in row.items() if len(v) != len(columns[0])), None)
-    if odd is not None or numbered(columns[0]) and any(o.keys() != columns[0].keys()
-                                                       for o in columns):
+    if odd is not None or kind is _numbered and any(o.keys() != columns[0].keys()
+                                                    for o in columns):
         raise QLoRAError(f"the columns have different rows, {', '.join(map(repr, row))[:80]}.",
                          name, "Each column needs a value for each row, perhaps null.")
-    if numbered(columns[0]): return [{k: v[i] for k, v in row.items()} for i in columns[0]]
+    if kind is _numbered: return [{k: v[i] for k, v in row.items()} for i in columns[0]]
     return [dict(zip(row, o)) for o in zip(*columns)]
 
 # %% ../../nbs/base/json_rows.ipynb #jsp
@@ -198,6 +202,7 @@ def json_rows(lines, name, skip=False):
             if not skip: raise
             yield e
 
+# %% ../../nbs/base/json_rows.ipynb #jsfile
 def json_file(text, name, skip):
     "The rows of a file with one JSON value a line."
     lines = list(filter(str.strip, lines_of(text)))

@@ -72,6 +72,15 @@ def _collect(children, pipes, timeout:float) -> list:
     raise QLoRAError(f"no answer after {timeout:g} s.", f"rank {', '.join(map(str, left))} of {n}",
                      "Do all ranks call the same collectives, in the same order?")
 
+# %% ../../nbs/base/ranks.ipynb #rank_start
+def _start(ctx, rank, n, folder, backend, job) -> tuple:   # (process, pipe to read from)
+    mine, theirs = ctx.Pipe(duplex=False)
+    how = rank, n, str(Path(folder)/"store"), backend, theirs, job
+    child = ctx.Process(target=_rank, args=how, daemon=True)
+    child.start()
+    theirs.close()
+    return child, mine
+
 # %% ../../nbs/base/ranks.ipynb #d1570015
 def on_ranks(n:int,                # Processes
              f, *args,             # A function, and what to call it with
@@ -86,12 +95,8 @@ def on_ranks(n:int,                # Processes
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(n):
-                mine, theirs = ctx.Pipe(duplex=False)
-                how = rank, n, str(Path(folder)/"store"), backend, theirs, job
-                children.append(ctx.Process(target=_rank, args=how, daemon=True))
-                children[-1].start()
-                theirs.close()   # or its end would never be seen
-                pipes.append(mine)
+                child, pipe = _start(ctx, rank, n, folder, backend, job)
+                children.append(child), pipes.append(pipe)
             return _collect(children, pipes, timeout)
         finally:
             for p in children: p.kill(), p.join()

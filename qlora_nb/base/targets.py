@@ -38,23 +38,35 @@ def is_pattern(target:str) -> bool:
     "Is it no plain name, but a regular expression or 'all-linear'?"
     return not re.fullmatch(r"[\w.]+", target)
 
+def _all_linear(model, mods:dict) -> list:
+    "Names of the linear layers among `mods`, without the head and what else is left out."
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    out = {*routers(model), *getattr(model, "qlora_nb_read", ()),
+           *getattr(model, "qlora_nb_idle", ())}
+    return [n for n,m in mods.items() if layer_size(m) and m is not head and n not in out]
+
+# %% ../../nbs/base/targets.ipynb #tar_find
 def find_targets(model:nn.Module,    # Where to look
                  targets:list|str):  # A list of name endings, a regular expression, or "all-linear"
     "What each target matches by PEFT's rules, as {target: names}, be it linear or not."
     mods = outer_modules(model)
     if not isinstance(targets, str):
         return {t: [n for n in mods if f".{n}".endswith(f".{t}")] for t in targets}
-    if targets.lower() != "all-linear":
-        try: return {targets: [n for n in mods if re.fullmatch(targets, n)]}
-        except re.error as e:
-            raise QLoRAError(f"'{targets}' is no regular expression ({e}).") from e
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    out = {*routers(model), *getattr(model, "qlora_nb_read", ()),
-           *getattr(model, "qlora_nb_idle", ())}
-    return {targets: [n for n,m in mods.items() if layer_size(m) and m is not head
-                      and n not in out]}
+    if targets.lower() == "all-linear": return {targets: _all_linear(model, mods)}
+    try: return {targets: [n for n in mods if re.fullmatch(targets, n)]}
+    except re.error as e: raise QLoRAError(f"'{targets}' is no regular expression ({e}).") from e
 
 # %% ../../nbs/base/targets.ipynb #106876a7
+def _missed(t, odd:list, mods:dict, targets, where:str) -> QLoRAError:
+    "What to say of a target that matches nothing, or something that is not linear."
+    linear = sorted({n.split(".")[-1] for n,m in mods.items() if layer_size(m)})
+    near = difflib.get_close_matches(t.split(".")[-1], linear, cutoff=0.5)
+    hint = 'A single name goes into a list: targets=["q_proj"]. '*isinstance(targets, str)
+    hint += (f"Near names: {', '.join(near)}." if near
+             else f"Its linear layers are: {', '.join(linear)}.")
+    return QLoRAError(f"the target '{t}' matches {odd[0] if odd else 'nothing'}.", where, hint)
+
+# %% ../../nbs/base/targets.ipynb #tar_match
 def match_targets(model:nn.Module,              # Where to look
                   targets:list|str="all-linear" # As for `find_targets`
                  ) -> list:                     # Names of linear layers, in the order of the model
@@ -63,18 +75,10 @@ def match_targets(model:nn.Module,              # Where to look
     found, mods = find_targets(model, targets) or {"": []}, outer_modules(model)
     # packed experts
     found = {t: [n for n in names if ".parametrizations." not in n] for t,names in found.items()}
-    linear = sorted({n.split(".")[-1] for n,m in mods.items() if layer_size(m)})
     for t,names in found.items():
         odd = [f"'{n}' ({type(mods[n]).__name__}), which is not linear" for n in names
                if not layer_size(mods[n])]
-        if names and not odd: continue
-        near = difflib.get_close_matches(t.split(".")[-1], linear, cutoff=0.5)
-        hint = ('A single name goes into a list: targets=["q_proj"]. ' if isinstance(targets, str)
-                else "")
-        hint += (f"Near names: {', '.join(near)}." if near
-                 else f"Its linear layers are: {', '.join(linear)}.")
-        raise QLoRAError(f"the target '{t}' matches {odd[0] if odd else 'nothing'}.",
-                         type(model).__name__, hint)
+        if odd or not names: raise _missed(t, odd, mods, targets, type(model).__name__)
     every = {n for names in found.values() for n in names}
     return [n for n in mods if n in every]
 

@@ -28,8 +28,6 @@ def to_csv(rows:list) -> str:
     return out.getvalue()
 
 # %% ../../nbs/classroom/gradebook.ipynb #ae000010-a
-COLUMNS = "student_id last_name first_name email canvas_id sis_user_id section".split()
-
 def read_table(path:str|Path, what:str, columns:list, needed:list) -> list:
     "The rows of a CSV with the columns that are needed, and of others those that there are."
     try: text = Path(path).expanduser().read_text(encoding="utf-8-sig")
@@ -41,6 +39,9 @@ def read_table(path:str|Path, what:str, columns:list, needed:list) -> list:
         raise QLoRAError(f"{what} has no column '{lost[0]}'.", str(path),
                          f"Its first line names the columns, such as {','.join(columns)}.")
     return [{k: (o.get(k) or "").strip() for k in columns} for o in rows]
+
+# %% ../../nbs/classroom/gradebook.ipynb #gb_roster
+COLUMNS = "student_id last_name first_name email canvas_id sis_user_id section".split()
 
 def read_roster(path:str|Path|None) -> dict:  # {student_id: {column: text}}
     "A CSV with a column `student_id`, and those others of `COLUMNS` that there are."
@@ -71,17 +72,20 @@ def read_changes(path:str|Path|None) -> list:  # Of {column: text}
     "A CSV with the columns of `CHANGES`."
     return read_table(path, "the file of changes", CHANGES, CHANGES) if path else []
 
+def _decided(row:dict, most:float, which:str) -> float:
+    try: points = float(row["points"])
+    except ValueError: points = -1
+    if 0 <= points <= most: return points
+    raise QLoRAError(f"'{row['points']}' are no points.", which, f"They go from 0 to {most:g}.")
+
+# %% ../../nbs/classroom/gradebook.ipynb #gb_change
 def change(grades, row:dict):
     "Points of one answer as a person decided. Raises `QLoRAError` where there is none."
     which = [row[o] for o in CHANGES[:3]]
     found = next((o for o in grades.results if [o.student, o.page, o.slug] == which), None)
     if not found: raise QLoRAError("no such answer was graded.", ", ".join(which),
                                    "Name student, page and exercise as in report.md.")
-    try: points = float(row["points"])
-    except ValueError: points = -1
-    if not 0 <= points <= found.most:
-        raise QLoRAError(f"'{row['points']}' are no points.", ", ".join(which),
-                         f"They go from 0 to {found.most:g}.")
+    points = _decided(row, found.most, ", ".join(which))
     found.changed = f"{found.points:g} to {points:g}: {row['reason']}"
     found.message = None if points == found.most else row["reason"] or "Decided by a person."
     found.points, found.misconception = points, None
