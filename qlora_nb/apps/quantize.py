@@ -8,7 +8,6 @@ __all__ = ['WAYS', 'say', 'read_text', 'text_rows', 'memory_needed', 'packed_lay
            'quantize_model', 'quantize_parser', 'quantize_main']
 
 # %% ../../nbs/apps/quantize.ipynb #impqz
-import argparse
 from pathlib import Path
 from .cli import one_line_errors
 from .data_options import parse_once
@@ -16,9 +15,7 @@ from ..base.errors import QLoRAError
 
 # %% ../../nbs/apps/quantize.ipynb #impqz2
 import qlora_nb.base.core   # before PyTorch is loaded
-import contextlib, os, sys, time, torch, warnings
-import bitsandbytes as bnb
-from bitsandbytes.functional import dequantize_4bit
+import argparse, contextlib, os, sys, time, torch, warnings, bitsandbytes as bnb
 from tqdm.auto import tqdm
 from ..base.arguments import as_dtype, check_counts, wrong
 from ..base.core import fmt_bytes, free_memory, pick_device, pick_dtype, versions
@@ -67,8 +64,8 @@ def memory_needed(name, batch:int, window:int, dtype, revision=None) -> tuple:  
     four = sum(m.weight.numel() for m in linear_layers(meta).values())
     rest = sum(p.numel() for p in meta.parameters()) - four
     step = plan(meta.config, batch, window, "lora", r=1, loss="full", dtype=dtype).peak
-    answers = 4*batch*window*meta.config.get_text_config().vocab_size
-    return step + answers + four*(1/2 + 1/64 + 4/(64*256) + 5*4/64) + rest*dtype.itemsize, four
+    step += 4*batch*window*meta.config.get_text_config().vocab_size   # the teacher's answers
+    return step + four*(1/2 + 1/64 + 4/(64*256) + 5*4/64) + rest*dtype.itemsize, four
 
 # %% ../../nbs/apps/quantize.ipynb #packedqz
 def packed_layers(model) -> dict:   # {name: QuantizedTensor}
@@ -112,7 +109,8 @@ def learned(teacher, packed:dict, learn, ask, steps:int, lr:float, batch:int, se
     got = learn_scales(teacher, packed, learn, steps, lr, batch, seed, watch, False, True)
     bar.close()
     facts = has_gained(before, kl_rows(teacher, got, ask))
-    return (got if facts["learned"] else packed), facts | dict(seconds=time.perf_counter() - start)
+    facts["seconds"] = time.perf_counter() - start
+    return got if facts["learned"] else packed, facts
 
 # %% ../../nbs/apps/quantize.ipynb #checkqz
 WAYS = "nf4-learned", "nf4-search", "nf4"
@@ -152,7 +150,7 @@ def same_bits(model, folder, device, dtype):
         again = load_model(folder, device=device, dtype=dtype)
     for n, m in model.named_modules():
         if not isinstance(m, bnb.nn.Linear4bit): continue
-        a, b = (dequantize_4bit(o.weight.data, o.weight.quant_state)
+        a, b = (bnb.functional.dequantize_4bit(o.weight.data, o.weight.quant_state)
                 for o in (m, again.get_submodule(n)))
         if not torch.equal(a, b):
             raise QLoRAError("what was written has other weights.", n, "Nothing was left behind.")
