@@ -223,8 +223,7 @@ def quantize_parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("model", help="'smollm2', a local folder or a Hub id, in 16 bits")
     add("out", help="a new folder, or an empty one")
-    add("--text", default=None, help="a text file like what the model will read (none: the Python "
-                                     "reference)")
+    add("--text", default=None, help="like what the model will read (none: the Python reference)")
     add("--quantization", default="nf4-learned", choices=WAYS,
         help="learned scales, searched ones, or absmax")
     add("--max-steps", type=int, default=64, help="steps of learning")
