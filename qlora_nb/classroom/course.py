@@ -16,6 +16,7 @@ from ..apps.cli import one_line_errors
 from ..apps.data_options import parse_once
 from .adoption_sheet import adoption_sheet
 from .exercises import exercises_of, instructor_version, student_version
+from .nbgrader_course import CONFIG
 from .site_pages import checkout, course, settings, site_links
 from .slides import build_slides
 from ..base.errors import QLoRAError
@@ -124,6 +125,7 @@ def build_course(out:str|Path,                 # A new folder
         every = [source/"index.ipynb", *pages, *chinese]
         exercises = write_versions(new, source, every, release)
         for name in VERSIONS: add_files(new/name, source, note)
+        (new/"nbgrader_config.py").write_text(CONFIG, encoding="utf-8")
         write_sheet(new, source, settings(source.parent))
         decks = build_slides(new/"slides", source.parent) if slides else []
     return dict(pages=len(pages) + 1, exercises=exercises, decks=len(decks))
