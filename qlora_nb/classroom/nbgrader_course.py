@@ -18,7 +18,7 @@ def prepare(nb:nbformat.NotebookNode, resources:dict) -> tuple:
     return nb, resources
 
 # %% ../../nbs/classroom/nbgrader_course.ipynb #ng000012
-CONFIG = """# For nbgrader, in the course's folder; pages of instructor/ go into source/NAME/NAME.ipynb
+CONFIG = """# nbgrader, in the folder of the course; a page of instructor/ is source/NAME/NAME.ipynb
 from nbgrader import preprocessors as p
 from qlora_nb.classroom.nbgrader_course import prepare
 c = get_config()
