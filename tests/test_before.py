@@ -46,7 +46,7 @@ def said(monkeypatch, base, tmp_path, **how):
     (dict(eval_data=[dict(prompt="a "*2000, response="b")], eval_steps=1), "the rows to evaluate on: all rows are longer"),
     (dict(template="{{ messages"), "the chat template refuses this row"),
     (dict(template=DEAF, system="Answer in one word, and no more."), "the chat template leaves out message 1, the system's"),
-    (dict(target_modules=["q_prj"]), "Near names: q_proj"), (dict(target_modules="qproj"), "A single name goes into a list"),
+    (dict(target_modules=["q_prj"]), "Near names: q_proj"), (dict(target_modules="qproj"), "Near names: q_proj"), (dict(target_modules="q.proj|"), "A single name goes into a list"),
     (dict(target_modules=r"layers\.(\d"), "is no regular expression"), (dict(target_modules=r".*layers\.7\..*"), "matches nothing"),
     (dict(target_modules=["lm_head"]), "on the output head"), (dict(target_modules=["embed_tokens"]), "which is not linear"),
     (dict(target_parameters=["experts.down_proj"]), "matches no stack of experts"),

@@ -149,11 +149,11 @@ def pattern_value(pattern:dict|None,  # Ending or regular expression → value
 
 # %% ../../nbs/base/targets.ipynb #names
 def split_names(settings:dict) -> dict:
-    "Words with commas in them as lists of names; a regular expression stays as it is."
+    "Names with commas between them, and a single target, as a list; a regular expression stays."
     def names(k, v):
         if isinstance(v, (set, frozenset)): return sorted(v)
         if k not in LISTS or not isinstance(v, str): return v
         parts = [o.strip() for o in v.split(",")]
-        many = len(parts) > 1 or k == "target_parameters"
+        many = len(parts) > 1 or k.startswith("target_")
         return parts if many and not any(map(is_pattern, parts)) else v
     return {k: names(k, v) for k, v in settings.items()}

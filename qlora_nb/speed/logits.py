@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'evaluating', 'through_head', 'measure_head', 'head_measured', 'plain_head', 'fed_by_decoder', 'head_logits',
-           'is_matrix', 'why_own_loss', 'own_logits', 'picked_logits', 'own_loss', 'near_enough', 'probe', 'far_apart',
-           'same_logits', 'say_apart', 'unsaved_buffers']
+           'is_matrix', 'why_own_loss', 'own_logits', 'picked_logits', 'own_loss', 'near_enough', 'last_bit',
+           'rounding', 'probe', 'far_apart', 'same_logits', 'say_apart', 'unsaved_buffers']
 
 # %% ../../nbs/7_speed/76_logits.ipynb #ab377c4d
 from ..foundations.lora import LoRA
@@ -13,6 +13,7 @@ import contextlib, math, torch, warnings
 from peft.tuners.lora.layer import LoraLayer
 from torch.nn import functional as F
 from ..base.errors import QLoRAError
+from .cuda_graphs import decoder_layers
 
 # %% ../../nbs/7_speed/76_logits.ipynb #94e5cbc0
 @contextlib.contextmanager
@@ -144,6 +145,24 @@ NEAR = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3}   # of a loss; float32: 1e-
 def near_enough(dtype:torch.dtype, loss:float, n:int) -> float:  # Nats a token, of `n` tokens
     "How far two right ways to the mean loss of `n` tokens may be apart."
     return NEAR.get(dtype, 1e-3)*max(1., abs(loss))*max(1., (32/n)**.5)
+
+# %% ../../nbs/7_speed/76_logits.ipynb #round76b
+def last_bit(x, draw):   # A tensor in any float format, and a generator on the CPU
+    "A tensor with each number changed in its last bit: up, down or not at all."
+    bits = torch.randint(-1, 2, x.shape, generator=draw).to(x.device)
+    return (x.float()*(1 + torch.finfo(x.dtype).eps*bits)).to(x.dtype)
+
+# %% ../../nbs/7_speed/76_logits.ipynb #round76b2
+def rounding(model, loss,       # A function without arguments; its result is a number of nats
+             draws:int=4) -> float:
+    "How far a loss moves when all layers round otherwise: the most of some draws."
+    draw = torch.Generator().manual_seed(0)
+    def other(m, args, out):
+        return (last_bit(out[0], draw), *out[1:]) if isinstance(out, tuple) else last_bit(out, draw)
+    usual, hooks = loss(), [m.register_forward_hook(other) for m in decoder_layers(model)]
+    try: return max(abs(float(loss() - usual)) for _ in range(draws))
+    finally:
+        for o in hooks: o.remove()
 
 # %% ../../nbs/7_speed/76_logits.ipynb #12c31f5a
 def probe(model) -> torch.Tensor:  # (24, V) in float32
