@@ -61,7 +61,7 @@ def _missed(t, odd:list, mods:dict, targets, where:str) -> QLoRAError:
     "What to say of a target that matches nothing, or something that is not linear."
     linear = sorted({n.split(".")[-1] for n,m in mods.items() if layer_size(m)})
     near = difflib.get_close_matches(t.split(".")[-1], linear, cutoff=0.5)
-    hint = 'A single name goes into a list: targets=["q_proj"]. '*isinstance(targets, str)
+    hint = 'A single name goes into a list: ["q_proj"]. '*isinstance(targets, str)
     hint += (f"Near names: {', '.join(near)}." if near
              else f"Its linear layers are: {', '.join(linear)}.")
     return QLoRAError(f"the target '{t}' matches {odd[0] if odd else 'nothing'}.", where, hint)
