@@ -58,7 +58,7 @@ from qlora_nb.beyond.scale_search import put_weight, search_quantize
 from qlora_nb.beyond.variants import lora_ga, lorafa_gradient
 from qlora_nb.beyond.which_error import input_moments
 from qlora_nb.evaluation.data_types import round_weights
-from qlora_nb.evaluation.perplexity import perplexity, prose
+from qlora_nb.evaluation.perplexity import perplexity
 from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.foundations.double_quantization import quantize
 from qlora_nb.foundations.loading import load_model
@@ -66,6 +66,7 @@ from qlora_nb.speed.cuda_graphs import capture
 from qlora_nb.speed.dequantized import dequantized_weight, four_bit_layers
 from qlora_nb.training import tickets
 from qlora_nb.training.data import collate, encode_rows
+from finer import read
 from seeds import score, set_words_aside
 
 FILLED = "search", "weighted", "feedback", "learned", "learned-search"   # NF4 with double quantization, its scales and codes found in another way
@@ -117,22 +118,25 @@ class Worker:
         set_words_aside()
         self.steps, self.device, self.graphs = a["steps"], a["device"], a["graphs"] and a["device"] == "cuda"
         self.test, self.train = tickets.make_tickets("test", a["test"], seed=7), tickets.make_tickets("train", a["train"])
-        self.tokenizer, self.prose_tokens = load_tokenizer(), a["prose"]
+        self.name, self.text = a["model"], read(a["text"])
+        self.tokenizer, self.prose_tokens = load_tokenizer(self.name), a["prose"]
         self.examples = encode_rows(self.train, self.tokenizer)
         self.kept, self.weights, self.vectors, self.seen = {}, None, {}, {}
+
+    def load(self, **how): return load_model(self.name, **how)
 
     def base(self, task):
         "A base for a run. Those that no run changes are kept."
         kind = task.get("base", "qlora"), task.get("double")
         if kind not in self.kept:
             dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-            if kind[0] == "qlora": model = load_model(device=self.device)
+            if kind[0] == "qlora": model = self.load(device=self.device)
             elif kind[0] in FILLED:
-                model, found = load_model(device=self.device), self.filled(kind[0])
+                model, found = self.load(device=self.device), self.filled(kind[0])
                 for n in found: put_weight(model.get_submodule(n), found[n])
-            elif kind[0] == "all weights": model = load_model(device=self.device, bits=None, dtype=torch.float32)
+            elif kind[0] == "all weights": model = self.load(device=self.device, bits=None, dtype=torch.float32)
             else:
-                model = load_model(device=self.device, bits=None, dtype=torch.float32)
+                model = self.load(device=self.device, bits=None, dtype=torch.float32)
                 if kind[0] != "none": round_weights(model, kind[0], 64, kind[1])
                 model = model.to(dtype)
             if kind[0] == "all weights": return model
@@ -143,16 +147,16 @@ class Worker:
     def wide(self):
         "The weights before quantization, on the CPU."
         if self.weights is None:
-            model = load_model(device="cpu", bits=None, dtype=torch.float32)
+            model = self.load(device="cpu", bits=None, dtype=torch.float32)
             self.weights = {n: model.get_submodule(n).weight.detach() for n in sizes(model)}
         return self.weights
 
     def moments(self):
         "What each layer is given on average, of a text that nothing else looks at."
         if "moments" not in self.seen:
-            ids = self.tokenizer(prose(), add_special_tokens=False, return_tensors="pt").input_ids[0]
+            ids = self.tokenizer(self.text, add_special_tokens=False, return_tensors="pt").input_ids[0]
             first, n = CALIBRATION
-            model = load_model(device=self.device, bits=None, dtype=torch.float32)
+            model = self.load(device=self.device, bits=None, dtype=torch.float32)
             self.seen["moments"] = {k: v.cpu() for k, v in input_moments(model, ids[first:first + n]).items()}
         return self.seen["moments"]
 
@@ -174,8 +178,8 @@ class Worker:
 
     def learned(self, packed):
         "The same codes with scales that are learned."
-        ids = self.tokenizer(prose(), add_special_tokens=False, return_tensors="pt").input_ids[0]
-        model = load_model(device=self.device, bits=None, dtype=torch.float32).requires_grad_(False)
+        ids = self.tokenizer(self.text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+        model = self.load(device=self.device, bits=None, dtype=torch.float32).requires_grad_(False)
         rows = ids[LEARN[0]:sum(LEARN)].view(-1, 512).to(self.device)
         got = learn_scales(model, {n: Q.to(self.device) for n, Q in packed.items()}, rows, 64, 3e-3, through=False)
         return {n: Q.to("cpu") for n, Q in got.items()}
@@ -410,7 +414,7 @@ def learn(w, task):
     if "spectra" in task: return task | kinds_seen(w, model, task["budget"])
     if task.get("lr") == 0:   # a base before it is trained
         share, loss = score(model.eval(), w.tokenizer, w.test)
-        return task | dict(answer_loss=loss, exact_match=share, slice=score(model, w.tokenizer, w.usual)[1], prose=perplexity(model, w.tokenizer, prose(), max_tokens=w.prose_tokens))
+        return task | dict(answer_loss=loss, exact_match=share, slice=score(model, w.tokenizer, w.usual)[1], prose=perplexity(model, w.tokenizer, w.text, max_tokens=w.prose_tokens))
     if (task.get("base", "qlora"), task.get("double")) not in {k for k, _ in w.vectors}: keep_before(w, model, task)
     model, off = adapted(w, model, task)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -421,7 +425,7 @@ def learn(w, task):
         for p in model.parameters(): p.grad = None
         with torch.autocast(w.device, torch.bfloat16, enabled=w.device == "cuda"):
             share, loss = score(model.eval(), w.tokenizer, w.test)
-            after = perplexity(model, w.tokenizer, prose(), max_tokens=w.prose_tokens)
+            after = perplexity(model, w.tokenizer, w.text, max_tokens=w.prose_tokens)
         row = task | dict(answer_loss=loss, exact_match=share, prose=after, trained=trained, train_seconds=round(seconds, 1), graph=graph,
                           first_loss=losses[0], last_loss=statistics.mean(losses[-10:])) | intruders(w, model, task)
     finally: off()
@@ -578,10 +582,11 @@ def main():
     p.add_argument("--arms", nargs="+", choices=list(ARMS), help="instead of groups")
     p.add_argument("--stages", nargs="+", default=["bracket", "seeds", "where", "allocate"])
     p.add_argument("--no-graphs", action="store_true")
+    p.add_argument("--model", default="smollm2"), p.add_argument("--text", help="a file to read instead of the reference")
     a = p.parse_args()
     names = a.arms or [n for g in a.groups for n in GROUPS[g]]
     how = dict(steps=a.steps, train=a.train, test=a.test, prose=a.prose)
-    until, setup = time.time() + a.limit, how | dict(device=a.device, workers=a.workers, graphs=not a.no_graphs)
+    until, setup = time.time() + a.limit, how | dict(device=a.device, workers=a.workers, graphs=not a.no_graphs, model=a.model, text=a.text)
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(a.workers, spawn, begin_worker, (setup, spawn.Value("i", 0)))
     rows = Rows(a.out, Queue(pool, a.workers).submit, until, **how)

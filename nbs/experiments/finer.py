@@ -1,6 +1,7 @@
 """Finer quantization on SmolLM2-135M: errors of the weights, KL to the unquantized logits and perplexity, row by row.
 
     python nbs/experiments/finer.py nbs/results/finer.json [--groups plain alpha search ...] [--rows 4] [--only "nf4 64" ...] [--again]
+    ... [--model FOLDER --text FILE --device cuda]   # another model, on a text of its own
 
 The text is the Python reference in rows of 512 tokens: its first 4 rows, or 16, the 8,192 tokens of the other pages, with --rows 16. The
 second moments of the layers' inputs come from 2,048 other tokens of it, from token 32,768 on. Weights and their errors are computed in
@@ -14,7 +15,7 @@ The rule for decisions, written before the first run:
   whose KL differ beyond their interval it names the better one more often than the weight error does.
 - the linear rule (KL as a sum over groups of layers of a constant times the squared relative error) *holds* when NF4's sum of the
   groups alone lies within 10 % of NF4's own KL, and the constants predict the KL of the other 4-bit formats within 10 %.
-- a default changes only on a gain outside its interval on two models. This script measures one.
+- a default changes only on a gain outside its interval on two models. The second one is that of `second_model.py`.
 """
 import argparse, json, time
 from pathlib import Path
@@ -136,7 +137,7 @@ def adapter(most=64):
     return {k: (bits_per_weight("nf4", 64, True), f) for k, f in out.items()}
 
 
-def option():
+def option():   # of the packaged model alone
     "What `load_model(quantization='nf4-search')` gives: its inputs are those of the model in 4 bits, on the text that everyone has."
     four = load_model(device="cpu", dtype=torch.bfloat16, quantization="nf4-search")
     found = (dequantize_4bit(m.weight.data, m.weight.quant_state).float() for m in linear_layers(four).values())
@@ -152,11 +153,14 @@ def group_of(name, layers=30):
     return f"{kind} {3*int(i)//layers}"
 
 
+def read(text): return Path(text).read_text(encoding="utf-8") if text else prose()
+
+
 class Bench:
     "The model, its weights, its answers, and the moments of its layers' inputs."
-    def __init__(self, n, window=WINDOW, dtype=torch.bfloat16, device="cpu", name="smollm2"):
+    def __init__(self, n, window=WINDOW, dtype=torch.bfloat16, device="cpu", name="smollm2", text=None):
         self.model, tok = load_model(name, bits=None, dtype=dtype, device=device), load_tokenizer(name)
-        self.ids = ids = tok(prose(), add_special_tokens=False, return_tensors="pt").input_ids[0].to(device)
+        self.ids = ids = tok(read(text), add_special_tokens=False, return_tensors="pt").input_ids[0].to(device)
         self.rows, self.layers = ids[:n*window].view(n, window), linear_layers(self.model)
         self.W = {n: m.weight.detach().float() for n, m in self.layers.items()}
         self.H = input_moments(self.model, ids[CALIBRATION[0]:sum(CALIBRATION)])
@@ -227,11 +231,12 @@ def main():
     p.add_argument("out", type=Path), p.add_argument("--groups", nargs="+", default=[*GROUPS, "alpha", "flip"])
     p.add_argument("--again", action="store_true"), p.add_argument("--rows", type=int, default=4)
     p.add_argument("--only", nargs="+", help="names of formats")
+    p.add_argument("--model", default="smollm2"), p.add_argument("--text"), p.add_argument("--device", default="cpu")
     a = p.parse_args()
-    bench = Bench(a.rows)
+    bench = Bench(a.rows, device=a.device, name=a.model, text=a.text)
     kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(rows=[], alpha={})
-    kept |= dict(hardware=cpu_kind(), versions=versions(), settings=dict(window=WINDOW, calibration=CALIBRATION,
-                 dtype="bfloat16", model="SmolLM2-135M-Instruct, from Q4_1"))
+    kept |= dict(hardware=torch.cuda.get_device_name() if a.device == "cuda" else cpu_kind(), versions=versions(), settings=dict(window=WINDOW, calibration=CALIBRATION,
+                 dtype="bfloat16", model="SmolLM2-135M-Instruct, from Q4_1" if a.model == "smollm2" else Path(a.model).name))
     if a.rows >= len(kept.get("unquantized", dict(loss_rows=[]))["loss_rows"]):
         kept["unquantized"] = dict(loss_rows=bench.loss, perplexity=torch.tensor(bench.loss).double().mean().exp().item())
 

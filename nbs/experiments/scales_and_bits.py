@@ -7,7 +7,8 @@
 `full` is for one GPU: about ten minutes each. The first call was cut off after six minutes, without the codes of error feedback and
 without the budgets from four bits on; `four` measures at four bits what that run could not, on a CPU. `cpu` is what two cores do in about
 seven minutes of computing, and `tiny` only tries it. All is computed in float32. A run goes on with what its file has, and begins anew
-when the file is of another size or model; after `--limit` seconds no row is begun. `--model` takes another model than the packaged one.
+when the file is of another size or model; after `--limit` seconds no row is begun. `--model` takes another model than the packaged one,
+and `--text` a file to read instead of the reference.
 
 The text is the Python reference. Its first tokens, in rows, are the test, and nothing else sees them. Moments come from tokens 32,768
 to 34,816; scales are learned, and sensitivities measured, on rows from token 40,960 on; the learning rate is chosen on rows from token
@@ -67,8 +68,8 @@ def tickets(n, window, name):
 
 class Trial:
     "The model and its rows: test, tickets, and those to learn from and to choose by."
-    def __init__(self, o, device, name="smollm2"):
-        self.o, self.bench = o, Bench(o["rows"], o["window"], torch.float32, device, name)
+    def __init__(self, o, device, name="smollm2", text=None):
+        self.o, self.bench = o, Bench(o["rows"], o["window"], torch.float32, device, name, text)
         self.model, ids = self.bench.model.requires_grad_(False), self.bench.ids
         def rows(first, n): return ids[first:first + n*o["window"]].view(n, o["window"])
         self.learn, self.choose = rows(LEARN, o["learn"]), rows(CHOOSE, o["choose"])
@@ -266,16 +267,16 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=["scales", "bits", "four"]), p.add_argument("out", type=Path)
     p.add_argument("--size", choices=SIZES, default="full"), p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--only", nargs="+", help="parts of names of rows"), p.add_argument("--model", default="smollm2")
+    p.add_argument("--only", nargs="+", help="parts of names of rows"), p.add_argument("--model", default="smollm2"), p.add_argument("--text")
     p.add_argument("--limit", type=float, default=1e9, help="seconds after which no row is begun")
     a = p.parse_args()
     kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {}
-    name = "SmolLM2-135M-Instruct, from Q4_1" if a.model == "smollm2" else a.model
+    name = "SmolLM2-135M-Instruct, from Q4_1" if a.model == "smollm2" else Path(a.model).name
     settings, until = dict(size=a.size, **SIZES[a.size], dtype="float32", model=name), time.time() + a.limit
     def fixed(s): return {k: v for k, v in (s or {}).items() if k not in ("rates", "arms")}   # of which there may be more by and by
     if a.what != "four" and fixed(kept.get("settings")) != fixed(settings): kept = dict(rows=[]) if a.what == "scales" else {}
     if a.what != "four": kept["settings"] = settings
-    trial = Trial(SIZES[a.size], a.device, a.model)
+    trial = Trial(SIZES[a.size], a.device, a.model, a.text)
     trial.until = until
     device = torch.cuda.get_device_name() if a.device.startswith("cuda") else cpu_kind()
     bench = trial.bench
