@@ -4,6 +4,7 @@
     python nbs/experiments/distributed.py --gpus 2 --shape 70b --ways sharded
     python nbs/experiments/distributed.py --gpus 2 --shape 32b --ways one sharded --card 24   # no process may take more GB than that
     python nbs/experiments/distributed.py --gpus 2 --losses         # SmolLM2 on the tickets, 50 steps: one process, and several
+    python nbs/experiments/distributed.py --gpus 2 --losses --one-card   # the same where there is one GPU: processes share it, through gloo
     python nbs/experiments/distributed.py --cpu --gpus 2 --shape tiny --steps 2   # does the script run? measures nothing
 
 The weights are random bytes, packed as ours are: no checkpoint is read. Each way is a set of fresh processes; each step is timed on
@@ -132,11 +133,12 @@ def measure(way, shape, rows, length, steps, cpu, card, checkpointing):
     return got
 
 
-def real_losses(n, steps, cpu, fast):
+def real_losses(n, steps, cpu, fast, one_card=False):
     "The losses that `finetune` logs: the tickets, SmolLM2 in 4 bits, 16 rows a step on any number of processes."
     from qlora_nb.training import tickets
     from qlora_nb.training.finetune import finetune
-    import tempfile
+    import os, tempfile
+    if one_card: os.environ["LOCAL_RANK"] = "0"
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folder)
     begin = time.perf_counter()
@@ -157,6 +159,7 @@ def main():
     p.add_argument("--card", type=float, help="GB that each process may take of its GPU")
     p.add_argument("--checkpointing", action="store_true", help="keep each layer's input alone, and compute the rest again")
     p.add_argument("--losses", action="store_true", help="real data on one process and on --gpus of them, with and without `fast`")
+    p.add_argument("--one-card", action="store_true", help="with --losses: all processes on the first GPU, through gloo")
     p.add_argument("--cpu", action="store_true", help="gloo on the CPU: to see that it runs")
     p.add_argument("--limit", type=float, default=580., help="seconds for each way")
     p.add_argument("--out", type=Path, default=Path(__file__).parent.parent/"results"/"distributed.json")
@@ -164,7 +167,7 @@ def main():
     from qlora_nb.base.core import versions
     from qlora_nb.base.ranks import on_ranks
     doc = json.loads(o.out.read_text(encoding="utf-8")) if o.out.exists() else dict(ways=[], losses=[])
-    how = dict(timeout=o.limit, backend="gloo" if o.cpu else "nccl")
+    how = dict(timeout=o.limit, backend="gloo" if o.cpu or o.one_card else "nccl")
     def keep(kind, row, *keys):
         doc[kind] = [r for r in doc[kind] if any(r[k] != row[k] for k in keys)] + [row]
         doc["versions"] = versions()
@@ -174,9 +177,9 @@ def main():
         try: return f(*args)
         except Exception as e: return str(e)[-600:]
     for n, fast in [(n, fast) for fast in (False, True) for n in (1, o.gpus)]*o.losses:
-        got = tried(lambda: on_ranks(n, real_losses, n, o.steps, o.cpu, fast, **how))
+        got = tried(lambda: on_ranks(n, real_losses, n, o.steps, o.cpu, fast, o.one_card, **how))
         row = dict(failed=got) if isinstance(got, str) else dict(losses=got[0][0], seconds=got[0][1])
-        keep("losses", dict(gpus=n, fast=fast, steps=o.steps) | row, "gpus", "fast")
+        keep("losses", dict(processes=n, gpus=1 if o.one_card else n, fast=fast, steps=o.steps) | row, "processes", "gpus", "fast")
     for way in [] if o.losses else o.ways:
         n, length = 1 if way in ALONE else o.gpus, min(o.length, 64) if o.cpu else o.length
         got = tried(lambda: on_ranks(n, measure, way, o.shape, o.rows, length, o.steps, o.cpu, o.card, o.checkpointing, **how))
