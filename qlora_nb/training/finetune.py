@@ -144,7 +144,7 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks=(), r
         free_memory()
         info = by_first(trainer.load_best, finish, model, trainer, folder, rows, s, notes,
                         **facts)
-    model.config.use_cache = True
+    if hasattr(type(model.config), "use_cache"): model.config.use_cache = True   # else it has none
     return Run(model.eval(), tokenizer, folder, info)
 
 # %% ../../nbs/2_training/29_finetune.ipynb #packed29

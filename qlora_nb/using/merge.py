@@ -214,16 +214,16 @@ def merge_words(f:dict) -> str:   # The facts of `merged`
             f"{f['lost']:.2%} of this change.")
 
 # %% ../../nbs/4_using/45_merge.ipynb #ff6790d3
-def read_back(folder, want:torch.Tensor, dtype:torch.dtype,   # The logits it should have
+def read_back(folder, want:torch.Tensor,   # The logits it should have, in float32
               unsaved:dict={}):   # Of `unsaved_buffers`, as they were in training
     "Load what was written. Raises `QLoRAError` where it cannot be loaded, or is another model."
-    how = dict(dtype=dtype, trust_remote_code=False)
+    how = dict(dtype=torch.float32, trust_remote_code=False)
     try:
         with quiet(): model = AutoModelForCausalLM.from_pretrained(folder, **how)
     except Exception as e:
         raise QLoRAError(f"what was written cannot be loaded ({' '.join(str(e).split())[:200]}).",
                          cure="Nothing was left behind.") from e
-    for n, b in unsaved_buffers(model).items():   # anew, perhaps in a finer dtype
+    for n, b in unsaved_buffers(model).items():   # computed anew
         if n in unsaved: b.data = unsaved[n]
     same_logits(probe(model), want, "what was written is another model")
 
@@ -240,8 +240,8 @@ def merge_and_save(folder:str|Path,        # Of a run, or of an adapter in PEFT'
         with quiet(): m.model.save_pretrained(new), m.tokenizer.save_pretrained(new)
         card = model_card(source, out.name, "safetensors", merge_words(m.facts), m.chat)
         (new/"README.md").write_text(card, encoding="utf-8")
-        want, kind, rest = probe(m.model.cpu()), m.model.dtype, unsaved_buffers(m.model)
+        want, rest = probe(m.model.cpu().float()), unsaved_buffers(m.model)
         m = None   # its memory is for what is read back
-        read_back(new, want, kind, rest)
+        read_back(new, want, rest)
     free_memory()
     return out
