@@ -279,6 +279,36 @@ def test_experts_in_a_list_keep_the_loss_of_their_routers(tmp_path):
     assert load_model(tmp_path, device="cpu").config.router_aux_loss_coef == .5
 
 
+class LinearRouter(torch.nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate, self.experts = torch.nn.Linear(c.hidden_size, c.num_local_experts, bias=False), Experts(Expert(c) for _ in range(c.num_local_experts))
+    def forward(self, x):
+        weights, index = self.gate(x.flatten(0, 1)).float().softmax(-1).topk(2, -1)
+        return self.experts(x.flatten(0, 1), index, weights.to(x.dtype)).view_as(x)
+
+class PlainGateConfig(MixtralConfig): model_type = "plain_gate"
+
+class PlainGateForCausalLM(MixtralForCausalLM):
+    config_class = PlainGateConfig
+    def __init__(self, config):
+        super().__init__(config)
+        for o in self.model.layers: o.mlp = LinearRouter(config)
+        self.post_init()
+
+@pytest.mark.parametrize("backend", ["bnb", "scratch"])
+def test_a_linear_router_beside_a_list_of_experts_stays_wide(backend, tmp_path):
+    "It has as many outputs as the list has modules; a list of layers beside other things is none."
+    AutoConfig.register("plain_gate", PlainGateConfig, exist_ok=True)
+    AutoModelForCausalLM.register(PlainGateConfig, PlainGateForCausalLM, exist_ok=True)
+    folder = build("plain", str(tmp_path), PlainGateConfig(**architectures.MOE | dict(num_local_experts=4)))
+    model = architectures.BACKENDS[backend](folder, device="cpu", dtype=torch.float32)
+    gates = [f"model.layers.{i}.mlp.gate" for i in range(2)]
+    assert routers(model) == gates and {w.kind for w in list_weights(model) if w.name.removesuffix(".weight") in gates} == {"router"}
+    assert not {*gates} & {*adapted_layers(add_adapters(model, 2))}
+    assert right(facts := check("plain", backend, folder)) and facts["adapted"] == 2*(4 + 2*4), facts
+
+
 @pytest.mark.parametrize("place", ["cpu", "meta"])
 def test_a_config_with_a_loss_for_routers_that_are_not_there(place):
     from qlora_nb.base.weights import as_it_is

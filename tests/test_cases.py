@@ -42,6 +42,7 @@ SETTINGS = {
     "a truth": (dict(max_length=True), "max_length is True, and has to be a whole number"),
     "alpha below zero, which unlearns": (dict(lora_alpha=-1), "lora_alpha is -1, and has to be above zero"),
     "alpha of zero, which learns nothing": (dict(lora_alpha=0), "lora_alpha is 0, and has to be above zero"),
+    "alpha so large that the update is infinite": (dict(lora_alpha=1e38), "lora_alpha is 1e.38, and has to be from 0 to below 65536"),
     "a seed below zero": (dict(seed=-1), "seed is -1, and has to be from 0 to below 4294967296"),
     "no seed": (dict(seed=None), "seed is None, and has to be a whole number"),
     "no end": (dict(learning_rate=float("inf")), "learning_rate is inf"),

@@ -59,18 +59,19 @@ def stack_owners(model:nn.Module) -> dict:   # Name of a module → how many mat
 
 # %% ../../nbs/base/weights.ipynb #ea13ce38
 def routers(model:nn.Module) -> list:
-    "Names of linear layers beside a stack of experts with at most one output for each of them."
+    "Names of linear layers beside experts with at most one output for each of them."
     sizes = {n.rpartition(".")[0]: k for n,k in stack_owners(model).items()}
     def routes(n, m):
         if not isinstance(getattr(m, "out_features", None), int): return False
         if hasattr(m, "parameter_name") or "lora_" in n: return False
-        return any(clean_name(n).startswith(f"{o}.") and m.out_features <= k
-                   for o,k in sizes.items())
+        beside = model.get_submodule(n.rpartition(".")[0]).children()
+        return (any(clean_name(n).startswith(f"{o}.") and m.out_features <= k
+                    for o,k in sizes.items())
+                or any(isinstance(o, nn.ModuleList) and len(o) == m.out_features for o in beside))
     return [n for n,m in model.named_modules() if routes(n, m)]
 
 # %% ../../nbs/base/weights.ipynb #04e8dcf3
-def list_weights(model:nn.Module
-                 ) -> list:  # Of `Weight`, in the order of the model; a tied one is counted once
+def list_weights(model:nn.Module) -> list:   # Of `Weight`, in the model's order; a tied one once
     """Every tensor with its kind: "NF4 + double quantization" or another 4-bit kind, or what
     `wide_kinds` says of one that is not in 4 bits."""
     kind, seen, out = wide_kinds(model), set(), []
@@ -148,8 +149,7 @@ def spy_class(cls, note):   # `note` is called with the layer
 
 # %% ../../nbs/base/weights.ipynb #85c1d2b1
 @torch.no_grad()
-def read_elsewhere(model:nn.Module
-                   ) -> tuple:  # (names of layers, the error of the forward pass or None)
+def read_elsewhere(model:nn.Module) -> tuple:   # (names of layers, the forward pass's error)
     "Linear layers whose weight other code computes with, seen in a forward pass of three tokens."
     layers = {m: n for n,m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     layers.pop(getattr(model, "get_output_embeddings", lambda: None)(), None)
@@ -234,8 +234,7 @@ def wide_layers(model, found, wide) -> str:  # As in `too_wide`
             f"({', '.join(sorted({*layers.values()}))}): {first}. ")
 
 # %% ../../nbs/base/weights.ipynb #da81eec7
-def too_wide(model, found, wide
-             ) -> str:  # Of `list_weights`: all, and those that should be in 4 bits and are not
+def too_wide(model, found, wide) -> str:   # Of `list_weights`: all, and those without a reason
     "What is wrong, in one sentence."
     last = max(wide, key=lambda w: w.nbytes)
     could = sum(w.numel for w in found if w in wide or "NF4" in w.kind or "ours" in w.kind)
