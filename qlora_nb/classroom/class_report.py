@@ -48,6 +48,7 @@ def odd_rows(grades, roster:dict) -> list:
     return [[full_name(person(o.student, roster)), o.page, o.slug, o.message]
             for o in grades.results if (o.message or "").startswith(SIGNS)]
 
+# %% ../../nbs/classroom/class_report.ipynb #cr_late
 def late_rows(grades, roster:dict) -> list:
     "Student, page and time of what came after the time that it was due."
     due = getattr(grades, "due", None)

@@ -10,6 +10,7 @@ __all__ = ['files_of', 'pages_of', 'first_line', 'without_numbers', 'Graded', 'l
 import re, time
 from dataclasses import dataclass
 from datetime import datetime
+from fastcore.basics import patch
 from pathlib import Path
 from tqdm import tqdm
 from .exercises import exercises_of
@@ -56,21 +57,28 @@ class Graded:
         self.name, self.exercises, self.known, self.memory = name, exercises, {}, {}
         self.open = lambda: Sandbox(exercises[0].setup, limits, isolated, more)
         self.box = self.open()
-    def run(self, ex, code:str, seconds:float|None=None) -> str|None:  # What is wrong
-        "Check an answer. One that ends the page's process costs only itself."
-        try: said = check_answer(self.box, code, ex.solution, ex.check, seconds)
-        except OSError:
-            self.box.close()
-            self.box, said = self.open(), "It ended the process of the page."
-        return said and first_line(said)
-    def seen(self, ex, code:str, seconds:float) -> str|None:
-        "`run`, once for answers that are the same letter by letter."
-        if (ex.slug, code) in self.memory: return self.memory[ex.slug, code]
-        message = self.run(ex, code, seconds)
-        if seconds >= self.box.limits.seconds: self.memory[ex.slug, code] = message
-        return message
-    def misconception(self, ex, message:str) -> str|None:
-        return " or ".join(self.known.get((ex.slug, without_numbers(message)), [])) or None
+
+@patch
+def run(self:Graded, ex, code:str, seconds:float|None=None) -> str|None:  # What is wrong
+    "Check an answer. One that ends the page's process costs only itself."
+    try: said = check_answer(self.box, code, ex.solution, ex.check, seconds)
+    except OSError:
+        self.box.close()
+        self.box, said = self.open(), "It ended the process of the page."
+    return said and first_line(said)
+
+# %% ../../nbs/classroom/grading.ipynb #gr_seen
+@patch
+def seen(self:Graded, ex, code:str, seconds:float) -> str|None:
+    "`run`, once for answers that are the same letter by letter."
+    if (ex.slug, code) in self.memory: return self.memory[ex.slug, code]
+    message = self.run(ex, code, seconds)
+    if seconds >= self.box.limits.seconds: self.memory[ex.slug, code] = message
+    return message
+
+@patch
+def misconception(self:Graded, ex, message:str) -> str|None:
+    return " or ".join(self.known.get((ex.slug, without_numbers(message)), [])) or None
 
 # %% ../../nbs/classroom/grading.ipynb #dc000015
 def learn(page:Graded, bar=None):
@@ -106,6 +114,7 @@ def missing(message:str|None, sub, code:str) -> str|None:
     more = name and statement_for(sub.cells, name[1])
     return more if more and more not in code else None
 
+# %% ../../nbs/classroom/grading.ipynb #gr_one
 def grade_one(page:Graded, sub, total:float, bar=None) -> list:  # Of `Result`
     "The results of a submission."
     results, end = [], time.monotonic() + total

@@ -8,6 +8,7 @@ __all__ = ['defined', 'start_page', 'Sandbox', 'fork', 'how_it_ended', 'talk', '
 # %% ../../nbs/classroom/sandbox.ipynb #ef000004
 import ast, json, os, shutil, signal, socket, subprocess, sys, tempfile, time
 from dataclasses import asdict
+from fastcore.basics import patch
 from platformdirs import user_cache_dir
 from .answers import said
 from .by_value import Channel
@@ -54,24 +55,31 @@ class Sandbox:
         cache = os.environ.get("QLORA_NB_CACHE") or user_cache_dir("qlora_nb", appauthor=False)
         self.control, theirs = socket.socketpair()
         with theirs: self.process = start_page(self.place, theirs.fileno(), isolated, cache)
-        start = dict(setup=setup, limits=asdict(self.limits), isolated=isolated, place=self.place,
-                     readable=readable([cache, *more]))
-        try:
-            Channel(self.control).send(start)
-            got = Channel(self.control).recv()
-        except (OSError, EOFError):
-            got = dict(error=self.process.stderr.read().decode(errors="replace").strip()[-300:])
-        if "error" not in got: return
-        self.close()
-        raise QLoRAError("the set-up of the exercises does not run in the sandbox "
-                         f"({got['error']}).", cure="Run the page itself first.")
-    def close(self):
-        self.control.close()   # which ends all its processes
-        try: self.process.wait(5)
-        except subprocess.TimeoutExpired: self.process.kill(), self.process.wait()
-        self.process.stderr.close()
-        shutil.rmtree(self.place, ignore_errors=True)
+        self.begin(dict(setup=setup, limits=asdict(self.limits), isolated=isolated,
+                        place=self.place, readable=readable([cache, *more])))
     __enter__, __exit__ = lambda self: self, lambda self, *args: self.close()
+
+# %% ../../nbs/classroom/sandbox.ipynb #sb_begin
+@patch
+def begin(self:Sandbox, start:dict):   # What the process has to know
+    "Have the set-up run. Raises `QLoRAError` where it does not."
+    try:
+        Channel(self.control).send(start)
+        got = Channel(self.control).recv()
+    except (OSError, EOFError):
+        got = dict(error=self.process.stderr.read().decode(errors="replace").strip()[-300:])
+    if "error" not in got: return
+    self.close()
+    raise QLoRAError("the set-up of the exercises does not run in the sandbox "
+                     f"({got['error']}).", cure="Run the page itself first.")
+
+@patch
+def close(self:Sandbox):
+    self.control.close()   # which ends all its processes
+    try: self.process.wait(5)
+    except subprocess.TimeoutExpired: self.process.kill(), self.process.wait()
+    self.process.stderr.close()
+    shutil.rmtree(self.place, ignore_errors=True)
 
 # %% ../../nbs/classroom/sandbox.ipynb #ef000014-a
 def fork(box:Sandbox, role:bytes, *channels) -> socket.socket:  # Closing it ends the process
