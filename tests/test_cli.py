@@ -167,6 +167,9 @@ def test_a_command_that_is_asked_to_end(capsys):
     assert capsys.readouterr().err == "\nstopped by a signal. Give --resume.\n"
     with pytest.raises(SystemExit) as e, one_line_errors(): open("nowhere/model.safetensors", encoding="utf-8")
     assert e.value.code == 2 and capsys.readouterr().err.startswith("error: nowhere/model.safetensors: this cannot be used (No such file or directory). Check its name")
+    for more, where in ((("table.arrow",), "table.arrow: "), ((), "")):   # a file that is open has no name in the error
+        with pytest.raises(SystemExit) as e, one_line_errors(): raise OSError(28, "No space left on device", *more)
+        assert e.value.code == 2 and capsys.readouterr().err == f"error: {where}there was no room to write (No space left on device). Make room.\n"
 
 
 def test_evaluated_while_it_trains(tiny, tmp_path):

@@ -237,6 +237,21 @@ def test_a_disk_that_is_really_full(base, rows, whole, tmp_path):
     finally: subprocess.run(["umount", str(disk)])
 
 
+@pytest.mark.parametrize("module, name", [("training.finetune", "write_config"), ("evaluation.evaluation", "write_json")])
+def test_a_full_disk_is_one_message_in_every_phase(module, name, base, rows, tmp_path, monkeypatch):
+    "Before the training and behind it too, with the place where room is missing; then the run goes on."
+    import errno, importlib
+    from qlora_nb.evaluation.evaluation import finetune_and_evaluate
+    from qlora_nb.speed import data_parallel
+    place = data_parallel if name == "write_json" else importlib.import_module(f"qlora_nb.{module}")
+    def full(*a, **k): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path/"cache"/"table"))
+    how = dict(model=base, eval_rows=2, max_steps=2, device="cpu", progress=False, output_dir=tmp_path/"run")
+    with monkeypatch.context() as m:
+        m.setattr(place, name, full)
+        with pytest.raises(QLoRAError, match="cache.table: there was no room to write .* free.. Make room there."): finetune_and_evaluate(rows, **how)
+    assert finetune_and_evaluate(rows, resume=True, **how).after
+
+
 # ---- NaN ----
 
 def first_adapter(trainer): return next(p for n, p in trainer.model.named_parameters() if p.requires_grad)

@@ -92,9 +92,12 @@ def one_line_errors(interrupted:str=""):  # What to say after Ctrl-C
         print(f"error: {e}".replace("\n", " "), file=sys.stderr)
         sys.exit(2)
     except OSError as e:
-        if e.errno is None or not e.filename: raise
-        print(f"error: {e.filename}: this cannot be used ({e.strerror}). Check its name, and the "
-              "permissions of its folders.", file=sys.stderr)
+        from qlora_nb.base.failures import is_disk_error
+        if full := is_disk_error(e): what, cure = "there was no room to write", "Make room"
+        else: what, cure = "this cannot be used", "Check its name, and the permissions of its folders"
+        if not (full or e.errno is not None and e.filename): raise
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"error: {where}{what} ({e.strerror or e}). {cure}.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as e:
         print(f"\nstopped. {' '.join(filter(None, [str(e), interrupted]))}", file=sys.stderr)

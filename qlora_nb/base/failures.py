@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'broken_gradients', 'broken_weights', 'likely_causes', 'Guard', 'is_memory_error', 'is_disk_error',
-           'refused_file', 'go_on', 'memory_cure', 'explain_failure']
+           'refused_file', 'go_on', 'memory_cure', 'full_disk', 'explain_full', 'explain_failure']
 
 # %% ../../nbs/base/failures.ipynb #d51eb301
 import contextlib, errno, os, re, shutil, traceback
@@ -125,6 +125,25 @@ def memory_cure(per_device_train_batch_size:int, gradient_accumulation_steps:int
     return (f"{first}In a new run, a --max-length below {max_length} and a "
             f"smaller --r save memory too.")
 
+# %% ../../nbs/base/failures.ipynb #fullfun
+def full_disk(e, folder, way:str="") -> QLoRAError:   # What was met; of the run; how to go on
+    "What is said of a disk that is full."
+    met = getattr(e, "filename", None)
+    place = Path(met if isinstance(met, str) else folder)
+    there = next(o for o in (place, *place.absolute().parents) if o.exists())
+    free = fmt_bytes(shutil.disk_usage(there).free)
+    return QLoRAError(f"there was no room to write ({free} free).", str(place),
+                      f"Make room there. {way}".strip())
+
+@contextlib.contextmanager
+def explain_full(folder, way:str=""):   # As of `full_disk`
+    "Turn a full disk into one message, where nothing else is to be explained."
+    try: yield
+    except QLoRAError: raise
+    except Exception as e:
+        if is_disk_error(e): raise full_disk(e, folder, way) from e
+        raise
+
 # %% ../../nbs/base/failures.ipynb #cb0f637d
 @contextlib.contextmanager
 def explain_failure(folder,                # Of the run
@@ -141,10 +160,7 @@ def explain_failure(folder,                # Of the run
         traceback.clear_frames(e.__traceback__)   # or the tensors of the failed step stay in memory
         free_memory()
         if is_memory_error(e): what, cure = "memory ran out.", memory_cure(**batch)
-        elif is_disk_error(e):
-            there = next(o for o in (Path(folder), *Path(folder).absolute().parents) if o.exists())
-            free = fmt_bytes(shutil.disk_usage(there).free)
-            what, cure = f"there was no room to write ({free} free).", "Make room there."
+        elif is_disk_error(e): raise full_disk(e, folder, go_on(kept())) from e
         elif refused := refused_file(e):
             what = f"{refused[0]} cannot be used any more ({refused[1]})."
             cure = "Is the folder still there, and open to be written?"

@@ -14,11 +14,11 @@ from .errors import QLoRAError
 # %% ../../nbs/base/file_kinds.ipynb #openf
 USED = ".json .safetensors .jinja .model .txt .pt .pth .jsonl .csv .tsv .parquet".split()
 
-def check_open(place:Path):   # A folder, or what is no folder and perhaps not there
-    "Raise `QLoRAError` for a folder, or a file in it that may be used, which cannot be opened."
+def check_open(place:Path):   # A file or a folder, which is perhaps not there
+    "Raise `QLoRAError` for a file, or one in a folder that may be used, which cannot be opened."
     try:
-        for o in sorted(place.iterdir()) if place.is_dir() else ():
-            if o.suffix in USED and o.is_file(): open(o, "rb").close()
+        for o in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if (o.suffix in USED or o == place) and o.is_file(): open(o, "rb").close()
     except OSError as e:
         raise QLoRAError(f"this cannot be read ({e.strerror}).", str(e.filename or place),
                          "Its owner can open it: chmod -R a+rX FOLDER.") from e

@@ -168,6 +168,8 @@ def hub_cure(e, first:str) -> str:   # An error, and its first line
     "What to do about an error of transformers."
     if re.search("connect|time.?out|resolve|offline", first, re.I):   # of the network
         return "Check the network, or use a local folder or 'smollm2', which need none."
+    if "surrogates not allowed" in first:
+        return "This locale has no such letters: set PYTHONUTF8=1, or give the folder another name."
     if "mismatched_sizes" in first or isinstance(e, (KeyError, TypeError, RuntimeError)):
         return "Its config.json is not that of its weights."
     if isinstance(e, SafetensorError) or re.search(r"-\d+-of-\d+\.safetensors", first):

@@ -245,5 +245,5 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
                            model_bytes=model_bytes(run.model) - adapter_bytes(run.model),
                            total_seconds=round(time.perf_counter() - start, 2),
                            peak_memory_gb=round(peak_memory(run.model.device)/1e9, 3))
-    write_once(run.folder/"run.json", info)
+    write_once(run.folder/"run.json", info, when_trained(run.folder))
     return Report(run, before, after, held, info)

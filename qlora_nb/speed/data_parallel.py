@@ -7,7 +7,7 @@ __all__ = ['average_gradients', 'around_ddp', 'RankBatches', 'rank_loader', 'Ran
            'when_trained', 'holding', 'seal_once', 'write_once', 'by_first', 'step_shape', 'first_of']
 
 # %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100004
-from ..base.failures import go_on
+from ..base.failures import explain_full, go_on
 import contextlib, torch, warnings
 from functools import partial
 from pathlib import Path
@@ -110,19 +110,22 @@ def when_trained(folder) -> str:   # Of a run
 
 @contextlib.contextmanager
 def holding(folder:Path):
-    "Hold the folder of a run: is this the first process? When one ends, all do."
+    """Hold the folder of a run: is this the first process? When one ends, all do; a full disk is
+    one message."""
     def way(): return go_on(last_checkpoint(folder/"checkpoints"))
     first = rank() == 0
     alone = hold_run(folder) if first else contextlib.nullcontext()
-    with said_when_ended(way), together(way), alone: yield first
+    with said_when_ended(way), together(way), alone, explain_full(folder):
+        yield first
 
 # %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100042-c
 def seal_once(folder:Path):
     everyone(None)   # each process has written its part
     if rank() == 0: seal(folder)
 
-def write_once(file:Path, obj):
-    if rank() == 0: write_json(file, obj)
+def write_once(file:Path, obj, way:str=""):   # What is left to do where its disk is full
+    with explain_full(file.parent, way):
+        if rank() == 0: write_json(file, obj)
 
 def by_first(others, f, *args, **kw):
     "What `f` returns in the first process, in all of them; the rest call `others` meanwhile."
