@@ -147,8 +147,7 @@ def no_model(name, path:Path) -> QLoRAError:
 
 # %% ../../nbs/base/model_files.ipynb #mf_loc
 def locate(name:str|Path, revision:str|None=None) -> str:  # As in `load_model`
-    """What `from_pretrained` should be given. Raises `QLoRAError` for a folder that is not there
-    or holds no model, or has no revisions."""
+    "What `from_pretrained` should be given. Raises `QLoRAError` for a folder without a model."
     if not isinstance(name, (str, Path)):
         raise QLoRAError(f"a {type(name).__name__} is no name of a model.",
                          cure="Give 'smollm2', a folder or a Hub id.")
@@ -168,8 +167,7 @@ def hub_cure(e, first:str) -> str:   # An error, and its first line
     "What to do about an error of transformers."
     if re.search("connect|time.?out|resolve|offline", first, re.I):   # of the network
         return "Check the network, or use a local folder or 'smollm2', which need none."
-    if "surrogates not allowed" in first:
-        return "This locale has no such letters: set PYTHONUTF8=1, or give the folder another name."
+    if "surrogates" in first: return "This locale has no such letters: set PYTHONUTF8=1."
     if "mismatched_sizes" in first or isinstance(e, (KeyError, TypeError, RuntimeError)):
         return "Its config.json is not that of its weights."
     if isinstance(e, SafetensorError) or re.search(r"-\d+-of-\d+\.safetensors", first):
