@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARK', 'sync', 'write_json', 'seal', 'is_sealed', 'run_lock', 'in_use', 'last_checkpoint', 'comparable',
-           'differences', 'way_back', 'hold_run', 'read_settings', 'check_begin', 'open_run', 'content_id', 'write_run',
-           'Run', 'latest_run', 'finished_run']
+           'differences', 'way_back', 'check_folder', 'hold_run', 'read_settings', 'check_begin', 'open_run',
+           'content_id', 'write_run', 'Run', 'latest_run', 'finished_run']
 
 # %% ../../nbs/base/runs.ipynb #a3071801
 import contextlib, hashlib, json, os, shutil, warnings
@@ -113,23 +113,30 @@ def way_back(folder:Path) -> str:   # Of a run
     return "No checkpoint was complete yet, so the run has to start again."
 
 # %% ../../nbs/base/runs.ipynb #0fc1d609
+def check_folder(folder:Path):   # That of a run, or one that is to be made
+    "Raise `QLoRAError` for a folder that holds files and no run."
+    if (folder/"settings.json").exists() or not folder.is_dir(): return
+    if any(o.suffix != ".tmp" and not o.name.startswith(".") for o in folder.iterdir()):
+        raise QLoRAError("this folder is not empty and holds no run.", str(folder),
+                         "Choose another --output-dir.")
+
+# %% ../../nbs/base/runs.ipynb #runs_hold
 @contextlib.contextmanager
 def hold_run(folder:Path):  # Made where there is none
     "Keep the folder of a run. Raises `QLoRAError` when it is another's, or cannot be written."
+    cure = "choose another --output-dir."
     try:
-        if not (folder/"settings.json").exists() and folder.is_dir() and any(
-                o.suffix != ".tmp" and not o.name.startswith(".") for o in folder.iterdir()):
-            raise QLoRAError("this folder is not empty and holds no run.", str(folder),
-                             "Choose another --output-dir.")
+        check_folder(folder)
         lock = run_lock(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as e:
-        cure = "Wait for it, or choose another --output-dir."
-        raise QLoRAError("another process is at work on this run.", str(folder), cure) from e
+        raise QLoRAError("another process is at work on this run.", str(folder),
+                         f"Wait for it, or {cure}") from e
     except (OSError, ValueError) as e:
-        cure, why = "Choose another --output-dir.", getattr(e, "strerror", None) or e
-        raise QLoRAError(f"the folder cannot be written ({why}).", str(folder), cure) from e
+        why = getattr(e, "strerror", None) or e
+        raise QLoRAError(f"the folder cannot be written ({why}).", str(folder),
+                         cure.capitalize()) from e
     try: yield
     except KeyboardInterrupt as e:
         if str(e): raise
