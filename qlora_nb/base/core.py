@@ -182,6 +182,7 @@ def figure_data(fig,       # A matplotlib figure
     picture = base64.b64encode(png.getvalue()).decode()
     return {"image/png": picture, "text/plain": alt}, {"image/png": {"alt": alt}}
 
+# %% ../../nbs/base/core.ipynb #b3730509-s
 def show_figure(fig, alt:str):  # As in `figure_data`
     "Display `fig` once, with alternative text."
     from IPython.display import display

@@ -142,6 +142,7 @@ LOST = ("closed by peer", "Connection re", "Broken pipe", "gloo", "NCCL", "Proce
 def peer_lost(go_on, what="another process of this run has ended, and so does this one."):
     return PeerLost(what, f"rank {rank()} of {n_ranks()}", go_on())
 
+# %% ../../nbs/base/ranks.ipynb #d1570034-t2
 @contextlib.contextmanager
 def together(go_on=lambda: ""):   # What can be done then, in words
     "Raise `QLoRAError` when another rank has ended, instead of what the library says."

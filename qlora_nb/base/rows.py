@@ -121,6 +121,7 @@ def _weighs(name, value) -> bool:
     no = re.search("mask|ignore", name, re.I) is not None
     return value == no if value in (0, 1) else "weight" in name.lower() and 0 < value < 1
 
+# %% ../../nbs/base/rows.ipynb #06c3d9cd-r
 def _check_rest(row, used, texts, note, others={}):   # `others`: what else is used, by its place
     "Note each field that is not used where it is harmless, and refuse it where it is not."
     ours = ["prompt", "response"] if used[1] else ["messages"]

@@ -218,6 +218,7 @@ def write_run(folder:Path, settings:dict, info:dict):
         write_json(file, settings)
     write_json(folder/"run.json", info)
 
+# %% ../../nbs/base/runs.ipynb #7c253c0e-r
 class Run(namedtuple("Run", "model tokenizer folder info")):
     "What `finetune` returns; shows itself as a table."
     def __repr__(self):

@@ -151,6 +151,7 @@ def literals(code:str, row:int) -> list:  # Of (first column, last column, depth
                 found.append((start[1], o.end[1], deep))
     return found
 
+# %% ../../nbs/classroom/student_checks.ipynb #5c000034-s
 def split_literal(code:str, row:int) -> list:  # Lines in place of one
     "A line whose string is too wide, as several with pieces of it."
     line = code.split("\n")[row]
@@ -189,6 +190,7 @@ def reads(code:str) -> set:
     return {o.id for o in ast.walk(ast.parse(code)) if isinstance(o, ast.Name)
             and isinstance(o.ctx, ast.Load)}
 
+# %% ../../nbs/classroom/student_checks.ipynb #5c000021-m
 def makes(code:str) -> set:
     "The names that a piece of code gives a value to, at its top."
     made = set()

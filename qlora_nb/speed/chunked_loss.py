@@ -77,6 +77,7 @@ def plain_gradient(s, y):
     loss = (log_sum - s.gather(1, y[:, None]).squeeze(1)).sum()
     return loss, ((s - log_sum[:, None]).exp() - hit.float()).to(dtype)
 
+# %% ../../nbs/7_speed/77_chunked_loss.ipynb #17f0e015-c
 @cache   # importing PyTorch's compiler takes seconds
 def compiled_gradient(): return torch.compile(plain_gradient)
 

@@ -74,6 +74,7 @@ def move_out(p:GraphedPasses):
         both = g is not None and q.grad is not None
         if both and q.grad.data_ptr() == g.data_ptr(): q.grad = g.clone()
 
+# %% ../../nbs/7_speed/78_cuda_graphs.ipynb #21b44974-r
 def replay_backward(p:GraphedPasses):   # After `move_out`
     "Replay a backward pass; gradients of an earlier batch of the same step are added."
     held = {i: q.grad for i, q in enumerate(p.params) if q.grad is not None}

@@ -31,6 +31,7 @@ def four_bit_layers(model) -> list:
     return [m for m in model.modules() if isinstance(m, NF4Linear)
             or theirs(m) and m.weight.quant_state is not None]
 
+# %% ../../nbs/7_speed/74_dequantized.ipynb #04142405-w
 def dequantized_weight(m) -> tuple:  # One of `four_bit_layers` → (N, K) weight, (N,) bias or None
     "What a 4-bit layer multiplies with, in the number format in which it computes."
     if isinstance(m, NF4Linear): return m.dequantize(), m.bias
@@ -68,6 +69,7 @@ def drop_dequantized(model):
     for m in four_bit_layers(model):
         if "kept_weight" in vars(m): del m.kept_weight, m.forward
 
+# %% ../../nbs/7_speed/74_dequantized.ipynb #52a57e86-d
 @contextlib.contextmanager
 def dequantized(model, share:float=.25):  # See `keep_dequantized`
     "`keep_dequantized` for the length of a block; what was kept before, stays."

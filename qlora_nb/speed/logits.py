@@ -61,6 +61,7 @@ def head_measured(model) -> tuple:  # A causal language model of transformers, a
         with evaluating(model): model.head_measured = key, measure_head(model)
     return model.head_measured[1]
 
+# %% ../../nbs/7_speed/76_logits.ipynb #48723994-p
 def plain_head(model) -> bool:
     "Are the logits what the head makes of the decoder's last states, and nothing else?"
     return all(head_measured(model))
