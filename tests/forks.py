@@ -6,6 +6,7 @@ import atexit, inspect, json, os, signal, subprocess, sys, tempfile, time
 from functools import cache
 from pathlib import Path
 
+import zmq
 from jupyter_client.manager import AsyncKernelManager
 
 
@@ -21,7 +22,7 @@ def described_once():
 
 
 SERVER = inspect.getsource(described_once) + """
-import atexit, gc, inspect, json, os, subprocess, sys, threading
+import atexit, gc, inspect, json, os, subprocess, sys, threading, weakref
 sys.modules.setdefault("rfc3987_syntax", None)   # as in conftest.py
 import importlib.metadata
 importlib.metadata.Distribution.metadata = property(described_once())
@@ -35,6 +36,7 @@ compiled = cache(jinja2.Environment.compile)  # of the card that PEFT writes bes
 jinja2.Environment.compile = lambda self, source, *args, **kw: compiled(self, source, *args, **kw)
 os.fsync = lambda fd: None  # nothing waits for the disk: conftest.py
 inspect.getmodule(sys._getframe())  # for each operator that is registered, PyTorch asks where it stands: of some thousand modules, this remembers
+for o in weakref.finalize._registry.values(): o.atexit = False  # PyTorch would take its operators apart in each fork, and at times wait for ever
 gc.collect(), gc.freeze()  # a collection in a fork leaves these objects alone, and their memory shared
 kept = []  # or they would be waited for by `subprocess` itself
 peak = 0   # kilobytes of the largest fork that has ended since this was asked for
@@ -152,13 +154,38 @@ import os, sys, matplotlib
 os.environ.update(JPY_PARENT_PID=str(os.getppid()), MPLBACKEND="module://matplotlib_inline.backend_inline")
 matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"]  # as it would have been read at its import
 sys.modules["debugpy"] = None  # its import takes longer than all else here, and no page is debugged
-from ipykernel.kernelapp import launch_new_instance
-launch_new_instance(argv=sys.argv[1:])
+from ipykernel.kernelapp import IPKernelApp
+IPKernelApp.launch_instance(argv=sys.argv[1:])
+# A kernel that ends at once stops the thread of its outputs while that of the shutdown still tells it something, and both wait for
+# ever: a kernel in ten was ended by a signal, seconds later.
+control = IPKernelApp.instance().control_thread
+control.stop(), control.join()
 """
 
 
+def ready_soon(kc):
+    """A client's `wait_for_ready` without its pause of a fifth of a second for messages that do not come; nbclient leaves out what
+    belongs to no cell."""
+    ready, channel = kc.wait_for_ready, kc.iopub_channel
+    async def wait(timeout=None):
+        get_msg = channel.get_msg
+        channel.get_msg = lambda timeout=None: get_msg(timeout=.02)
+        try: await ready(timeout=timeout)
+        finally: channel.get_msg = get_msg
+    return wait
+
+
 class Kernels(AsyncKernelManager):
-    "Starts each kernel as a fork."
+    "Starts each kernel as a fork, and looks every hundredth of a second whether it is there or gone: its parent takes a tenth."
+    def client(self, **kw):
+        self.context.setsockopt(zmq.RECONNECT_IVL, 10)
+        kc = super().client(**kw)
+        kc.wait_for_ready = ready_soon(kc)
+        return kc
+
+    async def _async_finish_shutdown(self, waittime=None, pollinterval=.01, restart=False):
+        await super()._async_finish_shutdown(waittime, pollinterval, restart)
+
     async def _async_launch_kernel(self, kernel_cmd, env=None, cwd=None, **kw):
         p = self.provisioner
         p.process = Fork(KERNEL, *kernel_cmd[kernel_cmd.index("-f"):], cwd=cwd, env=env)

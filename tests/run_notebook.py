@@ -52,7 +52,7 @@ def without_widgets(nb):
 
 
 class Client(NotebookClient):
-    """nbclient, looking for a reply every half second instead of once.
+    """nbclient, looking for a reply twenty times a second instead of once.
 
     For each output inside an Output widget, nbclient sends a message on the very socket where it awaits the cell's reply,
     and this can swallow ZeroMQ's wake-up call: the reply lies there unread until the time limit of the cell."""
@@ -62,7 +62,7 @@ class Client(NotebookClient):
         async def get_soon(timeout=None):
             end = float("inf") if timeout is None else monotonic() + timeout
             while True:
-                try: return await get_msg(timeout=max(0, min(0.5, end - monotonic())))
+                try: return await get_msg(timeout=max(0, min(.05, end - monotonic())))
                 except Empty:
                     if monotonic() >= end: raise
         kc.shell_channel.get_msg = get_soon

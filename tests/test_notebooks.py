@@ -72,7 +72,7 @@ def test_failing_cell_is_reported(tmp_path):
 
 
 def test_deep_traceback_is_cut(tmp_path):
-    msg = message(write(tmp_path, "def f(n):\n    return f(n-1) if n else 1/0\nf(200)"))
+    msg = message(write(tmp_path, "def f(n):\n    return f(n-1) if n else 1/0\nf(40)"))
     assert "return f(n-1)" in msg and msg.endswith("ZeroDivisionError: division by zero")
     assert "Cell In[1], line 3" in msg and len(msg.splitlines()) < HEAD + TAIL + 10
 
