@@ -221,6 +221,17 @@ def test_an_nf4_folder_computes_in_the_type_asked_for(theirs, ours, double, fold
     assert (a - b).norm() < (1e-5 if ours == torch.float32 else .02)*b.norm()
 
 
+@pytest.mark.parametrize("ours", [torch.float16, torch.float32])
+def test_an_nf4_folder_whose_bytes_are_stored_as_bfloat16_is_the_same_model(ours, folders, tmp_path):
+    "As FSDP wants them (bnb_4bit_quant_storage): codes are not numbers, and no change of type may touch them."
+    for storage in (torch.uint8, torch.bfloat16):
+        how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=storage)
+        with quiet():
+            AutoModelForCausalLM.from_pretrained(folders("qwen3"), dtype=torch.bfloat16, quantization_config=how).save_pretrained(tmp_path/str(storage))
+    with torch.no_grad(): a, b = (load_model(tmp_path/str(o), device="cpu", dtype=ours)(input_ids=IDS).logits for o in (torch.uint8, torch.bfloat16))
+    assert torch.equal(a, b) and a.isfinite().all()
+
+
 @pytest.mark.parametrize("name, backend, how", [("deepseek_v3", "bnb", {}), ("qwen3_next", "scratch", {}), ("mixtral", "bnb", {}), ("glm4_moe", "bnb", dict(lora_dropout=0.)),
     ("doge", "bnb", {}), ("laguna", "bnb", {}), ("ctrl", "bnb", {}),
     ("qwen3_moe", "bnb", dict(lora_dropout=0., target_parameters=["experts.gate_up_proj", "experts.down_proj"]))])

@@ -475,3 +475,20 @@ def test_a_buffer_that_no_file_holds_is_compared_as_it_was(tmp_path):
     read_back(tmp_path, want := probe(model.float()), rest)
     for k in rest: rest[k] = rest[k] + .1   # as if the training had had others
     with pytest.raises(QLoRAError, match="another model"): read_back(tmp_path, want, rest)
+
+
+def test_a_table_beside_the_adapter_is_merged_as_well(llama, tmp_path):
+    "PEFT saves embeddings and head whole where a vocabulary grew or somebody asked for it."
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+    make_adapter(llama, tmp_path/"adapter", target_modules=["q_proj"])
+    file = tmp_path/"adapter"/"adapter_model.safetensors"
+    with safe_open(Path(llama)/"model.safetensors", "pt") as f: table = f.get_tensor("model.embed_tokens.weight").float()
+    save_file(load_file(file) | {"base_model.model.model.embed_tokens.weight": table + .1}, file, metadata=dict(format="pt"))
+    with quiet(): own = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), tmp_path/"adapter").eval()
+    merge_and_save(tmp_path/"adapter", tmp_path/"out", onto="original", **F32)
+    got = AutoModelForCausalLM.from_pretrained(tmp_path/"out", dtype=torch.float32)
+    assert (logits(got) - logits(own)).norm() < 1e-5*logits(own).norm()
+    assert (got.model.embed_tokens.weight - table - .1).abs().max() < 1e-6
+    save_file(load_file(file) | {"base_model.model.model.elsewhere.weight": table}, file, metadata=dict(format="pt"))
+    with pytest.raises(QLoRAError, match="does not fit .*elsewhere"): merged(tmp_path/"adapter", **F32)

@@ -107,7 +107,9 @@ def test_options_that_contradict_the_adapter(first, rows, tmp_path, more, said):
 def test_what_is_no_plain_lora_is_refused(first, base, rows, tmp_path):
     folder = shutil.copytree(first["bnb"][0]/"adapter", tmp_path/"a")
     config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
-    for change, said in ((dict(peft_type="IA3"), "the kind IA3, and only LoRA is known"), (dict(modules_to_save=["lm_head"]), "more than LoRA \\(modules_to_save")):
+    for change, said in ((dict(peft_type="IA3"), "the kind IA3, and only LoRA is known"), (dict(modules_to_save=["lm_head"]), "more than LoRA \\(modules_to_save"),
+                         (dict(bias="lora_only"), "more than LoRA \\(bias=lora_only"), (dict(alora_invocation_tokens=[5]), "more than LoRA \\(alora_invocation_tokens"),
+                         (dict(init_lora_weights="pissa_niter_4"), "took a part of its base's weights over when it began .init_lora_weights=pissa_niter_4")):
         (folder/"adapter_config.json").write_text(json.dumps(config | change), encoding="utf-8")
         with pytest.raises(QLoRAError, match=said): finetune(adapter=folder, data=rows, output_dir=tmp_path/"run", **QUIET)
 

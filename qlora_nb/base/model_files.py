@@ -173,7 +173,7 @@ def hub_cure(e, first:str) -> str:   # An error, and its first line
     if isinstance(e, SafetensorError) or re.search(r"-\d+-of-\d+\.safetensors", first):
         return "A file of the model is missing or not whole: fetch it again."
     if "safetensors" in first:
-        return "Only safetensors are read, since a .bin file can run code: convert it first."
+        return "Only safetensors are read, no .bin, which can run code; parts need their index."
     if isinstance(e, ImportError): return "Install it, or take it out of its config.json."
     if "remote_code" in first:
         return "It needs code from the Hub to be run, and that stays off: choose another."

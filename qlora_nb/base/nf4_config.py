@@ -53,7 +53,8 @@ def as_asked(model, bits, dtype):   # A model whose files were in NF4
                              cure="Take quantization_config out of it.")
         m.compute_dtype = m.weight.quant_state.dtype = dtype
     for p in model.parameters():
-        if p.is_floating_point(): p.data = p.data.to(dtype)
+        packed = getattr(p, "quant_state", None) is not None   # perhaps in a float's bytes
+        if p.is_floating_point() and not packed: p.data = p.data.to(dtype)
     if bits: return model
     model = model.dequantize(dtype).to(dtype)
     model.config.__dict__.pop("quantization_config", None)

@@ -38,7 +38,7 @@ def refuse_wide(model, found:list, four:list):   # All weights; those in 4 bits
         cure = ("Load it with qlora_nb.foundations.loading.load_model, or quantize it with "
                 "qlora_nb.foundations.qlora.")
         if hasattr(model, "qlora_nb_read"):   # by `audited`
-            cure = "This architecture does not work in 4 bits here: choose another model."
+            cure = "It does not work in 4 bits as it is: give its 16-bit version, or another model."
         raise QLoRAError(too_wide(model, found, wide), where=type(model).__name__, cure=cure)
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #166edaf2-b

@@ -17,7 +17,7 @@ OWN = "r lora_alpha lora_dropout target_modules target_parameters use_rslora use
 HANDED_ON = "rank_pattern alpha_pattern init_lora_weights".split()
 SILENT = ("peft_type peft_version task_type auto_mapping base_model_name_or_path revision "
           "inference_mode runtime_config").split()   # no part of what an adapter is
-STARTS = True, False, "gaussian", "orthogonal"       # which leave the base as it is
+STARTS = True, False, "gaussian"       # which leave the base as it is
 
 # %% ../../nbs/2_training/33_adapter_options.ipynb #f399c210
 def read_config(config) -> LoraConfig:   # One, or the folder of one that was saved

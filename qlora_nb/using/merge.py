@@ -34,7 +34,7 @@ from .model_card import export_tokenizer, generation_ids, model_card, read_sourc
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -74,9 +74,11 @@ def plain_base(base:str, onto:str, trained_in:torch.dtype, device:str|None, revi
 
 # %% ../../nbs/4_using/45_merge.ipynb #3ea2342f
 def out_of_place(model, source) -> list:   # A PEFT model, and what it was loaded from
-    "Names of tensors that only the file has, or only the model."
-    with safe_open(source.folder/"adapter_model.safetensors", "pt") as f: have = set(f.keys())
-    return sorted(have ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+    "Names of tensors that only the file has, or only the model. A whole table in its place fits."
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    have, at = load_file(source.folder/"adapter_model.safetensors"), dict(model.named_parameters())
+    def lies(k): return k in at and torch.equal(at[k].cpu(), have[k].to(at[k].dtype))
+    return sorted(k for k in have.keys() ^ own.keys() if not (k in have and lies(k)))
 
 def weight_of(m):   # A layer, or a parameter, with PEFT's adapter
     "What the adapter is on."
@@ -85,8 +87,7 @@ def weight_of(m):   # A layer, or a parameter, with PEFT's adapter
 def shared_layers(model) -> list:   # A PEFT model
     "Layers with an adapter whose weight another layer uses too: a merge would change both."
     uses = Counter(p.data_ptr() for _, p in model.named_parameters(remove_duplicate=False))
-    ours = [(n, weight_of(m)) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
-    return [n for n, W in ours if uses[W.data_ptr()] > 1]
+    return [n for n, m in lora_layers(model) if uses[weight_of(m).data_ptr()] > 1]
 
 # %% ../../nbs/4_using/45_merge.ipynb #b8f9a06d
 def with_adapter(model, source):   # Of `plain_base`, and of `read_source`
@@ -169,8 +170,7 @@ def _wanted(folder, onto, dtype, base, trained_in, device) -> tuple:
     source = read_source(folder, base)
     check_adapter(source), base_for(source.folder, source.base, base)
     trained_in = as_dtype(trained_in or source.notes.get("dtype") or pick_dtype(device))
-    revision = revision_of(source)
-    dtype = file_dtype(dtype, source.base, revision)
+    dtype = file_dtype(dtype, source.base, revision := revision_of(source))
     check_base(source.folder, source.base, source.notes, revision)
     return source, revision, dtype, trained_in
 
