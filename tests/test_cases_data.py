@@ -97,6 +97,16 @@ READ = {
     "a mark in the header of a joined file": ("joined.csv", "\ufeff\ufeffprompt,response\nHi,Hello\n", [pair("Hi", "Hello")], []),
     "Cohere's word for the assistant": ("chatbot.jsonl", lines(messages(dict(role="User", content="Hi"), dict(role="Chatbot", content="Hello"))), [messages(user("Hi"), assistant("Hello"))], []),
     "a date beside them": ("dates.jsonl", lines(pair("Hi", "Hello", when="2024-01-01")), [pair("Hi", "Hello")], ["`when` (1 row, the first is row 1, '2024-01-01')"]),
+    "turns beside a text, as TRL and Nemotron have them": ("sides.jsonl", lines(dict(prompt=[system("S"), user("Hi")], completion="Hello"), dict(prompt=[user("Hi"), assistant("no"), user("Again")], completion=[assistant("Hello")]), dict(prompt="Hi", completion=[assistant("Hello")])),
+        [messages(system("S"), user("Hi"), assistant("Hello")), messages(user("Hi"), assistant("no", weight=0), user("Again"), assistant("Hello")), messages(user("Hi"), assistant("Hello"))], []),
+    "the same in the cells of a table": ("sides.csv", 'prompt,completion\n"[{\'content\': \'Hi\', \'role\': \'user\'}]","[{\'content\': \'Hello\', \'role\': \'assistant\'}]"\n"[{""role"": ""user"", ""content"": ""Bye""}]",See you\n',
+        [messages(user("Hi"), assistant("Hello")), messages(user("Bye"), assistant("See you"))], []),
+    "an answer that is a list of turns, to a question that is none": ("made.jsonl", lines(pair("Make a chat.", json.dumps([user("Hi"), assistant("Hello")]))), [pair("Make a chat.", json.dumps([user("Hi"), assistant("Hello")]))], []),
+    "question and answer in one turn": ("capybara.jsonl", lines(dict(source="x", conversation=[dict(input="Hi", output="Hello"), dict(input="Bye", output="See you")])), [messages(user("Hi"), assistant("Hello"), user("Bye"), assistant("See you"))],
+        ["`source` (1 row, the first is row 1, 'x')"]),
+    "a system message that says nothing": ("silent.jsonl", lines(*[messages(system(o), user("Hi"), assistant("Hello")) for o in ("", " \n", None)]), [messages(user("Hi"), assistant("Hello"))]*3, ["`empty system message` (3 rows, the first is row 1)"]),
+    "rows of several parts": ("parts.csv", "prompt,response,split\nHi,Hello,train\nBye,See you,train\nHow?,So.,test\n", [pair("Hi", "Hello"), pair("Bye", "See you"), pair("How?", "So.")],
+        ["`split=train` (2 rows, the first is row 1, 'train')", "`split=test` (1 row, the first is row 3, 'test')"]),
     "a mark and two ends of lines": ("marked.jsonl", '\ufeff{"prompt": "Hi", "response": "Hello"}\r\n\r\n{"prompt": "Bye", "response": "See you"}', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
 }
 
@@ -122,6 +132,8 @@ REFUSED = {
     "judged pairs": ("kto.jsonl", lines(pair("Hi", "Hello", label=True)), ", row 1: " + KTO + name_columns(prompt="prompt", response="response")),
     "pairs judged in numbers": ("kto.csv", "prompt,completion,label\nHi,Hello,1\nHi,Go.,0\n", ", row 1: " + KTO + name_columns(prompt="prompt", response="completion")),
     "two answers": ("two.jsonl", lines(dict(question="Hi?", answer_a="Hello!", answer_b="Go.", winner="a")), ", row 1: the row has several answers ('answer_a', 'answer_b'), and one is learned. Name it: " + name_columns(prompt="question", response="answer_a")),
+    **{f"a picture or a sound beside it, {k}": one(user("What is it?"), assistant("A bay."), **{k: v}) + (f", row 2: the field `{k}` ({v!r}) would be lost. " + LOST.format(k, name_columns(messages="messages")),)
+       for k, v in dict(image_url="http://x/1.jpg", audio="a.wav", img_path="1.png").items()},
     "the error of a cell": ("sheet.csv", "prompt,response\nHi,Hello\n1/0?,#DIV/0!\n", f", row 2: `response` is #DIV/0!, an error of a spreadsheet. {SKIP}"),
     "a turn whose role is its type": ("langchain.jsonl", lines(messages(dict(type="human", content="Hi"), dict(type="ai", content="Hello"))), f", row 1: message 1 has no `role` (found: 'type', 'content'). {SKIP}"),
     "a field beside a context, whose cure keeps the context": ("why.jsonl", lines(pair("Where?", "In the sea.", context=RIVER, explanation="since all rivers do")),

@@ -274,6 +274,15 @@ def test_only_the_answer_is_taught(tok, template):
         assert answer_of(row) == row["response"]
 
 
+def test_an_indent_that_is_left_out_is_said(tok):
+    "Code whose first line begins at the margin is other code."
+    from qlora_nb.training.data import map_rows
+    rows = [dict(prompt="Go on.", response=o) for o in (" Yes.", "    return x", "\n\tpass")]
+    for given in (load_rows(rows), map_rows(rows)):
+        with pytest.warns(UserWarning, match=r"answers whose first line is indented, which is left out \(2 rows, the first is row 2"): kept = encode_rows(given, tok)
+        assert [tok.decode(o["input_ids"][-4:]).endswith(e) for o, e in zip(kept, ("Yes.<|im_end|>", "return x<|im_end|>", "pass<|im_end|>"))] == [True]*3
+
+
 def test_auto(tok):
     row, bare = make_tickets(n=1)[0], deepcopy(tok)
     bare.chat_template = None

@@ -11,7 +11,7 @@ __all__ = ['ARGUMENTS', 'SPEAKERS', 'ROLES', 'TURN', 'LEARNED', 'JUDGES', 'one_o
 import json, re
 from os.path import commonprefix
 from .fields import (HARMLESS, THOUGHTS, brief, carries_meaning, check_letters,
-                                  check_text, fail, is_empty, kind_of)
+                                  check_text, divide, fail, is_empty, kind_of)
 from .json_rows import parse_text
 
 # %% ../../nbs/base/chats.ipynb #f5c9c5da
@@ -100,8 +100,7 @@ JUDGES = re.compile(r".*(mask|train|loss|learn|ignore|weight).*", re.I)
 
 # %% ../../nbs/base/chats.ipynb #08f40add
 def is_learned(turn, role, name) -> bool:
-    """Is this message to be learned? Weights are 0 or 1, and say nothing for others than the
-    assistant."""
+    "Is this message to be learned? Weights are 0 or 1, and count for the assistant's alone."
     weights = {k: turn[k] for k in LEARNED if turn.get(k) is not None}
     for k, v in weights.items():
         if v not in (0, 1): fail(f"the {k} of {name} is {v!r}, and only 0 and 1 are known.")
@@ -133,19 +132,20 @@ def _rest(turn, role, name, text, note):
         if k in used or is_empty(v): continue
         if carries_meaning(k, v, [text]) or JUDGES.fullmatch(k):
             fail(f"the field {k!r} of {name} ({brief(v)}) would be lost.")
-        if note: note(f"{k} of a message", v)
+        note(f"{k} of a message", v)
 
 # %% ../../nbs/base/chats.ipynb #4ed75fb1
 def read_message(i:int,     # Its number, from 1
                  turn,      # As it stands in the row
-                 note=None  # Called with the name and the value of each field that is not used
+                 note=lambda k, v: None  # Called with each field that is not used, and its value
                 ) -> dict:  # {role, content}, and what else it has, such as `tool_calls`
     "One turn in our form. Raises `QLoRAError`."
     if not isinstance(turn, dict):
         fail(f"message {i} needs `role` and `content`, and is a {kind_of(turn)}.")
     name = f"message {i}"
     role, content, calls = _speaker(turn, name)
-    silent = (calls or role == "tool") and is_empty(content)
+    blank = is_empty(content) or str(content).isspace()
+    silent = blank and (calls or role in ("tool", "system"))
     text = "" if silent else read_content(content, f"content of {name}")
     _rest(turn, role, name, text, note)
     thought = one_of(turn, THOUGHTS, name)
@@ -210,16 +210,16 @@ def list_of_turns(turns):   # Of a row
 
 # %% ../../nbs/base/chats.ipynb #67d660fc
 def read_messages(turns,     # Of a row: a list, or what `list_of_turns` takes
-                  note=None  # As in `read_message`
-                 ) -> list:  # Of `read_message`'s dicts, up to the last answer to be learned
+                  note=lambda k, v: None   # As in `read_message`
+                 ) -> list:                # Of `read_message`'s dicts, up to the last answer to be learned
     "A chat in our form. Raises `QLoRAError` naming the message."
-    turns = list_of_turns(turns)
-    if not isinstance(turns, list) or not turns:
+    if not isinstance(turns := list_of_turns(turns), list) or not turns:
         fail("`messages` must be a list that is not empty.")
-    messages = [read_message(i, o, note) for i, o in enumerate(turns, 1)]
+    messages = [read_message(i, o, note) for i, o in enumerate(divide(turns), 1)]
     check_order(messages)
     last = max(i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" not in m)
-    return messages[:last+1]
+    if silent := messages[0] == dict(role="system", content=""): note("empty system message", None)
+    return messages[silent:last+1]
 
 # %% ../../nbs/base/chats.ipynb #df849d06
 def call_is_written(call:dict,  # Of `read_call`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECODER', 'DEEPEST', 'first_twice', 'check_columns', 'parse_json', 'known_names', 'is_turns', 'plain', 'parse_text',
-           'undress', 'json_values', 'is_list', 'lines_of', 'json_rows', 'json_file']
+           'undress', 'turns_in', 'joined', 'json_values', 'is_list', 'lines_of', 'json_rows', 'json_file']
 
 # %% ../../nbs/base/json_rows.ipynb #b142235c
 import ast, json, re, warnings
@@ -89,6 +89,20 @@ def undress(row):
     names = {k: v for k, v in names.items() if v in MEANING and (v == k or v not in row)}
     if len({*names.values()}) < len(names): return row   # such as Input and INPUT
     return {names.get(k, k): v for k, v in row.items()}
+
+# %% ../../nbs/base/json_rows.ipynb #jointf
+def turns_in(value) -> list|None:
+    "The turns that a value holds, perhaps as the text of a list; None where it is none."
+    if isinstance(value, str) and value.lstrip()[:1] == "[": value = parse_text(value)
+    return value if is_turns(value) else None
+
+def joined(asked, said) -> list|None:   # The question and the answer of a row
+    "Both as one chat, where one of them holds turns; None where neither does."
+    before, after = turns_in(asked), turns_in(said)
+    if not before and isinstance(said, str): return   # an answer may be the text of a list
+    if before and isinstance(said, str): after = after or [dict(role="assistant", content=said)]
+    if after and isinstance(asked, str): before = before or [dict(role="user", content=asked)]
+    if before and after: return [o | dict(weight=0) for o in before] + after
 
 # %% ../../nbs/base/json_rows.ipynb #a6ba1e0d
 def json_values(text, name):

@@ -11,8 +11,8 @@ from .chats import JUDGES, list_of_turns, read_messages, read_tools
 from .errors import QLoRAError
 from .fields import (CHATS, EXPECTED, FIELDS, HARMLESS, SKIP, brief, carries_meaning,
                                   check_text, fail, is_empty, is_judged, kind_of, pair_in,
-                                  refuse_kind, say_columns, shape_of)
-from .json_rows import is_turns, parse_text, undress
+                                  noted_as, refuse_kind, say_columns, shape_of)
+from .json_rows import joined, parse_text, undress
 from .notes import DOUBT, Notes, Row, say_unused
 
 # %% ../../nbs/base/rows.ipynb #59a60ac8
@@ -26,7 +26,7 @@ def map_columns(row, columns:dict, note):
         fail(f"the column `{missing[0]}` is missing; the row has "
              f"{', '.join(map(repr, row))[:100] or 'none at all'}.")
     for k, v in row.items():
-        if k not in columns.values() and not is_empty(v): note(str(k), v)
+        if k not in columns.values() and not is_empty(v): note(noted_as(k, v), v)
     return {k: row[v] for k, v in columns.items()}
 
 # %% ../../nbs/base/rows.ipynb #dcab3e41
@@ -95,9 +95,7 @@ def _pair(row, shape, note):
     if missing := [k for k in (asked, said) if k not in row]: _missing(row, missing[0], asked, said)
     system = _one_of(row, "system", (), note)
     first = [dict(role="system", content=system)]*bool(system)
-    if is_turns(row[asked]) and is_turns(row[said]):
-        before = [o | dict(weight=0) if o.get("role") == "assistant" else o for o in row[asked]]
-        return dict(messages=first + before + row[said])
+    if turns := joined(row[asked], row[said]): return dict(messages=first + turns)
     prompt, response = _question(row, asked, note), check_text(row[said], said)
     if response.strip().lower() in NOTHING: note(f"{DOUBT}{response.strip()} in {said}", response)
     thought = _one_of(row, "reasoning", (), note)
@@ -132,7 +130,7 @@ def _check_rest(row, used, texts, note, others={}):   # `others`: what else is u
             fail(f"the field `{k}` ({brief(v)}) would be lost.",
                  f"If it belongs to the question, map it by columns=dict(context={k!r}, ...); if "
                  f"it is not needed, name the columns that are: {way}")
-        note(k or "the column without a name", v)
+        note(noted_as(k, v), v)
 
 # %% ../../nbs/base/rows.ipynb #e3886523
 def read_row(row, shape, note) -> dict:
@@ -142,7 +140,7 @@ def read_row(row, shape, note) -> dict:
     if "messages" in out: out = dict(messages=read_messages(out["messages"], note))
     tools = next((k for k in ("tools", "functions") if not is_empty(row.get(k))), None)
     if tools: out["tools"] = read_tools(row[tools])
-    kinds = ["system"] if chat or isinstance(row[shape.split("/")[0]], list) else [*FIELDS][2:]
+    kinds = ["system"] if chat or joined(*map(row.get, shape.split("/"))) else [*FIELDS][2:]
     used = [*shape.split("/"), *([None] if chat else []), tools,
             *(k for o in kinds for k in FIELDS[o])]
     def piece(o): return isinstance(o, str) and o.strip() and o.strip().lower() not in NOTHING

@@ -150,7 +150,8 @@ def _turns(row): return sum(m["role"] == "user" for m in as_messages(row))
 # %% ../../nbs/2_training/19_data.ipynb #7a7385eb
 def _notes(row, example, fate, tokenizer, control):
     "What is to be said of a row's text, {} for one that is cut or left out."
-    return text_notes(as_messages(row), example, tokenizer, control) if fate == "kept" else {}
+    if fate != "kept": return {}
+    return text_notes(as_messages(row), example, tokenizer, control, row)
 
 # %% ../../nbs/2_training/19_data.ipynb #402a84f2-a
 def _each(numbered, **how):
