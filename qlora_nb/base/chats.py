@@ -211,7 +211,7 @@ def list_of_turns(turns):   # Of a row
 # %% ../../nbs/base/chats.ipynb #67d660fc
 def read_messages(turns,     # Of a row: a list, or what `list_of_turns` takes
                   note=lambda k, v: None   # As in `read_message`
-                 ) -> list:                # Of `read_message`'s dicts, up to the last answer to be learned
+                 ) -> list:  # Of `read_message`'s dicts, up to the last answer to be learned
     "A chat in our form. Raises `QLoRAError` naming the message."
     if not isinstance(turns := list_of_turns(turns), list) or not turns:
         fail("`messages` must be a list that is not empty.")
