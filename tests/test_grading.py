@@ -280,6 +280,7 @@ def odd_files(folder, root):
     (folder/"fair_nbgrader/homework/timestamp.txt").write_text("2027-05-01 15:58:23.948203 UTC", encoding="utf-8")
     write(folder/"odd_deeper/a/b/toy.ipynb", *good)
     write(folder/"unfair_lesson/toy.ipynb", new_code_cell(GOOD), setup, *handed_in(None, GOOD_COUNT))   # the lesson's own function
+    write(folder/"fair_jupyter/toy.ipynb", *handed_in("torch.add?\nimport asyncio\nawait asyncio.sleep(0)\n" + GOOD, GOOD_COUNT))
     write(folder/"fair_bom/toy.ipynb", *good)
     (folder/"fair_bom/toy.ipynb").write_bytes(b"\xef\xbb\xbf" + (folder/"fair_bom/toy.ipynb").read_bytes())
     write(folder/"=cmd|' \n<b>/toy.ipynb", *good)
@@ -337,7 +338,7 @@ def test_every_odd_file_is_one_line(graded):
     assert not {o.student for o in graded["grades"].results} & {*odd} - {"odd_odd_cells"}
 
 
-@pytest.mark.parametrize("name", ["flat", "renamed", "grade_ids", "no_ids", "no_name", "duplicated", "no_checks", "helper", "below", "swapped", "nbgrader", "bom"])
+@pytest.mark.parametrize("name", ["flat", "renamed", "grade_ids", "no_ids", "no_name", "duplicated", "no_checks", "helper", "below", "swapped", "nbgrader", "bom", "jupyter"])
 def test_a_clumsy_file_gets_its_points(graded, name):
     assert points(graded, f"fair_{name}") == dict(scale=3, count=1), message(graded, f"fair_{name}")
 

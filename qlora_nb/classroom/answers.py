@@ -8,14 +8,15 @@ __all__ = ['run_code', 'said', 'answer_call', 'answer_calls', 'student', 'Ended'
 
 # %% ../../nbs/classroom/answers.ipynb #03000004
 import qlora_nb.base.core   # before PyTorch is loaded
-import builtins
+import ast, asyncio, builtins, inspect
 import torch
 from .by_value import Channel, NotPlain, dumps
 
 # %% ../../nbs/classroom/answers.ipynb #03000007
 def run_code(code:str, name:str, space:dict):
-    "Run code; `name` stands in tracebacks."
-    exec(compile(code, name, "exec"), space)
+    "Run code as Jupyter does, `await` outside of functions included; `name` stands in tracebacks."
+    value = eval(compile(code, name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), space)
+    if inspect.iscoroutine(value): asyncio.run(value)
 
 # %% ../../nbs/classroom/answers.ipynb #03000012-a
 def said(e:BaseException) -> str:

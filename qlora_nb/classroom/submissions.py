@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_FILE', 'MOST_ANSWER', 'COPY', 'Unreadable', 'plain_file', 'code_of', 'mark_of', 'read_cells', 'names_in',
            'without_magics', 'asked', 'in_exercises', 'find_answer', 'statement_for', 'listed', 'Submission',
-           'handed_in', 'page_of', 'read_one', 'read_submissions']
+           'handed_in', 'names_of', 'page_of', 'read_one', 'notes_on', 'read_submissions']
 
 # %% ../../nbs/classroom/submissions.ipynb #bf000004
 import ast, json, os, re, stat
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from .sandbox import defined
-from .gradebook import student_of
+from .gradebook import CANVAS, MOODLE, student_of
 from .student_checks import reads
 from ..base.errors import QLoRAError
 
@@ -65,7 +65,8 @@ def names_in(code:str) -> set:
     except (SyntaxError, ValueError, RecursionError, MemoryError): return set()
 
 def without_magics(code:str) -> str:
-    return re.sub(r"^(\s*)[%!].*$", r"\1pass", code, flags=re.M)
+    "Code without what only Jupyter reads: %time, !ls, torch.add?"
+    return re.sub(r"^(\s*)([%!?].*|[\w.]+\?{1,2} *)$", r"\1pass", code, flags=re.M)
 
 def asked(ex) -> set:
     "The names that an exercise asks for."
@@ -106,7 +107,7 @@ def listed(folder:Path) -> tuple:  # [(student, path)], [(path, why not)]
     "FOLDER/<student>/<page>.ipynb, also one folder deeper, and FOLDER/<student>.ipynb."
     files, problems = [], []
     def look(path, student, depth):
-        if path.name.startswith(".") or student and path.name == "timestamp.txt": return
+        if path.name.startswith((".", "__MACOSX")) or student and path.name == "timestamp.txt": return
         if path.is_symlink(): problems.append((path, "is a link"))
         elif path.is_dir() and depth > 1: problems.append((path, "is a folder too deep inside"))
         elif path.is_dir():
@@ -120,6 +121,7 @@ def listed(folder:Path) -> tuple:  # [(student, path)], [(path, why not)]
     try: inside = sorted(folder.iterdir())
     except OSError as e:
         raise QLoRAError(f"the folder cannot be read ({e.strerror}).", str(folder),
+                         "Unpack it, and give its folder." if folder.suffix == ".zip" else
                          "Give the folder with the submissions.") from e
     for o in inside: look(o, None, 0)
     return files, problems
@@ -144,18 +146,26 @@ def handed_in(path:Path) -> datetime:
 # %% ../../nbs/classroom/submissions.ipynb #bf000018-b
 COPY = re.compile(r"^copy of | copy( \d+)?$|-copy\d+$|[ -]?\(\d+\)$|[ -]\d+$", re.I)
 
+def names_of(path:Path) -> list:
+    "What a file may have been called: without what Canvas, Moodle or a copy have added."
+    own = CANVAS.sub("", MOODLE.sub("", path.stem, count=1), count=1)
+    return [path.stem, COPY.sub("", path.stem), own, COPY.sub("", own)]
+
 def page_of(path:Path, cells:list, pages:dict) -> str|None:  # {name: exercises}
-    "The page that a notebook is of: by its name, by its exercises' ids, or by what they define."
-    for name in (path.stem, COPY.sub("", path.stem)):
+    "The page of a notebook: by its name, by its exercises' ids, or by what they define."
+    for name in names_of(path):
         if name in pages: return name
     marks = {o for c in cells for o in c[:2] if o}
     names = [names_in(without_magics(o)) for *_, o in cells if len(o) <= MOST_ANSWER]
     def by_id(ex): return bool({ex.slug, f"ex-{ex.slug}-answer"} & marks)
     def by_name(ex): return any((asked(ex) or {None}) <= o for o in names)
+    left, found = [*pages], False
     for least, known in ((1, by_id), (2, by_name)):
-        shared = {name: sum(map(known, exercises)) for name, exercises in pages.items()}
-        best = max(shared, key=shared.get, default=None)
-        if best and shared[best] >= least: return best
+        shared = {name: sum(map(known, pages[name])) for name in left}
+        if (most := max(shared.values(), default=0)) < least: continue
+        left, found = [o for o in left if shared[o] == most], True
+        if len(left) == 1: return left[0]
+    if found: raise Unreadable(f"fits {left[0]} and {left[1]}: name the file like its page")
 
 # %% ../../nbs/classroom/submissions.ipynb #bf000018
 def read_one(student:str, path:Path, pages:dict) -> Submission:
@@ -169,6 +179,15 @@ def read_one(student:str, path:Path, pages:dict) -> Submission:
     return Submission(student, page, path, handed_in(path), answers, cells)
 
 # %% ../../nbs/classroom/submissions.ipynb #bf000020
+def notes_on(sub:Submission, folder:Path, roster:dict) -> list:
+    "What a person should know of a submission that is graded."
+    notes, path = [], sub.path
+    if sub.page not in names_of(path) and path.parent != folder:
+        notes.append(f"is taken as {sub.page}, whose exercises it holds")
+    if (late := CANVAS.match(path.name)) and late[1]: notes.append("was late, as its name says")
+    if roster and sub.student not in roster: notes.append(f"{sub.student} is not on the roster")
+    return [(path, o) for o in notes]
+
 def read_submissions(folder:str|Path,
                      pages:dict,      # {name: list of `Exercise`}
                      roster:dict={}   # Tells whose a file from Canvas or Moodle is
@@ -185,7 +204,5 @@ def read_submissions(folder:str|Path,
             first, one = sorted((one, other), key=lambda o: (o.path.stem == o.page, o.when))
             problems.append((first.path, f"is not graded: {one.path.name} is there too"))
         found[one.student, one.page] = one
-    for o in found.values():
-        if o.page not in (o.path.stem, COPY.sub("", o.path.stem)) and o.path.parent != folder:
-            problems.append((o.path, f"is taken as {o.page}, whose exercises it holds"))
+    for o in found.values(): problems += notes_on(o, folder, roster)
     return [*found.values()], problems
