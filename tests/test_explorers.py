@@ -113,6 +113,14 @@ def test_a_setting_of_packed_rows():
     rows = "\n".join(f"question {i} => answer {i}" for i in range(6))
     a, b = (picture(draw, rows=rows, packed=True, loss="answers", max_length=n)[0] for n in (64, 256))
     assert a["image/png"] != b["image/png"] and "6 examples in 6 rows" in a["text/plain"] and "6 examples in 1 rows" in b["text/plain"]
+    said = picture(draw, rows="你好 => 很高兴", packed=False, loss="answers", max_length=256)[0]["text/plain"]
+    assert "'很高兴<|im_end|>'" in said, said   # not the bytes of its tokens
+
+
+def test_an_error_that_is_large_is_on_the_axis():
+    draw, _ = lora()
+    ax = draw(r=32, lora_alpha=256, target="mlp").axes[1]
+    assert "error 300.0%" in ax.get_title() and ax.get_ylim()[1] > 3, ax.get_ylim()
 
 
 # ---- what explorers share ----

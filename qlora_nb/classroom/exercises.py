@@ -93,7 +93,7 @@ def _exercise(page:Path, task, cells:dict, stubs:dict) -> Exercise:   # By the i
     lost = [o for o in ("exercise-setup", *parts) if o not in cells]
     if lost or not head:
         raise QLoRAError(f"exercise '{slug}' has no {lost[0] if lost else 'heading'}.", page.name,
-                         "Give the version with solutions: a heading with kind, stars, minutes, and four cells.")
+                         "Give the version with solutions: a heading, and four cells.")
     number, title, kind, stars, minutes = head.groups()
     answer, check, wrong = (cells[p] for p in parts)
     return Exercise(page.stem, slug, title, kind, len(stars), int(minutes),

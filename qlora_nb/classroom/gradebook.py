@@ -36,7 +36,8 @@ def text_of(path:str|Path, what:str) -> str:
     "A CSV as spreadsheets save it: UTF-8 or, by its mark, UTF-16."
     cure = "In the spreadsheet choose Save as, CSV UTF-8."
     try: raw = Path(path).expanduser().read_bytes()
-    except OSError as e: raise QLoRAError(f"{what} cannot be read ({e.strerror}).", str(path)) from e
+    except OSError as e:
+        raise QLoRAError(f"{what} cannot be read ({e.strerror}).", str(path)) from e
     if raw.startswith(b"PK"): raise QLoRAError(f"{what} is a workbook, no CSV.", str(path), cure)
     wide = raw.startswith((b"\xff\xfe", b"\xfe\xff"))
     try: return same_letters(raw.decode("utf-16" if wide else "utf-8-sig"))

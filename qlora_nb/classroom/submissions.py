@@ -107,7 +107,8 @@ def listed(folder:Path) -> tuple:  # [(student, path)], [(path, why not)]
     "FOLDER/<student>/<page>.ipynb, also one folder deeper, and FOLDER/<student>.ipynb."
     files, problems = [], []
     def look(path, student, depth):
-        if path.name.startswith((".", "__MACOSX")) or student and path.name == "timestamp.txt": return
+        if path.name.startswith((".", "__MACOSX")): return
+        if student and path.name == "timestamp.txt": return
         if path.is_symlink(): problems.append((path, "is a link"))
         elif path.is_dir() and depth > 1: problems.append((path, "is a folder too deep inside"))
         elif path.is_dir():

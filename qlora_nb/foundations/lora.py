@@ -90,7 +90,7 @@ def draw_lora(updates:dict,        # Name of a weight → its update
             label="alpha = 2r")
     ax.plot(ranks, fixed, color=COLORS[0], label=f"alpha = {lora_alpha:g}")
     ax.plot(r, error, "o", ms=13, mfc="none", mec="black", mew=1.5)
-    ax.set(xscale="log", xlabel="rank", ylabel="relative error", ylim=(0, 1.5),
+    ax.set(xscale="log", xlabel="rank", ylabel="relative error", ylim=(0, max(1.5, 1.1*error)),
            title=f"{within:.1%} of the energy; error {error:.1%}")
     ax.set_xticks(ticks := [2**k for k in range(9) if 2**k <= ranks[-1]], ticks)
     ax.minorticks_off()

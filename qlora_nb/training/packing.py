@@ -140,8 +140,8 @@ def draw_batch(examples:list, tokenizer, packed:bool=False, loss:str="answers",
     for y, row in enumerate(tokens):
         for kind, run in groupby(enumerate(row), lambda o: o[1].status):
             at = [i for i, _ in run]
-            top.barh(y, len(at), left=at[0], color=FILLS[kind], edgecolor="#777777", lw=.5,
-                     hatch="//"*(kind == "padding"), label=kind)
+            top.barh(y, len(at), left=at[0], color=FILLS[kind], edgecolor="#777777",
+                     lw=.5*(len(rows) <= 40), hatch="//"*(kind == "padding"), label=kind)
         top.vlines([i for i, t in enumerate(row) if t.first], y - .45, y + .45, color="black")
     top.set(yticks=[], ylabel=f"rows: {len(rows)}", xlabel="token", xlim=(0, width),
             title=f"{stats.efficiency:.0%} of {stats.computed} tokens are text, {n} are trained")
@@ -149,7 +149,7 @@ def draw_batch(examples:list, tokenizer, packed:bool=False, loss:str="answers",
     names = dict(zip(*top.get_legend_handles_labels()[::-1]))
     fig.legend(names.values(), names, loc="outside lower center", ncols=3, frameon=False)
     write_tokens(ax, tokens[0], tokenizer)
-    said = "".join(t.text for t in tokens[0] if t.status == "trained")
+    said = tokenizer.decode([t.id for t in tokens[0] if t.status == "trained"])
     fig.set_label(f"{len(examples)} examples in {len(rows)} rows of {width} tokens: "
                   f"{stats.useful} of {stats.computed} are text, {n} are trained. "
                   f"Trained in the first row: {said[:80]!r}.")
