@@ -73,6 +73,7 @@ def begin(self:Sandbox, start:dict):   # What the process has to know
     raise QLoRAError("the set-up of the exercises does not run in the sandbox "
                      f"({got['error']}).", cure="Run the page itself first.")
 
+# %% ../../nbs/classroom/sandbox.ipynb #sb_close
 @patch
 def close(self:Sandbox):
     self.control.close()   # which ends all its processes
