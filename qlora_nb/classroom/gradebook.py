@@ -80,18 +80,20 @@ def full_name(who:dict) -> str:
     return " ".join(o for o in (who["first_name"], who["last_name"]) if o) or who["student_id"]
 
 # %% ../../nbs/classroom/gradebook.ipynb #ae000041
-CANVAS = re.compile(r"[^_]+_(LATE_)?(\d+)_\d+_")
+CANVAS = re.compile(r"([^_]+)_(LATE_)?(\d+)_\d+_")
 MOODLE = re.compile(r"(.+?)_\d+_assignsubmission_[a-z]+_?")
 
 def student_of(name:str, roster:dict) -> str:
     "The student whose folder or file has this name, also in a download from Canvas or Moodle."
     name = same_letters(name)
+    if name in roster: return name
     canvas, moodle = CANVAS.match(name), MOODLE.match(name)
     def is_it(o):
         both = full_name(o), f"{o['last_name']} {o['first_name']}"
-        return canvas and o["canvas_id"] == canvas[2] or moodle and moodle[1] in both
-    found = [k for k, o in roster.items() if is_it(o)]
-    return name if name in roster or len(found) != 1 else found[0]
+        return canvas and o["canvas_id"] == canvas[3] or moodle and moodle[1] in both
+    if len(found := [k for k, o in roster.items() if is_it(o)]) == 1: return found[0]
+    if moodle: return name.partition("_assignsubmission_")[0]
+    return f"{canvas[1]}_{canvas[3]}" if canvas else name
 
 # %% ../../nbs/classroom/gradebook.ipynb #ae000044
 CHANGES = "student_id page exercise points reason".split()
@@ -101,7 +103,7 @@ def read_changes(path:str|Path|None) -> list:  # Of {column: text}
     return read_table(path, "the file of changes", CHANGES, CHANGES) if path else []
 
 def _decided(row:dict, most:float, which:str) -> float:
-    try: points = float(row["points"])
+    try: points = float(row["points"].replace(",", "."))
     except ValueError: points = -1
     if 0 <= points <= most: return points
     raise QLoRAError(f"'{row['points']}' are no points.", which, f"They go from 0 to {most:g}.")

@@ -185,7 +185,7 @@ def notes_on(sub:Submission, folder:Path, roster:dict) -> list:
     notes, path = [], sub.path
     if sub.page not in names_of(path) and path.parent != folder:
         notes.append(f"is taken as {sub.page}, whose exercises it holds")
-    if (late := CANVAS.match(path.name)) and late[1]: notes.append("was late, as its name says")
+    if (late := CANVAS.match(path.name)) and late[2]: notes.append("was late, as its name says")
     if roster and sub.student not in roster: notes.append(f"{sub.student} is not on the roster")
     return [(path, o) for o in notes]
 
