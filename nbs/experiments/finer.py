@@ -158,12 +158,12 @@ def read(text): return Path(text).read_text(encoding="utf-8") if text else prose
 
 class Bench:
     "The model, its weights, its answers, and the moments of its layers' inputs."
-    def __init__(self, n, window=WINDOW, dtype=torch.bfloat16, device="cpu", name="smollm2", text=None):
+    def __init__(self, n, window=WINDOW, dtype=torch.bfloat16, device="cpu", name="smollm2", text=None, make_on=None):
         self.model, tok = load_model(name, bits=None, dtype=dtype, device=device), load_tokenizer(name)
         self.ids = ids = tok(read(text), add_special_tokens=False, return_tensors="pt").input_ids[0].to(device)
         self.rows, self.layers = ids[:n*window].view(n, window), linear_layers(self.model)
-        self.W = {n: m.weight.detach().float() for n, m in self.layers.items()}
-        self.H = input_moments(self.model, ids[CALIBRATION[0]:sum(CALIBRATION)])
+        self.W = {n: m.weight.detach().to(make_on or device, torch.float32) for n, m in self.layers.items()}
+        self.H = {n: H.to(make_on or device) for n, H in input_moments(self.model, ids[CALIBRATION[0]:sum(CALIBRATION)]).items()}
         self.reference = [log_probs(self.model, row).exp() for row in self.rows]
         self.loss = [-p[:-1].gather(1, r[1:, None]).log().mean().item() for p, r in zip(self.reference, self.rows)]
 
@@ -233,7 +233,7 @@ def main():
     p.add_argument("--only", nargs="+", help="names of formats")
     p.add_argument("--model", default="smollm2"), p.add_argument("--text"), p.add_argument("--device", default="cpu")
     a = p.parse_args()
-    bench = Bench(a.rows, device=a.device, name=a.model, text=a.text)
+    bench = Bench(a.rows, device=a.device, name=a.model, text=a.text, make_on="cpu")
     kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(rows=[], alpha={})
     kept |= dict(hardware=torch.cuda.get_device_name() if a.device == "cuda" else cpu_kind(), versions=versions(), settings=dict(window=WINDOW, calibration=CALIBRATION,
                  dtype="bfloat16", model="SmolLM2-135M-Instruct, from Q4_1" if a.model == "smollm2" else Path(a.model).name))
