@@ -1,7 +1,7 @@
 """Finer quantization on SmolLM2-135M: errors of the weights, KL to the unquantized logits and perplexity, row by row.
 
     python nbs/experiments/finer.py nbs/results/finer.json [--groups plain alpha search ...] [--rows 4] [--only "nf4 64" ...] [--again]
-    ... [--model FOLDER --text FILE --device cuda]   # another model, on a text of its own
+    ... [--model FOLDER --text FILE --device cuda]   # another model, another text, another place to measure
 
 The text is the Python reference in rows of 512 tokens: its first 4 rows, or 16, the 8,192 tokens of the other pages, with --rows 16. The
 second moments of the layers' inputs come from 2,048 other tokens of it, from token 32,768 on. Weights and their errors are computed in
@@ -17,7 +17,7 @@ The rule for decisions, written before the first run:
   groups alone lies within 10 % of NF4's own KL, and the constants predict the KL of the other 4-bit formats within 10 %.
 - a default changes only on a gain outside its interval on two models. The second one is that of `second_model.py`.
 """
-import argparse, json, time
+import argparse, json, platform, time
 from pathlib import Path
 
 import torch
@@ -232,10 +232,11 @@ def main():
     p.add_argument("--again", action="store_true"), p.add_argument("--rows", type=int, default=4)
     p.add_argument("--only", nargs="+", help="names of formats")
     p.add_argument("--model", default="smollm2"), p.add_argument("--text"), p.add_argument("--device", default="cpu")
+    p.add_argument("--python", default=".".join(platform.python_version_tuple()[:2]), help="of which the reference in --text is")
     a = p.parse_args()
     bench = Bench(a.rows, device=a.device, name=a.model, text=a.text, make_on="cpu")
     kept = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(rows=[], alpha={})
-    kept |= dict(hardware=torch.cuda.get_device_name() if a.device == "cuda" else cpu_kind(), versions=versions(), settings=dict(window=WINDOW, calibration=CALIBRATION,
+    kept |= dict(hardware=torch.cuda.get_device_name() if a.device == "cuda" else cpu_kind(), versions=versions(), settings=dict(window=WINDOW, calibration=CALIBRATION, text_of_python=a.python,
                  dtype="bfloat16", model="SmolLM2-135M-Instruct, from Q4_1" if a.model == "smollm2" else Path(a.model).name))
     if a.rows >= len(kept.get("unquantized", dict(loss_rows=[]))["loss_rows"]):
         kept["unquantized"] = dict(loss_rows=bench.loss, perplexity=torch.tensor(bench.loss).double().mean().exp().item())
