@@ -2,7 +2,7 @@
 
 Imports take longer than most of these tests. A fork is fresh in all that is ours: none of our modules is imported.
 The kernels of the pages are forked as well: `Kernels` is a kernel manager for nbclient."""
-import atexit, inspect, json, os, signal, subprocess, sys, tempfile, time
+import atexit, inspect, json, os, select, signal, subprocess, sys, tempfile, time
 from functools import cache
 from pathlib import Path
 
@@ -126,8 +126,15 @@ class Fork:
             if self.returncode is not None: ended.update(("cpu", "peak"))
         return self.returncode
 
+    def pause(self, seconds):
+        "Until it has ended, or for so long; for a moment where the system does not tell."
+        try: fd = os.pidfd_open(self.pid)
+        except (AttributeError, OSError): return time.sleep(.01)
+        try: select.select([fd], [], [], seconds)
+        finally: os.close(fd)
+
     def wait(self):
-        while self.poll() is None: time.sleep(.01)
+        while self.poll() is None: self.pause(60)
         return self.returncode
 
     def communicate(self, timeout=300):
@@ -138,7 +145,7 @@ class Fork:
                 self.kill()
                 said = self.streams[2].read_text(encoding="utf-8")[-2000:]
                 raise TimeoutError(f"a process took more than {timeout} s: {said}")
-            time.sleep(.01)
+            self.pause(max(0, end - time.monotonic()))
         return self.said(), self.streams[2].read_text(encoding="utf-8")
 
 

@@ -254,11 +254,17 @@ def stand_in(tok):
 @pytest.fixture(scope="session")
 def theirs(tmp_path_factory):
     "A function: TRL's ids and labels of rows."
-    model, folder = tiny_model("llama"), tmp_path_factory.mktemp("trl")
+    model, folder, known = tiny_model("llama"), tmp_path_factory.mktemp("trl"), {}
+    def vocabulary(t):   # each trainer asks twice for 49,152 words, whether they hold one
+        key = type(t), len(t), *t.get_added_vocab()
+        if key not in known: known[key] = get_vocab(t)
+        return known[key]
+    get_vocab = PreTrainedTokenizerFast.get_vocab
     def f(row, t, **how):
         args = trl.SFTConfig(str(folder), max_length=None, report_to="none", use_cpu=True, bf16=False, **how)
         with quiet(), pytest.MonkeyPatch.context() as m:   # a table in memory needs no name in a cache, which would be made of the vocabulary
             m.setattr(datasets.fingerprint.Hasher, "hash", lambda *_: uuid4().hex)
+            m.setattr(PreTrainedTokenizerFast, "get_vocab", vocabulary)
             trainer = trl.SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list([row]), processing_class=t)
         b = trainer.data_collator([trainer.train_dataset[0]])
         return dict(input_ids=b["input_ids"][0].tolist(), labels=b["labels"][0].tolist())
