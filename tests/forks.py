@@ -28,6 +28,7 @@ import importlib.metadata
 importlib.metadata.Distribution.metadata = property(described_once())
 import bitsandbytes, datasets, gguf, ipykernel.kernelapp, ipywidgets, matplotlib.pyplot, nbformat, peft, safetensors.torch
 import torch, transformers, trl
+import IPython.core.completerlib, IPython.core.debugger, IPython.core.oinspect, IPython.extensions.storemagic, tornado.platform.asyncio, tornado.queues
 import matplotlib.backends.backend_agg, tabulate, transformers.models.falcon.modeling_falcon, transformers.models.llama.modeling_llama
 from functools import cache
 from trl import SFTConfig, SFTTrainer  # is what brings in transformers' trainer: these libraries import the rest when it is asked for
