@@ -135,3 +135,11 @@ def test_what_is_closed_is_said_and_not_removed(monkeypatch, base, adapter, tmp_
         assert str(e.value) == f"{place/name}: this cannot be read (Permission denied). Its owner can open it: chmod -R a+rX FOLDER."
         shut.clear()
     assert last_checkpoint(point.parent) == point
+
+
+def test_a_cache_that_cannot_be_used(monkeypatch, tmp_path):
+    from qlora_nb.base.model_files import load_tokenizer
+    (tmp_path/"file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("QLORA_NB_CACHE", str(tmp_path/"file"/"cache"))
+    for do in (load_model, load_tokenizer):
+        with pytest.raises(QLoRAError, match="the cache cannot be used .*Let QLORA_NB_CACHE name a folder"): do("smollm2")

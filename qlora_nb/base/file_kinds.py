@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['USED', 'KINDS', 'SAME', 'FOLDERS', 'WAYS', 'PAGE', 'SHEET', 'SIGNS', 'check_open', 'named_kind', 'kind_of_file',
-           'wide_encoding', 'check_marked', 'bad_bytes', 'check_signs']
+           'cache_errors', 'wide_encoding', 'check_marked', 'bad_bytes', 'check_signs']
 
 # %% ../../nbs/base/file_kinds.ipynb #fk000004
-import codecs
+import codecs, contextlib
 from pathlib import Path
 from .errors import QLoRAError
 
@@ -57,6 +57,15 @@ def kind_of_file(path:Path) -> str:
     way = next((v for k, v in WAYS.items() if kind in k.split()), "")
     what = f"files of the kind '{kind}' are not read." if kind else "the name has no ending."
     raise QLoRAError(what, str(path), f"{way}Use {kinds}.")
+
+# %% ../../nbs/base/file_kinds.ipynb #cef
+@contextlib.contextmanager
+def cache_errors(variable:str):   # Of the environment
+    "Turn what the system says of a cache that cannot be used into one message."
+    try: yield
+    except OSError as e:
+        raise QLoRAError(f"the cache cannot be used ({e.strerror or e}).", str(e.filename or ""),
+                         f"Let {variable} name a folder that can be written and has room.") from e
 
 # %% ../../nbs/base/file_kinds.ipynb #fk000009
 def wide_encoding(start:bytes) -> str|None:   # The first bytes of a file

