@@ -531,6 +531,9 @@ def test_reports(tok):
     assert {k: cut.report[k] for k in ("rows", "kept", "cut", "dropped", "no room", "turns")} == {
         "rows": 3, "kept": 1, "cut": 1, "dropped": 0, "no room": 1, "turns": 1}
     with pytest.warns(UserWarning, match="2 left out"): assert len(encode_rows(rows, tok, max_length=64)) == 1
+    with pytest.warns(UserWarning, match="1 cut in the prompt, the oldest turns first, with their answers, the first is row 1"):   # an answer to be learned goes
+        kept = encode_rows([chat(("user", "word "*100), ("assistant", "first"), ("user", "Hi"), ("assistant", "last"))], tok, max_length=64, long="cut")
+    assert tok.decode([o for o in kept[0]["labels"] if o != -100]) == "last<|im_end|>"
     with pytest.raises(QLoRAError, match="row 2: the example has .* tokens, but max_length is 64. Set max_length="):
         encode_rows(rows, tok, max_length=64, long="error")
     with pytest.raises(QLoRAError, match="no choice long='truncate'. Choose from: drop, cut, error"): encode_rows(rows, tok, long="truncate")

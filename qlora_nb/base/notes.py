@@ -77,7 +77,8 @@ def length_report(count, first, longest, max_length, turns):
     too = f"longer than max_length={max_length} tokens"
     if rows and not report["kept"] + report["cut"]:
         raise QLoRAError(f"all rows are {too}.", cure=cure)
-    words = {"cut": "cut in the prompt", "dropped": "left out",
+    oldest = ", the oldest turns first, with their answers"*(turns > 1)
+    words = {"cut": f"cut in the prompt{oldest}", "dropped": "left out",
              "no room": "left out as the answer alone has no room"}
     said = [f"{count[o]} {words[o]}, the first is row {n}" for o, n in first.items()]
     if said:
