@@ -119,9 +119,9 @@ def test_what_is_closed_is_said_and_not_removed(monkeypatch, base, adapter, tmp_
     (point := tmp_path/"checkpoints"/"checkpoint-2").mkdir(parents=True)
     (point/MARK).touch(), (point/"optimizer.pt").write_bytes(b"x"), seal(point)
     shut = set()
-    def opened(path, *how):
+    def opened(path, mode):
         if path.name in shut: raise PermissionError(13, "Permission denied", str(path))
-        return open(path, *how)
+        return open(path, mode)
     monkeypatch.setattr(file_kinds, "open", opened, raising=False)
     named = dict(device="cpu")
     for name, place, do in (("model.safetensors", base, lambda: load_model(base, **named)), ("generation_config.json", base, lambda: load_model(base, **named)),
