@@ -98,7 +98,7 @@ def test_attention_is_called_by_the_names_of_transformers():
 
 def test_the_stored_matrix():
     rows = stored_results("architectures")["rows"]
-    assert {r["model"] for r in rows} == set(architectures.ZOO) and len(architectures.ZOO) > 40
+    assert {r["model"] for r in rows} == set(architectures.ZOO) and len(architectures.ZOO) > 100
     runs = stored_results("architectures")["runs"]
     assert [r["model"] for r in runs] == list(architectures.ZOO) and all(map(architectures.right_run, runs)), runs
     assert all(map(right, rows)), [r for r in rows if not right(r)]

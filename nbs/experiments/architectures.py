@@ -1,10 +1,10 @@
-"""Tiny random models of more than forty architectures, through the whole way: load, audit, adapters, step, save, load again;
+"""Tiny random models of more than a hundred architectures, through the whole way: load, audit, adapters, step, save, load again;
 and through `finetune` as a user calls it: rows to adapter, loaded again, scored, merged.
 
     python nbs/experiments/architectures.py                    # all of them, both backends; prints the matrix
     python nbs/experiments/architectures.py mixtral gpt2       # some of them
     python nbs/experiments/architectures.py --finetune         # the second way instead of the first
-    python nbs/experiments/architectures.py --save             # and keep the table in nbs/results/architectures.json
+    python nbs/experiments/architectures.py --save             # and keep these rows in nbs/results/architectures.json
 
 `ZOO` names, for each architecture, the config class of transformers and the fields that make it small. Weights are
 random, biases and norms too, and every model builds in milliseconds.
@@ -84,7 +84,100 @@ ZOO = dict(   # name → (class of the config, its fields)
                                   moe_shared_expert_intermediate_size=64, n_shared_experts=1, n_group=1, topk_group=1, pad_token_id=0)),
     qwen3_next=("Qwen3Next", MOE | LINEAR | dict(num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64, num_hidden_layers=4)),
     recurrent_gemma=("RecurrentGemma", DENSE | dict(num_key_value_heads=1, lru_width=64, num_hidden_layers=3, attention_window_size=16)),
-    lfm2=("Lfm2", DENSE | dict(num_hidden_layers=3, full_attn_idxs=[1], block_multiple_of=64)))
+    lfm2=("Lfm2", DENSE | dict(num_hidden_layers=3, full_attn_idxs=[1], block_multiple_of=64)),
+    apertus=("Apertus", DENSE),
+    arcee=("Arcee", DENSE),
+    cohere=("Cohere", DENSE),
+    codegen=("CodeGen", dict(vocab_size=160, n_positions=64, n_embd=64, n_layer=2, n_head=4, rotary_dim=8)),
+    cwm=("Cwm", DENSE | dict(head_dim=16, sliding_window=16)),
+    diffllama=("DiffLlama", DENSE),
+    ernie4_5=("Ernie4_5", DENSE | dict(head_dim=16)),
+    exaone4=("Exaone4", DENSE | dict(sliding_window=16)),
+    glm=("Glm", DENSE | dict(head_dim=16)),
+    gpt_neo=("GPTNeo", dict(vocab_size=160, max_position_embeddings=64, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global",
+        "local"], 1]], window_size=16)),
+    gpt_neox_japanese=("GPTNeoXJapanese", dict(vocab_size=160, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_multiple_size=2)),
+    helium=("Helium", DENSE | dict(head_dim=16)),
+    hunyuan=("HunYuanDenseV1", DENSE | dict(head_dim=16)),
+    seed_oss=("SeedOss", DENSE | dict(head_dim=16)),
+    ministral=("Ministral", DENSE | dict(head_dim=16, sliding_window=16)),
+    ministral3=("Ministral3", DENSE | dict(head_dim=16)),
+    modernbert=("ModernBertDecoder", DENSE | dict(global_attn_every_n_layers=2, local_attention=16)),
+    nanochat=("NanoChat", DENSE),
+    nemotron=("Nemotron", DENSE | dict(head_dim=16)),
+    olmo=("Olmo", DENSE),
+    olmo3=("Olmo3", DENSE | dict(sliding_window=16)),
+    persimmon=("Persimmon", DENSE),
+    vaultgemma=("VaultGemma", DENSE | dict(head_dim=16, sliding_window=16)),
+    hyperclovax=("HyperCLOVAX", DENSE),
+    jais2=("Jais2", DENSE),
+    biogpt=("BioGpt", BASE | dict(intermediate_size=128, max_position_embeddings=64)),
+    openai_gpt=("OpenAIGPT", dict(vocab_size=160, n_positions=64, n_embd=64, n_layer=2, n_head=4)),
+    ctrl=("CTRL", dict(vocab_size=160, n_positions=64, n_embd=64, n_layer=2, n_head=4, dff=128)),
+    bitnet=("BitNet", DENSE),
+    gemma3n=("Gemma3nText", DENSE | dict(head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+        num_kv_shared_layers=0, hidden_size_per_layer_input=16, vocab_size_per_layer_input=1000, laurel_rank=8, activation_sparsity_pattern=[0.0,
+        0.0], altup_num_inputs=2)),
+    gemma4=("Gemma4Text", DENSE | dict(head_dim=16, global_head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=16, vocab_size_per_layer_input=1000, num_kv_shared_layers=0)),
+    granite_swa=("GraniteSWA", DENSE | dict(sliding_window=16, layer_types=["full_attention", "sliding_attention"], layer_rope_theta=[10000.0,
+        10000.0])),
+    internlm3=("InternLM3", DENSE | dict(head_dim=16)),
+    doge=("Doge", DENSE),
+    kolibri1=("Kolibri1", DENSE),
+    iquestcoder=("IQuestCoder", DENSE | dict(head_dim=16)),
+    xglm=("XGLM", dict(vocab_size=160, d_model=64, ffn_dim=128, num_layers=2, attention_heads=4)),
+    youtu=("Youtu", MLA),
+    afmoe=("Afmoe", MOE | dict(num_experts=4, moe_intermediate_size=64, num_shared_experts=1, num_dense_layers=1, sliding_window=16)),
+    dots1=("Dots1", MOE | dict(n_routed_experts=4, moe_intermediate_size=64, n_shared_experts=1, n_group=1, topk_group=1, first_k_dense_replace=1)),
+    ernie4_5_moe=("Ernie4_5_Moe", DENSE | dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=1,
+        moe_layer_start_index=1)),
+    flex_olmo=("FlexOlmo", MOE | dict(num_experts=4)),
+    glm4_moe_lite=("Glm4MoeLite", MLA),
+    lfm2_moe=("Lfm2Moe", DENSE | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, num_dense_layers=1, layer_types=["conv",
+        "full_attention"])),
+    longcat=("LongcatFlash", {k: v for k, v in MLA.items() if k != "num_hidden_layers"} | dict(num_layers=2, num_hidden_layers=4,
+        ffn_hidden_size=128, expert_ffn_hidden_size=64, zero_expert_num=2, moe_topk=2, head_dim=8)),
+    mimo=("MiMoV2Flash", MOE | dict(n_routed_experts=4, moe_intermediate_size=64)),
+    minimax=("MiniMax", MOE | dict(num_local_experts=4, block_size=16, layer_types=["linear_attention", "full_attention"])),
+    minimax_m2=("MiniMaxM2", MOE | dict(num_local_experts=4)),
+    minimax_m3=("MiniMaxM3VLText", MOE | dict(num_local_experts=4, dense_intermediate_size=64, shared_intermediate_size=64, rotary_dim=8,
+        mlp_layer_types=["dense", "sparse"], index_n_heads=2, index_head_dim=16, index_block_size=8, index_topk_blocks=2,
+        layer_types=["full_attention"] * 2)),
+    solar_open=("SolarOpen", MOE | dict(n_routed_experts=4, moe_intermediate_size=64, n_shared_experts=1, first_k_dense_replace=1)),
+    exaone_moe=("ExaoneMoe", MOE | dict(num_experts=4, moe_intermediate_size=64, num_shared_experts=1, first_k_dense_replace=1, sliding_window=16)),
+    hy_v3=("HYV3", MOE | dict(num_experts=4, moe_intermediate_size=64)),
+    cohere2_moe=("Cohere2Moe", MOE | dict(num_experts=4, moe_intermediate_size=64)),
+    deepseek_v32=("DeepseekV32", MLA),
+    glm_moe_dsa=("GlmMoeDsa", MLA | dict(mlp_layer_types=["dense", "sparse"], num_hidden_layers=2) | dict(n_group=1, index_topk=8,
+        index_head_dim=16, index_n_heads=2)),
+    laguna=("Laguna", MOE | dict(num_experts=4, moe_intermediate_size=64)),
+    mellum=("Mellum", MOE | dict(num_experts=4, moe_intermediate_size=64)),
+    aria_text=("AriaText", DENSE | dict(moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1)),
+    axk1=("AXK1", MLA | dict(mlp_layer_types=["dense", "sparse"], num_hidden_layers=2) | dict(num_hidden_layers=2)),
+    flint=("Flint", MOE | dict(num_hidden_layers=3, moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts=4,
+        mlp_only_layers=[0], sliding_window=17, layer_types=["full_attention", "sliding_attention", "full_attention"], output_router_logits=True)),
+    granitemoe_swa=("GraniteMoeSWA", DENSE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=16, output_router_logits=True,
+        layer_types=["full_attention", "sliding_attention"], layer_rope_theta=[10000.0, 10000.0])),
+    hunyuan_moe=("HunYuanMoEV1", MOE | dict(num_experts=4, moe_topk=2)),
+    gemma4_moe=("Gemma4Text", DENSE | dict(head_dim=16, global_head_dim=32, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+        hidden_size_per_layer_input=0, num_kv_shared_layers=0, enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=64,
+        expert_intermediate_size=64)),
+    inkling_text=("InklingText", MOE | dict(swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=16, sliding_window_size=16, d_rel=4,
+        rel_extent=32, layer_types=["hybrid_sliding", "hybrid"], mlp_layer_types=["dense", "sparse"], conv_kernel_size=2, moe_intermediate_size=64,
+        n_routed_experts=4, n_shared_experts=1, logits_mup_width_multiplier=2.0)),
+    granitemoehybrid=("GraniteMoeHybrid", DENSE | dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=64,
+        layer_types=["mamba", "attention"], mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8)),
+    olmo_hybrid=("OlmoHybrid", DENSE | LINEAR | dict(layer_types=["linear_attention", "full_attention"])),
+    qwen3_5=("Qwen3_5Text", DENSE | LINEAR | dict(head_dim=16, layer_types=["linear_attention", "full_attention"])),
+    qwen3_5_moe=("Qwen3_5MoeText", MOE | LINEAR | dict(num_experts=4, moe_intermediate_size=64, shared_expert_intermediate_size=64,
+        layer_types=["linear_attention", "full_attention"])),
+    zamba2=("Zamba2", DENSE | dict(num_key_value_heads=4, mamba_d_state=16, n_mamba_heads=8, mamba_headdim=16, mamba_ngroups=1, chunk_size=8,
+        num_hidden_layers=3, hybrid_layer_ids=[1], layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1)),
+    bailing_hybrid=("BailingHybrid", DENSE | dict(moe_intermediate_size=64, num_shared_experts=1, kv_lora_rank=32, qk_rope_head_dim=8,
+        v_head_dim=16, qk_nope_head_dim=16, num_expert_group=2, topk_group=1, num_experts_per_token=2, num_experts=4, first_k_dense_replace=1,
+        layer_group_size=2, linear_head_dim=16, linear_num_heads=4, num_key_value_heads=4, model_max_length=512)))
 
 
 def config_of(name):
@@ -230,7 +323,9 @@ def main(args):
         hardware = dict(cpu=versions()["cpu"], cores=versions()["cores"])
         path = Path(__file__).parent.parent/"results"/"architectures.json"
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        found |= dict(hardware=hardware, versions=versions()) | {kind: rows}
+        mine, order = {r["model"] for r in rows}, list(ZOO)
+        others = [r for r in found.get(kind, ()) if r["model"] in ZOO and r["model"] not in mine]
+        found |= dict(hardware=hardware, versions=versions()) | {kind: sorted(others + rows, key=lambda r: order.index(r["model"]))}
         path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
