@@ -134,6 +134,24 @@ def test_routers_stay_wide(folders):
 
 
 @pytest.mark.parametrize("load", [load_model, load_scratch])
+def test_a_shared_expert_as_small_as_the_number_of_experts_is_no_router(load, tmp_path):
+    "As in Qwen3-Next, whose 512 experts and shared expert of 512 would leave that wide and without adapters."
+    kind, fields = architectures.ZOO["qwen3_next"]
+    config = transformers.Qwen3NextConfig(**fields | dict(num_experts=64, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]))
+    model = load(build("next", str(tmp_path), config), device="cpu", dtype=torch.float32)
+    assert {o.rpartition(".")[2] for o in routers(model)} == {"shared_expert_gate"}
+    model = add_adapters(model, 2)
+    assert sum(".shared_expert." in o for o in adapted_layers(model)) == 6 and {o.rpartition(".")[2] for o in routers(model)} == {"shared_expert_gate"}
+
+
+def test_a_router_with_outputs_for_experts_that_are_none_stays_wide(folders):
+    "LongCat's: 4 experts, and 2 that hand a token on as it is."
+    model = load_model(folders("longcat"), device="cpu", dtype=torch.float32)
+    assert routers(model) == [f"model.layers.{i}.mlp.router.classifier" for i in range(2)]
+    assert all(type(model.get_submodule(o)) is torch.nn.Linear for o in routers(model))
+
+
+@pytest.mark.parametrize("load", [load_model, load_scratch])
 @pytest.mark.parametrize("targets", [["down_proj"], ["gate_proj", "up_proj"], "all-linear"])
 def test_shared_and_dense_layers_keep_their_adapters(targets, load, folders):
     "PEFT takes these names for experts, and would put nothing on the dense MLP and the shared expert."

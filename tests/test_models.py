@@ -221,4 +221,4 @@ def test_names_of_another_kind_are_said(tmp_path):
     from safetensors.torch import load_file, save_file
     file = Path(save("llama", tmp_path))/"model.safetensors"
     save_file({f"_orig_mod.{k}": v for k, v in load_file(file).items()}, file, metadata=dict(format="pt"))
-    with pytest.raises(QLoRAError, match=r"its files lack \d+ weights, such as .*the config and names that are theirs"): load_model(tmp_path, device="cpu")
+    with pytest.raises(QLoRAError, match=r"its files lack \d+ weights, such as .*the config and names of its weights"): load_model(tmp_path, device="cpu")

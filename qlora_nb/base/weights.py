@@ -62,13 +62,14 @@ def routers(model:nn.Module) -> list:
     "Names of linear layers beside experts with at most one output for each of them."
     sizes = {n.rpartition(".")[0]: k for n,k in stack_owners(model).items()}
     def routes(n, m):
-        if not isinstance(getattr(m, "out_features", None), int): return False
-        if hasattr(m, "parameter_name") or "lora_" in n: return False
-        beside = model.get_submodule(n.rpartition(".")[0]).children()
-        return (any(clean_name(n).startswith(f"{o}.") and m.out_features <= k
+        if not isinstance(getattr(m, "out_features", None), int) or "lora_" in n: return False
+        parent = n.replace(".base_layer", "").rpartition(".")[0]
+        beside = [*model.get_submodule(parent).children()]
+        if any(getattr(o, "in_features", 0) == m.out_features for o in beside): return False
+        return (any(clean_name(n).startswith(f"{o}.") and m.out_features <= 2*k
                     for o,k in sizes.items())
                 or any(isinstance(o, nn.ModuleList) and len(o) == m.out_features for o in beside))
-    return [n for n,m in model.named_modules() if routes(n, m)]
+    return [n for n,m in model.named_modules() if not hasattr(m, "parameter_name") and routes(n, m)]
 
 # %% ../../nbs/base/weights.ipynb #04e8dcf3
 def list_weights(model:nn.Module) -> list:   # Of `Weight`, in the model's order; a tied one once

@@ -171,7 +171,7 @@ def refuse_random(model, missing, name):   # `missing`: names that the files do 
     if missing:
         raise QLoRAError(f"its files lack {len(missing)} weights, such as {min(missing)}, which "
                          "would be random.", str(name),
-                         "Fetch it again, or give its weights the config and names that are theirs.")
+                         "Fetch it again, or give it the config and names of its weights.")
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-r
 def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` and `max_memory`
