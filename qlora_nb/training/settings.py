@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['POSITIVE', 'RANGES', 'REAL', 'WHOLE', 'COUNTED', 'CHOICES', 'FLAGS', 'NAMES', 'UNSAID', 'OTHER_NAMES', 'FREE',
-           'FIXED', 'ALWAYS', 'OPTIONS_AS', 'option', 'Settings', 'check_value', 'refuse_unknown', 'check_settings',
-           'on_one_gpu', 'trainer_settings', 'writable', 'plain', 'write_config']
+           'FIXED', 'ALWAYS', 'OPTIONS_AS', 'option', 'Settings', 'check_value', 'of_others', 'refuse_unknown',
+           'check_settings', 'on_one_gpu', 'trainer_settings', 'writable', 'plain', 'write_config']
 
 # %% ../../nbs/2_training/25_settings.ipynb #73f20bde
-import difflib, math, warnings
+import difflib, inspect, math, warnings
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -138,23 +138,38 @@ def check_value(name:str, value):
     if not low <= value < high: fail(span)
 
 # %% ../../nbs/2_training/25_settings.ipynb #a1e0fb05
-OTHER_NAMES = dict(steps="max_steps", epochs="num_train_epochs",
+OTHER_NAMES = dict(steps="max_steps", epochs="num_train_epochs", num_epochs="num_train_epochs",
                    batch_size="per_device_train_batch_size", lr="learning_rate",
-                   accumulation="gradient_accumulation_steps", rank="r", alpha="lora_alpha",
-                   dropout="lora_dropout", targets="target_modules",
-                   checkpointing="gradient_checkpointing", patience="early_stopping_patience",
-                   output="output_dir", rslora="use_rslora", dora="use_dora",
-                   loraplus="loraplus_lr_ratio", max_seq_length="max_length")
+                   accumulation="gradient_accumulation_steps", rank="r", lora_r="r",
+                   alpha="lora_alpha", dropout="lora_dropout", targets="target_modules",
+                   lora_target_modules="target_modules", checkpointing="gradient_checkpointing",
+                   patience="early_stopping_patience", output="output_dir", rslora="use_rslora",
+                   dora="use_dora", loraplus="loraplus_lr_ratio", max_seq_length="max_length",
+                   train_dataset="data", dataset="data", eval_dataset="eval_data",
+                   eval_strategy="eval_steps", processing_class="tokenizer")
+
+# %% ../../nbs/2_training/25_settings.ipynb #others25b
+def of_others(name:str) -> str:
+    "What to do with an argument of PEFT's LoraConfig or of TRL's SFTConfig; empty for others."
+    from peft import LoraConfig   # they load PyTorch, and help must not wait for that
+    from trl import SFTConfig
+    of_peft, of_trl = (inspect.signature(o).parameters for o in (LoraConfig, SFTConfig))
+    if name in of_peft:
+        return f"PEFT has it: peft_config=LoraConfig({name}=..., ...) is asked if it can be trained."
+    if not (name in of_trl or name == "warmup_ratio"): return ""   # an older one
+    if name in ALWAYS: return f"It is always {ALWAYS[name]!r} here."
+    return "TRL's SFTConfig has it: its SFTTrainer trains a model of add_adapters as well."
 
 # %% ../../nbs/2_training/25_settings.ipynb #4f7a7443
 def refuse_unknown(names, known, who:str="finetune"):
-    "Raise `QLoRAError` for a name that is none of the known ones, with the nearest one that is."
+    "Raise `QLoRAError` for a name that is none of the known ones, with what to write instead."
     for k in names:
         if k in known: continue
         near = difflib.get_close_matches(k, known, 1)
         near += [o for o in known if len(k) > 3 and k in o]
-        if k in OTHER_NAMES: near = [OTHER_NAMES[k]]
         cure = f"Did you mean {near[0]}=...?" if near else f"It has {', '.join(known)}."
+        if k in OTHER_NAMES: cure = f"Did you mean {OTHER_NAMES[k]}=...?"
+        else: cure = of_others(k) or cure
         raise QLoRAError(f"{who} has no argument '{k}'.", cure=cure)
 
 # %% ../../nbs/2_training/25_settings.ipynb #4b473eb7
