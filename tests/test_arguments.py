@@ -34,7 +34,8 @@ FINETUNE = {   # what is given → what is said
     "config_yaml is 3, and has to be names of settings": dict(config_yaml=3), "config_yaml is a dict": dict(config_yaml={3: 4}), "report_to is 3": dict(report_to=3),
     "example is 3, and has to be text": dict(example=3), "there is no adapter here": dict(adapter=""), "a list is no folder of an adapter": dict(adapter=[]),
     "r is 1099511627776, and has to be below": dict(r=2**40), "batch_size is 2147483648": dict(per_device_train_batch_size=2**31),
-    "learning_rate is 1e+300, and has to be what a float32": dict(learning_rate=1e300)}
+    "learning_rate is 1e+300, and has to be what a float32": dict(learning_rate=1e300),
+    "learning_rate is 20000.0, and has to be from 0 to below 1": dict(learning_rate=2e4)}
 
 @pytest.mark.parametrize("said", FINETUNE)
 def test_what_finetune_is_given(said, base, tmp_path, monkeypatch):

@@ -107,7 +107,8 @@ POSITIVE = set("max_steps num_train_epochs per_device_train_batch_size gradient_
                "learning_rate r lora_alpha loraplus_lr_ratio max_length eval_steps "
                "early_stopping_patience save_steps".split())
 RANGES = dict(lora_dropout=(0, 1), seed=(0, 2**32), eval_rows=(0, math.inf),   # from … to below
-              lora_alpha=(0, 2**16))   # the update it scales has to stay finite in 16 bits
+              lora_alpha=(0, 2**16),   # the update it scales has to stay finite in 16 bits
+              learning_rate=(0, 1))    # 2e4 for 2e-4
 REAL = set("num_train_epochs learning_rate lora_alpha loraplus_lr_ratio".split())
 WHOLE = POSITIVE - REAL | {"seed", "eval_rows"}
 COUNTED = WHOLE - {"max_length", "save_steps", "eval_steps", "eval_rows", "seed"}   # not "never"
