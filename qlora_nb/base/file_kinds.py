@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['USED', 'KINDS', 'SAME', 'FOLDERS', 'WAYS', 'PAGE', 'SHEET', 'SIGNS', 'check_open', 'named_kind', 'kind_of_file',
-           'cache_errors', 'wide_encoding', 'check_marked', 'bad_bytes', 'check_signs']
+           'cache_errors', 'cache_dir', 'wide_encoding', 'check_marked', 'bad_bytes', 'check_signs']
 
 # %% ../../nbs/base/file_kinds.ipynb #fk000004
-import codecs, contextlib
+import codecs, contextlib, os
 from pathlib import Path
+from platformdirs import user_cache_dir
 from .errors import QLoRAError
 
 # %% ../../nbs/base/file_kinds.ipynb #openf
@@ -66,6 +67,12 @@ def cache_errors(variable:str):   # Of the environment
     except OSError as e:
         raise QLoRAError(f"the cache cannot be used ({e.strerror or e}).", str(e.filename or ""),
                          f"Let {variable} name a folder that can be written and has room.") from e
+
+# %% ../../nbs/base/file_kinds.ipynb #cache_f
+def cache_dir() -> Path:  # `$QLORA_NB_CACHE`, or the user's cache folder of this platform
+    "Where converted models are kept."
+    home = os.environ.get("QLORA_NB_CACHE") or user_cache_dir("qlora_nb", appauthor=False)
+    return Path(home).expanduser().absolute()
 
 # %% ../../nbs/base/file_kinds.ipynb #fk000009
 def wide_encoding(start:bytes) -> str|None:   # The first bytes of a file

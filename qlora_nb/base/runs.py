@@ -13,6 +13,7 @@ from collections import namedtuple
 from pathlib import Path
 from filelock import FileLock, Timeout
 from .errors import QLoRAError
+from .failures import go_on
 from .file_kinds import check_open
 from .core import Table
 
@@ -108,9 +109,7 @@ def differences(had:dict, settings:dict) -> list:   # Of a run, as it was starte
 # %% ../../nbs/base/runs.ipynb #da28e0eb
 def way_back(folder:Path) -> str:   # Of a run
     "What Ctrl-C is answered with."
-    if kept := last_checkpoint(folder/"checkpoints"):
-        return f"{kept.name} is complete: go on from it with --resume (resume=True)."
-    return "No checkpoint was complete yet, so the run has to start again."
+    return go_on(last_checkpoint(folder/"checkpoints"))
 
 # %% ../../nbs/base/runs.ipynb #0fc1d609
 def check_folder(folder:Path):   # That of a run, or one that is to be made
@@ -199,7 +198,7 @@ def content_id(place:str|Path,     # A folder with *.safetensors, or an id in th
     if not os.path.isdir(place := os.path.expanduser(place)):
         from huggingface_hub import snapshot_download
         try: place = snapshot_download(str(place), revision=revision, local_files_only=True)
-        except Exception: return None
+        except (OSError, ValueError): return None   # not in the cache; not even an id
     check_open(Path(place))
     found = sorted(o for f in Path(place).glob("*.safetensors") for o in _tensors(f))
     sha = hashlib.sha256(json.dumps([o[:3] for o in found]).encode())

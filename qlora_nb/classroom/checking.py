@@ -19,7 +19,8 @@ KINDS = {"True or False": lambda o: o in (True, False),
 
 def of_kind(o, kind:str) -> bool:   # One of `KINDS`
     "Whether an answer is what was asked for."
-    try: return bool(KINDS[kind](o))
+    fits = KINDS[kind]   # a kind that there is not is a mistake of the check
+    try: return bool(fits(o))
     except Exception: return False   # such as of several numbers at once
 
 # %% ../../nbs/classroom/checking.ipynb #ck000009

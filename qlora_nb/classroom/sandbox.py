@@ -9,13 +9,13 @@ __all__ = ['defined', 'start_page', 'Sandbox', 'fork', 'how_it_ended', 'talk', '
 import ast, json, os, shutil, signal, socket, subprocess, sys, tempfile, time
 from dataclasses import asdict
 from fastcore.basics import patch
-from platformdirs import user_cache_dir
 from .answers import said
 from .by_value import Channel
 from .isolation import ISOLATED, SCRATCH, check_isolation, readable
 from .page_process import Limits
 from .student_checks import reads
 from ..base.errors import QLoRAError
+from ..base.file_kinds import cache_dir
 
 # %% ../../nbs/classroom/sandbox.ipynb #ef000007
 def defined(code:str) -> tuple:  # Names, and the imports as code
@@ -52,7 +52,7 @@ class Sandbox:
                  more:list=()):             # More files and folders that the set-up reads
         if isolated: check_isolation()
         self.limits, self.place = limits or Limits(), tempfile.mkdtemp(prefix="qlora-grading-")
-        cache = os.environ.get("QLORA_NB_CACHE") or user_cache_dir("qlora_nb", appauthor=False)
+        cache = str(cache_dir())
         self.control, theirs = socket.socketpair()
         with theirs: self.process = start_page(self.place, theirs.fileno(), isolated, cache)
         self.begin(dict(setup=setup, limits=asdict(self.limits), isolated=isolated,

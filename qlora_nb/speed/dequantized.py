@@ -134,7 +134,7 @@ def write_out_4bit(model):   # Of `load_model`; changed in place
         if m.bias is not None: new.bias = m.bias
         model.set_submodule(name, new)
     if hasattr(model, "hf_quantizer"): model.hf_quantizer.remove_quantization_config(model)
-    kept = filter(_can_be_undone, getattr(model, "_weight_conversions", ()))
+    kept = filter(_can_be_undone, getattr(model, "_weight_conversions", None) or ())
     model._weight_conversions = list(kept) or None
     return model.float()
 

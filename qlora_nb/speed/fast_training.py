@@ -111,7 +111,7 @@ def _compile_layers(model, blocks, device, memory, compile, offload, dynamic):
     host = ActivationOffload(device) if offload else None
     if offload: model.host_memory = host
     backend = compiler(memory, "inductor" if compile is True else compile)
-    torch._dynamo.reset()   # variants of another model's layers would count
+    torch.compiler.reset()   # variants of another model's layers would count
     for m in blocks: compile_layer(m, backend, host, dynamic)
     return host
 
