@@ -78,13 +78,15 @@ def test_kill_and_resume(tiny, tmp_path):
     time.sleep(random.Random(os.urandom(8)).uniform(0, 3)*(eight - four))   # of 22 steps, at most about 12 are gone then
     p.send_signal(signal.SIGKILL), p.communicate()
     assert p.returncode == -signal.SIGKILL and not (killed/"adapter").exists(), "the run ended before it was killed"
-    status, out, err = call("finetune_main", *options(tiny, killed, "--resume"))
+    status, out, err = call("finetune_main", "--resume", "--output-dir", killed)   # its options are in its config.yaml
     assert status == 0, err
     assert json.loads((killed/"run.json").read_text(encoding="utf-8"))["resumed_from"].startswith("checkpoint-")
     assert losses(killed) == losses(whole)
     a, b = adapter(killed), adapter(whole)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert "exact match" in out and "loss on the answers" in out
+    status, _, err = call("finetune_main", "--resume", "--output-dir", killed, "--data", "tickets")
+    assert status == 2 and "the rows differ" in err and f"To train longer: --adapter {killed}." in err and "sha256" not in err, err
 
 
 def test_a_run_is_repeated_from_its_config(tiny, tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['typed', 'DataOptions', 'stop', 'read_columns', 'read_template', 'one_source', 'source_options', 'training_options',
-           'name_sources', 'read_config', 'check_once', 'parse_once']
+           'name_sources', 'read_config', 'check_once', 'parse_once', 'own_config', 'read_options']
 
 # %% ../../nbs/apps/data_options.ipynb #9efd5e22
 import argparse, difflib, re, sys, yaml
@@ -164,3 +164,18 @@ def parse_once(p, argv:list|None=None):   # As of `parse_args`
     "The options of a call, each of them there once."
     check_once(p, sys.argv[1:] if argv is None else argv)
     return p.parse_args(argv)
+
+# %% ../../nbs/apps/data_options.ipynb #readoptc
+def own_config(output_dir:str|None) -> Path|None:   # As a call with `--resume` names it
+    "The options of the run that is gone on with."
+    from qlora_nb.base.runs import latest_run
+    folder = output_dir or latest_run()
+    file = Path(folder).expanduser()/"config.yaml" if folder else None
+    return file if file and file.exists() else None
+
+def read_options(p, argv:list) -> dict:   # The parser, and the words of a call
+    "The options of a call over those of its `--config FILE`, or of the run that it resumes."
+    check_once(p, argv)
+    said = p.parse_known_args(argv)[0]
+    if file := said.config or (said.resume and own_config(said.output_dir)): read_config(p, file)
+    return {k: v for k, v in vars(p.parse_args(argv)).items() if k != "config"}

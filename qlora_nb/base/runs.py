@@ -95,6 +95,8 @@ def comparable(settings:dict) -> dict:
     return s
 
 # %% ../../nbs/base/runs.ipynb #475a5360
+_SUMS = dict(model="bases", rows="rows", eval="rows to evaluate on", adapter="adapters")
+
 def differences(had:dict, settings:dict) -> list:   # Of a run, as it was started; as it is now
     "What keeps a run from going on, in words."
     old, new = (dict(adapter_sha256=None, quantization="nf4") | comparable(s)
@@ -102,7 +104,8 @@ def differences(had:dict, settings:dict) -> list:   # Of a run, as it was starte
     if settings.get("model_sha256") != had.get("model_sha256"):
         new["model"] = settings["model"]
         if "model" in had: old["model"] = had["model"]
-    diff = [f"{k} was {old[k]}, now {v}" for k, v in new.items() if k in old and old[k] != v]
+    diff = [f"the {_SUMS[k[:-7]]} differ" if k.endswith("_sha256") else f"{k} was {old[k]}, now {v}"
+            for k, v in new.items() if k in old and old[k] != v]
     gone = [k for k in old if k not in new and k != "model" and not k.endswith("_sha256")]
     return diff + [f"{k} was {old[k]}, and is no setting now" for k in gone]
 
@@ -171,8 +174,9 @@ def open_run(folder:Path, settings:dict, resume:bool) -> bool:  # Does it begin 
             write_json(folder/"settings.json", settings)
             return True
         if diff := differences(read_settings(folder/"settings.json"), settings):
+            longer = f" To train longer: --adapter {folder}."*(folder/"adapter").exists()
             raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.",
-                             where=str(folder), cure="Use the same options, or start a new run.")
+                             str(folder), f"Use its config.yaml, or start a new run.{longer}")
         return False
 
 # %% ../../nbs/base/runs.ipynb #9eb6e6d8
