@@ -315,3 +315,16 @@ def test_a_system_prompt_stands_before_each_conversation(monkeypatch, capsys):
     monkeypatch.setattr(cli, "say_answer", lambda model, tok, said, notes, **how: asked.append([m["content"] for m in said]) or "y")
     cli.chat_loop(None, None, {}, **{k: v for k, v in vars(cli.chat_parser().parse_args(["--system", "S"])).items() if k == "system"})
     assert asked == [["S", "a"], ["S", "a", "y", "b"], ["S", "c"]]
+
+
+def test_a_chat_takes_its_folder_as_an_export_does(monkeypatch):
+    "RUN alone, `--adapter RUN`, and the base under both of its names."
+    from qlora_nb.apps import cli
+    from qlora_nb.apps.tools import export_parser
+    class Asked(Exception): pass
+    def note(*which): raise Asked(*which)
+    monkeypatch.setattr(cli, "load_chat", note)
+    for words in (["run", "--base", "b"], ["--adapter", "run", "--model", "b"]):
+        with pytest.raises(Asked) as e: cli.chat_main(words)
+        assert e.value.args == ("run", "b", None, None)
+    assert export_parser().parse_args(["run", "--out", "o", "--model", "b"]).base == "b"

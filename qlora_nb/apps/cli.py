@@ -176,9 +176,12 @@ def chat_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         "qlora_chat", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Talk to a fine-tuned model; by default to the adapter of the latest run.")
-    def add(o, default, help, type=str): p.add_argument(o, default=default, help=help, type=type)
+    def add(o, default, help, type=str, *more):
+        p.add_argument(o, *more, default=default, help=help, type=type)
+    p.add_argument("folder", nargs="?", help="as --adapter", default=None)
     add("--adapter", None, "folder of a run or of a PEFT adapter (none: the latest finished run)")
-    add("--model", None, "a base model: on its own, or with --adapter instead of the one it names")
+    add("--model", None, "a base model: on its own, or with --adapter instead of the one it names",
+        str, "--base")
     add("--revision", None, "branch, tag or commit of a Hub model (none: the one trained on)")
     add("--system", None, "a system prompt, such as that of its training", typed)
     add("--max-new-tokens", 256, "longest answer, in tokens", int)
@@ -213,7 +216,10 @@ def load_chat(adapter, base, device, revision=None) -> tuple:  # (model, tokeniz
 # %% ../../nbs/apps/cli.ipynb #0aae17e9
 def chat_main(argv:list|None=None):  # None: the options that the command was called with
     "Chat with an adapter on its base: the console command `qlora_chat`."
-    o = vars(parse_once(chat_parser(), argv))
+    o = vars(parse_once(p := chat_parser(), argv))
+    if folder := o.pop("folder"):
+        if o["adapter"]: p.error(f"{folder} and --adapter {o['adapter']}: give one of them")
+        o["adapter"] = folder
     which = [*map(o.pop, ("adapter", "model", "device", "revision"))]
     with one_line_errors():
         from qlora_nb.using.sampling import check_sampling

@@ -69,7 +69,8 @@ def export_parser() -> argparse.ArgumentParser:
         help="which weights the adapter is added to")
     add("--dtype", default=None,
         help="of the weights; for gguf: f32, f16 or q8_0 (none: what suits the form)")
-    add("--base", default=None, help="a base model instead of the one that the adapter names")
+    add("--base", "--model", default=None,
+        help="a base model instead of the one that the adapter names")
     add("--trained-in", default=None,
         help="dtype of the base in training (none: as the adapter's notes say)")
     add("--device", default="cpu", help="where to merge")

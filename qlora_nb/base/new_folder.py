@@ -14,7 +14,10 @@ from .errors import QLoRAError
 
 # %% ../../nbs/base/new_folder.ipynb #fc475fa9
 def check_free(out:Path):
-    "Raise `QLoRAError` where something is already."
+    "Raise `QLoRAError` for the name of a file, and where something is already."
+    if out.suffix in (".gguf", ".safetensors"):
+        raise QLoRAError("this names a file, and what is written is a folder with its card.",
+                         str(out), f"Choose a folder, such as {out.with_suffix('')}.")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise QLoRAError("there is something here already.", str(out),
                          "Choose another folder, or remove it.")
