@@ -33,7 +33,7 @@ def memory():
     llama = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
     def draw(length, **how): return draw_memory(llama, max_length=length, **how)
     return draw, dict(length=[1024, 256, 16384], method=["qlora", "lora", "full"], per_device_train_batch_size=[4, 1, 32], r=[16, 4, 128],
-                      gradient_checkpointing=[True, False], optim=["adamw", "adamw_8bit", "paged_adamw_8bit"], loss=["chunked", "full"])
+                      gradient_checkpointing=[True, False], optim=["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"], loss=["chunked", "full"])
 
 
 def batch():

@@ -9,6 +9,7 @@ __all__ = ['plan_parser', 'plan_main', 'export_parser', 'export_main']
 import argparse
 from .cli import one_line_errors
 from .data_options import parse_once
+from ..base.arguments import OPTIMIZERS
 
 # %% ../../nbs/apps/tools.ipynb #cdf53a8a
 #| code-fold: true
@@ -36,8 +37,8 @@ def plan_parser() -> argparse.ArgumentParser:
     add("--quantization", default="nf4", help="as of qlora_finetune: it needs no further bytes")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations instead of keeping them")
-    add("--optim", default="adamw", choices=["adamw", "adamw_8bit", "paged_adamw_8bit"],
-        help="optimizer")
+    add("--optim", default="adamw_torch", choices=[*OPTIMIZERS, "adamw"],
+        help="optimizer, as of qlora_finetune")
     add("--loss", default="chunked", choices=["chunked", "full"],
         help="chunked cross-entropy, as in TRL 1.x, or all logits at once")
     return p

@@ -12,10 +12,11 @@ import copy, difflib, re
 from itertools import product
 from matplotlib.figure import Figure
 from numpy import polyfit
+from ..base.arguments import OPTIMIZERS
 from ..base.errors import QLoRAError
 from ..base.core import COLORS, Table
 from ..base.explorer import Explorer, choice, explore, number, panels, toggle
-from .planner import METHODS, OPTIMIZERS, Plan, config_of, plan
+from .planner import METHODS, Plan, config_of, plan
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #9b518cf5
 #| code-fold: true
