@@ -7,6 +7,7 @@ __all__ = ['LINEAR', 'Unpacked', 'unpacked_in', 'pack_experts', 'is_named', 'ada
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #ba39aa27
 from ..foundations.adapters import chosen_layers
+from ..foundations.expert_weights import hooked
 import contextlib, warnings
 from fastcore.basics import patch
 import torch
@@ -62,10 +63,9 @@ def _keeps_none(m):
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #c34fa83e
 def _before(m, args):
-    # of checkpointing, which keeps nothing anyway
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    m.__dict__.setdefault("open", []).append(_keeps_none(m) if outer is None
-                                             else contextlib.nullcontext())
+    # by checkpointing, which keeps nothing anyway
+    m.__dict__.setdefault("open", []).append(contextlib.nullcontext() if hooked()
+                                             else _keeps_none(m))
     m.open[-1].__enter__()
 
 def _after(m, args, out):

@@ -31,7 +31,7 @@ def template_end(tokenizer) -> int|None:
     known = getattr(tokenizer, "qlora_nb_end", None)
     if known and known[0] == tokenizer.chat_template: return known[1]
     try: end = encode(dict(prompt="a", response="b"), tokenizer)["labels"][-1]
-    except Exception: end = None   # a template that wants more than one turn, or no end at all
+    except QLoRAError: end = None   # a template that wants more than one turn, or no end at all
     tokenizer.qlora_nb_end = tokenizer.chat_template, end
     return end
 

@@ -7,6 +7,7 @@ __all__ = ['USUAL', 'name_of', 'load_base', 'own_adapter', 'refuse_head', 'put_a
            'brought_along', 'find_model', 'run_settings', 'check_beforehand', 'before_weights']
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #a8b249f6
+from ..base.adapter_files import read_json
 from ..base.core import pick_device
 from ..base.errors import QLoRAError
 from ..base.files import digest
@@ -25,12 +26,12 @@ from .learning_rate import rate_for
 from .schedule import encode_checked
 from .optimizers import pick_optimizer
 from ..speed.sharded_base import shard_base
-from .saved_adapters import (adapter_folder, base_for, check_fits, check_wishes,
+from .saved_adapters import (adapter_folder, base_for, check_backend, check_fits, check_wishes,
     load_adapter, meant, more_than_lora, own_quantization, revision_for, shape_of)
 from .training_loop import check_checkpointing
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #ede14d3b
-import json, math, os, torch, warnings
+import math, os, torch, warnings
 from pathlib import Path
 from peft import PeftModel
 
@@ -139,7 +140,7 @@ def go_on_from(adapter:str|Path,  # Folder of a run, or of an adapter
         raise QLoRAError("a loaded model and the folder of an adapter are both given.",
                          str(adapter), "Give one of them.")
     folder, notes, named = adapter_folder(adapter)
-    config = json.loads((folder/"adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder/"adapter_config.json")
     if what := more_than_lora(config):
         raise QLoRAError(f"this adapter is more than LoRA ({what}) and cannot be trained further.",
                          str(folder))
@@ -181,8 +182,7 @@ def brought_along(model, backend:str|None, s:dict) -> tuple:  # (its base, its b
 def find_model(model, tokenizer, backend:str|None, s:dict
                ) -> tuple:  # (model, tokenizer, its place or None, settings)
     "Which model a run is about, and what it brings along. Raises `QLoRAError` for contradictions."
-    if backend not in (None, *BACKENDS):
-        raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {', '.join(BACKENDS)}.")
+    if backend is not None: check_backend(backend)
     if hasattr(model, "tokenizer"): model, tokenizer = model.model, model.tokenizer   # a `Run`, say
     if s["adapter"] is not None: model, s = go_on_from(s["adapter"], model, s)
     model, place = "smollm2" if model is None else model, None

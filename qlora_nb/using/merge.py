@@ -23,7 +23,7 @@ from ..foundations.adapters import attach_adapter
 from ..foundations.double_quantization import quantize
 from ..foundations.expert_weights import adapted_tensor, dequantize_stacks
 from ..foundations.loading import load_model
-from ..foundations.lora_model import PLAIN
+from ..foundations.lora_model import PLAIN, STARTS
 from ..speed.dequantized import in_32_bits, write_out_4bit
 from ..speed.logits import probe, same_logits, say_apart, unsaved_buffers
 from ..training.end_tokens import note_ends, stop_ids
@@ -46,10 +46,9 @@ def check_adapter(source):   # Of `read_source`
     "Raise `QLoRAError` for an adapter that is more than LoRA (or DoRA) on some layers."
     cfg = source.config
     known = {*PLAIN, "use_dora", "lora_bias", "target_parameters"}
-    starts = (True, False, "gaussian", "orthogonal", "eva")
     odd = ", ".join(f"{k}={v}" for k, v in cfg.items() if (v and k not in known)
                     or (k == "peft_type" and v != "LORA")
-                    or (k == "init_lora_weights" and v not in starts))
+                    or (k == "init_lora_weights" and v not in STARTS))
     if odd:
         raise QLoRAError(f"this adapter cannot be merged here: {odd}.", str(source.folder),
                          "Only LoRA, rsLoRA and DoRA can. Merge it with PEFT, on its own base.")
