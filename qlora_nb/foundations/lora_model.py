@@ -209,8 +209,7 @@ def plain_config(folder:Path) -> dict:   # Of an adapter
     odd = [f"{k}={v}" for k,v in cfg.items() if (v and k not in PLAIN and v != usual.get(k))
            or (k == "peft_type" and v != "LORA") or (k == "init_lora_weights" and v not in STARTS)]
     if not odd: return cfg
-    raise QLoRAError(f"this is not plain LoRA: {', '.join(odd)}.", where=str(folder),
-                     cure="Load it with PEFT.")
+    raise QLoRAError(f"this is not plain LoRA: {', '.join(odd)}.", str(folder), "Load it by PEFT.")
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #522237e3-a
 def wanted_tensors(model, cfg:dict, have:dict) -> tuple:   # A configuration; what is in the file

@@ -26,7 +26,7 @@ from .learning_rate import rate_for
 from .schedule import encode_checked
 from .optimizers import pick_optimizer
 from ..speed.sharded_base import shard_base
-from .saved_adapters import (adapter_folder, base_for, check_backend, check_fits, check_wishes,
+from .saved_adapters import (adapter_folder, base_for, check_fits, check_wishes,
     load_adapter, meant, more_than_lora, own_quantization, revision_for, shape_of)
 from .training_loop import check_checkpointing
 
@@ -182,7 +182,8 @@ def brought_along(model, backend:str|None, s:dict) -> tuple:  # (its base, its b
 def find_model(model, tokenizer, backend:str|None, s:dict
                ) -> tuple:  # (model, tokenizer, its place or None, settings)
     "Which model a run is about, and what it brings along. Raises `QLoRAError` for contradictions."
-    if backend is not None: check_backend(backend)
+    if backend not in (None, *BACKENDS):
+        raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {', '.join(BACKENDS)}.")
     if hasattr(model, "tokenizer"): model, tokenizer = model.model, model.tokenizer   # a `Run`, say
     if s["adapter"] is not None: model, s = go_on_from(s["adapter"], model, s)
     model, place = "smollm2" if model is None else model, None

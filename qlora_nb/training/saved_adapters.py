@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FILES', 'FORWARD', 'MOVING', 'Loaded', 'find_folder', 'refuse_other_forward', 'read_notes', 'adapter_folder',
            'misfits', 'check_fits', 'base_for', 'revision_for', 'revision_of', 'check_base', 'trained_dtype',
-           'check_backend', 'check_call', 'load_adapter', 'shape_of', 'own_quantization', 'more_than_lora', 'meant',
-           'check_wishes']
+           'check_call', 'load_adapter', 'shape_of', 'own_quantization', 'more_than_lora', 'meant', 'check_wishes']
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #fb1d432a
 from ..base.core import has_native_bf16, pick_device, pick_dtype
@@ -168,17 +167,13 @@ def trained_dtype(notes:dict, device:str|None) -> torch.dtype:
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #2c29331b-a
 Loaded = namedtuple("Loaded", "model tokenizer notes")
 
-def check_backend(backend:str):
-    "Raise `QLoRAError` for a backend that there is not."
-    if backend in BACKENDS: return
-    raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {', '.join(BACKENDS)}.")
-
 def check_call(folder, backend:str):   # As in `load_adapter`
     "Raise `QLoRAError` for what is no folder, and for a backend that there is not."
     if not isinstance(folder, (str, Path)):
         raise QLoRAError(f"the folder of an adapter is wanted, not a {type(folder).__name__}.",
                          cure="load_adapter(FOLDER) loads its base itself; base=... names another.")
-    check_backend(backend)
+    if backend not in BACKENDS:
+        raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {', '.join(BACKENDS)}.")
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #2c29331b
 def load_adapter(folder:str|Path,       # Of an adapter, or of a run that holds one
