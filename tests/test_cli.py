@@ -241,7 +241,9 @@ def test_help_is_quick_and_complete():
     assert not [o for o in p.stderr.splitlines() if o.split("|")[-1].strip() == "torch"]
     for o in "--model --data --output-dir --max-steps --num-train-epochs --learning-rate --r --lora-alpha --target-modules --max-length --seed --resume --eval-steps --early-stopping-patience --optim --report-to".split(): assert o in p.stdout
     options = [o for o in finetune_parser()._actions if o.dest != "help"]
-    assert " ".join(p.stdout.split()).count("(default:") == len(options)
+    said, explained = " ".join(p.stdout.split()), [o for o in options if "(None: " in o.help]   # what None stands for is said once
+    assert said.count("(default:") == len(options) - len(explained) and said.count("(None: ") == len(explained) > 20
+    assert said.endswith("Example: qlora_finetune --data my.jsonl --output-dir runs/mine")
 
 
 def test_chat_without_a_run(tmp_path):

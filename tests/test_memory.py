@@ -112,3 +112,12 @@ def test_experts_told_apart_by_number_are_counted():
     assert len(real) == 8                                     # two layers' q_proj, two stacks
     assert plan(CONFIGS["mixtral"], 1, 16, r=4, target_modules=targets, target_parameters=stacks).parts["adapters"] == sum(on_card(4*n) for n in real)
     with pytest.raises(QLoRAError, match="matches nothing"): plan(CONFIGS["llama"], target_modules=r".*\.[67]\..*q_proj")
+
+
+def test_a_paged_optimizer_keeps_what_is_large_elsewhere():
+    "bitsandbytes pages from 100,000 elements on; 8-bit ones keep the scales of their blocks on the card."
+    import torch
+    from qlora_nb.memory.planner import state_bytes
+    small, large = (torch.empty(n, device="meta") for n in (8192, 2**20))
+    assert [state_bytes(large, o) for o in ("adamw", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit")] == [8*2**20]*2 + [0, 8*2**12]
+    assert [state_bytes(small, o) for o in ("adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit")] == [8*8192]*2 + [2*8192 + 8*32]

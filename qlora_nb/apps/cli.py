@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from trl import TrlParser
 from ..base.errors import PeerLost, QLoRAError
-from .data_options import (DataOptions, name_sources, parse_once, read_options,
-                                        typed)
+from .data_options import (DataOptions, Help, name_sources, parse_once,
+                                        read_options, typed)
 from ..training.settings import Settings, option
 
 # %% ../../nbs/apps/cli.ipynb #77709db2
@@ -45,12 +45,12 @@ class RunOptions:
 # %% ../../nbs/apps/cli.ipynb #927c0f30
 def finetune_parser() -> TrlParser:
     "The options of `qlora_finetune`."
-    p = TrlParser([RunOptions, DataOptions, Settings], prog="qlora_finetune",
+    p = TrlParser([RunOptions, DataOptions, Settings], prog="qlora_finetune", formatter_class=Help,
+        epilog="Example: qlora_finetune --data my.jsonl --output-dir runs/mine",
         description="Fine-tune a language model with QLoRA: a frozen base in 4 bits (NF4, double "
                     "quantization), LoRA adapters on top. Scores it on held-out rows without and "
                     "with the adapter.")
-    p.add_argument("--config", default=None,
-                   help="a YAML file with options, such as config.yaml of a run")
+    p.add_argument("--config", help="a YAML file with options, such as config.yaml of a run")
     return p
 
 # %% ../../nbs/apps/cli.ipynb #4d3b634a
@@ -173,15 +173,14 @@ def chat_loop(model, tokenizer, notes:dict,  # Of `load_adapter`, or {} for a mo
 #| code-fold: true
 def chat_parser() -> argparse.ArgumentParser:
     "The options of `qlora_chat`."
-    p = argparse.ArgumentParser(
-        "qlora_chat", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    p = argparse.ArgumentParser("qlora_chat", formatter_class=Help,
+        epilog="Examples: qlora_chat runs/mine; qlora_chat --model smollm2 --temperature 0.7",
         description="Talk to a fine-tuned model; by default to the adapter of the latest run.")
-    def add(o, default, help, type=str, *more):
-        p.add_argument(o, *more, default=default, help=help, type=type)
+    def add(o, default, help, type=str): p.add_argument(o, default=default, help=help, type=type)
     p.add_argument("folder", nargs="?", help="as --adapter", default=None)
     add("--adapter", None, "folder of a run or of a PEFT adapter (none: the latest finished run)")
-    add("--model", None, "a base model: on its own, or with --adapter instead of the one it names",
-        str, "--base")
+    p.add_argument("--model", "--base", help="a base model: on its own, or with --adapter "
+                                             "instead of the one it names")
     add("--revision", None, "branch, tag or commit of a Hub model (none: the one trained on)")
     add("--system", None, "a system prompt, such as that of its training", typed)
     add("--max-new-tokens", 256, "longest answer, in tokens", int)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['typed', 'DataOptions', 'stop', 'read_columns', 'read_template', 'one_source', 'source_options', 'training_options',
-           'name_sources', 'read_config', 'check_once', 'parse_once', 'own_config', 'read_options']
+           'name_sources', 'read_config', 'check_once', 'parse_once', 'own_config', 'read_options', 'Help']
 
 # %% ../../nbs/apps/data_options.ipynb #9efd5e22
 import argparse, difflib, re, sys, yaml
@@ -179,3 +179,10 @@ def read_options(p, argv:list) -> dict:   # The parser, and the words of a call
     said = p.parse_known_args(argv)[0]
     if file := said.config or (said.resume and own_config(said.output_dir)): read_config(p, file)
     return {k: v for k, v in vars(p.parse_args(argv)).items() if k != "config"}
+
+# %% ../../nbs/apps/data_options.ipynb #helpf
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    "Help with defaults, where a text does not say itself what none means."
+    def _get_help_string(self, action):
+        said = re.search(r"\([Nn]one: ", action.help or "")
+        return action.help if said else super()._get_help_string(action)

@@ -10,7 +10,7 @@ __all__ = ['WAYS', 'say', 'read_text', 'text_rows', 'memory_needed', 'packed_lay
 # %% ../../nbs/apps/quantize.ipynb #impqz
 from pathlib import Path
 from .cli import one_line_errors
-from .data_options import parse_once
+from .data_options import Help, parse_once
 from ..base.errors import QLoRAError
 
 # %% ../../nbs/apps/quantize.ipynb #impqz2
@@ -216,8 +216,8 @@ def quantize_model(model="smollm2", out="quantized",   # As in `load_model`; a n
 # %% ../../nbs/apps/quantize.ipynb #parserqz
 def quantize_parser() -> argparse.ArgumentParser:
     "The options of `qlora_quantize`."
-    p = argparse.ArgumentParser(
-        "qlora_quantize", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    p = argparse.ArgumentParser("qlora_quantize", formatter_class=Help,
+        epilog="Example: qlora_quantize smollm2 smollm2-nf4 --text mine.txt",
         description="Write a model as a checkpoint in NF4 whose scales were learned from the "
                     "unquantized model on a text. Everything that reads NF4 reads it.")
     add = p.add_argument

@@ -8,7 +8,7 @@ __all__ = ['plan_parser', 'plan_main', 'export_parser', 'export_main']
 # %% ../../nbs/apps/tools.ipynb #0e3712b5
 import argparse
 from .cli import one_line_errors
-from .data_options import parse_once
+from .data_options import Help, parse_once
 from ..base.arguments import OPTIMIZERS
 
 # %% ../../nbs/apps/tools.ipynb #cdf53a8a
@@ -16,7 +16,8 @@ from ..base.arguments import OPTIMIZERS
 def plan_parser() -> argparse.ArgumentParser:
     "The options of `qlora_plan`."
     p = argparse.ArgumentParser(
-        "qlora_plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "qlora_plan", formatter_class=Help,
+        epilog="Example: qlora_plan smollm2 --gpu RTX4090 --max-length 1024",
         description="What a training step has in use at its highest, and whether that fits.")
     add = p.add_argument
     add("model", help="'smollm2', a local folder or a Hub id; only its config is read")
@@ -58,7 +59,9 @@ def plan_main(argv:list|None=None):  # None: the options that the command was ca
 def export_parser() -> argparse.ArgumentParser:
     "The options of `qlora_export`."
     p = argparse.ArgumentParser(
-        "qlora_export", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "qlora_export", formatter_class=Help,
+        epilog="Examples: qlora_export runs/mine --out merged; "
+               "qlora_export runs/mine --form gguf --out for_llama_cpp",
         description="Write a fine-tune as others read it, with a model card beside it.")
     add = p.add_argument
     add("folder", nargs="?", default=None,
