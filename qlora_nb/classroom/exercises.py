@@ -68,6 +68,8 @@ class Exercise:
 def read_page(path:str|Path) -> nbformat.NotebookNode:
     "A notebook. Raises `QLoRAError` for a file that is none."
     try: nb = nbformat.read(path, as_version=4)
+    except OSError as e:
+        raise QLoRAError(f"it cannot be read ({e.strerror}).", str(path), "Check its name.") from e
     except Exception as e:   # nbformat has one for each odd file
         raise QLoRAError(f"this is no notebook ({type(e).__name__}).", str(path),
                          "Give files that end in .ipynb and open in Jupyter.") from e
