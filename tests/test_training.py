@@ -553,8 +553,9 @@ def test_the_evaluation_never_undoes_a_run(base, rows, tmp_path, monkeypatch):
     report = evaluation.finetune_and_evaluate(rows[:20], test_data=endless, output_dir=tmp_path/"one", **how)
     assert report.after.n == report.info["eval_rows"] == 4 and max(lengths) <= 256 and len(report.rows) == 4
     monkeypatch.setattr(evaluation, "evaluate", lambda *a, **k: 1/0)
-    with pytest.warns(UserWarning, match="The evaluation failed .*ZeroDivisionError"):
+    with pytest.warns(UserWarning, match="The evaluation failed .*ZeroDivisionError") as said:
         report = evaluation.finetune_and_evaluate(rows[:20], test_data=rows[20:], output_dir=tmp_path/"error", **how)
+    assert {o.filename for o in said if "evaluation failed" in str(o.message)} == {__file__}   # the line that called, not ours
     assert "The evaluation failed" in str(report) and json.loads((tmp_path/"error"/"run.json").read_text(encoding="utf-8"))["steps"] == 1
 
 

@@ -208,7 +208,7 @@ def score_run(run, rows:list, progress:bool=True) -> tuple:   # (rows, before, a
     except KeyboardInterrupt: raise KeyboardInterrupt(when_trained(run.folder)) from None
     except Exception as e:
         why = f"The evaluation failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})."
-        warnings.warn(why := why + " The adapter is saved; --resume scores it again.")
+        warnings.warn(why := f"{why} The adapter is saved; --resume scores again.", stacklevel=3)
         return [], None, None, why
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #d6bb551b
@@ -235,7 +235,7 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
     if not isinstance(rows, Mapped): rows = NamedRows(rows, source)
     eval_data, test_data = (o if o is None else load_rows(o, **how) for o in (eval_data, test_data))
     out, held, said = rows_to_score(data, rows, eval_data, test_data, eval_rows, seed)
-    for o in said: warnings.warn(o)
+    for o in said: warnings.warn(o, stacklevel=2)
     run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress,
                    test_data=None if len(out) or not held else held, **settings)
     held, before, after, why = score_run(run, held, progress and rank() == 0)

@@ -80,7 +80,7 @@ def until_stop(tokenizer, ids:list, stops:set) -> tuple:   # (text, did it end i
 @torch.no_grad()
 def generate(model,                  # From `load_model`, `finetune` or `load_adapter`
              tokenizer,
-             prompts:str|list,       # Text of `encode_prompt`, or a list of such
+             prompts:str|list,       # Of `encode_prompt`, else answers may be empty; or a list
              max_new_tokens:int=128, # At most so many tokens an answer
              temperature:float=0.,   # 0: greedy; 1: the model's own distribution
              top_p:float=1.,         # Sample from the likeliest tokens of this probability
