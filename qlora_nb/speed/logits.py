@@ -203,4 +203,4 @@ def say_apart(have, want, dtype:torch.dtype, what:str):   # The coarsest format 
 def unsaved_buffers(model) -> dict:   # name → tensor
     "What a model computes when it is built, such as a table of angles, and no file holds."
     return {f"{n}.{k}": b for n, m in model.named_modules()
-            for k in m._non_persistent_buffers_set if (b := m._buffers.get(k)) is not None}
+            for k in sorted(m._non_persistent_buffers_set) if (b := m._buffers.get(k)) is not None}
