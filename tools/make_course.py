@@ -156,8 +156,12 @@ def parts_table(parts):
         todo = [o for p in lessons for o in p["exercises"]]
         rows.append(f"| {part['folder'][0]} | {link(first, 'index.ipynb', part['title'])} | {part['can']} | {len(lessons)} | {hours:.0f} h "
                     f"| {len(todo)}, {sum(todo)/60:.0f} h |")
-    others = [f"**{part['title']}** ({part['folder']}/), to {part['can']}: " + ", ".join(link(p, "index.ipynb", p["title"]) for p in part["page"]) + "."
-              for part in parts if not part["folder"][0].isdigit()]
+    others = []
+    for part in parts:   # many pages that nobody reads one after the other: a click opens their list
+        if part["folder"][0].isdigit(): continue
+        told = f"<b>{part['title']}</b> ({part['folder']}/), to {part['can']}: {len(part['page'])} pages"
+        listed = ", ".join(link(p, "index.ipynb", p["title"]) for p in part["page"]) + "."
+        others += [f"<details><summary>{told}</summary>", listed, "</details>"]
     return "\n".join(["| part | title | afterwards you can | pages | reading | exercises |", "|---|---|---|---|---|---|", *rows]) + "\n\n" + "\n\n".join(others)
 
 
