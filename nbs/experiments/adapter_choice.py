@@ -19,7 +19,9 @@ so that all three rules scale by two at rank 16; `variants` at rank 16; `methods
 quantization survive training: a base that is not quantized, NF4 with double quantization filled by searched scales, by scales searched
 for the inputs, by error feedback, with the scales of absmax or of the weighted search learned (`learned`, `learned-search`: 64 steps on
 four rows of 512 tokens of the prose, from token 40,960 on, at 3e-3, rounded in the end), and adapters that begin with what plain NF4 has lost, as a matrix (LoftQ, one round) or in outputs;
-`types`, the same adapters on bases rounded to other formats.
+`types`, the same adapters on bases rounded to other formats; `formats`, on the other steps of part 6: rotated blocks, BOF4-S and levels
+that FP8 holds, the mixture of 2 to 16 bits that `mixed_bits.json` has chosen at four, LoftQ with five rounds, and the closed form on a
+base filled by error feedback.
 
 Rules, written before any run:
 
@@ -39,7 +41,7 @@ Rules, written before any run:
      is below 0.5 (PEFT's numbers; three blocks, seven layers each). Arms differ in it, or in prose, when the 95 % t interval of
      the five paired differences leaves out zero.
 """
-import argparse, gc, heapq, json, math, multiprocessing, os, statistics, tempfile, threading, time, traceback
+import argparse, functools, gc, heapq, json, math, multiprocessing, os, statistics, tempfile, threading, time, traceback
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +56,7 @@ from qlora_nb.base.targets import match_targets
 from qlora_nb.beyond.allocation import look, random_ranks, ranks_within, spectrum, water_fill
 from qlora_nb.beyond.error_feedback import feedback_quantize
 from qlora_nb.beyond.learned_scales import learn_scales
+from qlora_nb.beyond.mixed_bits import round_bits
 from qlora_nb.beyond.scale_search import put_weight, search_quantize
 from qlora_nb.beyond.variants import lora_ga, lorafa_gradient
 from qlora_nb.beyond.which_error import input_moments
@@ -66,12 +69,13 @@ from qlora_nb.speed.cuda_graphs import capture
 from qlora_nb.speed.dequantized import dequantized_weight, four_bit_layers
 from qlora_nb.training import tickets
 from qlora_nb.training.data import collate, encode_rows
-from finer import read
+from finer import codebooks, read, rotated
 from seeds import score, set_words_aside
 
 FILLED = "search", "weighted", "feedback", "learned", "learned-search"   # NF4 with double quantization, its scales and codes found in another way
 CALIBRATION = 32768, 2048   # first token of the prose, tokens
 LEARN = 40960, 64*512       # the same, of what scales are learned from
+MIXED = Path(__file__).parents[1]/"results"/"mixed_bits.json"   # of scales_and_bits.py
 GROUPS = dict(
     ranks={f"lora-{r}": dict(r=r) for r in (16, 1, 64, 4, 256)},
     finer={"lora-16bit": dict(r=16, base="none"), **{k: dict(r=16, base=k) for k in FILLED}, **{k: dict(r=16, start=k) for k in ("loftq", "closed")}},
@@ -79,6 +83,8 @@ GROUPS = dict(
               "pissa": dict(r=16, start="pissa"), "lora-ga": dict(r=16, start="lora-ga"), "bf16": dict(r=16, dtype="bfloat16")},
     scalings={f"alpha32-{r}": dict(r=r, alpha=32) for r in (1, 64)} | {f"rslora-{r}": dict(r=r, alpha=8, use_rslora=True) for r in (1, 64)},
     methods={"full": dict(r=0, base="all weights")},
+    formats={**{k: dict(r=16, base=k) for k in ("rotated", "bof4s", "e4m3", "mixed")}, "loftq-5": dict(r=16, start="loftq-5"),
+             "feedback-closed": dict(r=16, base="feedback", start="closed")},
     types={f"{t}{'+dq'*d}": dict(r=16, base=t, double=d) for t, d in
            [("nf4", False), ("nf4", True), ("fp4", False), ("int4", False), ("int8", False)]})
 ARMS = {k: v for o in GROUPS.values() for k, v in o.items()}
@@ -99,6 +105,17 @@ def sizes(model, targets="all-linear"):
 def spectra_of(sums, what):
     "`spectrum` of each layer."
     return {n: spectrum(M, what) for n, M in sums.items()}
+
+
+@functools.cache
+def roundings():
+    "{base: (name of a layer, weight) → what stands in its place}, of the group `formats`."
+    books, mixed = codebooks(), json.loads(MIXED.read_text(encoding="utf-8"))
+    best = next(r for r in mixed["allocations"] if (r["way"], r["budget"], r["options"]) == ("best by unquantized", 4, "all"))
+    bits = {n: 16 if b == "g" else int(b) for n, b in zip(mixed["names"], best["bits"])}
+    of = {"bof4s": "bof4s 64", "e4m3": "nf4 on e4m3 64"}
+    return {"rotated": lambda n, W: rotated(W, None), "mixed": lambda n, W: round_bits(W, bits[n]),
+            **{k: lambda n, W, f=books[v][1]: f(W, None) for k, v in of.items()}}
 
 
 def rank_pattern(kind, budget, cost, spectra, draw=0):
@@ -137,7 +154,9 @@ class Worker:
             elif kind[0] == "all weights": model = self.load(device=self.device, bits=None, dtype=torch.float32)
             else:
                 model = self.load(device=self.device, bits=None, dtype=torch.float32)
-                if kind[0] != "none": round_weights(model, kind[0], 64, kind[1])
+                if kind[0] in roundings():
+                    for n in sizes(model): model.get_submodule(n).weight.data = roundings()[kind[0]](n, model.get_submodule(n).weight.data)
+                elif kind[0] != "none": round_weights(model, kind[0], 64, kind[1])
                 model = model.to(dtype)
             if kind[0] == "all weights": return model
             if self.device == "cuda": keep_wide(model)
@@ -254,12 +273,17 @@ def adapted(w, model, task):
             A.data.copy_(a), B.data.copy_(b)
         elif start:   # A and B begin as directions of W or of its gradient, and what is left of W is quantized
             W = w.wide()[n].to(A.device)
-            if start == "pissa": a, b = w.strongest(task["r"], s)[n]
-            else: a, b = lora_ga(grads[n], task["r"])
-            A.data.copy_(a), B.data.copy_(b)
             old, q = m.base_layer.weight, m.base_layer.weight.quant_state
+            def pack(a, b): return quantize(W.float() - s*b.to(W.device) @ a.to(W.device), q.quant_type, q.blocksize, q.nested)
+            a, b = torch.zeros_like(A), torch.zeros_like(B)
+            for _ in range(5*(start == "loftq-5")):   # the adapter holds what Q has lost, Q is made of what the adapter leaves
+                Q = pack(a, b)
+                a, b = lost_parts(W.float() - Q.dequantize(), None, task["r"], s)
+            if start == "pissa": a, b = w.strongest(task["r"], s)[n]
+            elif start == "lora-ga": a, b = lora_ga(grads[n], task["r"])
+            A.data.copy_(a), B.data.copy_(b)
             undo.append((m.base_layer, old.data.clone(), q.absmax.clone(), q.state2.absmax.clone(), q.offset.clone()))
-            put_weight(m.base_layer, quantize(W - s*B.data @ A.data, q.quant_type, q.blocksize, q.nested))
+            put_weight(m.base_layer, Q if start == "loftq-5" else pack(A.data, B.data))
     if undo and w.device == "cuda": keep_wide(model)
     if task.get("dtype"):
         for p in model.parameters():

@@ -173,7 +173,7 @@ def best_rate(rows, codes, double):
 
 # ---- mixed bits ----
 
-def letters(bits): return "".join(f"{b:x}" if b < 16 else "g" for b in bits.values())
+def letters(bits): return "".join(f"{b:x}" if b < 16 else "g" for b in bits.values())   # in the order of `names`
 
 
 def bits(trial, kept, save, only):

@@ -94,7 +94,7 @@ def best_bits(cost:dict, size:dict, budget:float) -> dict:   # As for `greedy_bi
     for (n, options), pick in zip([*cost.items()][::-1], chosen[::-1]):
         bits[n] = [*options][pick[room]]
         room -= bits[n]*size[n]//unit
-    return bits
+    return {n: bits[n] for n in cost}   # in the order of `cost`
 
 # %% ../../nbs/6_beyond/68_mixed_bits.ipynb #random68
 def random_bits(options, size:dict, budget:float, seed:int) -> dict:   # {name: bits}
