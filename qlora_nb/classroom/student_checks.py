@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'RIGHT', 'SO_FAR', 'SOLUTION', 'OF', 'WIDTH', 'IMPORT', 'OPEN', 'CLOSE', 'HEADS', 'praise', 'constants',
-           'kinds_of', 'opening', 'in_words', 'pieces', 'wrapped', 'breaks', 'literals', 'split_literal', 'folded',
-           'reads', 'makes', 'student_check']
+           'kinds_of', 'opening', 'in_words', 'cut_before', 'pieces', 'below', 'wrapped', 'place_of', 'breaks',
+           'literals', 'split_literal', 'best_break', 'folded', 'reads', 'makes', 'student_check']
 
 # %% ../../nbs/classroom/student_checks.ipynb #5c000003
 import ast, contextlib, io, math, re, textwrap, tokenize
@@ -55,11 +55,9 @@ def opening(kinds:dict, given:dict) -> str:   # As `kinds_of` gives them
     line = f"with answered({', '.join([*told, f'given={given!r}'] if given else told)}):"
     if len(line) <= WIDTH: return line
     words = ", ".join(told).replace("'a ", "'a\xa0")    # a kind stays whole
-    lines = textwrap.wrap(words, WIDTH - 15)
-    if given:
-        shown = pformat(given, width=WIDTH - 22, sort_dicts=False).replace("\n", "\n" + " "*6)
-        lines = [*lines[:-1], f"{lines[-1]},", *f"given={shown}".split("\n")]
-    body = "\n".join(lines).replace("\n", "\n" + " "*14)
+    shown = pformat(given, width=WIDTH - 22, sort_dicts=False).replace("\n", "\n" + " "*6)
+    more = f",\ngiven={shown}" if given else ""
+    body = ("\n".join(textwrap.wrap(words, WIDTH - 15)) + more).replace("\n", "\n" + " "*14)
     return f"with answered({body}):".replace("\xa0", " ")
 
 # %% ../../nbs/classroom/student_checks.ipynb #5c000013
@@ -73,19 +71,21 @@ def in_words(check:str, kinds:dict, given:dict) -> str:  # As `kinds_of` gives t
     end = ["print(" + "\n".join(lines[at:]) + ")"] if lines[at:] else []
     return "\n".join([IMPORT, opening(kinds, given), body, *end])
 
+# %% ../../nbs/classroom/student_checks.ipynb #5c000016-a
+def cut_before(text:str, room:int) -> int:   # 0: nowhere
+    "Where a text may be cut so that its first part fits: behind a space that is not in braces."
+    spaces = [i for i, o in enumerate(text[:room]) if o == " "]
+    return max((i + 1 for i in spaces if text[:i].count("{") == text[:i].count("}")), default=0)
+
 # %% ../../nbs/classroom/student_checks.ipynb #5c000016
 def pieces(literal:str, room:int) -> list:
     "A string in its quotes as several, one after another, each at most `room` wide if it can be."
-    m = re.fullmatch(r"(f?)([\"'])(.*)\2", literal, re.S)
-    if not m: return [literal]
+    if not (m := re.fullmatch(r"(f?)([\"'])(.*)\2", literal, re.S)): return [literal]
     f, quote, rest = m.groups()
     made, room = [], room - len(f) - 2
-    while len(rest) > room:
-        outside = [i for i, o in enumerate(rest[:room]) if o == " "
-                   and rest[:i].count("{") == rest[:i].count("}")]
-        if not outside: break
-        made.append(rest[:outside[-1] + 1])
-        rest = rest[outside[-1] + 1:]
+    while len(rest) > room and (n := cut_before(rest, room)):
+        made.append(rest[:n])
+        rest = rest[n:]
     return [(f if "{" in o else "") + quote + o + quote for o in [*made, rest] if o]
 
 # %% ../../nbs/classroom/student_checks.ipynb #5c000018-a
@@ -99,6 +99,16 @@ def _too_wide(o, lines:list):   # A statement of a tree → (its text, the line'
     if not isinstance(text, (ast.Constant, ast.JoinedStr)): return
     if line[text.end_col_offset:] in (b"", b")"): return text, line
 
+# %% ../../nbs/classroom/student_checks.ipynb #5c000018-c
+def below(line:bytes, text) -> list:   # `text`: a node of the tree, the message in this line
+    "Lines in place of one: its head, and the pieces of its message below."
+    parts = line[:text.col_offset], line[text.col_offset:text.end_col_offset]
+    head, literal = (t.decode() for t in parts)
+    margin = " "*(len(head) - len(head.lstrip()) + 4)
+    opens = head.rstrip() + ("" if head.endswith("(") else " (" if head.strip() else "(")
+    *made, last = [margin + p for p in pieces(literal, WIDTH - len(margin) - 1)]
+    return [opens, *made, last + ")"]
+
 # %% ../../nbs/classroom/student_checks.ipynb #5c000018
 def wrapped(code:str) -> str:
     "The same code, long messages of `assert` and a long last line on lines of their own."
@@ -106,36 +116,33 @@ def wrapped(code:str) -> str:
     for o in sorted(ast.walk(ast.parse(code)), key=lambda o: -getattr(o, "lineno", 0)):
         if not (found := _too_wide(o, lines)): continue
         text, line = found
-        parts = line[:text.col_offset], line[text.col_offset:text.end_col_offset]
-        head, literal = (t.decode() for t in parts)
-        margin = " "*(len(head) - len(head.lstrip()) + 4)
-        made = [margin + p for p in pieces(literal, WIDTH - len(margin) - 1)]
-        opens = head.rstrip() + ("" if head.endswith("(") else " (" if head.strip() else "(")
-        lines[o.lineno - 1:o.lineno] = [opens, *made]
-        lines[o.lineno - 1 + len(made)] += ")"
+        lines[o.lineno - 1:o.lineno] = below(line, text)
     return "\n".join(lines)
 
-# %% ../../nbs/classroom/student_checks.ipynb #5c000031
+# %% ../../nbs/classroom/student_checks.ipynb #5c000031-a
 OPEN, CLOSE, HEADS = "([{", ")]}", "def for while if elif else try except with".split()
 
+def place_of(o, line:str, stack:list, row:int) -> tuple|None:   # `stack`: brackets that are open
+    "(depth, column, margin of what goes on) where a token is a place to break its line."
+    at, end, margin = o.start[1], o.end[1], len(line) - len(line.lstrip())
+    inside = stack[-1][1] if stack and stack[-1][0] == row else margin
+    word = o.type == tokenize.OP or o.string in ("and", "or", "for", "if", "else")
+    if o.type == tokenize.COMMENT: return -1, at, margin
+    if o.string and o.string in OPEN: return len(stack) + .5, end, margin + 4
+    if stack and o.string == ",": return len(stack), end, inside
+    if stack and word and line[at - 1:at] == " ": return len(stack), at, inside
+    if not stack and o.string == ":" and line.split()[0].rstrip(":") in HEADS:
+        return 0, end, margin + 4
+
+# %% ../../nbs/classroom/student_checks.ipynb #5c000031
 def breaks(code:str, row:int) -> list:  # Of (depth, column, margin of what goes on)
     "Where a line of the code may be broken."
     line, stack, found = code.split("\n")[row], [], []
-    margin = len(line) - len(line.lstrip())
     for o in tokenize.generate_tokens(io.StringIO(code).readline):
-        here, at, opens = o.start[0] - 1 == row, o.start[1], o.string and o.string in OPEN
         if o.string and o.string in CLOSE and stack: stack.pop()
-        if opens: stack.append((o.start[0] - 1, o.end[1]))
-        if not here: continue
-        inside = stack[-1][1] if stack and stack[-1][0] == row else margin
-        word = o.type == tokenize.OP or o.string in ("and", "or", "for", "if", "else")
-        if o.type == tokenize.COMMENT: found.append((-1, at, margin))
-        elif opens: found.append((len(stack) + .5, o.end[1], margin + 4))
-        elif stack and o.string == ",": found.append((len(stack), o.end[1], inside))
-        elif stack and word and line[at - 1:at] == " ": found.append((len(stack), at, inside))
-        elif not stack and o.string == ":" and line.split()[0].rstrip(":") in HEADS:
-            found.append((0, o.end[1], margin + 4))
-    return found
+        if o.string and o.string in OPEN: stack.append((o.start[0] - 1, o.end[1]))
+        if o.start[0] - 1 == row: found.append(place_of(o, line, stack, row))
+    return [o for o in found if o]
 
 # %% ../../nbs/classroom/student_checks.ipynb #5c000034
 def literals(code:str, row:int) -> list:  # Of (first column, last column, depth of brackets)
@@ -164,21 +171,28 @@ def split_literal(code:str, row:int) -> list:  # Lines in place of one
         return made
     return [line]
 
+# %% ../../nbs/classroom/student_checks.ipynb #5c000032-a
+def best_break(code:str, row:int) -> tuple|None:   # (too wide after it?, depth, column, margin)
+    "The best place to break a line: what goes on fits, and is as far outside as possible."
+    line, found = code.split("\n")[row], []
+    for depth, at, margin in breaks(code, row) if len(line) > WIDTH else ():
+        if not line[at:].strip() or margin >= at: continue
+        if depth >= 0 and len(line[:at].rstrip()) > WIDTH: continue
+        wide = depth >= 0 and margin + len(line[at:].lstrip()) > WIDTH
+        found.append((wide, depth, -at, margin))
+    wide, depth, at, margin = min(found, default=(None,)*4)
+    return None if wide is None else (wide, depth, -at, margin)
+
 # %% ../../nbs/classroom/student_checks.ipynb #5c000032
 def folded(code:str) -> str:
     "The same code, lines that are too wide broken where that makes them narrower."
     lines, row = code.split("\n"), 0
     while row < len(lines):
-        line, text = lines[row], "\n".join(lines)
-        def wide(depth, at, margin): return depth >= 0 and margin + len(line[at:].lstrip()) > WIDTH
-        places = sorted((wide(depth, at, margin), depth, -at, margin) for depth, at, margin in
-                        (breaks(text, row) if len(line) > WIDTH else ())
-                        if line[at:].strip() and margin < at
-                        and (depth < 0 or len(line[:at].rstrip()) <= WIDTH))
-        made = split_literal(text, row)
-        if places and (not places[0][0] or len(made) == 1):
-            _, depth, at, margin = places[0]
-            made = [line[:-at].rstrip(), " "*margin + line[-at:].lstrip()]
+        text, line = "\n".join(lines), lines[row]
+        best, made = best_break(text, row), split_literal(text, row)
+        if best and (not best[0] or len(made) == 1):
+            _, depth, at, margin = best
+            made = [line[:at].rstrip(), " "*margin + line[at:].lstrip()]
             if depth < 0: made.reverse()
         lines[row:row + 1] = made
         row += 1

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_FILE', 'MOST_ANSWER', 'COPY', 'Unreadable', 'plain_file', 'code_of', 'mark_of', 'read_cells', 'names_in',
-           'without_magics', 'asked', 'in_exercises', 'find_answer', 'statement_for', 'listed', 'Submission',
-           'handed_in', 'names_of', 'page_of', 'read_one', 'notes_on', 'read_submissions']
+           'without_magics', 'asked', 'in_exercises', 'find_answer', 'statement_for', 'inside', 'no_notebook', 'listed',
+           'Submission', 'handed_in', 'names_of', 'best_of', 'page_of', 'read_one', 'notes_on', 'keep',
+           'read_submissions']
 
 # %% ../../nbs/classroom/submissions.ipynb #bf000004
 import ast, json, os, re, stat
@@ -58,7 +59,7 @@ def read_cells(path:Path) -> list:  # Of (id, grade id, code)
     return [(mark_of(c, "id"), mark_of(c, "metadata", "nbgrader", "grade_id"), code)
             for c in cells if (code := code_of(c)) is not None]
 
-# %% ../../nbs/classroom/submissions.ipynb #bf000013-a
+# %% ../../nbs/classroom/submissions.ipynb #bf000013-s
 def names_in(code:str) -> set:
     "What a cell defines; nothing where it is no Python."
     try: return {*defined(code)[0]}
@@ -68,6 +69,7 @@ def without_magics(code:str) -> str:
     "Code without what only Jupyter reads: %time, !ls, torch.add?"
     return re.sub(r"^(\s*)([%!?].*|[\w.]+\?{1,2} *)$", r"\1pass", code, flags=re.M)
 
+# %% ../../nbs/classroom/submissions.ipynb #bf000013-a
 def asked(ex) -> set:
     "The names that an exercise asks for."
     return names_in(ex.solution) & reads(ex.check)
@@ -102,6 +104,26 @@ def statement_for(cells:list, name:str) -> str|None:
             for o in reversed(ast.parse(without_magics(code)).body):
                 if binds(o): return ast.unparse(o)
 
+# %% ../../nbs/classroom/submissions.ipynb #bf000016-a
+def inside(folder:Path) -> list:
+    "What is in a folder. Raises `QLoRAError` where it cannot be read."
+    try: return sorted(folder.iterdir())
+    except OSError as e:
+        raise QLoRAError(f"the folder cannot be read ({e.strerror}).", str(folder),
+                         "Unpack it, and give its folder." if folder.suffix == ".zip" else
+                         "Give the folder with the submissions.") from e
+
+# %% ../../nbs/classroom/submissions.ipynb #bf000016-b
+def no_notebook(path:Path, depth:int) -> str|None:   # None: a notebook, or a folder to look into
+    "Why a path is no submission, at this depth below the folder."
+    if path.is_symlink(): return "is a link"
+    if path.is_dir():
+        if depth > 1: return "is a folder too deep inside"
+        try: return None if any(path.iterdir()) else "is empty"
+        except OSError as e: return f"cannot be read ({e.strerror})"
+    if path.suffix == ".ipynb": return None
+    return "is an archive: unpack it" if path.suffix == ".zip" else "is no notebook"
+
 # %% ../../nbs/classroom/submissions.ipynb #bf000016
 def listed(folder:Path) -> tuple:  # [(student, path)], [(path, why not)]
     "FOLDER/<student>/<page>.ipynb, also one folder deeper, and FOLDER/<student>.ipynb."
@@ -109,25 +131,13 @@ def listed(folder:Path) -> tuple:  # [(student, path)], [(path, why not)]
     def look(path, student, depth):
         if path.name.startswith((".", "__MACOSX")): return
         if student and path.name == "timestamp.txt": return
-        if path.is_symlink(): problems.append((path, "is a link"))
-        elif path.is_dir() and depth > 1: problems.append((path, "is a folder too deep inside"))
-        elif path.is_dir():
-            try: inside = sorted(path.iterdir())
-            except OSError as e: return problems.append((path, f"cannot be read ({e.strerror})"))
-            if not inside: problems.append((path, "is empty"))
-            for o in inside: look(o, student or path.name, depth + 1)
-        elif path.suffix == ".ipynb": files.append((student or path.stem, path))
-        elif path.suffix == ".zip": problems.append((path, "is an archive: unpack it"))
-        else: problems.append((path, "is no notebook"))
-    try: inside = sorted(folder.iterdir())
-    except OSError as e:
-        raise QLoRAError(f"the folder cannot be read ({e.strerror}).", str(folder),
-                         "Unpack it, and give its folder." if folder.suffix == ".zip" else
-                         "Give the folder with the submissions.") from e
-    for o in inside: look(o, None, 0)
+        if why := no_notebook(path, depth): return problems.append((path, why))
+        if not path.is_dir(): return files.append((student or path.stem, path))
+        for o in inside(path): look(o, student or path.name, depth + 1)
+    for o in inside(folder): look(o, None, 0)
     return files, problems
 
-# %% ../../nbs/classroom/submissions.ipynb #bf000018-a
+# %% ../../nbs/classroom/submissions.ipynb #bf000018-s
 @dataclass
 class Submission:
     "A notebook that can be graded."
@@ -138,13 +148,14 @@ class Submission:
     answers:dict   # {slug: code or None}
     cells:list     # As `read_cells` gives them
 
+# %% ../../nbs/classroom/submissions.ipynb #bf000018-a
 def handed_in(path:Path) -> datetime:
     "When: as nbgrader's `timestamp.txt` beside it says, or the file's own time."
     with suppress(OSError, Unreadable, ValueError):
         return datetime.fromisoformat(plain_file(path.with_name("timestamp.txt")).decode()[:19])
     return datetime.fromtimestamp(path.lstat().st_mtime)
 
-# %% ../../nbs/classroom/submissions.ipynb #bf000018-b
+# %% ../../nbs/classroom/submissions.ipynb #bf000018-n
 COPY = re.compile(r"^copy of | copy( \d+)?$|-copy\d+$|[ -]?\(\d+\)$|[ -]\d+$", re.I)
 
 def names_of(path:Path) -> list:
@@ -152,6 +163,14 @@ def names_of(path:Path) -> list:
     own = CANVAS.sub("", MOODLE.sub("", path.stem, count=1), count=1)
     return [path.stem, COPY.sub("", path.stem), own, COPY.sub("", own)]
 
+# %% ../../nbs/classroom/submissions.ipynb #bf000018-m
+def best_of(pages:dict, known, least:int) -> list:   # Names of pages; [] where none shares enough
+    "The pages most of whose exercises are known, `least` of them or more."
+    shared = {name: sum(map(known, exercises)) for name, exercises in pages.items()}
+    most = max(shared.values(), default=0)
+    return [o for o, n in shared.items() if n == most] if most >= least else []
+
+# %% ../../nbs/classroom/submissions.ipynb #bf000018-b
 def page_of(path:Path, cells:list, pages:dict) -> str|None:  # {name: exercises}
     "The page of a notebook: by its name, by its exercises' ids, or by what they define."
     for name in names_of(path):
@@ -160,13 +179,12 @@ def page_of(path:Path, cells:list, pages:dict) -> str|None:  # {name: exercises}
     names = [names_in(without_magics(o)) for *_, o in cells if len(o) <= MOST_ANSWER]
     def by_id(ex): return bool({ex.slug, f"ex-{ex.slug}-answer"} & marks)
     def by_name(ex): return any((asked(ex) or {None}) <= o for o in names)
-    left, found = [*pages], False
-    for least, known in ((1, by_id), (2, by_name)):
-        shared = {name: sum(map(known, pages[name])) for name in left}
-        if (most := max(shared.values(), default=0)) < least: continue
-        left, found = [o for o in left if shared[o] == most], True
-        if len(left) == 1: return left[0]
-    if found: raise Unreadable(f"fits {left[0]} and {left[1]}: name the file like its page")
+    found = best_of(pages, by_id, 1)
+    if len(found) != 1:
+        found = best_of({o: pages[o] for o in found or pages}, by_name, 2) or found
+    if not found: return None
+    if len(found) == 1: return found[0]
+    raise Unreadable(f"fits {found[0]} and {found[1]}: name the file like its page")
 
 # %% ../../nbs/classroom/submissions.ipynb #bf000018
 def read_one(student:str, path:Path, pages:dict) -> Submission:
@@ -179,7 +197,7 @@ def read_one(student:str, path:Path, pages:dict) -> Submission:
         raise Unreadable(f"has an answer of more than {MOST_ANSWER:,} letters")
     return Submission(student, page, path, handed_in(path), answers, cells)
 
-# %% ../../nbs/classroom/submissions.ipynb #bf000020
+# %% ../../nbs/classroom/submissions.ipynb #bf000020-n
 def notes_on(sub:Submission, folder:Path, roster:dict) -> list:
     "What a person should know of a submission that is graded."
     notes, path = [], sub.path
@@ -189,6 +207,17 @@ def notes_on(sub:Submission, folder:Path, roster:dict) -> list:
     if roster and sub.student not in roster: notes.append(f"{sub.student} is not on the roster")
     return [(path, o) for o in notes]
 
+# %% ../../nbs/classroom/submissions.ipynb #bf000020-k
+def keep(found:dict, one:Submission) -> list:   # Of {(student, page): submission}, changed in place
+    "Keep the submission that counts, and note the other one."
+    key, problems = (one.student, one.page), []
+    if other := found.get(key):
+        first, one = sorted((one, other), key=lambda o: (o.path.stem == o.page, o.when))
+        problems = [(first.path, f"is not graded: {one.path.name} is there too")]
+    found[key] = one
+    return problems
+
+# %% ../../nbs/classroom/submissions.ipynb #bf000020
 def read_submissions(folder:str|Path,
                      pages:dict,      # {name: list of `Exercise`}
                      roster:dict={}   # Tells whose a file from Canvas or Moodle is
@@ -198,12 +227,7 @@ def read_submissions(folder:str|Path,
     files, problems = listed(folder)
     for student, path in files:
         try: one = read_one(student_of(student, roster), path, pages)
-        except Unreadable as e:
-            problems.append((path, str(e)))
-            continue
-        if other := found.get((one.student, one.page)):
-            first, one = sorted((one, other), key=lambda o: (o.path.stem == o.page, o.when))
-            problems.append((first.path, f"is not graded: {one.path.name} is there too"))
-        found[one.student, one.page] = one
+        except Unreadable as e: problems.append((path, str(e)))
+        else: problems += keep(found, one)
     for o in found.values(): problems += notes_on(o, folder, roster)
     return [*found.values()], problems
