@@ -254,6 +254,9 @@ def odd_files(folder, root):
     (folder/"odd_odd_cells/toy.ipynb").write_text(json.dumps(dict(cells=cells)), encoding="utf-8")
     with open(folder/"odd_large/toy.ipynb", "wb") as f: f.truncate(1 << 34)
     write(folder/"odd_no_exercise/holiday.ipynb", new_code_cell("1 + 1"))
+    write(folder/"odd_blank/toy.ipynb", *handed_in("\n"*150_000 + GOOD, GOOD_COUNT))     # each takes minutes, where it is read
+    write(folder/"odd_dots/toy.ipynb", *handed_in("import a" + ".b"*70_000, GOOD_COUNT))
+    write(folder/"odd_letters/toy.ipynb", *good, *(new_code_cell("a="*9000 + "1") for _ in range(12)))
     (folder/"odd_link").mkdir()
     (folder/"odd_link/toy.ipynb").symlink_to(folder/"student00/toy.ipynb")
     (folder/"odd_folder_link").symlink_to(folder/"student00")
