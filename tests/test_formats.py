@@ -12,11 +12,12 @@ from transformers.utils import chat_template_utils
 
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.training.data import (answer_of, as_messages, digest, encode, encode_prompt, encode_rows, is_large, load_rows,
-                           make_tickets, map_rows, shorten)
+                           make_tickets, map_rows, numbered, shorten)
 from qlora_nb.base.mapped import Mapped
 from qlora_nb.base.model_files import load_tokenizer, tiny_model
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.training.chat_templates import render
+from qlora_nb.training.schedule import name_rows, source_of, told_of
 
 datasets.disable_progress_bars()
 def lines(*rows): return "\n".join(map(json.dumps, rows))
@@ -24,6 +25,7 @@ def chat(*turns): return dict(messages=[dict(role=r, content=c) for r, c in turn
 def share(*turns, **more): return dict(conversations=[{"from": r, "value": c} for r, c in turns], **more)
 
 HI = chat(("user", "Hi"), ("assistant", "Hello"))
+PAIR = dict(prompt="Hi", response="Hello")
 SYSTEM_HI = chat(("system", "s"), ("user", "Hi"), ("assistant", "Hello"))
 
 
@@ -453,6 +455,23 @@ def test_a_template_that_forgets_is_refused(tok):
     assert taught(encode(HI, dressed(tok, FORGETS)), tok) == "Hello<|im_end|>"
     shouts = dressed(tok, tok.chat_template.replace("message['content']", "(message['content'] if message['role'] == 'assistant' else message['content']|upper)"))
     assert taught(encode(dict(system="be brief", prompt="hi", response="Hello"), shouts), tok) == "Hello<|im_end|>", "rewritten is not lost"
+
+
+def test_rows_of_several_files_name_theirs(tok, tmp_path):
+    "The same from lists and from tables on the disk; a number alone would mean a row in each of them."
+    files = [tmp_path/o for o in ("a.jsonl", "b.jsonl")]
+    for o in files: o.write_text(lines(PAIR, PAIR | dict(response="word "*99 if o == files[1] else "Hello"), PAIR | dict(response="<|im_end|>")) + "\n", encoding="utf-8")
+    a, b = files
+    rows, same = load_rows([a, (b, 2)]), dict(template="auto", max_length=64)
+    said = [f"2 of 9 rows are longer than max_length=64 tokens: 2 left out, the first is row 2 of {b}.", f"control tokens within the text (3 rows, the first is row 3 of {a}"]
+    for of in (rows, load_rows([a, (b, 2)], large=True)):
+        with pytest.warns(UserWarning) as caught: examples = encode_rows(of, tok, **same)
+        assert all(any(o in str(w.message) for w in caught) for o in said) and examples.report["first"] == {"dropped": 2}
+    assert [str(o["number"]) for o in numbered(encode_rows(rows[:4], tok), rows, [2, 4])] == [f"2 of {a}", f"1 of {b}"]
+    assert name_rows([0], [dict(row=6)], rows).startswith(f"rows 3 of {b} (")
+    assert source_of([a, (b, .5)]) == f"{a}, {b}"
+    with pytest.raises(QLoRAError) as e, told_of(source_of([a, b])): encode_rows(rows, tok, max_length=64, long="error")
+    assert str(e.value).startswith(f"{b}, row 2: the example has")
 
 
 def test_a_template_from_a_file(tok, tmp_path):

@@ -18,8 +18,8 @@ from ..base.arguments import check_flags
 from ..base.errors import QLoRAError
 from ..base.mapped import Mapped
 from ..base.mapped_rows import _as_row, map_rows
-from ..base.notes import (FATES, TEXT, Examples, Notes, Row, length_report, number_of,
-                                 place_of, say_column, say_text, table_report)
+from ..base.notes import (FATES, TEXT, Examples, Notes, Row, earlier, length_report,
+                                 number_of, place_of, say_column, say_text, table_report)
 from ..base.readers import read_rows
 from ..base.rows import EXPECTED, check_rows
 from ..base.sources import Source, is_mixture, mix, rows_given
@@ -177,7 +177,7 @@ def encode_rows(rows:list,             # From `load_rows`
         number = number_of(row, i)
         if example: examples.append(example), numbers.append(i)
         for k, v in _notes(row, example, fate, tokenizer, control).items(): notes.add(k, number, v)
-        if fate != "kept": first[fate] = min(number, first.get(fate, number))
+        if fate != "kept": first[fate] = earlier(first.get(fate, number), number)
         count[fate] += 1
         longest, turns = max(longest, n), max(turns, _turns(row))
     examples.report = length_report(count, first, longest, max_length, turns)
@@ -206,8 +206,8 @@ def _encode_batch(batch, places, **how):
     rows = (_as_row(dict(zip(batch, o))) for o in zip(*batch.values()))
     for i, row, example, fate, size in _each(zip((i + 1 for i in places), rows), **how):
         said = "\n".join(TEXT + k for k in _notes(row, example, fate, how["tokenizer"], control))
-        more = dict(row=i, number=row.number, fate=FATES.index(fate), size=size,
-                    turns=_turns(row), said=said)
+        more = dict(row=i, number=row.number, source=row.source, fate=FATES.index(fate),
+                    size=size, turns=_turns(row), said=said)
         out.append((example or dict(input_ids=[], labels=[])) | more)
     return {k: [o[k] for o in out] for k in out[0]}
 
@@ -215,8 +215,8 @@ def _encode_batch(batch, places, **how):
 def _columns():
     "The columns of the table of examples, and their types."
     from datasets import Features, Sequence, Value
-    ids, number = Sequence(Value("int32")), Value("int32")
-    return Features(dict(input_ids=ids, labels=ids, said=Value("string"))
+    ids, number, text = Sequence(Value("int32")), Value("int32"), Value("string")
+    return Features(dict(input_ids=ids, labels=ids, said=text, source=text)
                     | dict.fromkeys("row number fate size turns".split(), number))
 
 # %% ../../nbs/2_training/19_data.ipynb #18ffc087

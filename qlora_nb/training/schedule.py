@@ -23,7 +23,7 @@ from ..base.mapped import all_but, count, take, whereabouts
 from .adapter_options import with_config
 from .data import encode_rows, load_rows, numbered
 from .end_tokens import check_answers, check_ids, check_labels, end_ids
-from ..base.sources import OPTIONS, shared_options
+from ..base.sources import OPTIONS, is_mixture, shared_options
 from ..base.targets import split_names
 from .settings import (FIXED, FREE, Settings, check_settings, plain,
                                         refuse_unknown)
@@ -56,6 +56,9 @@ def rows_seen(steps:int, n:int, batch_size:int, accumulation:int=1) -> int:
 # %% ../../nbs/2_training/26_schedule.ipynb #9cd20e9f
 def source_of(data) -> str:  # What was given to `load_rows`
     "What messages call the data."
+    if is_mixture(data):
+        several = [o[0] if isinstance(o, (tuple, list)) else o for o in data]
+        return ", ".join(dict.fromkeys(map(source_of, several)))
     named = str(data) if isinstance(data, (str, Path)) else "the rows given"
     return getattr(data, "source", "") or named
 
@@ -203,7 +206,9 @@ def told_of(source:str):  # A file, or "eval_data"
         warnings.simplefilter("always")
         try: yield
         except QLoRAError as e:
-            known = source in (e.where or "")   # rows that come from a file know it themselves
+            # rows that come from a file know it themselves
+            own = (e.where or "").partition(", row ")[0]
+            known = source in own or own in source.split(", ")
             raise QLoRAError(e.what, e.where if known
                              else ", ".join(filter(None, [source, e.where])), e.cure) from e
     for w in caught:
