@@ -4,6 +4,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from sphinx.domains.python import PythonDomain
 from sphinx.highlighting import PygmentsBridge
 from sphinx.search.en import SearchEnglish
 
@@ -74,6 +75,17 @@ def get_lexer(self, source, lang, *how, **more):
 PygmentsBridge.get_formatter, PygmentsBridge.get_lexer = get_formatter, get_lexer
 
 
+def of_one_document(app, doctree):
+    "A reference is parsed as a document in the page's, whose nodes would take all that Sphinx knows into the file of each page."
+    for o in doctree.findall():
+        if o.document is not doctree: o.document = doctree
+
+
+def found_once(app, env):
+    "Once all is read: for a type in a signature, the names of all objects would be gone through at each place."
+    PythonDomain.find_obj = cache(PythonDomain.find_obj)
+
+
 def page_language(app, pagename, templatename, context, doctree):
     if pagename.startswith("zh/"): context["language"] = "zh-Hans"
 
@@ -83,4 +95,6 @@ def setup(app):
     app.extensions["sphinx_multitoc_numbering"].parallel_read_safe = True
     app.connect("autodoc-process-docstring", docments_of)
     app.connect("html-page-context", page_language)
+    app.connect("doctree-read", of_one_document)
+    app.connect("env-updated", found_once)
     return dict(parallel_read_safe=True, parallel_write_safe=True)
