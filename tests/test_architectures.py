@@ -239,6 +239,19 @@ def test_an_nf4_folder_computes_in_the_type_asked_for(theirs, ours, double, fold
     assert (a - b).norm() < (1e-5 if ours == torch.float32 else .02)*b.norm()
 
 
+def test_an_nf4_folder_whose_head_is_in_4_bits_too(folders, tmp_path):
+    "It is written out: losses are computed from its weight, in chunks."
+    from qlora_nb.speed.logits import own_loss, why_own_loss
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["nothing"])
+    with quiet():
+        theirs = AutoModelForCausalLM.from_pretrained(folders("qwen3"), dtype=torch.float32, quantization_config=how)
+        theirs.save_pretrained(tmp_path)
+    packed, model = theirs.get_output_embeddings().weight, load_model(tmp_path, device="cpu", dtype=torch.float32)
+    assert packed.dtype == torch.uint8 and type(model.get_output_embeddings()) is torch.nn.Linear and why_own_loss(model) is None
+    with torch.no_grad(): loss = theirs.train()(input_ids=IDS, labels=IDS).loss
+    assert abs(own_loss(model, dict(input_ids=IDS, labels=IDS)) - loss) < 1e-5*loss
+
+
 @pytest.mark.parametrize("ours", [torch.float16, torch.float32])
 def test_an_nf4_folder_whose_bytes_are_stored_as_bfloat16_is_the_same_model(ours, folders, tmp_path):
     "As FSDP wants them (bnb_4bit_quant_storage): codes are not numbers, and no change of type may touch them."

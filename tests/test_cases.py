@@ -172,10 +172,16 @@ def misshapen(folder):
     from safetensors.torch import load_file, save_file
     tensors = load_file(file := folder/"model.safetensors")
     save_file(tensors | {"model.layers.0.mlp.up_proj.weight": torch.zeros(3, 64)}, file, metadata={"format": "pt"})
+def as_codes(folder):   # as LLM.int8() stores them, in a folder whose config has lost that
+    import torch
+    from safetensors.torch import load_file, save_file
+    tensors = load_file(file := folder/"model.safetensors")
+    codes = {k: (v*100).round().to(torch.int8) for k, v in tensors.items() if "_proj" in k}
+    save_file(tensors | codes, file, metadata={"format": "pt"})
 
-@pytest.mark.parametrize("harm, said", [
-    (torn("model.safetensors", 5000), "A file of the model is missing or not whole: fetch it again."), (torn("model.safetensors", 0), "this is no safetensors file, or not a whole one."),
-    (misshapen, "model.layers.0.mlp.up_proj: the file has 3 x 64 weights for a layer of 256 x 64.")], ids=["cut off", "empty", "of another size"])
+@pytest.mark.parametrize("harm, said", [(as_codes, "model.layers.0.mlp.down_proj.weight is stored as I8, as codes, and config.json does not say of what."),
+    (torn("model.safetensors", 5000), "A file is missing or not whole: fetch it again, or run git lfs pull in a clone."), (torn("model.safetensors", 0), "this is no safetensors file, or not a whole one."),
+    (misshapen, "model.layers.0.mlp.up_proj: the file has 3 x 64 weights for a layer of 256 x 64.")], ids=["codes", "cut off", "empty", "of another size"])
 def test_bases_that_are_not_whole(harm, said, base, tmp_path):
     shutil.copytree(base, tmp_path/"base"), harm(tmp_path/"base")
     with pytest.raises(QLoRAError, match=re.escape(said)): finetune(tmp_path/"base", ROWS, tmp_path/"run", max_steps=1, **QUIET)
@@ -202,6 +208,25 @@ OTHERS = {
     "a file of PyTorch's": (an_older_file, "adapter_model.bin is not read: load it by PEFT, and save it again."),
     "the base of another machine": (configured(base_model_name_or_path="/content/base"), "the base of this adapter is not on this machine: /content/base. Say where it is: base=..."),
 }
+
+def test_a_base_whose_config_asks_for_tuples(base, tmp_path):
+    "return_dict=false, as older scripts have it: transformers' own code fails with it."
+    from qlora_nb.foundations.loading import load_model
+    shutil.copytree(base, tmp_path/"base")
+    config = json.loads((tmp_path/"base"/"config.json").read_text(encoding="utf-8"))
+    (tmp_path/"base"/"config.json").write_text(json.dumps(config | dict(return_dict=False)), encoding="utf-8")
+    assert load_model(tmp_path/"base", device="cpu").config.return_dict
+
+
+def test_an_adapter_that_began_orthogonal_is_as_good_as_any(run, tmp_path):
+    "PEFT would begin it in the type of a packed weight; what it begins with is overwritten by the file."
+    from qlora_nb.training.saved_adapters import load_adapter
+    shutil.copytree(run.folder/"adapter", tmp_path/"adapter"), configured(init_lora_weights="orthogonal")(tmp_path/"adapter")
+    model = load_adapter(tmp_path/"adapter", device="cpu").model
+    mine = dict(run.model.named_parameters())
+    for n, p in model.named_parameters():
+        if "lora_" in n: assert (p.data == mine[n].data).all(), n
+
 
 @pytest.mark.parametrize("case", OTHERS)
 def test_adapters_of_other_tools_and_machines(case, run, tmp_path):

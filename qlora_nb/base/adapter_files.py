@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'BROKEN', 'quantized', 'note_quantization', 'quantized_as', 'same_quantization', 'describe_adapter',
-           'read_json', 'open_tensors', 'matrix_names']
+           'read_json', 'open_tensors', 'matrix_names', 'values_follow', 'sizes_explained']
 
 # %% ../../nbs/base/adapter_files.ipynb #b6e84c0d
 import qlora_nb.base.core   # before PyTorch
-import json, math
+import contextlib, json, math
 from pathlib import Path
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .errors import QLoRAError
@@ -96,3 +97,26 @@ def matrix_names(folder:Path) -> set:  # Of an adapter
                 raise QLoRAError(f"the adapter holds numbers that are none, such as in {k}.",
                                  str(folder), "Take it from an earlier checkpoint of its run.")
         return {k for k in f.keys() if ".lora_" in k}
+
+# %% ../../nbs/base/adapter_files.ipynb #begun
+@contextlib.contextmanager
+def values_follow():
+    "Within this block PEFT begins no adapter with orthogonal matrices: its values are read next."
+    theirs, LoraLayer.orthogonal_init = LoraLayer.orthogonal_init, lambda *args: None
+    try: yield
+    finally: LoraLayer.orthogonal_init = theirs
+
+# %% ../../nbs/base/adapter_files.ipynb #13fcd2d5
+@contextlib.contextmanager
+def sizes_explained(folder):
+    "Turn PEFT's error about a matrix of another size, or any other, into one of a sentence."
+    try: yield
+    except (AttributeError, KeyError, TypeError) as e:
+        raise QLoRAError(f"PEFT cannot put this adapter on the model ({type(e).__name__}: {e}).",
+                         str(folder), "Compare its adapter_config.json with its weights.") from e
+    except RuntimeError as e:
+        if "size mismatch" not in str(e): raise
+        why = str(e).split("size mismatch for ")[1].splitlines()[0].rstrip(".")
+        raise QLoRAError(f"the adapter holds a matrix of another size than the base ({why}).",
+                         str(folder),
+                         "Give the base with a table of that size: base=... (--model).") from e

@@ -162,10 +162,12 @@ def hub_cure(e, first:str) -> str:   # An error, and its first line
     if re.search("connect|time.?out|resolve|offline", first, re.I):   # of the network
         return "Check the network, or use a local folder or 'smollm2', which need none."
     if "surrogates" in first: return "This locale has no such letters: set PYTHONUTF8=1."
-    if "mismatched_sizes" in first or isinstance(e, (KeyError, TypeError, RuntimeError)):
+    ours = AttributeError, KeyError, TypeError, RuntimeError
+    if "mismatched_sizes" in first or isinstance(e, ours):
         return "Its config.json is not that of its weights."
     if isinstance(e, SafetensorError) or re.search(r"-\d+-of-\d+\.safetensors", first):
-        return "A file of the model is missing or not whole: fetch it again."
+        return "A file is missing or not whole: fetch it again, or run git lfs pull in a clone."
+    if "adapter_model" in first: return "Move the adapter_config.json in it elsewhere."
     if "safetensors" in first:
         return "Only safetensors are read, no .bin, which can run code; parts need their index."
     if isinstance(e, ImportError): return "Install it, or take it out of its config.json."

@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from .errors import QLoRAError
 from .failures import go_on
-from .file_kinds import check_open
+from .file_kinds import check_open, model_heads
 from .core import Table
 
 # %% ../../nbs/base/runs.ipynb #449a5b5d
@@ -179,32 +179,13 @@ def open_run(folder:Path, settings:dict, resume:bool) -> bool:  # Does it begin 
                              str(folder), f"Use its config.yaml, or start a new run.{longer}")
         return False
 
-# %% ../../nbs/base/runs.ipynb #9eb6e6d8
-def _tensors(file):
-    "(name, type, shape, file, where its bytes begin, how many) of each tensor of a file."
-    with open(file, "rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        try: head = json.loads(f.read(size))
-        except (ValueError, OverflowError, MemoryError) as e:   # of UTF-8 too
-            raise QLoRAError("this is no safetensors file, or not a whole one.", str(file),
-                             "Fetch it again.") from e
-    for name, o in head.items():
-        if name == "__metadata__": continue
-        start, end = o["data_offsets"]
-        yield name, o["dtype"], o["shape"], file, 8 + size + start, end - start
-
 # %% ../../nbs/base/runs.ipynb #005b34b0
 def content_id(place:str|Path,     # A folder with *.safetensors, or an id in the Hub's cache
                many:int=1000,      # Look into so many tensors at the most
                revision:str|None=None  # Of a Hub id
               ) -> str|None:       # Hexadecimal; None where there is nothing to look at
     "What a model is: a hash of its tensors' names and shapes, and of a few of their bytes."
-    if not os.path.isdir(place := os.path.expanduser(place)):
-        from huggingface_hub import snapshot_download
-        try: place = snapshot_download(str(place), revision=revision, local_files_only=True)
-        except (OSError, ValueError): return None   # not in the cache; not even an id
-    check_open(Path(place))
-    found = sorted(o for f in Path(place).glob("*.safetensors") for o in _tensors(f))
+    found = model_heads(place, revision)
     sha = hashlib.sha256(json.dumps([o[:3] for o in found]).encode())
     for _, _, _, file, start, size in found[::len(found)//many + 1]:
         with open(file, "rb") as f:

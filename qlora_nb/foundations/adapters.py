@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'as_named', 'refused', 'adapted_layers', 'adapted_parameters', 'chosen_layers', 'short_names',
            'refuse_options', 'peft_explained', 'put_adapters', 'add_adapters', 'could_have', 'adapter_coverage',
-           'save_adapter', 'sizes_explained', 'names_known', 'read_by_peft', 'attach_adapter', 'read_adapter',
-           'tiny_qlora']
+           'save_adapter', 'names_known', 'read_by_peft', 'attach_adapter', 'read_adapter', 'tiny_qlora']
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #0e572188
 from ..base.core import Table
@@ -19,7 +18,8 @@ from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #d4e49a76
-from ..base.adapter_files import describe_adapter, matrix_names, same_quantization
+from ..base.adapter_files import (describe_adapter, matrix_names, same_quantization,
+                                         sizes_explained, values_follow)
 from ..base.errors import QLoRAError
 from ..base.model_files import tiny_model
 from ..base.nf4_config import quiet
@@ -99,7 +99,8 @@ def refuse_options(model, more:dict):   # Of LoraConfig
 def peft_explained():
     "Turn what PEFT refuses, such as PiSSA on a packed weight, into one sentence."
     try: yield
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RuntimeError) as e:
+        if "memory" in str(e): raise
         why = " ".join(str(e).split())[:200].rstrip(".")
         raise QLoRAError(f"PEFT cannot make such adapters here ({why}).") from e
 
@@ -172,21 +173,6 @@ def save_adapter(model,            # With adapters of either backend
         new.replace(folder)
     return folder
 
-# %% ../../nbs/1_foundations/09_adapters.ipynb #13fcd2d5
-@contextlib.contextmanager
-def sizes_explained(folder):
-    "Turn PEFT's error about a matrix of another size, or any other, into one of a sentence."
-    try: yield
-    except (AttributeError, KeyError, TypeError) as e:
-        raise QLoRAError(f"PEFT cannot put this adapter on the model ({type(e).__name__}: {e}).",
-                         str(folder), "Compare its adapter_config.json with its weights.") from e
-    except RuntimeError as e:
-        if "size mismatch" not in str(e): raise
-        why = str(e).split("size mismatch for ")[1].splitlines()[0].rstrip(".")
-        raise QLoRAError(f"the adapter holds a matrix of another size than the base ({why}).",
-                         str(folder),
-                         "Give the base with a table of that size: base=... (--model).") from e
-
 # %% ../../nbs/1_foundations/09_adapters.ipynb #0fb88bc9
 def names_known(model, keys) -> bool:
     "Does the model have these layers? Else their names are of an older version of transformers."
@@ -197,7 +183,8 @@ def names_known(model, keys) -> bool:
 def read_by_peft(model, folder, name, keys):   # As in `attach_adapter`; the names in the file
     "Let PEFT put an adapter from a file on a model."
     with (quiet(), as_named() if names_known(model, keys) else contextlib.nullcontext(),
-          stacks_as_parameters(model), sizes_explained(folder), warnings.catch_warnings()):
+          stacks_as_parameters(model), sizes_explained(folder), values_follow(),
+          warnings.catch_warnings()):
         warnings.filterwarnings("ignore", message=".*missing adapter keys.*")   # compared below
         if isinstance(model, PeftModel): model.load_adapter(folder, name)
         else: model = PeftModel.from_pretrained(model, folder, adapter_name=name)

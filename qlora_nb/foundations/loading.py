@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Audit', 'WIDE_SHARE', 'QUANTIZATIONS', 'refuse_wide', 'refuse_repacking', 'audit_4bit', 'bnb_kind',
            'disable_cpu_repacking', 'check_sizes', 'audited', 'quick_quantize', 'quick_codes', 'check_stored',
-           'scale_sum', 'noted', 'refuse_random', 'read_base', 'check_quantization', 'load_model']
+           'scale_sum', 'noted', 'read_base', 'check_quantization', 'load_model']
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #9eeb54c3
 import contextlib, math
@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from ..base.core import Table, cpu_kind, keep_memory, pick_device, pick_dtype
 from ..base.arguments import as_dtype, check_model
-from ..base.causal import check_causal, may_look_ahead, say_left_out
+from ..base.causal import check_causal, may_look_ahead, refuse_random, say_left_out
 from ..base.errors import QLoRAError
+from ..base.file_kinds import refuse_codes
 from ..base.model_files import causal_config, hub_errors, locate
 from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears, quiet,
                                       stored_as, whole_blocks)
@@ -157,22 +158,6 @@ def noted(model, name, revision, dtype):   # As in `load_model`
     model.qlora_nb_wide = {*wide}   # as the architecture has it, such as a router
     return model
 
-# %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-h
-def refuse_random(model, missing, name):   # `missing`: names that the files do not hold
-    "Raise `QLoRAError` where weights were not read, as a classifier's head: they would be random."
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise QLoRAError("an adapter lies in its folder, and would be a part of it.", str(name),
-                         "Move adapter_config.json and the adapter's weights elsewhere.")
-    head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
-    if missing and all(k.rpartition(".")[0] in head for k in missing):
-        was = ", ".join(model.config.architectures or ["another kind"])
-        raise QLoRAError(f"its files hold no output head: it was saved as {was}, and is no "
-                         "causal language model.", str(name), "Give one that is.")
-    if missing:
-        raise QLoRAError(f"its files lack {len(missing)} weights, such as {min(missing)}, which "
-                         "would be random.", str(name),
-                         "Fetch it again, or give it the config and names of its weights.")
-
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-r
 def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` and `max_memory`
               skip=()):   # Layers that are left wide
@@ -185,7 +170,9 @@ def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` a
             place, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
             output_loading_info=True, **where, **four)
     refuse_random(model, info["missing_keys"], name)
+    refuse_codes(place, revision, info["unexpected_keys"])
     say_left_out(info["unexpected_keys"], name)
+    for c in (model.config, model.config.get_text_config()): c.return_dict = True   # not tuples
     return as_it_is(model)
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #qways

@@ -200,7 +200,7 @@ def some_layers(model, keep:list) -> nn.Module:
     config = model.get_decoder().config
     for k, v in list(vars(config).items()):
         if _of_layers(v, len(layers)): setattr(config, k, [v[i] for i in keep])
-    config.num_hidden_layers = len(keep)
+    config.num_hidden_layers = config.num_hidden_layers*len(keep)//len(layers)
     return model
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #08622b57

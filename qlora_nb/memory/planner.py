@@ -67,8 +67,7 @@ def state_bytes(p:torch.Tensor, optim:str) -> int:
 
 # %% ../../nbs/3_memory/37_planner.ipynb #6771f3dc
 class MockChunkedLoss(torch.autograd.Function):
-    """Allocates what a chunked cross-entropy does (TRL's `_ChunkedLogProbFunction`), one tile and a
-    gradient in float32, and computes nothing."""
+    "Allocates what TRL's `_ChunkedLogProbFunction` does, one tile and a gradient in float32."
     @staticmethod
     def forward(ctx, h, n_vocab):
         ctx.h, ctx.tile = h, (min(len(h), 4096), min(n_vocab, 8192))
@@ -114,8 +113,7 @@ def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_mod
         ids = torch.empty(per_device_train_batch_size, max_length, dtype=torch.long)
         with Autocast(dtype): forward_loss(model.train(), ids, loss, ledger.mark).backward()
         ledger.mark("backward")
-        # √v of all parameters
-        workspace = [torch.empty_like(p) for p in trained] if "bit" not in optim else []
+        workspace = [torch.empty_like(p) for p in trained] if "bit" not in optim else []   # √v
         ledger.mark("optimizer")
         del workspace
     return parts, ledger.moments
@@ -206,10 +204,12 @@ def check_plan(method:str, optim:str, loss:str, **sizes):
 def _cannot(e, cfg, max_length) -> QLoRAError:
     "What to say of a step that fails without weights."
     why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+    if isinstance(e, NotImplementedError) or "expected device meta" in why:
+        why = "its code asks for the values of tensors, of which a plan has the shapes alone"
     cure = "Try method='lora' or another loss, or measure a step on a card."
-    known = getattr(cfg, "max_position_embeddings", getattr(cfg, "max_seq_len", None))
-    if known and max_length > known: cure = f"It has {known} positions: set max_length={known}."
-    return QLoRAError(f"a step of this architecture cannot be rehearsed without weights ({why}).",
+    known = getattr(cfg, "max_position_embeddings", getattr(cfg, "max_seq_len", None)) or 0
+    if 0 < known < max_length: cure = f"It has {known} positions: set max_length={known}."
+    return QLoRAError(f"a step of this architecture cannot be rehearsed without weights: {why}.",
                       cfg.model_type, cure)
 
 # %% ../../nbs/3_memory/37_planner.ipynb #d2b70aec

@@ -82,6 +82,7 @@ def head_logits(model, hidden:torch.Tensor) -> torch.Tensor:  # Of the decoder, 
 def is_matrix(head) -> bool:
     "Is this head a product with its weight, and nothing else?"
     if type(head) is torch.nn.Linear: return True
+    if not head.weight.is_floating_point(): return False   # it is packed
     x = torch.linspace(-1, 1, 2*head.weight.shape[1], device=head.weight.device,
                        dtype=head.weight.dtype).view(2, -1)
     own, matrix = head(x).float(), F.linear(x, head.weight, getattr(head, "bias", None)).float()
