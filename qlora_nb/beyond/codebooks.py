@@ -31,23 +31,24 @@ def equal_use(block_size:int=64) -> torch.Tensor:   # (16,) ascending
     x = normal_blocks(block_size)[0].sort().values
     return x[((torch.arange(16) + .5)/16*len(x)).long()]
 
+# %% ../../nbs/6_beyond/64_codebooks.ipynb #spans64
+def _spans(x, v):   # Sorted numbers, levels → the first number of each level, and one past its last
+    ends = torch.searchsorted(x, (v[1:] + v[:-1])/2)
+    return torch.cat([ends.new_zeros(1), ends]), torch.cat([ends, ends.new_tensor([len(x)])])
+
 # %% ../../nbs/6_beyond/64_codebooks.ipynb #fit64
-def fit_codebook(x:torch.Tensor,      # (n,) scaled weights, -1 to 1
-                 cost:torch.Tensor,   # (n,) what an error of each costs
+def fit_codebook(x:torch.Tensor, cost:torch.Tensor,   # (n,) scaled weights; what an error costs
                  start:torch.Tensor,  # (k,) levels to start from
                  fixed=(-1., 0., 1.), # Levels of `start` that stay
                  absolute:bool=False, # Least |error|, and not least squared error?
                  rounds:int=300) -> torch.Tensor:   # (k,) ascending
     "Lloyd-Max: each level moves to the mean (or median) of the numbers nearest to it."
     x, order = x.sort()
-    c = cost[order].double()
+    c, v = cost[order].double(), start.sort().values.clone()
     mass, moment = (torch.cat([c.new_zeros(1), o.cumsum(0)]) for o in (c, c*x))
-    v = start.sort().values.clone()
     free = (v[:, None] - torch.tensor(fixed)).abs().amin(1) > 1e-6
     for _ in range(rounds):
-        ends = torch.searchsorted(x, (v[1:] + v[:-1])/2)
-        a = torch.cat([ends.new_zeros(1), ends])
-        b = torch.cat([ends, ends.new_tensor([len(x)])])
+        a, b = _spans(x, v)
         if absolute:
             half = torch.searchsorted(mass, (mass[a] + mass[b])/2)
             middle = x[(half - 1).clamp(0, len(x) - 1)]

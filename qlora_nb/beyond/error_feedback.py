@@ -32,8 +32,7 @@ def _round_group(part, S, code, u):   # (rounded, errors); changes `part`
 # %% ../../nbs/6_beyond/65_error_feedback.ipynb #feed65
 def feedback_codes(W:torch.Tensor,       # (N, K), K in whole blocks
                    H:torch.Tensor,       # (K, K), as of `input_moments`
-                   scales:torch.Tensor,  # (blocks,) as they are stored
-                   code:torch.Tensor,    # (k,) levels
+                   scales:torch.Tensor, code:torch.Tensor,   # (blocks,) as stored; (k,) levels
                    block_size:int=64, damp:float=.01) -> torch.Tensor:   # (N, K) float32
     """Round column by column, largest inputs first; later columns make good what earlier ones
     have lost (GPTQ). Raises `QLoRAError` where a block would span two rows."""

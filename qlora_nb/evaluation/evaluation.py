@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Scores', 'CHOSE', 'NONE_HELD_OUT', 'NOT_WANTED', 'PLACES', 'answer_rows', 'evaluate', 'before_after', 'side_by_side',
            'as_text', 'hold_out_numbers', 'hold_out', 'rows_to_score', 'run_facts', 'adapter_bytes', 'Report',
-           'score_run', 'as_asked', 'finetune_and_evaluate']
+           'score_run', 'as_asked', 'job_info', 'finetune_and_evaluate']
 
-# %% ../../nbs/5_evaluation/54_evaluation.ipynb #a97b341a
+# %% ../../nbs/5_evaluation/54_evaluation.ipynb #a97b341a-a
 import time, warnings
 from collections import namedtuple
 from pathlib import Path
@@ -17,6 +17,8 @@ from ..base.core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
 from .scores import exact_match, field_scores
 from ..training.data import answer_of, encode_prompt, load_rows
 from ..speed.dequantized import dequantized
+
+# %% ../../nbs/5_evaluation/54_evaluation.ipynb #a97b341a
 from ..using.inference import generate
 from .intervals import interval, paired_interval
 from ..base.mapped import Mapped, all_but
@@ -67,16 +69,13 @@ def _scores(answers, golds, ended, sums, counts):   # from the answers and from 
                   len(golds), answers, means["stop_rate"], ranges, per_row)
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #414ee9ea
-def evaluate(model, tokenizer,
-             rows:list,              # Held-out rows of `load_rows`
-             template:str="auto",    # As in training
-             max_length:int=512, long:str="drop",  # As in training
+def evaluate(model, tokenizer, rows:list,   # Held-out rows of `load_rows`
+             template:str="auto", max_length:int=512, long:str="drop",  # As in training
              batch_size:int=64, progress:bool=False) -> Scores:   # Prompts at a time; show a bar?
     "Greedy answers to `rows`: exact match, each field, the loss on the right answers, their ends."
-    rows = fit_rows(rows, tokenizer, template, max_length, long)
+    rows, ended = fit_rows(rows, tokenizer, template, max_length, long), []
     if not rows:
         raise QLoRAError("no row to evaluate on is left.", cure="Give rows that fit max_length.")
-    ended = []
     with dequantized(model):
         marks = mark_rows(model, tokenizer, rows, template, max_length)
         answers = answer_rows(model, tokenizer, rows, template, batch_size, progress, ended, marks)
@@ -218,6 +217,14 @@ def as_asked(settings:dict) -> dict:
     "What `config.yaml` holds of the settings: all but where a run lies and how it is watched."
     return {k: v for k, v in settings.items() if k not in PLACES}
 
+# %% ../../nbs/5_evaluation/54_evaluation.ipynb #job54i
+def job_info(run, before, after, **more) -> dict:
+    "What `run.json` holds of the whole job."
+    return run.info | more | dict(
+        before=before and before._asdict(), after=after and after._asdict(),
+        model_bytes=model_bytes(run.model) - adapter_bytes(run.model),
+        peak_memory_gb=round(peak_memory(run.model.device)/1e9, 3))
+
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #d8d8c4a1
 def finetune_and_evaluate(data="tickets",     # See `load_rows`
                           eval_data=None,     # To evaluate on while training, as in `finetune`
@@ -239,11 +246,8 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
     run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress,
                    test_data=None if len(out) or not held else held, **settings)
     held, before, after, why = score_run(run, held, progress and rank() == 0)
-    info = run.info | dict(data=source if isinstance(data, (str, Path)) else "rows",
-                           eval_rows=len(held), not_evaluated=why if eval_rows else NOT_WANTED,
-                           before=before and before._asdict(), after=after and after._asdict(),
-                           model_bytes=model_bytes(run.model) - adapter_bytes(run.model),
-                           total_seconds=round(time.perf_counter() - start, 2),
-                           peak_memory_gb=round(peak_memory(run.model.device)/1e9, 3))
+    info = job_info(run, before, after, data=source if isinstance(data, (str, Path)) else "rows",
+                    eval_rows=len(held), not_evaluated=why if eval_rows else NOT_WANTED,
+                    total_seconds=round(time.perf_counter() - start, 2))
     write_once(run.folder/"run.json", info, when_trained(run.folder))
     return Report(run, before, after, held, info)

@@ -20,12 +20,9 @@ def prose() -> str:
     return "\n".join(topics.values())
 
 # %% ../../nbs/5_evaluation/55_perplexity.ipynb #ade07e12
-def windows(n:int,       # Tokens of the text
-            window:int,  # Tokens that the model sees at once
-            stride:int   # Tokens from one window to the next
-           ) -> list:    # (begin, end, first token that is scored)
-    """Where the windows lie. Each token is scored in the first window that holds it and anything
-    before it."""
+def windows(n:int, window:int, stride:int   # Tokens of the text, of a window, from one to the next
+           ) -> list:                       # (begin, end, first token that is scored)
+    "The windows of a text. A token is scored in the first one that holds it and any before it."
     if not 0 < stride <= window:
         raise QLoRAError(f"a stride of {stride} leaves gaps between windows of {window}.",
                          cure="Choose 1 to window.")
@@ -33,10 +30,10 @@ def windows(n:int,       # Tokens of the text
     for begin in range(0, n, stride):
         end = min(begin + window, n)
         if max(done, begin + 1) < end: out.append((begin, end, max(done, begin + 1)))
-        if (done := end) == n: return out
+        if (done := end) == n: break
     return out
 
-# %% ../../nbs/5_evaluation/55_perplexity.ipynb #head55a
+# %% ../../nbs/5_evaluation/55_perplexity.ipynb #head55a-a
 def _same_length(places, batch_size):
     "Batches of windows, all of one length within each."
     for k in range(0, len(places), batch_size):
@@ -44,11 +41,18 @@ def _same_length(places, batch_size):
         for size in dict.fromkeys(e - b for b, e, _ in some):
             yield [o for o in some if o[1] - o[0] == size]
 
+# %% ../../nbs/5_evaluation/55_perplexity.ipynb #head55a
 def _losses(model, hidden, b, e, first, row):   # `hidden` is None where the head is not plain
     at = torch.arange(first-b-1, e-b-1, device=row.device)   # they predict `first` to `e`
     logits = (own_logits(model, dict(input_ids=row[None]), at)[0] if hidden is None
               else head_logits(model, hidden[at]))
     return F.cross_entropy(logits.float(), row[first-b:], reduction="none").cpu()
+
+def _read(model, group, ids, plain):   # Windows of one length
+    rows = torch.stack([ids[b:e] for b, e, _ in group]).to(model.device)
+    hidden = (model.get_decoder()(input_ids=rows, use_cache=False)[0] if plain
+              else [None]*len(rows))
+    return [_losses(model, *o) for o in zip(hidden, *zip(*group), rows)]
 
 # %% ../../nbs/5_evaluation/55_perplexity.ipynb #adab19e8
 @torch.no_grad()
@@ -57,15 +61,11 @@ def token_losses(model, ids:torch.Tensor,   # (n,) token ids
                  batch_size:int=4, progress:bool=False) -> torch.Tensor:   # (scored tokens,) nats
     "The loss of each token of a text. The model is left in eval mode."
     model.eval()
-    places, losses, plain = windows(len(ids), window, stride or window), [], plain_head(model)
+    places, plain = windows(len(ids), window, stride or window), plain_head(model)
     if not places: raise QLoRAError("the text is too short.", cure="Give at least two tokens.")
-    groups = [*_same_length(places, batch_size)]
-    for group in tqdm(groups, desc="reading", disable=not progress, unit="batch", leave=False):
-        rows = torch.stack([ids[b:e] for b, e, _ in group]).to(model.device)
-        hidden = (model.get_decoder()(input_ids=rows, use_cache=False)[0] if plain
-                  else [None]*len(rows))
-        losses += [_losses(model, *o) for o in zip(hidden, *zip(*group), rows)]
-    return torch.cat(losses)
+    bar = tqdm([*_same_length(places, batch_size)], desc="reading", disable=not progress,
+               unit="batch", leave=False)
+    return torch.cat([o for group in bar for o in _read(model, group, ids, plain)])
 
 # %% ../../nbs/5_evaluation/55_perplexity.ipynb #fe4c059b
 def perplexity(model, tokenizer, text:str, window:int=512, stride:int|None=None,
