@@ -132,22 +132,27 @@ def _check_rest(row, used, texts, note, others={}):   # `others`: what else is u
                  f"it is not needed, name the columns that are: {way}")
         note(noted_as(k, v), v)
 
-# %% ../../nbs/base/rows.ipynb #e3886523
-def read_row(row, shape, note) -> dict:
-    "One row in one of two shapes. Raises `QLoRAError` without a place."
+# %% ../../nbs/base/rows.ipynb #used_row
+def _used(row, shape):   # (fields that are read, {place: field} beside question and answer, tools)
     chat = shape in CHATS
-    out = (_chat if chat else _pair)(row, shape, note)
-    if "messages" in out: out = dict(messages=read_messages(out["messages"], note))
     tools = next((k for k in ("tools", "functions") if not is_empty(row.get(k))), None)
-    if tools: out["tools"] = read_tools(row[tools])
     kinds = ["system"] if chat or joined(*map(row.get, shape.split("/"))) else [*FIELDS][2:]
     used = [*shape.split("/"), *([None] if chat else []), tools,
             *(k for o in kinds for k in FIELDS[o])]
+    others = {o: k for o in kinds for k in FIELDS[o]
+              if k not in used[:2] and not is_empty(row.get(k))}
+    return used, others, tools
+
+# %% ../../nbs/base/rows.ipynb #e3886523
+def read_row(row, shape, note) -> dict:
+    "One row in one of two shapes. Raises `QLoRAError` without a place."
+    out = (_chat if shape in CHATS else _pair)(row, shape, note)
+    if "messages" in out: out = dict(messages=read_messages(out["messages"], note))
+    used, others, tools = _used(row, shape)
+    if tools: out["tools"] = read_tools(row[tools])
     def piece(o): return isinstance(o, str) and o.strip() and o.strip().lower() not in NOTHING
     texts = ([o["content"] for o in out["messages"]] if "messages" in out   # or as they came
              else [o for k in used if piece(o := row.get(k))])
-    others = {o: k for o in kinds for k in FIELDS[o]
-              if k not in used[:2] and not is_empty(row.get(k))}
     _check_rest(row, used, texts, note, others)
     return {k: v for k, v in out.items() if v}
 
@@ -179,13 +184,9 @@ def _with_system(out, system):
     return Row(out, messages=[dict(role="system", content=system), *out["messages"]])
 
 # %% ../../nbs/base/rows.ipynb #0ade1955
-def check_row(row,                     # As read
-              shape:str|None,          # Of the first row, by `shape_of`; None when it has none
-              where:str="",            # The file and the row, for the message
-              columns:dict|None=None,  # From our names to those of the columns
-              system:str|None=None,    # A system prompt for rows without one
-              note=lambda k, v: None   # Called with each field that is not used, and its value
-             ) -> Row:                 # `prompt`, `response`, perhaps `system`; or `messages`
+def check_row(row, shape:str|None, where:str="",   # As read; of row 1, or None; file and row
+              columns:dict|None=None, system:str|None=None,   # As in `check_rows`
+              note=lambda k, v: None) -> Row:   # Called with each field that is not used
     "Check one row and bring it into one of two shapes. Raises `QLoRAError`."
     try:
         if isinstance(row, QLoRAError): raise row
@@ -196,34 +197,33 @@ def check_row(row,                     # As read
         raise QLoRAError(e.what, where=where or e.where, cure=e.cure or SKIP) from e
     return _with_system(out, system) if system else Row(out)
 
+# %% ../../nbs/base/rows.ipynb #numbered
+def _numbered(row, i, name, notes, *how):   # `how`: of `check_row`
+    unused = []
+    row = check_row(row, *how, lambda k, v: unused.append((k, v)))
+    for k, v in unused: notes.add(k, i, v)   # of a row that was read, not of a broken one
+    row.number, row.source = i, name
+    return row
+
 # %% ../../nbs/base/rows.ipynb #0e6bc991
-def check_rows(rows:list,  # Dicts as read, or the errors that stand in the place of some
-               name:str,               # The file or data set, for the message
-               columns:dict|None=None, # From our names to those of the columns
-               system:str|None=None,   # A system prompt for rows without one
+def check_rows(rows:list, name:str,     # Dicts as read, or errors in their place; file or data set
+               columns:dict|None=None,  # From our names to those of the columns
+               system:str|None=None,    # A system prompt for rows without one
                skip_bad_rows:bool=False # Leave broken rows out, and say how many
-              ) -> list:               # Of `Row`s, each with its number in the file
+              ) -> list:                # Of `Row`s, each with its number in the file
     "Check every row and bring all into one of two shapes. Raises `QLoRAError` with its number."
     check_reading(columns, system)
     if not rows: raise QLoRAError("there are no rows.", where=name, cure=EXPECTED)
     shape, notes, bad, out = first_shape(rows, columns, skip_bad_rows), Notes(), Notes(), []
     for i, row in enumerate(rows, 1):
-        unused = []
-        try:
-            row = check_row(row, shape, f"{name}, row {i}", columns, system,
-                            lambda k, v: unused.append((k, v)))
+        how = shape, f"{name}, row {i}", columns, system
+        try: out.append(_numbered(row, i, name, notes, *how))
         except QLoRAError as e:
             if not skip_bad_rows: raise
             bad.add(e.what.rstrip("."), i)
-            continue
-        for k, v in unused: notes.add(k, i, v)
-        row.number, row.source = i, name
-        out.append(row)
     say_unused(notes, name, bad)
-    if not out:
-        raise QLoRAError(f"all {len(rows)} rows are broken: {bad.lines(str)[0]}.", where=name,
-                         cure=EXPECTED)
-    return out
+    if out: return out
+    raise QLoRAError(f"all {len(rows)} rows are broken: {bad.lines(str)[0]}.", name, EXPECTED)
 
 # %% ../../nbs/base/rows.ipynb #9f44c97c
 def first_shape(rows, columns=None, skip=False) -> str|None:
