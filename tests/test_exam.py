@@ -40,6 +40,12 @@ def test_files(tmp_path):
         with pytest.raises(QLoRAError, match="an exam of"): exam_notebook(1, n)
 
 
-@pytest.mark.parametrize("seed", ["../up", "a/b", "", "x"*300])
-def test_a_seed_that_is_no_file_name(tmp_path, seed):
-    with pytest.raises(QLoRAError, match="seed"): write_exam(seed, tmp_path)
+@pytest.mark.parametrize("seed", ["../up", "a/b", "x"*300])
+def test_the_class_is_not_told_the_seed(tmp_path, seed):
+    exam, solutions = write_exam(seed, tmp_path/"out", 1)
+    assert seed not in exam.read_text(encoding="utf-8") and exam.name == solutions.name and seed in solutions.read_text(encoding="utf-8")
+    assert {*tmp_path.iterdir()} == {tmp_path/"out"} and exam.parent.parent == tmp_path/"out"
+
+
+def test_an_empty_seed_is_refused(tmp_path):
+    with pytest.raises(QLoRAError, match="an empty seed"): write_exam("", tmp_path)

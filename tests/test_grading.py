@@ -42,6 +42,8 @@ SCALE_CHECK = """got = scale(torch.ones(3, dtype=torch.bfloat16), by=3)
 assert got.dtype == torch.bfloat16, f"The type should stay bfloat16, yours is {got.dtype}."
 assert got.tolist() == [3, 3, 3], f"scale multiplies: three times one is three, not {got.tolist()}."
 assert bits == 4.5, f"bits is 4.5, not {bits}."
+x = torch.arange(3.)
+assert torch.equal(scale(x), 2*x), "scale multiplies by two, if nothing else is said."
 ### BEGIN HIDDEN TESTS
 assert scale([1, 2]) == [1, 2, 1, 2], "a list is repeated."
 ### END HIDDEN TESTS"""
@@ -93,7 +95,8 @@ SCALES = [(GOOD, 3), ("import torch\nbits = 9/2\ndef scale(x, by=2):\n    return
           ("def scale(x, by=2) return x*by", 0), ("def scale(x, by=2): return x.float()*by\nbits = 4.5", 0)]
 COUNTS = [(GOOD_COUNT, 1), ("from collections import Counter\ndef count(rows): return dict(Counter(list(rows)))", 1), (None, 0),
           ("from collections import Counter\ndef count(rows): return Counter(list(rows))", 1),
-          ("def count(rows): return {k: rows.count(k) + 1 for k in rows}", 0), ("print('x'*10**6)\n" + GOOD_COUNT, 1)]
+          ("def count(rows): return {k: rows.count(k) + 1 for k in rows}", 0),
+          ("def count(rows):\n    rows.sort()\n    out = {}\n    while rows:\n        k = rows.pop()\n        out[k] = out.get(k, 0) + 1\n    return out", 1), ("print('x'*10**6)\n" + GOOD_COUNT, 1)]
 HONEST = {f"student{i:02d}": (SCALES[i % len(SCALES)], COUNTS[(i + i//9) % len(COUNTS)]) for i in range(30)}
 
 # ---- what hostile ones write. The first exercise is the attack, the second an honest answer ----
@@ -158,6 +161,7 @@ ATTACKS = dict(
     equals="class A:\n    def __eq__(self, o): return True\n    def tolist(self): return [3, 3, 3]\ndef scale(x, by=2): return A()\nbits = A()",
     liar="class A:\n    __class__ = float\n    def __eq__(self, o): return True\nbits = A()\ndef scale(x, by=2): return x*by",
     floats="class A(float):\n    def __eq__(self, o): return True\n    __hash__ = None\nbits = A(1)\ndef scale(x, by=2): return x*by",
+    empties="def scale(x, by=2):\n    return x.zero_() if hasattr(x, 'dtype') and x.dtype == torch.float32 else x*by\nbits = 4.5",
     reduces="class A:\n    def __reduce__(self): return print, ('x',)\ndef scale(x, by=2): return A()\nbits = 4.5",
     patches_torch="import torch\ntorch.equal = torch.allclose = torch.Tensor.__eq__ = lambda *a, **k: True\n"
                   "torch.Tensor.tolist = lambda t: [3, 3, 3]\ndef scale(x, by=2): return x\nbits = 4.5",
@@ -184,6 +188,7 @@ ATTACKS = dict(
     asserts="raise AssertionError('passed')",
     null="x = '\0'",
     nested="("*100_000,
+    dots="import a" + ".b"*70_000,     # Python itself takes minutes for it
     other_encoding="# -*- coding: rot13 -*-\nqrs fpnyr(k): cnff",
     surrogate="x = '\\ud800'\ndef scale(x, by=2): return '\\ud800'\nbits = 4.5",
     leaves_daemon="import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        while True: pass\n    os._exit(0)\nbits = 0",
@@ -254,8 +259,7 @@ def odd_files(folder, root):
     (folder/"odd_odd_cells/toy.ipynb").write_text(json.dumps(dict(cells=cells)), encoding="utf-8")
     with open(folder/"odd_large/toy.ipynb", "wb") as f: f.truncate(1 << 34)
     write(folder/"odd_no_exercise/holiday.ipynb", new_code_cell("1 + 1"))
-    write(folder/"odd_blank/toy.ipynb", *handed_in("\n"*150_000 + GOOD, GOOD_COUNT))     # each takes minutes, where it is read
-    write(folder/"odd_dots/toy.ipynb", *handed_in("import a" + ".b"*70_000, GOOD_COUNT))
+    write(folder/"fair_blank/toy.ipynb", *handed_in("\n"*150_000 + GOOD, GOOD_COUNT))    # takes minutes, where it is searched carelessly
     write(folder/"odd_letters/toy.ipynb", *good, *(new_code_cell("a="*9000 + "1") for _ in range(12)))
     (folder/"odd_link").mkdir()
     (folder/"odd_link/toy.ipynb").symlink_to(folder/"student00/toy.ipynb")
@@ -341,7 +345,7 @@ def test_every_odd_file_is_one_line(graded):
     assert not {o.student for o in graded["grades"].results} & {*odd} - {"odd_odd_cells"}
 
 
-@pytest.mark.parametrize("name", ["flat", "renamed", "grade_ids", "no_ids", "no_name", "duplicated", "no_checks", "helper", "below", "swapped", "nbgrader", "bom", "jupyter"])
+@pytest.mark.parametrize("name", ["flat", "renamed", "grade_ids", "no_ids", "no_name", "duplicated", "no_checks", "helper", "below", "swapped", "nbgrader", "bom", "jupyter", "blank"])
 def test_a_clumsy_file_gets_its_points(graded, name):
     assert points(graded, f"fair_{name}") == dict(scale=3, count=1), message(graded, f"fair_{name}")
 
@@ -404,9 +408,11 @@ def test_a_killed_grader_leaves_no_process(tmp_path):
             "print('ready', flush=True); check_answer(box, 'while True: pass', 'x = 1', '')")
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
     assert p.stdout.readline() == "ready\n"
-    time.sleep(.3)
-    family = psutil.Process(p.pid).children(recursive=True)
-    assert len(family) >= 4, family    # unshare, the page, and two forks with their watchers
+    family, end = [], time.monotonic() + 15      # a busy machine takes its time
+    while len(family) < 4 and time.monotonic() < end:    # unshare, the page, and two forks with their watchers
+        time.sleep(.1)
+        family = psutil.Process(p.pid).children(recursive=True)
+    assert len(family) >= 4, family
     p.kill(), p.wait()
     assert not psutil.wait_procs(family, timeout=10)[1]
     assert sum(1 for _ in tmp_path.rglob("*")) <= 1    # an empty folder, which a killed process cannot remove

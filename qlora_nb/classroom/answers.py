@@ -96,14 +96,15 @@ def error_in(got:dict, space:dict):
     raise again(str(o[0]), str(o[1]), space)
 
 # %% ../../nbs/classroom/answers.ipynb #03000018-a
-def stand_in(channel:Channel, name:str, space:dict):
+def stand_in(channel:Channel, name:str, space:dict, job:dict):   # Where a change is noted
     "A function that has its work done by the answer's process."
     def function(*args, **kwargs):
         rng = torch.get_rng_state()
         got = ask(channel, dict(call=name, args=list(args), kwargs=kwargs, rng=rng))
         error_in(got, space)
-        if isinstance(changed := got.get("changed"), dict):
-            for i, o in enumerate(args): put_back(o, changed.get(i))
+        if isinstance(changed := got.get("changed"), dict) and changed:
+            job["changed"] = True
+            for i, o in enumerate(() if job.get("by_value") else args): put_back(o, changed.get(i))
         try: torch.set_rng_state(got["rng"])
         except (KeyError, TypeError, RuntimeError): pass   # its loss, if it sends none
         return got.get("value")
@@ -120,7 +121,8 @@ def bind(job:dict, channel:Channel, space:dict):
         o = found.get(name) if isinstance(found, dict) else None
         if not isinstance(o, dict): raise AssertionError(f"{name} is not defined.")
         if "strange" in o: raise AssertionError(f"{name} is {o['strange']}.")
-        space[name] = stand_in(channel, name, space) if "function" in o else o.get("value")
+        is_function = "function" in o
+        space[name] = stand_in(channel, name, space, job) if is_function else o.get("value")
 
 # %% ../../nbs/classroom/answers.ipynb #03000020-a
 def failing_line(e:Exception, code:str) -> str:
@@ -152,4 +154,5 @@ def checker(verdict:Channel,  # Where the job comes from, and the verdict goes t
             channel:Channel,  # The answer
             space:dict):
     "Run a check on what the answer's process says."
-    verdict.send(verdict_of(verdict.recv(), channel, space) or dict(passed=True))
+    wrong = verdict_of(job := verdict.recv(), channel, space)
+    verdict.send(wrong or dict(passed=True, changed="changed" in job))

@@ -7,7 +7,7 @@ __all__ = ['MAIN', 'VERSIONS', 'OTHERS', 'notebooks', 'frozen', 'check_term', 'r
            'write_sheet', 'write_one', 'write_versions', 'build_course', 'course_parser', 'course_word', 'course_main']
 
 # %% ../../nbs/classroom/course.ipynb #kit00004
-import argparse, re, shutil, sys
+import argparse, re, secrets, shutil, sys
 from datetime import date
 from pathlib import Path
 import nbformat
@@ -150,7 +150,7 @@ def course_parser() -> argparse.ArgumentParser:
     add("--until", help="the date until which the release is supported, YYYY-MM-DD")
     add("--no-slides", action="store_true", help="notebooks only")
     add = word("exam", "draw an exam from a seed, its solutions apart", source=False)
-    add("--seed", required=True, help="another seed, another exam")
+    add("--seed", help="who knows it can draw the solutions (default: a new secret)")
     add("--questions", type=int, help="how many (default: all)")
     add("--out", default="exams", help="a folder (%(default)s)")
     add = word("site", "build the static site, offline")
@@ -170,7 +170,10 @@ def course_word(o:argparse.Namespace):   # Of `course_parser`
         print(build_site(o.out, o.source))
     elif o.word == "exam":
         from qlora_nb.classroom.exam import write_exam
-        print(*write_exam(o.seed, o.out, o.questions), sep="\n")
+        print(*write_exam(o.seed or secrets.token_hex(8), o.out, o.questions), sep="\n")
+        if o.seed and len(o.seed) < 10:
+            print(f"'{o.seed}' can be guessed, and the solutions drawn from it: give a longer seed, "
+                  "or none.")
 
 # %% ../../nbs/classroom/course.ipynb #kit_main
 def course_main(argv:list|None=None): # None: the options that the command was called with
