@@ -172,8 +172,8 @@ def course_word(o:argparse.Namespace):   # Of `course_parser`
         from qlora_nb.classroom.exam import write_exam
         print(*write_exam(o.seed or secrets.token_hex(8), o.out, o.questions), sep="\n")
         if o.seed and len(o.seed) < 10:
-            print(f"'{o.seed}' can be guessed, and the solutions drawn from it: give a longer seed, "
-                  "or none.")
+            print(f"'{o.seed}' can be guessed, and the solutions drawn from it: "
+                  "give a longer seed, or none.")
 
 # %% ../../nbs/classroom/course.ipynb #kit_main
 def course_main(argv:list|None=None): # None: the options that the command was called with
