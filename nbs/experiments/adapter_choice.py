@@ -7,10 +7,12 @@ and several processes share one GPU. Rows are written as they come in; a second 
 `--limit` seconds no new run is begun. The 64 held-out tickets of the main job are not looked at: as in `seeds.py`, the last words
 of each list make 256 tickets of their own. Prose is the Python reference, for what is forgotten.
 
-Four stages, each of which needs the ones before it:
+Stages, each of which needs the ones before it:
 
   bracket   each arm at rates half a power of ten apart, seed 0, until its best rate has a worse one on both sides
   seeds     each arm at its best rate, seeds 0 to 4; the seed fixes the rows' order, A and the batches, so arms are paired
+  same      arms whose best rate is another than that of LoRA of rank 16, at LoRA's: one seed has chosen their own, and at a high rate
+            runs differ more from seed to seed; for bases and formats only
   where     one kind of layer alone (leave one in) and all but one (leave one out), at the parameters of rank 8 on all layers
   allocate  the same budget by layer: uniform, random (three draws), by gradient spectra (water-filling), by input variance (EVA's)
 
@@ -155,7 +157,9 @@ class Worker:
             else:
                 model = self.load(device=self.device, bits=None, dtype=torch.float32)
                 if kind[0] in roundings():
-                    for n in sizes(model): model.get_submodule(n).weight.data = roundings()[kind[0]](n, model.get_submodule(n).weight.data)
+                    for n in sizes(model):
+                        W = model.get_submodule(n).weight
+                        W.data = roundings()[kind[0]](n, W.data.cpu()).to(W.device)
                 elif kind[0] != "none": round_weights(model, kind[0], 64, kind[1])
                 model = model.to(dtype)
             if kind[0] == "all weights": return model
@@ -567,6 +571,8 @@ def arm(rows, name, stages):
     print("best rate", name, lr, flush=True)
     if lr and "seeds" in stages:
         at_once([lambda s=s: rows.get("seeds", arm=name, seed=s, lr=lr, **ARMS[name]) for s in range(SEEDS)])
+    if lr and "same" in stages and (same := bracket(rows, "lora-16")) != lr:
+        at_once([lambda s=s: rows.get("same", arm=name, seed=s, lr=same, **ARMS[name]) for s in range(SEEDS)])
     return lr
 
 
