@@ -13,6 +13,7 @@ Stages, each of which needs the ones before it:
   seeds     each arm at its best rate, seeds 0 to 4; the seed fixes the rows' order, A and the batches, so arms are paired
   same      arms whose best rate is another than that of LoRA of rank 16, at LoRA's: one seed has chosen their own, and at a high rate
             runs differ more from seed to seed; for bases and formats only
+  again     arms at their best rate with five seeds that nothing was chosen by: one in twenty is told apart by chance
   where     one kind of layer alone (leave one in) and all but one (leave one out), at the parameters of rank 8 on all layers
   allocate  the same budget by layer: uniform, random (three draws), by gradient spectra (water-filling), by input variance (EVA's)
 
@@ -573,6 +574,8 @@ def arm(rows, name, stages):
         at_once([lambda s=s: rows.get("seeds", arm=name, seed=s, lr=lr, **ARMS[name]) for s in range(SEEDS)])
     if lr and "same" in stages and (same := bracket(rows, "lora-16")) != lr:
         at_once([lambda s=s: rows.get("same", arm=name, seed=s, lr=same, **ARMS[name]) for s in range(SEEDS)])
+    if lr and "again" in stages:
+        at_once([lambda s=s: rows.get("again", arm=f"again {name}", seed=s, lr=lr, **ARMS[name]) for s in range(SEEDS, 2*SEEDS)])
     return lr
 
 
