@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RunOptions', 'finetune_parser', 'ready_terminal', 'speaks', 'of_system', 'one_line_errors', 'finetune_options',
-           'finetune_main', 'say_answer', 'greet', 'chat_loop', 'chat_parser', 'load_plain', 'load_chat', 'chat_main',
-           'main']
+           'finetune_main', 'say_answer', 'greet', 'next_line', 'chat_loop', 'chat_parser', 'load_plain', 'load_chat',
+           'chat_main', 'main']
 
 # %% ../../nbs/apps/cli.ipynb #b8e00b65
 import argparse, contextlib, os, signal, sys, threading, time, warnings
@@ -152,17 +152,19 @@ def greet(notes:dict) -> bool:  # Is a conversation remembered?
     if "example" in notes: print(f"Trained on prompts such as:\n{notes['example']}")
     return remember
 
+# %% ../../nbs/apps/cli.ipynb #nextl
+def next_line() -> str:
+    "What is typed; `/exit` where the input ends."
+    try: return typed(input("\n> ").strip())   # it may be bytes that are not text
+    except (EOFError, KeyboardInterrupt): return print() or "/exit"
+
 # %% ../../nbs/apps/cli.ipynb #cf9ef3fe
 def chat_loop(model, tokenizer, notes:dict,  # Of `load_adapter`, or {} for a model as it is
-              system:str|None=None,          # A system prompt, as the rows of the training had
-              **how):                        # Of `stream`
+              system:str|None=None, **how):  # As the rows of the training had it; of `stream`
     "Read lines from the terminal and stream answers until /exit or the end of the input."
     remember = greet(notes)
     said = start = [dict(role="system", content=system)] if system else []
-    while True:
-        try: text = typed(input("\n> ").strip())   # it may be bytes that are not text
-        except (EOFError, KeyboardInterrupt): return print()
-        if text == "/exit": return
+    while (text := next_line()) != "/exit":
         if text == "/new" or not remember: said = start
         if text in ("", "/new"): continue
         said = [*said, dict(role="user", content=text.replace("\\n", "\n"))]
@@ -216,14 +218,12 @@ def load_chat(adapter, base, device, revision=None) -> tuple:  # (model, tokeniz
 def chat_main(argv:list|None=None):  # None: the options that the command was called with
     "Chat with an adapter on its base: the console command `qlora_chat`."
     o = vars(parse_once(p := chat_parser(), argv))
-    if folder := o.pop("folder"):
-        if o["adapter"]: p.error(f"{folder} and --adapter {o['adapter']}: give one of them")
-        o["adapter"] = folder
-    which = [*map(o.pop, ("adapter", "model", "device", "revision"))]
+    folder, adapter, *which = map(o.pop, ("folder", "adapter", "model", "device", "revision"))
+    if folder and adapter: p.error(f"{folder} and --adapter {adapter}: give one of them")
     with one_line_errors():
         from qlora_nb.using.sampling import check_sampling
         check_sampling(**{k: v for k, v in o.items() if k != "system"})   # before it loads a model
-        model, tokenizer, notes, name = load_chat(*which)
+        model, tokenizer, notes, name = load_chat(folder or adapter, *which)
         print(f"{name} on {model.device}")
         chat_loop(model, tokenizer, notes, **o)
 

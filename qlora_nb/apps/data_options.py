@@ -107,13 +107,14 @@ def _mapping(loader, node):
 
 _Texts.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
-# %% ../../nbs/apps/data_options.ipynb #cfg00004
+# %% ../../nbs/apps/data_options.ipynb #cfg00004-a
 def _reads(option, text:str) -> bool:
     "Is this text a value of an option, on the command line?"
     try: option.type(text)
     except (ValueError, argparse.ArgumentTypeError): return False
     return True
 
+# %% ../../nbs/apps/data_options.ipynb #cfg00004
 def _read_value(option, value):
     "A value of a file, read as on the command line. Raises `ValueError`: what it has to be."
     if value is None: return
@@ -126,32 +127,36 @@ def _read_value(option, value):
     if isinstance(value, (str, shape)) or option.nargs == "+" and texts: return value
     raise ValueError("text or a list of texts" if option.nargs == "+" else "text")
 
-# %% ../../nbs/apps/data_options.ipynb #cfg00005
-def read_config(p, file:str):   # The parser, and what `--config FILE` names
-    "Make what a file of options says the defaults of the parser."
+# %% ../../nbs/apps/data_options.ipynb #cfg5a
+def _options_in(p, file:str) -> dict:   # {name of an option: text, list or None}
     try: found = yaml.load(Path(file).expanduser().read_text(encoding="utf-8-sig"), _Texts)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         p.error(f"{file} cannot be read: {' '.join(str(e).split())}")
-    if not isinstance(found, dict) or any(not isinstance(k, str) for k in found):
-        p.error(f"{file} holds no options: write one `name: value` a line")
-    known = {o.dest: o for o in p._actions if o.dest not in ("help", "config")}
-    for k, v in found.items():
-        if k not in known: continue
-        try: found[k] = _read_value(known[k], v)
-        except ValueError as e: p.error(f"{file}: {k} is {v!r}, and has to be {e}")
+    if isinstance(found, dict) and all(isinstance(k, str) for k in found): return found
+    p.error(f"{file} holds no options: write one `name: value` a line")
+
+# %% ../../nbs/apps/data_options.ipynb #cfg00005
+def read_config(p, file:str):   # The parser, and what `--config FILE` names
+    "Make what a file of options says the defaults of the parser."
+    found, known = _options_in(p, file), {o.dest: o for o in p._actions}
+    for k in ("help", "config"): known.pop(k, None)
+    for k in [k for k in found if k in known]:
+        try: found[k] = _read_value(known[k], found[k])
+        except ValueError as e: p.error(f"{file}: {k} is {found[k]!r}, and has to be {e}")
     if not (unknown := [k for k in found if k not in known]):
         return p.set_defaults_with_config(**found)
     near = difflib.get_close_matches(unknown[0].replace("-", "_").lower(), known, 1)
     p.error(f"{file} names options that there are not: {', '.join(f'--{k}' for k in unknown)}"
             + "".join(f". Did you mean {o}?" for o in near))
 
-# %% ../../nbs/apps/data_options.ipynb #cfg00007
+# %% ../../nbs/apps/data_options.ipynb #cfg00007-a
 def _meant(p, word:str) -> str|None:   # The parser, and an option as it was typed
     "The name of the option that a word of a call means, if it is one."
     exact = {o.dest for o in p._actions if word in o.option_strings}
     near = {o.dest for o in p._actions for s in o.option_strings if s.startswith(word)}
     return (exact or near).pop() if len(exact or near) == 1 else None
 
+# %% ../../nbs/apps/data_options.ipynb #cfg00007
 def check_once(p, argv:list):   # The parser, and the words of a call
     "End with a complaint about an option that is there twice: the last one would win."
     words = [str(o).partition("=")[0] for o in argv]
