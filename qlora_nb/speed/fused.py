@@ -203,17 +203,16 @@ def _through(layer, name, x, eager):   # a call of the fused function
     return y
 
 # %% ../../nbs/7_speed/75_fused.ipynb #76e74b6b
-def fuse(layer,             # For which `why_not` is None; changed in place
+def fuse(layer,                 # For which `why_not` is None; changed in place
          fold:bool|None=None):  # Add the adapter to the weight; None: on a GPU
     "Let training go through `FusedLoRA`. `unfuse` undoes it."
     (name,), theirs = active_names(layer), layer.forward
     layer.fused, layer.fused_state = fused_parts(layer, fold), layer_state(layer)
     def forward(self, x, *args, **kwargs):
-        off = getattr(self, "disable_adapters", False) or self.merged
-        if off or not self.training or not torch.is_grad_enabled():
-            return theirs(x, *args, **kwargs)
+        own = getattr(self, "disable_adapters", False) or self.merged or not self.training
         eager = not torch.compiler.is_compiling()   # a compiled block asks `changed` itself
-        if eager and changed(self): return theirs(x, *args, **kwargs)
+        if own or not torch.is_grad_enabled() or eager and changed(self):
+            return theirs(x, *args, **kwargs)
         return _through(self, name, x, eager)
     layer.forward = types.MethodType(forward, layer)
 

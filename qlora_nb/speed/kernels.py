@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['triton', 'tl', 'choose', 'ptx', 'LOOK_UP', 'REGISTERS', 'bytes_moved', 'nf4_kernel', 'second_scales',
-           'dequantize_nf4', 'pick', 'byte_table', 'plus', 'gemv_kernel', 'check_row', 'multiply_nf4']
+           'dequantize_nf4', 'pick', 'byte_table', 'plus', 'gemv_kernel', 'check_row', 'share_of', 'table_of',
+           'multiply_nf4']
 
 # %% ../../nbs/7_speed/73_kernels.ipynb #6b952499
 from ..base.triton_setup import load_triton
@@ -143,6 +144,18 @@ def check_row(x, packed, state):  # As in `multiply_nf4`
         raise QLoRAError(f"rows of {K} weights are no multiple of the block size "
                          f"{state.blocksize}.", cure="Use dequantize_nf4.")
 
+# %% ../../nbs/7_speed/73_kernels.ipynb #share73
+def share_of(N, K, block, rows=None, cols=None) -> tuple:   # (rows, columns), powers of two
+    "A program's share of a weight (N, K): as measured on an H100 where it is not given."
+    rows = rows or (16 if N >= 8192 else 8 if N >= 4096 else 2)
+    cols = cols or (1024 if N >= 8192 else 2048)
+    return rows, max(block, min(cols, triton.next_power_of_2(K)))
+
+def table_of(state):   # A `QuantState`, on which the table is kept
+    "The codebook's bytes, made once."
+    if not hasattr(state.code, "bytes"): state.code.bytes = byte_table(state.code)
+    return state.code.bytes
+
 # %% ../../nbs/7_speed/73_kernels.ipynb #a615c552
 def multiply_nf4(x:torch.Tensor,       # One row: `K` numbers in any shape
                  packed:torch.Tensor,  # As in `Params4bit.data`
@@ -154,14 +167,10 @@ def multiply_nf4(x:torch.Tensor,       # One row: `K` numbers in any shape
     tensors on two devices. To record it, call it once before."""
     (N, K), block, (scales2, block2) = state.shape, state.blocksize, second_scales(packed, state)
     check_row(x, packed, state)
-    table, asm = state.code, packed.is_cuda and torch.version.hip is None
-    if asm := asm and x.dtype != torch.float32:   # the table is not read without PTX
-        if not hasattr(state.code, "bytes"): state.code.bytes = byte_table(state.code)
-        table = state.code.bytes
+    asm = packed.is_cuda and torch.version.hip is None and x.dtype != torch.float32
+    table = table_of(state) if asm else state.code   # which is not read without PTX
     out = torch.empty(N, dtype=x.dtype if packed.is_cuda else torch.float32, device=x.device)
-    rows = rows or (16 if N >= 8192 else 8 if N >= 4096 else 2)   # powers of two
-    cols = cols or (1024 if N >= 8192 else 2048)
-    cols = max(block, min(cols, triton.next_power_of_2(K)))
+    rows, cols = share_of(N, K, block, rows, cols)
     q = packed.view(-1).view(torch.uint8).view(torch.int32)
     with torch.cuda.device_of(packed):
         gemv_kernel[(triton.cdiv(N, rows),)](
