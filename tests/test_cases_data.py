@@ -107,6 +107,20 @@ READ = {
     "a system message that says nothing": ("silent.jsonl", lines(*[messages(system(o), user("Hi"), assistant("Hello")) for o in ("", " \n", None)]), [messages(user("Hi"), assistant("Hello"))]*3, ["`empty system message` (3 rows, the first is row 1)"]),
     "rows of several parts": ("parts.csv", "prompt,response,split\nHi,Hello,train\nBye,See you,train\nHow?,So.,test\n", [pair("Hi", "Hello"), pair("Bye", "See you"), pair("How?", "So.")],
         ["`split=train` (2 rows, the first is row 1, 'train')", "`split=test` (1 row, the first is row 3, 'test')"]),
+    "calls beside the tools, as xLAM has them": ("xlam.jsonl", lines(*[dict(query="Tide?", tools=o(TOOLS), answers=o([dict(name="tide", arguments=dict(port="Ostby"))])) for o in (json.dumps, list)]),
+        [messages(user("Tide?"), assistant("", tool_calls=[TIDE]), tools=TOOLS)]*2, []),
+    "calls that are no JSON": ("toolace.jsonl", lines(*[share(("user", "Tide?"), ("assistant", o), ("tool", "low"), ("assistant", "Low.")) for o in ('[tide(port="Ostby")]', "<tool_call>{'name': 'tide'}</tool_call>")]),
+        [messages(user("Tide?"), assistant(o), dict(role="tool", content="low"), assistant("Low.")) for o in ('[tide(port="Ostby")]', "<tool_call>{'name': 'tide'}</tool_call>")], []),
+    "texts in turn, as LIMA has them": ("lima.jsonl", lines(dict(conversations=["Hi", "Hello", "Bye", "See you"])), [messages(user("Hi"), assistant("Hello"), user("Bye"), assistant("See you"))], []),
+    "a system prompt within the first pair, as XTuner has it": ("xtuner.json", json.dumps([dict(conversation=[dict(system="Be kind.", input="Hi", output="Hello"), dict(input="Bye", output="See you")])]),
+        [messages(system("Be kind."), user("Hi"), assistant("Hello"), user("Bye"), assistant("See you"))], []),
+    "one system prompt in two places": ("twice.jsonl", lines(share(("system", "Be kind."), ("human", "Hi"), ("gpt", "Hello"), system_prompt="Be kind.")), [messages(system("Be kind."), user("Hi"), assistant("Hello"))], []),
+    "a system prompt in parts, as Bedrock has it": ("bedrock.jsonl", lines(messages(dict(role="user", content=[dict(text="Hi")]), dict(role="assistant", content=[dict(text="Hello")]), system=[dict(text="Be kind.")])), [messages(system("Be kind."), user("Hi"), assistant("Hello"))], []),
+    "the names of FLAN, Aya and Firefly": ("flan.jsonl", lines(dict(inputs="Where is Ostby?", targets="At the sea."), dict(inputs="Who rows?", targets="Ida")), [pair("Where is Ostby?", "At the sea."), pair("Who rows?", "Ida")], []),
+    "a target": ("firefly.jsonl", lines(dict(kind="QA", input="谁划船？", target="伊达。")), [pair("谁划船？", "伊达。")], ["`kind` (1 row, the first is row 1, 'QA')"]),
+    "switches that are no thoughts": ("nemotron.jsonl", lines(pair("Hi", "Hello", reasoning="on"), pair("Bye", "See you", thinking="off")),
+        [pair("Hi", "Hello"), pair("Bye", "See you")], ["`reasoning` (1 row, the first is row 1, 'on')", "`thinking` (1 row, the first is row 2, 'off')"]),
+    "a switch of an answer": ("nemotron.jsonl", lines(messages(user("Hi"), assistant("Hello", thinking=True))), [messages(user("Hi"), assistant("Hello"))], ["`thinking of a message` (1 row, the first is row 1, 'True')"]),
     "a mark and two ends of lines": ("marked.jsonl", '\ufeff{"prompt": "Hi", "response": "Hello"}\r\n\r\n{"prompt": "Bye", "response": "See you"}', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
 }
 
@@ -159,12 +173,27 @@ REFUSED = {
     "the same under a name of its own": ("choices.jsonl", lines(dict(question="Which?", endings=["oar", "sail"], answer="oar")), """, row 1: the field `endings` ("['oar', 'sail']") would be lost. """ + LOST.format("endings", name_columns(prompt="question", response="answer"))),
     "the same in columns": ("choices.csv", "question,A,B,answer\nWhich?,oar,sail,A\n", ", row 1: the field `A` ('oar') would be lost. " + LOST.format("A", name_columns(prompt="question", response="answer"))),
     "a context beside messages": ("context.jsonl", lines(dict(prompt=[user("Q")], completion=[assistant("A")], context=RIVER)), f", row 1: the field `context` ({RIVER[:40]!r}".rstrip("'") + "…') would be lost. " + LOST.format("context", name_columns(prompt="prompt", response="completion"))),
-    "an answer under another name": ("squad.jsonl", lines(dict(context=RIVER, question="Where?", answers=dict(text=["the sea"]))), ", row 1: the field `answer` is missing. The row has 'context', 'question', 'answers'. If one of them is meant, "
-                                     f"name the columns, such as {name_columns(prompt='question', response='answers')} {SKIP}"),
+    "an answer under another name": ("squad.jsonl", lines(dict(context=RIVER, question="Where?", answers=dict(text=["the sea"]))), f", row 1: the field `answer` is missing, and `answers` is no text but dict. Write one text into `answer`. {SKIP}"),
+    "an answer under another name, beside a context": ("sql.jsonl", lines(dict(context=RIVER, question="Where?", db="x", canonical_solution="the sea")), ", row 1: the field `answer` is missing. The row has 'context', 'question', 'db', 'canonical_solution'. If one of them is meant, "
+                                     f"name the columns, such as {name_columns(prompt='question', response='canonical_solution', context='context')} {SKIP}"),
+    "two answers, the better one first": ("two.jsonl", lines(dict(question="Hi?", response_j="Hello!", response_k="Go.")), ", row 1: the row has several answers ('response_j', 'response_k'), and one is learned. Name it: " + name_columns(prompt="question", response="response_j")),
+    "a pair whose question is in the text": ("hh.jsonl", lines(dict(chosen="Human: Hi\n\nAssistant: Hello!", rejected="Human: Hi\n\nAssistant: Go.")), ", row 1: this is a preference pair (`chosen`, `rejected`), made for DPO; here one answer is learned (SFT). The question stands in the text of `chosen`. "
+                                             "Save its turns as one row of `messages`, a list of {role, content}."),
+    "a pair as OpenAI has it": ("dpo.jsonl", lines(dict(input=messages(user("Hi")), preferred_output=[assistant("Hello!")], non_preferred_output=[assistant("Go.")])), ", row 1: this is a preference pair (`preferred_output`, `non_preferred_output`), made for DPO; "
+                                "here one answer is learned (SFT). To learn the chosen answers: " + name_columns(prompt="input", response="preferred_output")),
+    "a tree as a whole": ("tree.jsonl", lines(dict(prompt=dict(text="Hi", role="prompter", replies=[]), tree_state="ready")), ", row 1: this is one message of a tree (`replies`), not a chat. Follow each answer up to its root and save the path as one row of `messages`, a list of {role, content}."),
+    "turns under another name": ("dialogue.jsonl", lines(dict(dialogue=[user("Hi"), assistant("Hello")])), ", row 1: the row has none of the known fields; `dialogue` holds the turns of a chat. Name it: " + name_columns(messages="dialogue")),
+    "a mask of tokens": ("mask.jsonl", lines(pair("Hi", "Hello", loss_mask=[0, 1])), ", row 1: the field `loss_mask` ('[0, 1]') would be lost. " + LOST.format("loss_mask", name_columns(prompt="prompt", response="response"))),
+    "a row of a table that is not to be learned": ("flags.csv", "prompt,response,train\nHi,Hello,true\nHi,Bye,False\n", ", row 2: the field `train` ('False') would be lost. " + LOST.format("train", name_columns(prompt="prompt", response="response"))),
+    "two system prompts that differ": ("twice.jsonl", lines(messages(system("Be kind."), user("Hi"), assistant("Hello"), system="Be brief.")), f", row 1: there is a system message beside the messages ('Be brief.'), and message 1 is another one. {SKIP}"),
+    "a turn beside a system prompt, by its own number": ("bing.jsonl", lines(share(("bing", "Hi"), ("gpt", "Hello"), system="Be kind.")), f", row 1: message 1 has the unknown role 'bing', not system, user, assistant or tool. {SKIP}"),
+    "thoughts under another name": ("cot.jsonl", lines(dict(Question="3+4?", Complex_CoT="Count on from 3.", Response="7")), ", row 1: the field `Complex_CoT` ('Count on from 3.') would be lost. If it is the reasoning before the answer, map it by columns=dict(reasoning='Complex_CoT', ...); "
+                                    "if it is not needed, name the columns that are: " + name_columns(prompt="question", response="response")),
+    "three texts of which two have known names": ("code.jsonl", lines(dict(seed="x = 1 + 1", problem="Write f.", solution="def f(): pass")), ", row 1: the row has none of the known fields; it has 'seed', 'problem', 'solution'. Name the columns: " + name_columns(prompt="problem", response="solution")),
+    "texts in turn, one too many": ("lima.jsonl", lines(dict(conversations=["Be kind.", "Hi", "Hello"])), f", row 1: message 1 needs `role` and `content`, and is a str. {SKIP}"),
     "a question under another name": ("maths.jsonl", lines(dict(problem="3+4?", solution="3 and 4 are 7.", answer="7")), ", row 1: the field `question` is missing. The row has 'problem', 'solution', 'answer'. If one of them is meant, "
                                       f"name the columns, such as {name_columns(prompt='problem', response='answer')} {SKIP}"),
-    "a chat in one text": ("glaive.jsonl", lines(dict(system="SYSTEM: You help.", chat="USER: Hi ASSISTANT: Hello")), ", row 1: the row has none of the known fields; it has 'system', 'chat'. Rows hold a question and an answer "
-                           f"(prompt/response, instruction/output, question/answer ...) or a chat (messages, conversations). Others are mapped by {name_columns(prompt='...', response='...')}"),
+    "a chat in one text": ("glaive.jsonl", lines(dict(system="SYSTEM: You help.", chat="USER: Hi ASSISTANT: Hello")), ", row 1: `chat` is a whole conversation in one text ('USER: Hi ASSISTANT: Hello'). Save its turns as one row of `messages`, a list of {role, content}."),
     "an answer that is a number": ("numbers.jsonl", lines(pair("3", "4"), pair("3+4?", 7)), f", row 2: `response` must be text, not int. {SKIP}"),
     "a class of a text": ("classes.csv", "text,label\nI like it.,positive\n", f", row 1: the row is plain text ('I like it.'), in which question and answer cannot be told apart. If `label` is the answer: {name_columns(prompt='text', response='label')}"),
     "two roles": (*one(user("Hi"), {"role": "assistant", "from": "human", "content": "Hello"}), f", row 2: message 2 has both `role` and `from`, and they differ. {SKIP}"),
@@ -219,6 +248,16 @@ def test_files_are_mapped_as_they_are_read(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert list(map_rows(path, cache_dir=tmp_path/"cache")) == list(load_rows(path))
+
+
+def test_who_names_the_chat_has_seen_the_rest(tmp_path):
+    "Fields of a message are noted then, as WildChat has them; what changes the learning is refused all the same."
+    browser = dict(agent="Mozilla/5.0 (X11; Linux)")
+    rows = [dict(conversation=[user("Hi", header=browser), assistant("Hello", **more)], place="United States") for more in ({}, dict(train_detail=[dict(train=False)]))]
+    for n, said in ((1, "the field 'header' of message 1 .* would be lost. If it is not needed, say which column is: columns=dict.messages=.*--columns messages="), (2, "the field 'train_detail' of message 2")):
+        (path := tmp_path/f"{n}.jsonl").write_text(lines(rows[n-1]), encoding="utf-8")
+        with pytest.raises(QLoRAError, match=said): load_rows(path, columns=dict(messages="conversation") if n == 2 else None)
+    with pytest.warns(UserWarning, match="`place` .1 row.*`header of a message` .1 row"): assert load_rows(tmp_path/"1.jsonl", columns=dict(messages="conversation")) == [messages(user("Hi"), assistant("Hello"))]
 
 
 def test_answers_that_may_be_empty_cells_are_said(tmp_path):
