@@ -82,7 +82,7 @@ def test_killed_while_a_checkpoint_is_written(how, alone, tmp_path):
     "The other process says so within seconds, and a checkpoint that is not whole is not gone on from."
     begun = how | dict(output_dir=tmp_path/"run")
     def killed():
-        import qlora_nb.training.finetune as module
+        import qlora_nb.speed.data_parallel as module
         seal, died = module.seal_once, tmp_path/"died"
         def seal_once(folder):
             if folder.name == "checkpoint-4" and rank() == 1:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'REPORTS', 'Speed', 'long_run', 'ProgressBar', 'curve', 'draw_loss', 'draw_held_out', 'plot_loss',
-           'memory_now', 'plot_run', 'tell_run', 'svg_line', 'svg_panel', 'svg_run', 'in_notebook', 'LivePlot',
+           'memory_now', 'plot_run', 'tell_run', 'svg_line', 'svg_panel', 'svg_run', 'in_notebook', 'LivePlot', 'bars',
            'close_bars', 'check_reports']
 
 # %% ../../nbs/base/progress.ipynb #4737ad6e
@@ -207,6 +207,10 @@ class LivePlot(TrainerCallback):
         self.closed = True
 
 # %% ../../nbs/base/progress.ipynb #5ce9272c
+def bars(wanted:bool=True) -> list:   # Of callbacks
+    "A bar, and a live plot where there is a notebook."
+    return [ProgressBar()] + [LivePlot()]*in_notebook() if wanted else []
+
 def close_bars(trainer):
     "Leave bar and plot as they are now, also where nothing has begun."
     for cb in trainer.callback_handler.callbacks:
