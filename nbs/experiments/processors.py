@@ -4,7 +4,7 @@
     python tools/plain_cpu.py python nbs/experiments/processors.py  # and as on a processor without AVX-512
 
 bitsandbytes and PyTorch choose their CPU kernels by the processor, and with them: weights that come back with the scale
-of another block (`04_double_quantization`, A surprise), the sign of an FP4 zero (the same page, The proof), gradients after
+of another block (`nf4_config`, Rows that end within a block), the sign of an FP4 zero (`04_double_quantization`, Equal to bitsandbytes), gradients after
 an evaluation (`08_loading`), and copies of the output head (`42_inference`). These pages measure it again where they
 run, and show the stored row of the other kind beside it. Rows of other kinds in the file are kept. Nothing is timed.
 """
