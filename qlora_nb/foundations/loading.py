@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Audit', 'WIDE_SHARE', 'QUANTIZATIONS', 'refuse_wide', 'refuse_repacking', 'audit_4bit', 'bnb_kind',
            'disable_cpu_repacking', 'check_sizes', 'audited', 'quick_quantize', 'quick_codes', 'check_stored',
-           'scale_sum', 'noted', 'read_base', 'check_quantization', 'load_model']
+           'scale_sum', 'noted', 'check_read', 'read_base', 'refuse_quantization', 'check_quantization', 'load_model']
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #9eeb54c3
 import contextlib, math
@@ -56,17 +56,14 @@ def refuse_repacking(modules:dict):   # By name
 # %% ../../nbs/1_foundations/08_loading.ipynb #166edaf2
 def audit_4bit(model:nn.Module  # A loaded model, with or without adapters
               ) -> Audit:       # Names in 4 bits, matrices left out on purpose, all bytes
-    """Count the bytes of every parameter. Raises `QLoRAError` where more than `WIDE_SHARE` is
-    wide without a reason."""
+    "Count the bytes of every parameter. Raises `QLoRAError` as `refuse_wide` does."
     check_model(model, "named_modules")
     found, mods = list_weights(model), dict(model.named_modules())
     four = [w for w in found if w.kind.startswith("NF4") or w.kind.endswith("(ours)")]
-    refuse_wide(model, found, four)
-    refuse_repacking(mods)
+    refuse_wide(model, found, four), refuse_repacking(mods)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    kept = [w.name for w in found if w.kind in ("router", "small matrix", "read elsewhere", "wide")]
-    names, skipped = ([n.removesuffix(".weight") for n in o]
-                      for o in ([w.name for w in four], kept))
+    kept = [w for w in found if w.kind in ("router", "small matrix", "read elsewhere", "wide")]
+    names, skipped = ([w.name.removesuffix(".weight") for w in o] for o in (four, kept))
     return Audit(names, [n for n,m in mods.items() if m is head] + skipped,
                  Table(weight_rows(found), WEIGHT_COLUMNS, ".1%"))
 
@@ -97,10 +94,8 @@ def check_sizes(model):
                          "Its config.json belongs to other weights.")
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #107c0f53
-def audited(model,        # In 4 bits
-            load=None):   # Loads it again, with the layers that it is given left wide
-    """The model with what has to stay wide left wide, audited. Raises `QLoRAError` where that
-    cannot be had."""
+def audited(model, load=None):   # In 4 bits; loads it again, with the layers that it is given wide
+    "The model with what has to stay wide left wide, audited, or a `QLoRAError`."
     check_sizes(model), pack_stacks(model)
     wrong, read, error = misplaced(model)
     left = [n for n,m in model.named_modules() if m is model.get_output_embeddings()]
@@ -109,8 +104,7 @@ def audited(model,        # In 4 bits
         wrong, read, error = misplaced(model := disable_cpu_repacking(load(left)))
     if error:
         raise QLoRAError(f"its first forward pass fails ({str(error)[:200]}).",
-                         type(model).__name__,
-                         "This architecture does not work in 4 bits.") from error
+                         type(model).__name__, "It does not work in 4 bits.") from error
     model.qlora_nb_read = read   # adapters on these layers would change nothing
     return audit_4bit(model) and model
 
@@ -158,6 +152,14 @@ def noted(model, name, revision, dtype):   # As in `load_model`
     model.qlora_nb_wide = {*wide}   # as the architecture has it, such as a router
     return model
 
+# %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-k
+def check_read(model, info:dict, name, place, revision):   # `info`: what transformers has noted
+    "Raise `QLoRAError` where files and model do not belong together."
+    refuse_random(model, info["missing_keys"], name)
+    refuse_codes(place, revision, info["unexpected_keys"])
+    say_left_out(info["unexpected_keys"], name)
+    for c in (model.config, model.config.get_text_config()): c.return_dict = True   # not tuples
+
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-r
 def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` and `max_memory`
               skip=()):   # Layers that are left wide
@@ -169,14 +171,18 @@ def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` a
         model, info = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
             output_loading_info=True, **where, **four)
-    refuse_random(model, info["missing_keys"], name)
-    refuse_codes(place, revision, info["unexpected_keys"])
-    say_left_out(info["unexpected_keys"], name)
-    for c in (model.config, model.config.get_text_config()): c.return_dict = True   # not tuples
+    check_read(model, info, name, place, revision)
     return as_it_is(model)
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #qways
 QUANTIZATIONS = {}   # name → f(model, inputs), which fills its 4-bit layers anew and returns inputs
+
+# %% ../../nbs/1_foundations/08_loading.ipynb #qcheck-w
+def refuse_quantization(name:str, wrong:dict):   # {why not: is it so?}
+    "Raise `QLoRAError` for the first of the reasons that holds."
+    for why, true in wrong.items():
+        if true: raise QLoRAError(f"quantization='{name}' cannot be had: {why}.",
+                                  cure="Leave quantization out.")
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #qcheck
 def check_quantization(name:str, bits:int|None=4, stored:str|None=None, backend:str="bnb"):
@@ -189,11 +195,9 @@ def check_quantization(name:str, bits:int|None=4, stored:str|None=None, backend:
         raise QLoRAError(f"there is no quantization='{name}' here.",
                          cure=f"Choose {' or '.join(['nf4', *QUANTIZATIONS])}; others come with "
                               "import qlora_nb.beyond.scale_search.")
-    odd = {"bits=None asks for none": not bits, "its weights are in 4 bits already": stored,
-           f"the backend '{backend}' knows nf4 alone": backend != "bnb"}
-    for why, true in odd.items():
-        if true: raise QLoRAError(f"quantization='{name}' cannot be had: {why}.",
-                                  cure="Leave quantization out.")
+    refuse_quantization(name, {"bits=None asks for none": not bits,
+                               "its weights are in 4 bits already": stored,
+                               f"the backend '{backend}' knows nf4 alone": backend != "bnb"})
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa
 def load_model(name:str|Path="smollm2",       # "smollm2", a local folder or a Hub id

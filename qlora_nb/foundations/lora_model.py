@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MERGED', 'PLAIN', 'STARTS', 'lora_layers', 'set_adapter', 'lora_report', 'check_adapter', 'add_lora', 'delta',
            'merge', 'unmerge', 'disable_adapter', 'adapter_tensors', 'common_rule', 'adapter_config', 'write_adapter',
-           'save_adapter', 'plain_config', 'wanted_tensors', 'load_adapter']
+           'save_adapter', 'plain_config', 'wanted_tensors', 'refuse_misfit', 'load_adapter']
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #36cd7757
 from ..base.core import Table
@@ -50,19 +50,17 @@ def set_adapter(model:nn.Module,  # Has adapters, none of them merged
             if n.startswith("lora_"): p.requires_grad_(n.split(".")[1] == adapter)
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #04f2cc24
-def lora_report(model:nn.Module,       # Has adapters
-                adapter:str="default"  # Which one to describe
+def lora_report(model:nn.Module, adapter:str="default"  # Has adapters; which one to describe
                ) -> Table:             # One row for each kind of layer; a size is: in → r → out
     "Where an adapter sits, and how large it is. Warns where only some blocks have it."
     layers, rows = lora_layers(model, adapter), []
+    def size(m): return m.in_features, m.hyper[adapter]["r"], m.out_features
     for kind,(names, have, total) in layer_kinds(model, layers).items():
         if have < total:
             warnings.warn(f"{kind} has the adapter in {have} of {total} blocks only.", stacklevel=3)
-        sizes = [(m.in_features, m.hyper[adapter]["r"], m.out_features)
-                 for m in map(layers.get, names)]
-        shown = sorted({f"{d_in} → {r} → {d_out}" for d_in,r,d_out in sizes})
-        rows.append([kind, f"{have} of {total}", ", ".join(shown),
-                     sum(r*(d_in + d_out) for d_in,r,d_out in sizes)])
+        sizes = [size(layers[n]) for n in names]
+        shown = ", ".join(sorted({f"{d_in} → {r} → {d_out}" for d_in,r,d_out in sizes}))
+        rows.append([kind, f"{have} of {total}", shown, sum(r*(a + b) for a,r,b in sizes)])
     return Table(rows, ["layers", "blocks", "sizes", "parameters"])
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #ceb37a08
@@ -73,8 +71,7 @@ def check_adapter(model, adapter:str, new:dict):  # `new`: name of a layer → a
         raise QLoRAError(f"'{adapter}' cannot be the name of an adapter.",
                          cure="Use letters and digits.")
     if any(adapter in getattr(model.get_submodule(n), "hyper", ()) for n in new):
-        raise QLoRAError(f"there is an adapter '{adapter}' already.",
-                         cure="Give the new one another name.")
+        raise QLoRAError(f"there is an adapter '{adapter}' already.", cure="Give another name.")
     r, dropout = min(h[0] for h in new.values()), max(h[2] for h in new.values())
     if r < 1 or not 0 <= dropout < 1:
         raise QLoRAError(f"r={r} and lora_dropout={dropout} make no adapter.",
@@ -223,6 +220,16 @@ def wanted_tensors(model, cfg:dict, have:dict) -> tuple:   # A configuration; wh
     want = {key(n, "A"): (r, d_in) for n,(d_in, _, r) in sizes.items()}
     return list(sizes), want | {key(n, "B"): (d_out, r) for n,(_, d_out, r) in sizes.items()}
 
+# %% ../../nbs/1_foundations/06_lora_model.ipynb #522237e3-m
+def refuse_misfit(folder, have:dict, want:dict):   # Tensors of the file; shapes that there should be
+    "Raise `QLoRAError` that names what is missing, what is unknown, and what has another shape."
+    bad = dict(missing=sorted({*want} - {*have}), unknown=sorted({*have} - {*want}),
+               shape=[f"{k} is {(*have[k].shape,)}, not {o}" for k,o in want.items()
+                      if k in have and have[k].shape != o])
+    if bad := "; ".join(f"{k}: {', '.join(v[:3])} ({len(v)} in all)" for k,v in bad.items() if v):
+        raise QLoRAError(f"this adapter does not fit the model. {bad}.", str(folder),
+                         "Take the model it was made for.")
+
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #522237e3
 def load_adapter(model:nn.Module,         # The base model; changed in place as by `add_lora`
                  folder:str|Path,         # Written by `save_adapter` or by PEFT
@@ -231,12 +238,7 @@ def load_adapter(model:nn.Module,         # The base model; changed in place as 
     cfg = plain_config(folder := Path(folder).expanduser())
     have, ranks = load_file(folder/"adapter_model.safetensors"), cfg.get("rank_pattern")
     names, want = wanted_tensors(model, cfg, have)
-    bad = dict(missing=sorted({*want} - {*have}), unknown=sorted({*have} - {*want}),
-               shape=[f"{k} is {(*have[k].shape,)}, not {o}" for k,o in want.items()
-                      if k in have and have[k].shape != o])
-    if bad := "; ".join(f"{k}: {', '.join(v[:3])} ({len(v)} in all)" for k,v in bad.items() if v):
-        raise QLoRAError(f"this adapter does not fit the model. {bad}.", str(folder),
-                         "Take the model it was made for.")
+    refuse_misfit(folder, have, want)
     add_lora(model, names, cfg["r"], cfg["lora_alpha"], cfg.get("lora_dropout", 0.),
              cfg.get("use_rslora", False), adapter, ranks, cfg.get("alpha_pattern"))
     for k,p in adapter_tensors(model, adapter).items(): p.data.copy_(have[k])

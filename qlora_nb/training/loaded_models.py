@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'name_of', 'load_base', 'own_adapter', 'refuse_head', 'put_adapters', 'fill_in', 'go_on_from', 'own_revision',
-           'brought_along', 'find_model', 'run_settings', 'check_beforehand', 'before_weights']
+           'own_backend', 'brought_along', 'find_model', 'run_settings', 'check_beforehand', 'before_weights']
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #a8b249f6
 from ..base.adapter_files import read_json
@@ -161,13 +161,18 @@ def own_revision(model, revision:str|None) -> str|None:
     raise QLoRAError(f"the model was loaded at {have or 'its main branch'}, not at {revision}.",
                      name_of(model), "Load that one.")
 
+# %% ../../nbs/2_training/28_loaded_models.ipynb #6e000001-b
+def own_backend(model, backend:str|None) -> str:
+    "The backend of a loaded model. Raises `QLoRAError` where another one is asked for."
+    mine = "scratch" if is_scratch(model) else "bnb"
+    if backend in (None, mine): return mine
+    raise QLoRAError(f"the model was loaded for the backend '{mine}', not for '{backend}'.",
+                     name_of(model), "Leave backend out, or give the name of the model.")
+
 # %% ../../nbs/2_training/28_loaded_models.ipynb #6e000001
 def brought_along(model, backend:str|None, s:dict) -> tuple:  # (its base, its backend, settings)
     "What a loaded model brings along. Raises `QLoRAError` for wishes that contradict it."
-    name, mine = name_of(model), "scratch" if is_scratch(model) else "bnb"
-    if backend not in (None, mine):
-        raise QLoRAError(f"the model was loaded for the backend '{mine}', not for '{backend}'.",
-                         name, "Leave backend out, or give the name of the model.")
+    name, mine = name_of(model), own_backend(model, backend)
     s = s | dict(model_revision=own_revision(model, s["model_revision"]),
                  quantization=own_quantization(model, s.get("quantization")))
     if not (own := own_adapter(model)): return name, mine, s
@@ -210,17 +215,16 @@ def _device_of(model, device, place, name) -> torch.device:
 # %% ../../nbs/2_training/28_loaded_models.ipynb #309202d4
 def run_settings(model, tokenizer, rows, device, backend, settings:dict) -> tuple:
     "Check the settings, before anything is written: (model, tokenizer, settings to be compared)."
-    with first_alone():
-        model, tokenizer, place, settings = find_model(model, tokenizer, backend, settings)
-    settings["learning_rate"] = rate_for(model, settings)
-    check_quantization(settings["quantization"], backend=settings["backend"])
-    settings |= dict(rows=len(rows), rows_sha256=digest(rows), num_processes=n_ranks())
-    for k, o in dict(model=place, adapter=settings["adapter"]).items():
-        if o and Path(o).is_dir(): settings[f"{k}_sha256"] = content_id(o)
-    where = _device_of(model, device, place, settings["model"])
-    settings["optim"] = pick_optimizer(settings["optim"], where)
-    if settings["fast"] is None: settings["fast"] = fast_by_default(where, model)
-    return model, tokenizer, settings
+    with first_alone(): model, tokenizer, place, s = find_model(model, tokenizer, backend, settings)
+    s["learning_rate"] = rate_for(model, s)
+    check_quantization(s["quantization"], backend=s["backend"])
+    s |= dict(rows=len(rows), rows_sha256=digest(rows), num_processes=n_ranks())
+    for k, o in dict(model=place, adapter=s["adapter"]).items():
+        if o and Path(o).is_dir(): s[f"{k}_sha256"] = content_id(o)
+    where = _device_of(model, device, place, s["model"])
+    s["optim"] = pick_optimizer(s["optim"], where)
+    if s["fast"] is None: s["fast"] = fast_by_default(where, model)
+    return model, tokenizer, s
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #6e000003
 def check_beforehand(model, s:dict):   # Of `without_weights`; settings

@@ -70,7 +70,7 @@ MARKS = re.compile(r"\[/?INST\]|<</?SYS>>|</s>|<\|(im_(start|end)|(start|end)_he
 def text_notes(messages:list, example:dict, tokenizer,
                control:re.Pattern, # Of `control_tokens`
                row:dict|None=None  # That the chat was made of, as it came
-              ) -> dict:           # Of the five troubles, those that it has, each with an example
+              ) -> dict:           # Of the five, those that it has, each with an example
     "What to say of a chat."
     def first(pattern):
         return next((hit[0] for m in messages if (hit := pattern.search(m["content"]))), None)
