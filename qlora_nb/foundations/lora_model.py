@@ -221,7 +221,7 @@ def wanted_tensors(model, cfg:dict, have:dict) -> tuple:   # A configuration; wh
     return list(sizes), want | {key(n, "B"): (d_out, r) for n,(_, d_out, r) in sizes.items()}
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #522237e3-m
-def refuse_misfit(folder, have:dict, want:dict):   # Tensors of the file; shapes that there should be
+def refuse_misfit(folder, have:dict, want:dict):   # Tensors of the file; shapes as they should be
     "Raise `QLoRAError` that names what is missing, what is unknown, and what has another shape."
     bad = dict(missing=sorted({*want} - {*have}), unknown=sorted({*have} - {*want}),
                shape=[f"{k} is {(*have[k].shape,)}, not {o}" for k,o in want.items()

@@ -9,11 +9,11 @@ __all__ = ['GAP', 'LONG', 'load_rows', 'shorten', 'encode_rows', 'collate', 'num
 # %% ../../nbs/2_training/19_data.ipynb #c889d438
 from collections import Counter
 from pathlib import Path
-import numpy as np, pyarrow.compute as pc, torch
 
 # %% ../../nbs/2_training/19_data.ipynb #33842b59
 from ..base.files import (PARTS, as_path, choose, digest, from_hub, identity, is_file,
                                  is_large)
+import numpy as np, pyarrow.compute as pc, torch
 from ..base.arguments import check_flags
 from ..base.errors import QLoRAError
 from ..base.mapped import Mapped
