@@ -91,6 +91,15 @@ def is_named(name:str, targets) -> bool:  # Of a module or parameter; endings of
     "Does one of `targets` mean this name, by PEFT's rule for lists?"
     return any(f".{name}".endswith(f".{t}") for t in targets)
 
+# %% ../../nbs/3_memory/39_expert_memory.ipynb #layersof
+def _layers_of(model, target_modules) -> list:
+    with warnings.catch_warnings(action="ignore"):   # of routers, and of what other code reads
+        layers = chosen_layers(model, target_modules)
+    if any(model.get_submodule(n) is model.get_output_embeddings() for n in layers):
+        raise QLoRAError("an adapter on the output head cannot be trained here, nor planned.",
+                         f"target_modules={target_modules}", "Leave it out.")
+    return layers
+
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #7c1e40a3
 LINEAR = (nn.Linear, Conv1D)
 
@@ -98,14 +107,10 @@ def adapted(model, method:str, target_modules, target_parameters=()) -> list:  #
     "The names of the layers and parameters that get an adapter, by PEFT's rules, on all layers."
     if method == "full": return []
     known, key = vars(model).setdefault("adapted", {}), str((target_modules, target_parameters))
-    if key in known: return known[key]   # planning asks again and again
-    with warnings.catch_warnings(action="ignore"):   # of routers, and of what other code reads
-        layers = chosen_layers(model, target_modules)
-    if any(model.get_submodule(n) is model.get_output_embeddings() for n in layers):
-        raise QLoRAError("an adapter on the output head cannot be trained here, nor planned.",
-                         f"target_modules={target_modules}", "Leave it out.")
-    known[key] = layers + [n for n, p in model.named_parameters()
-                           if p.ndim > 2 and is_named(n, target_parameters)]
+    if key not in known:   # planning asks again and again
+        layers = _layers_of(model, target_modules)
+        known[key] = layers + [n for n, p in model.named_parameters()
+                               if p.ndim > 2 and is_named(n, target_parameters)]
     return known[key]
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #58780965

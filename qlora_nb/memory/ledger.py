@@ -134,20 +134,22 @@ def config_of(model) -> PretrainedConfig:
     for o in (config, text := config.get_text_config()): check_kind(o, o.model_type)
     return text
 
-# %% ../../nbs/3_memory/36_ledger.ipynb #00915a3a
+# %% ../../nbs/3_memory/36_ledger.ipynb #00915a3a-b
 BUILT = {}
 
+def _build(cfg, dtype, **how):
+    return as_it_is(AutoModelForCausalLM.from_config(copy.deepcopy(cfg), trust_remote_code=False,
+                                                     dtype=dtype, **how))
+
+# %% ../../nbs/3_memory/36_ledger.ipynb #00915a3a
 def whole(cfg, dtype:torch.dtype) -> nn.Module:
     "The model of a config with all its layers, without memory; the last ones are kept."
     key = type(cfg).__name__, str(cfg.to_dict()), dtype
-    def build(**how):
-        return as_it_is(AutoModelForCausalLM.from_config(
-            copy.deepcopy(cfg), trust_remote_code=False, dtype=dtype, **how))
-    if key not in BUILT:
-        while len(BUILT) > 3: del BUILT[next(iter(BUILT))]
-        with torch.device("meta"), quiet(), plain_linears():
-            try: BUILT[key] = build(attn_implementation="sdpa")
-            except ValueError: BUILT[key] = build()   # with attention of its own
+    if key in BUILT: return BUILT[key]
+    while len(BUILT) > 3: del BUILT[next(iter(BUILT))]
+    with torch.device("meta"), quiet(), plain_linears():
+        try: BUILT[key] = _build(cfg, dtype, attn_implementation="sdpa")
+        except ValueError: BUILT[key] = _build(cfg, dtype)   # with attention of its own
     return BUILT[key]
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #8c0f7ea4

@@ -143,9 +143,8 @@ def count(cfg, method, r, target_modules, optim, dtype, target_parameters=(), us
     groups = layer_groups(model, adapted(model, method, target_modules, target_parameters))
     refuse_recurrent(cfg, groups, how)
     model = skeleton(cfg, method, r, target_modules, dtype, None, target_parameters, use_dora)
-    parts = parts_of(model) | dict(optimizer=sum(state_bytes(p, optim) for p in model.parameters()
-                                                 if p.requires_grad))
-    KNOWN[key] = groups, sorted(i for g in groups for i in g[:2]), parts
+    KNOWN[key] = groups, sorted(i for g in groups for i in g[:2]), parts_of(model) | dict(
+        optimizer=sum(state_bytes(p, optim) for p in model.parameters() if p.requires_grad))
     return KNOWN[key]
 
 # %% ../../nbs/3_memory/37_planner.ipynb #61c94988-a
