@@ -80,6 +80,15 @@ def test_a_trained_mixture_answers_at_once(make, tmp_path):
     assert evaluate(run.model, run.tokenizer, rows[:2]).n == 2
 
 
+def test_answers_of_different_lengths_need_no_loss_of_routers(make, tok):
+    "A config that asks for it, as that of a model which somebody has trained: it would be computed in each step, and fails on padding."
+    from qlora_nb.foundations.loading import load_model
+    from qlora_nb.using.inference import generate
+    model, prompts = load_model(make("Mixtral", output_router_logits=True), device="cpu"), ["a", "b c d e"]
+    assert model.config.output_router_logits
+    assert generate(model, tok, prompts, 3) == [generate(model, tok, o, 3) for o in prompts]
+
+
 def test_our_own_backend_packs_experts_while_they_are_read(make, monkeypatch):
     "None of them is wide when the model has been read, and all of it is what quantizing it whole would give."
     from qlora_nb.foundations import qlora

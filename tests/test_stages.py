@@ -89,6 +89,16 @@ def test_a_second_stage_from_a_folder(first, rows, tmp_path, backend):
     assert have.keys() == want.keys() and all(torch.equal(have[n], want[n]) for n in have)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_stage_begins_with_the_bits_of_the_first(first, rows, tmp_path, backend):
+    "TRL rounds adapters to bfloat16; what was learnt is not rounded."
+    from safetensors.torch import load_file
+    folder, _ = first["bnb"]
+    run = finetune(adapter=folder, data=rows[8:], output_dir=tmp_path/"run", backend=backend, **dict(QUIET, max_steps=1, learning_rate=1e-9))
+    was, now = (load_file(o/"adapter"/"adapter_model.safetensors") for o in (folder, run.folder))
+    assert max((was[k] - now[k]).abs().max() for k in was) < 1e-8
+
+
 def test_one_backend_goes_on_from_the_other(first, rows, tmp_path):
     folder, losses = first["bnb"]
     run = finetune(adapter=folder/"adapter", data=rows[8:], output_dir=tmp_path/"run", backend="scratch", **QUIET)

@@ -111,8 +111,8 @@ def values_follow():
 def sizes_explained(folder):
     "Turn PEFT's error about a matrix of another size, or any other, into one of a sentence."
     try: yield
-    except (AttributeError, KeyError, TypeError) as e:
-        raise QLoRAError(f"PEFT cannot put this adapter on the model ({type(e).__name__}: {e}).",
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise QLoRAError(f"PEFT cannot put this adapter on the model ({type(e).__name__}: {str(e)[:200]}).",
                          str(folder), "Compare its adapter_config.json with its weights.") from e
     except RuntimeError as e:
         if "size mismatch" not in str(e): raise

@@ -190,7 +190,7 @@ def save_adapter(model:nn.Module,            # Has adapters
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #b0c8643d
 PLAIN = """peft_type peft_version task_type auto_mapping base_model_name_or_path revision
-    inference_mode bias r lora_alpha lora_dropout use_rslora target_modules rank_pattern
+    inference_mode r lora_alpha lora_dropout use_rslora target_modules rank_pattern
     alpha_pattern fan_in_fan_out exclude_modules layers_to_transform layers_pattern
     init_lora_weights megatron_core qalora_group_size""".split()
 STARTS = True, False, "gaussian", "orthogonal", "eva"   # of `init_lora_weights`: the base stays

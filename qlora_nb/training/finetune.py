@@ -26,7 +26,7 @@ from transformers import PrinterCallback, TrainerState
 
 # %% ../../nbs/2_training/29_finetune.ipynb #2524b1a9
 from .end_tokens import note_ends
-from .optimizers import float32_adapters, use_loraplus
+from .optimizers import as_learnt, float32_adapters, use_loraplus
 from .document_mask import packed
 from ..speed.data_parallel import (Sealer, as_one, by_first, holding, numbered_batches,
                                           step_shape)
@@ -60,7 +60,7 @@ def make_trainer(model,              # With adapters, on a 4-bit base
     args = trainer_settings(folder, model.device, dtype, per_device_train_batch_size=n,
                             learning_rate=learning_rate, **settings)
     numbers, batch = numbered_batches(examples, collator or pad)
-    with quiet():
+    with quiet(), as_learnt(model):
         trainer = AdapterTrainer(model, args, train_dataset=numbers, processing_class=tokenizer,
                                  data_collator=batch, eval_dataset=numbers if held_out else None)
     trainer.guard = Guard(*[describe] if describe else [], learning_rate=learning_rate)

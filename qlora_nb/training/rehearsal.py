@@ -161,11 +161,10 @@ def wanted_by_peft(model, folder) -> set|None:  # Names; None where its config m
     config = copy.deepcopy(model.config)
     key = config.to_json_string(False), (folder/"adapter_config.json").read_text(encoding="utf-8")
     if key in KNOWN: return KNOWN[key]
-    try:
-        with quiet(), as_named(), torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            base = AutoModelForCausalLM.from_config(config)
-            fresh = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
-    except Exception: return None
+    with quiet(), as_named(), torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        try: base = AutoModelForCausalLM.from_config(config)
+        except Exception: return None   # some cannot be built so; what PEFT says is not hidden
+        fresh = get_peft_model(base, PeftConfig.from_pretrained(str(folder)))
     KNOWN[key] = set(get_peft_model_state_dict(fresh, save_embedding_layers=False))
     return KNOWN[key]
 

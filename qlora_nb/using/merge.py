@@ -45,10 +45,10 @@ ONTO = ("dequantized", "original", "4bit")
 def check_adapter(source):   # Of `read_source`
     "Raise `QLoRAError` for an adapter that is more than LoRA (or DoRA) on some layers."
     cfg = source.config
-    known = {*PLAIN, "use_dora", "lora_bias", "target_parameters"}
+    known = {*PLAIN, "use_dora", "lora_bias", "bias", "target_parameters"}
     odd = ", ".join(f"{k}={v}" for k, v in cfg.items() if (v and k not in known)
-                    or (k == "peft_type" and v != "LORA")
                     or (k == "init_lora_weights" and v not in STARTS))
+    if (kind := cfg.get("peft_type") or "LORA") != "LORA": odd = f"it is of the kind {kind}"
     if odd:
         raise QLoRAError(f"this adapter cannot be merged here: {odd}.", str(source.folder),
                          "Only LoRA, rsLoRA and DoRA can. Merge it with PEFT, on its own base.")
