@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, FalconConfig
 
-from qlora_nb.foundations.adapters import add_adapters
+from qlora_nb.foundations.adapters import BACKENDS, add_adapters
 from qlora_nb.base.core import set_seed
 from qlora_nb.speed.cuda_graphs import decoder_layers
 from qlora_nb.speed.fast_training import fast_loss, make_fast, make_plain
@@ -107,6 +107,23 @@ def test_what_is_changed_afterwards_counts(folder, backend, record, change):
     assert (change in QUIET) != any("has changed since it was made fast" in str(o.message) for o in said)
     same(gradients(make_plain(model), lambda: model(**BATCH).loss), got)
     assert change is frozen or any((g - before[n]).norm() > 1e-2*g.norm() for n, g in got.items() if n in before) or change in (second, drop)
+
+
+@pytest.mark.parametrize("backend", ["bnb", "scratch"])
+def test_a_fused_way_that_is_another_layer_is_not_taken(folder, backend, monkeypatch):
+    "A new adapter is zero, so the first loss is right however strong it is; one of each kind of layer is tried with numbers."
+    from qlora_nb.speed import fused
+    theirs = fused.fused_parts
+    def stronger(layer, fold=None):
+        packed, (alpha, *rest), dtype = theirs(layer, fold)
+        return packed, (alpha*(1.05 if layer.out_features > layer.in_features else 1), *rest), dtype
+    monkeypatch.setattr(fused, "fused_parts", stronger)
+    model = add_adapters(BACKENDS[backend](folder, device="cpu", dtype=torch.float32), 4).train()
+    was = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    rows = [r for r in make_fast(model).rows if r[0] == "adapter"]
+    assert {r[2].split(" by ")[0] for r in rows} == {"fused", "as before: it would be off"}
+    for m in adapted_layers(model).values(): assert hasattr(m, "fused") == (m.out_features <= m.in_features)
+    assert all(torch.equal(p, was[n]) and p.grad is None for n, p in model.named_parameters() if p.requires_grad)
 
 
 def test_hidden_states_of_captured_layers(folder):

@@ -112,8 +112,9 @@ def sizes_explained(folder):
     "Turn PEFT's error about a matrix of another size, or any other, into one of a sentence."
     try: yield
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise QLoRAError(f"PEFT cannot put this adapter on the model ({type(e).__name__}: {str(e)[:200]}).",
-                         str(folder), "Compare its adapter_config.json with its weights.") from e
+        why = f"{type(e).__name__}: {str(e)[:200]}"
+        raise QLoRAError(f"PEFT cannot put this adapter on the model ({why}).", str(folder),
+                         "Compare its adapter_config.json with its weights.") from e
     except RuntimeError as e:
         if "size mismatch" not in str(e): raise
         why = str(e).split("size mismatch for ")[1].splitlines()[0].rstrip(".")

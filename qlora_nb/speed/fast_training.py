@@ -19,7 +19,7 @@ from .dequantized import drop_dequantized, keep_dequantized
 from .cpu import cpu_pieces, cpu_pieces_undo
 from .fused import adapted_layers, fuse, layer_state, unfuse, why_not
 from .cuda_graphs import GraphedLayers, decoder_layers
-from .logits import evaluating, own_loss, rounding, why_own_loss
+from .logits import evaluating, own_loss, rounding, why_off, why_own_loss
 from .chunked_loss import fused_gradient, logits_gradient, chunked_loss
 from .offload import ActivationOffload, compile_layer, compiler
 from .shared_prefix import dropout_in, fold_prefixes, hidden_states, unfold_prefixes
@@ -71,9 +71,13 @@ def make_plain(model, widen:bool=True):  # False: weights stay narrow, to be nar
 def fuse_layers(model, layers:dict) -> list:  # Rows: (part, number, what it is now, the first)
     "Fuse what can be fused, and undo the widening of frozen weights."
     rows, why = [], {n: why_not(m) for n, m in layers.items()}
+    ready = {n: m for n, m in layers.items() if why[n] is None}
+    for m in ready.values(): fuse(m)
+    wrong = why_off(ready)
+    for n in wrong: unfuse(layers[n])
+    why |= wrong
     for reason in dict.fromkeys(why.values()):
         some = [n for n in layers if why[n] == reason]
-        if reason is None: [fuse(layers[n]) for n in some]
         rows.append(["adapter", len(some), f"as before: {reason}" if reason else "fused", some[0]])
     dtypes = [m.fused[-1] for m in layers.values() if hasattr(m, "fused")]
     names = to_16_bits(model, dtypes[0]) if dtypes else []

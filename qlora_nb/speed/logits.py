@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEAR', 'evaluating', 'through_head', 'measure_head', 'head_measured', 'plain_head', 'fed_by_decoder', 'head_logits',
            'is_matrix', 'why_own_loss', 'own_logits', 'picked_logits', 'own_loss', 'near_enough', 'last_bit',
-           'rounding', 'probe', 'far_apart', 'same_logits', 'say_apart', 'unsaved_buffers']
+           'rounding', 'probe', 'far_apart', 'same_logits', 'say_apart', 'unsaved_buffers', 'off_fused', 'why_off']
 
 # %% ../../nbs/7_speed/76_logits.ipynb #ab377c4d
 from ..foundations.lora import LoRA
@@ -205,3 +205,39 @@ def unsaved_buffers(model) -> dict:   # name → tensor
     "What a model computes when it is built, such as a table of angles, and no file holds."
     return {f"{n}.{k}": b for n, m in model.named_modules()
             for k in sorted(m._non_persistent_buffers_set) if (b := m._buffers.get(k)) is not None}
+
+# %% ../../nbs/7_speed/76_logits.ipynb #off76_a
+def _one_way(layer, x, fused:bool) -> list:   # The output, and gradients
+    name, was = layer.fused_state[0][0], layer.training   # of the active adapter
+    leaves = [x.clone().requires_grad_(), layer.lora_A[name].weight, layer.lora_B[name].weight]
+    layer.training = fused
+    try: y = layer(leaves[0])
+    finally: layer.training = was
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
+
+# %% ../../nbs/7_speed/76_logits.ipynb #off76_b
+def off_fused(layer) -> float:   # One that was fused
+    "How far output and gradients of the fused way are from the layer's own, as the largest share."
+    name, draw = layer.fused_state[0][0], torch.Generator().manual_seed(0)
+    A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+    def rows(*shape): return torch.randn(shape, generator=draw).to(A.device)
+    x, strong, was = rows(8, A.shape[1]).to(layer.fused[-1]), rows(*B.shape), B.detach().clone()
+    with torch.no_grad():
+        part = (x.float() @ A.float().T @ strong.T).norm()*abs(layer.scaling[name])
+        B.copy_(strong*(layer.base_layer(x).float().norm()/part.clamp(min=1e-30)))
+    try: ways = [_one_way(layer, x, o) for o in (True, False)]
+    finally: B.data.copy_(was)
+    return max(far_apart(a.float(), b.float()) for a, b in zip(*ways))
+
+# %% ../../nbs/7_speed/76_logits.ipynb #off76_k
+def why_off(layers:dict) -> dict:   # Name → fused layer
+    "For those that are another layer since they were fused: by how much."
+    found, kinds = {}, {}
+    for n, m in layers.items():
+        if hasattr(m.base_layer, "shards"): continue   # whose bytes are there in its block alone
+        packed, how, dtype = m.fused
+        kind = how, dtype, packed.q.shape, m.lora_A[m.fused_state[0][0]].weight.shape
+        if kind not in kinds: kinds[kind] = off_fused(m)
+        if not kinds[kind] <= max(2*torch.finfo(dtype).eps, 1e-4):   # nor NaN
+            found[n] = f"it would be off by {kinds[kind]:.1%}"
+    return found

@@ -111,7 +111,7 @@ def cross_entropy(trainer, batch) -> tuple:  # (nats a token, what is added for 
     return torch.nn.functional.cross_entropy(logits[picked], labels[picked]).item(), aux
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #16eddfbe
-def same_losses(trainer, batch, padded, measure) -> float:
+def same_losses(trainer, batch, padded, measure) -> tuple:  # (loss, difference)
     "The loss of a batch. Raises `QLoRAError` where trainer, logits and evaluation do not agree."
     model, n = trainer.model, (batch["labels"] != -100).sum()
     with trainer.compute_loss_context_manager(), torch.enable_grad():
@@ -119,14 +119,14 @@ def same_losses(trainer, batch, padded, measure) -> float:
     (loss*(128 if model.dtype == torch.float16 else 1)).backward()
     (true, aux), theirs = cross_entropy(trainer, batch), loss.item()
     near = near_enough(model.get_input_embeddings().weight.dtype, true, n.item())
-    fast = getattr(model, "step_loss", None)
+    fast, offs = hasattr(model, "step_loss"), []
     cure = "Try fast=False (--fast false)." if fast else "It cannot be trained here as it is."
     for who, value, more in (("trainer", theirs, aux), ("evaluation", measure(model, [padded]), 0)):
-        off = min(abs(value - true), abs(value - true - more))
+        offs.append(off := min(abs(value - true), abs(value - true - more)))
         if off < near or off < 2*rounding(model, lambda: cross_entropy(trainer, batch)[0]): continue
         raise QLoRAError(f"the {who}'s loss is {value:.4f}, the cross-entropy on the model's own "
                          f"logits {true:.4f}.", model.config.model_type, cure)
-    return true
+    return true, max(offs)
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #0056faa5
 def check_gradients(model, mine:dict, called:set) -> list:  # Names, of layers that were not called
@@ -234,7 +234,8 @@ def _in_a_sentence(model):
 def _summary(model, loss, dead, mine) -> list:
     four, under = coverage(model)
     said = [f"{four:.1%} of the weights of the layers are in 4 bits, {under:.1%} under adapters; "
-            f"trainer, logits and evaluation agree on the loss of two rows ({loss:.3f})."]
+            f"trainer, logits and evaluation agree on the loss of two rows ({loss[0]:.3f}, within "
+            f"{loss[1]:.1g})."]
     if dead: said.append(f"{len(dead)} of {len(mine)} adapter matrices belong to layers that two "
                          f"rows do not reach, such as {dead[0]}.")
     return said
