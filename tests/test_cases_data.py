@@ -300,7 +300,7 @@ def test_folders_links_and_addresses(tmp_path):
     table = datasets.Dataset.from_list([pair("Hi", "Hello")])
     table.save_to_disk(tmp_path/"one"), datasets.DatasetDict(train=table).save_to_disk(tmp_path/"two"), (tmp_path/"model").mkdir()
     (tmp_path/"model"/"config.json").write_text("{}", encoding="utf-8"), (tmp_path/"link.jsonl").symlink_to(tmp_path/"nowhere")
-    said = {tmp_path/"one": "the folder of a data set, as `save_to_disk` writes one. Give what datasets.load_from_disk", tmp_path/"two": "as `save_to_disk`",
+    said = {tmp_path/"one": "the folder of a data set, as `save_to_disk` writes one. Give what datasets.load_from_disk", tmp_path/"two": r"as `save_to_disk`.*; to a command the file that .to_json\('rows.jsonl'\) makes of a split",
             tmp_path/"model": "the folder of a model, and rows are wanted", tmp_path: "this is a folder. Give one", tmp_path/"link.jsonl": "this link leads to no file",
             "https://a.org/x.jsonl": "this is an address, and nothing is fetched from there"}
     for data, what in said.items():

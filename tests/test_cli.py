@@ -150,12 +150,13 @@ def test_an_option_wins_over_the_config(tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(tiny, tmp_path):
-    p = command("finetune_main", *options(tiny, tmp_path/"run"))
-    await_checkpoint(p, tmp_path/"run", "*")
+    p = command("finetune_main", *options(tiny, tmp_path/"my run"))
+    await_checkpoint(p, tmp_path/"my run", "*")
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     assert p.returncode == 130 and "--resume" in err and "Traceback" not in err
     assert "stopped. checkpoint-" in err and "is complete" in err
+    assert f"To go on: qlora_finetune --resume --output-dir '{tmp_path/'my run'}'" in err   # to be pasted: a space is in it
 
 
 def test_a_command_that_is_asked_to_end(capsys):
@@ -198,6 +199,8 @@ def test_data_that_is_given_twice(tmp_path, complaint):
     for twice in (["--data", "a.jsonl", "--data", "b.jsonl"], ["--data=a.jsonl", "--data", "b.jsonl"]):
         status, err = complaint(*twice, "--output-dir", tmp_path/"run")
         assert status == 2 and err.splitlines()[-1].endswith("--data is there twice: name all data after one, such as --data a.jsonl b.jsonl")
+    status, err = complaint("--template", "chat", "--chat-template", "own.jinja", "--output-dir", tmp_path/"run")
+    assert status == 2 and err.endswith("error: --chat-template own.jinja and --template chat: give one of them\n")
 
 
 def test_the_run_json_of_own_data(tiny, tmp_path):

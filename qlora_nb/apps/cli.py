@@ -8,7 +8,7 @@ __all__ = ['RunOptions', 'finetune_parser', 'ready_terminal', 'speaks', 'of_syst
            'chat_main', 'main']
 
 # %% ../../nbs/apps/cli.ipynb #b8e00b65
-import argparse, contextlib, os, signal, sys, threading, time, warnings
+import argparse, contextlib, os, shlex, signal, sys, threading, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from trl import TrlParser
@@ -122,8 +122,8 @@ def finetune_options(argv) -> dict:  # For `finetune_and_evaluate`
 def finetune_main(argv:list|None=None):  # None: the options that the command was called with
     "Fine-tune, evaluate, report: the console command `qlora_finetune`."
     o = finetune_options(sys.argv[1:] if argv is None else argv)
-    again = f"Give the same options again, with --resume --output-dir {o['output_dir']}"
-    with one_line_errors(again):
+    again = f"qlora_finetune --resume --output-dir {shlex.quote(str(o['output_dir']))}"
+    with one_line_errors(f"To go on: {again} (if nothing is there yet: the same options again)."):
         import qlora_nb.beyond.scale_search   # for --quantization
         from qlora_nb.evaluation.evaluation import finetune_and_evaluate
         report = finetune_and_evaluate(**o)

@@ -74,6 +74,8 @@ def source_options(o:dict, refuse=stop) -> dict:  # Taken out of `o`
 def training_options(o:dict, refuse=stop) -> dict:  # Taken out of `o`
     "What only the data to train on get; the text of a chat template goes into `o`."
     split, template, large = (o.pop(k) for k in ("data_split", "chat_template", "large"))
+    if template and o.get("template"):
+        refuse(f"--chat-template {template} and --template {o['template']}: give one of them")
     try: o |= dict(template=read_template(template)) if template else {}
     except (OSError, UnicodeDecodeError) as e:
         refuse(f"{template} cannot be read ({getattr(e, 'strerror', e)})")

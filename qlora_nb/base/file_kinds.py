@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['USED', 'KINDS', 'SAME', 'FOLDERS', 'WAYS', 'PAGE', 'SHEET', 'SIGNS', 'check_open', 'named_kind', 'kind_of_file',
-           'cache_errors', 'cache_dir', 'wide_encoding', 'check_marked', 'bad_bytes', 'check_signs', 'tensor_heads',
-           'model_heads', 'refuse_codes']
+           'cache_errors', 'file_errors', 'cache_dir', 'wide_encoding', 'check_marked', 'bad_bytes', 'check_signs',
+           'tensor_heads', 'model_heads', 'refuse_codes']
 
 # %% ../../nbs/base/file_kinds.ipynb #fk000004
-import codecs, contextlib, json, os
+import codecs, contextlib, gzip, json, os, zlib
 from pathlib import Path
 from platformdirs import user_cache_dir
 from .errors import QLoRAError
@@ -43,7 +43,8 @@ FOLDERS = {"state.json": _SAVED, "dataset_dict.json": _SAVED,   # what lies in a
 # endings that are not read → what to do
 WAYS = {".xlsx .xls .xlsm .ods .numbers": "Save the sheet as 'CSV UTF-8'. ",
         ".zip .7z .rar .tar .tgz .bz2 .xz .zst": "Unpack it; .gz alone is read as it is. ",
-        ".arrow .feather": "Give datasets.Dataset.from_file(path), or a table of pyarrow. ",
+        ".arrow .feather": "Give datasets.Dataset.from_file(path), or a table of pyarrow; to a "
+                           "command the file that .to_json('rows.jsonl') makes of it. ",
         ".txt .md .pdf .docx .html": "Put each question with its answer into a row. "}
 
 # %% ../../nbs/base/file_kinds.ipynb #fk
@@ -53,8 +54,10 @@ def kind_of_file(path:Path) -> str:
     kind, kinds = named_kind(path), f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
     if path.is_dir():
         what = next((v for k, v in FOLDERS.items() if (path/k).exists()), "this is a folder.")
-        raise QLoRAError(what, str(path), "Give what datasets.load_from_disk(...) makes of it."
-                         if "save_to_disk" in what else f"Give one {kinds} file in it, or several.")
+        saved = ("Give what datasets.load_from_disk(...) makes of it; to a command the file that "
+                 ".to_json('rows.jsonl') makes of a split.")
+        raise QLoRAError(what, str(path), saved if "save_to_disk" in what
+                         else f"Give one {kinds} file in it, or several.")
     if kind in KINDS: return kind
     way = next((v for k, v in WAYS.items() if kind in k.split()), "")
     what = f"files of the kind '{kind}' are not read." if kind else "the name has no ending."
@@ -68,6 +71,18 @@ def cache_errors(variable:str):   # Of the environment
     except OSError as e:
         raise QLoRAError(f"the cache cannot be used ({e.strerror or e}).", str(e.filename or ""),
                          f"Let {variable} name a folder that can be written and has room.") from e
+
+# %% ../../nbs/base/file_kinds.ipynb #unread
+@contextlib.contextmanager
+def file_errors(path):
+    "Turn what the system, or a packed file, says while rows are read into one message."
+    try: yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path),
+                         "Write it again, as .jsonl.") from e
+    except OSError as e:
+        raise QLoRAError(f"the file cannot be read ({e.strerror}).", str(path),
+                         "Check its permissions.") from e
 
 # %% ../../nbs/base/file_kinds.ipynb #cache_f
 def cache_dir() -> Path:  # `$QLORA_NB_CACHE`, or the user's cache folder of this platform

@@ -7,13 +7,13 @@ __all__ = ['FILE_KINDS', 'PARTS', 'LARGE', 'as_path', 'near', 'refuse_pipe', 're
            'options_of', 'choose', 'from_hub', 'digest', 'identity', 'each_row', 'is_large']
 
 # %% ../../nbs/base/files.ipynb #66e7b5af
-import difflib, gzip, hashlib, io, json, zlib
+import difflib, gzip, hashlib, io, json
 from itertools import chain, islice
 from pathlib import Path
 from .errors import QLoRAError
 from .core import versions
-from .file_kinds import (SAME, WAYS, bad_bytes, check_signs, kind_of_file, named_kind,
-                                      wide_encoding)
+from .file_kinds import (SAME, WAYS, bad_bytes, check_signs, file_errors, kind_of_file,
+                                      named_kind, wide_encoding)
 from .json_rows import is_list, json_rows
 from .readers import csv_rows, parquet_rows
 
@@ -186,16 +186,11 @@ def _begin(path, kind, skip, named):
 def each_row(path:Path, skip_bad_rows:bool=False, named:bool=False):  # As in `read_rows`
     "The rows of `read_rows`, one by one, in constant memory."
     n, kind = 0, kind_of_file(path)
-    try:
+    with file_errors(path):
         check_signs(path)
-        for n, row in enumerate(_begin(path, kind, skip_bad_rows, named), 1): yield row
-    except UnicodeDecodeError as e: raise bad_bytes(e, f"{path}, row {n + 1}") from e
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path),
-                         "Write it again, as .jsonl.") from e
-    except OSError as e:
-        raise QLoRAError(f"the file cannot be read ({e.strerror}).", str(path),
-                         "Check its permissions.") from e
+        try:
+            for n, row in enumerate(_begin(path, kind, skip_bad_rows, named), 1): yield row
+        except UnicodeDecodeError as e: raise bad_bytes(e, f"{path}, row {n + 1}") from e
 
 # %% ../../nbs/base/files.ipynb #980c6592
 LARGE = 1_000_000  # bytes of rows, whose examples take less as lists than a training step does

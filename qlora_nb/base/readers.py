@@ -6,13 +6,13 @@
 __all__ = ['csv_rows', 'without_nulls', 'from_table', 'not_utf8', 'arrow_rows', 'parquet_rows', 'read_rows']
 
 # %% ../../nbs/base/readers.ipynb #a02117b1
-import csv, gzip, io, re, zlib
+import csv, gzip, io, re
 from itertools import chain
 from pathlib import Path
 from .errors import QLoRAError
 from .fields import SKIP
-from .file_kinds import (bad_bytes, check_marked, check_signs, kind_of_file,
-                                      wide_encoding)
+from .file_kinds import (bad_bytes, check_marked, check_signs, file_errors,
+                                      kind_of_file, wide_encoding)
 from .json_rows import (check_columns, json_file, json_values, known_names, lines_of,
                                      plain)
 
@@ -97,12 +97,8 @@ def _row_at(text, kind):
 # %% ../../nbs/base/readers.ipynb #c4b37e95
 def _unpacked(path):
     "The bytes of a file, of a .gz those that were packed."
-    try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise QLoRAError(f"the file cannot be unpacked ({e}).", str(path),
-                         "Write it again, as .jsonl.") from e
+    raw = path.read_bytes()
+    return gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw
 
 # %% ../../nbs/base/readers.ipynb #3d063289
 def _read_text(path, kind):
@@ -170,13 +166,10 @@ def read_rows(path:Path,                # One of `KINDS`, all but .parquet also 
              ) -> list:                 # Its rows, unchecked
     "Read a file. Raises `QLoRAError` for one that cannot be read, is empty, or is of another kind."
     kind = kind_of_file(path)
-    try:
+    with file_errors(path):
         check_signs(path)
         if kind == ".parquet": return list(parquet_rows(path, skip_bad_rows))
         text = _read_text(path, kind)
-    except OSError as e:
-        raise QLoRAError(f"the file cannot be read ({e.strerror}).", str(path),
-                         "Check its permissions.") from e
     if not text.strip():
         raise QLoRAError("the file is empty.", str(path),
                          "It needs rows, such as those of a .jsonl file.")
