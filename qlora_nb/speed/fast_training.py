@@ -6,7 +6,7 @@
 __all__ = ['to_16_bits', 'fast_loss', 'make_plain', 'fuse_layers', 'graph_layers', 'stop_checkpointing', 'speed_up_layers',
            'first_step', 'check_fast', 'speed_up_cpu', 'set_loss', 'make_fast', 'step_label']
 
-# %% ../../nbs/7_speed/82_fast_training.ipynb #673ef94e
+# %% ../../nbs/7_speed/82_fast_training.ipynb #673ef94e-a
 from ..base.core import Table, fmt_bytes
 import torch, warnings
 from functools import partial
@@ -15,6 +15,8 @@ from ..base.errors import QLoRAError
 from ..base.ranks import everyone
 from ..base.triton_setup import is_spread
 from ..base.weights import clean_name
+
+# %% ../../nbs/7_speed/82_fast_training.ipynb #673ef94e
 from .dequantized import drop_dequantized, keep_dequantized
 from .cpu import cpu_pieces, cpu_pieces_undo
 from .fused import adapted_layers, fuse, layer_state, unfuse, why_not
