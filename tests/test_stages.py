@@ -156,6 +156,20 @@ def test_a_second_stage_through_the_command(first, rows, tmp_path, capsys):
     assert "asked for was r 16 instead of 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_before_a_second_stage_is_after_the_first(first, rows, tmp_path, backend):
+    "Against the bare base it would be praised for what the first has learnt. Afterwards the adapter is that of the second again."
+    from safetensors.torch import load_file
+    from qlora_nb.evaluation.evaluation import evaluate, finetune_and_evaluate
+    folder, _ = first[backend]
+    report = finetune_and_evaluate(rows[8:], test_data=rows[:2], adapter=folder, output_dir=tmp_path/"run", backend=backend, **dict(QUIET, max_steps=1))
+    got = load_adapter(folder, device="cpu", backend=backend)
+    assert report.before.answer_loss == pytest.approx(evaluate(got.model, got.tokenizer, rows[:2], "article").answer_loss, rel=1e-4)
+    own = {n.replace(".default", "").removeprefix("base_model.model."): p for n, p in report.run.model.named_parameters() if "lora_" in n}
+    for k, v in load_file(tmp_path/"run"/"adapter"/"adapter_model.safetensors").items(): assert torch.equal(own[k.removeprefix("base_model.model.")], v)
+    assert report.after.answer_loss != report.before.answer_loss
+
+
 # ---- a base at one of several revisions ----
 
 HUB = "someone/tiny"

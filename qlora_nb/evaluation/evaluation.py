@@ -11,7 +11,7 @@ __all__ = ['Scores', 'CHOSE', 'NONE_HELD_OUT', 'NOT_WANTED', 'PLACES', 'answer_r
 import time, warnings
 from collections import namedtuple
 from pathlib import Path
-from .answer_loss import fit_rows, known_answers, mark_rows
+from .answer_loss import as_found, fit_rows, known_answers, mark_rows
 from ..base.errors import QLoRAError
 from ..base.core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
 from .scores import exact_match, field_scores
@@ -196,12 +196,12 @@ def _score_both(run, rows, progress):   # `score_run`, with its errors
     fitting = fit_rows(rows, run.tokenizer, s["template"], s["max_length"], s["long"])
     why = f"All {len(rows)} held-out rows are longer than {s['max_length']} tokens: no score."
     if not fitting: return [], None, None, why
-    with run.model.disable_adapter(): before = evaluate(run.model, run.tokenizer, fitting, **how)
+    with as_found(run) as model: before = evaluate(model, run.tokenizer, fitting, **how)
     return fitting, before, evaluate(run.model, run.tokenizer, fitting, **how), None
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #84582531
 def score_run(run, rows:list, progress:bool=True) -> tuple:   # (rows, before, after, why no scores)
-    "Score a run's model without and with its adapter; an error is told and does not undo the run."
+    "Score a run's model as it found it and as it is; an error is told and does not undo the run."
     if not rows: return [], None, None, NONE_HELD_OUT
     try: return _score_both(run, rows, progress)
     except KeyboardInterrupt: raise KeyboardInterrupt(when_trained(run.folder)) from None
