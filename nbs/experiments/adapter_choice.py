@@ -15,7 +15,8 @@ Stages, each of which needs the ones before it:
             runs differ more from seed to seed; for bases and formats only
   again     arms at their best rate with five seeds that nothing was chosen by: one in twenty is told apart by chance
   where     one kind of layer alone (leave one in) and all but one (leave one out), at the parameters of rank 8 on all layers
-  allocate  the same budget by layer: uniform, random (three draws), by gradient spectra (water-filling), by input variance (EVA's)
+  allocate  the same budget by layer: uniform, random (three draws), by gradient spectra (water-filling), by input variance (EVA's),
+            and by the directions that AdaLoRA of 12, reduced to a mean of 8, has left on: AdaLoRA itself at its own rate, and LoRA with its ranks
 
 Arms (`--groups`): `ranks`, LoRA of five ranks, scaled by α/r with α = 2r; `scalings`, α = 32 at every rank, and rsLoRA with α = 8,
 so that all three rules scale by two at rank 16; `variants` at rank 16; `methods`, all weights trained; `finer`, does a finer
@@ -51,10 +52,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from filelock import FileLock
+from peft import AdaLoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from qlora_nb.base.core import free_memory, set_seed, versions
 from qlora_nb.base.model_files import load_tokenizer
+from qlora_nb.base.nf4_config import quiet
 from qlora_nb.base.targets import match_targets
 from qlora_nb.beyond.allocation import look, random_ranks, ranks_within, spectrum, water_fill
 from qlora_nb.beyond.error_feedback import feedback_quantize
@@ -85,7 +88,7 @@ GROUPS = dict(
     variants={"dora": dict(r=16, use_dora=True), "lora+": dict(r=16, loraplus=16.), "lora-fa": dict(r=16, freeze_a=True),
               "pissa": dict(r=16, start="pissa"), "lora-ga": dict(r=16, start="lora-ga"), "bf16": dict(r=16, dtype="bfloat16")},
     scalings={f"alpha32-{r}": dict(r=r, alpha=32) for r in (1, 64)} | {f"rslora-{r}": dict(r=r, alpha=8, use_rslora=True) for r in (1, 64)},
-    methods={"full": dict(r=0, base="all weights")},
+    methods={"full": dict(r=0, base="all weights")}, adalora={"adalora": dict(r=8, adalora=True)},
     formats={**{k: dict(r=16, base=k) for k in ("rotated", "bof4s", "e4m3", "mixed")}, "loftq-5": dict(r=16, start="loftq-5"),
              "feedback-closed": dict(r=16, base="feedback", start="closed")},
     types={f"{t}{'+dq'*d}": dict(r=16, base=t, double=d) for t, d in
@@ -93,7 +96,7 @@ GROUPS = dict(
 ARMS = {k: v for o in GROUPS.values() for k, v in o.items()}
 KINDS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 FACTOR, SEEDS, START = 10**.5, 5, 2e-3/10**.5
-STARTS = {"full": START/10, "lora+": START/FACTOR, "pissa": START/FACTOR, "lora-ga": START/FACTOR, "alpha32-1": START/FACTOR,
+STARTS = {"full": START/10, "lora+": START/FACTOR, "adalora": START*FACTOR, "pissa": START/FACTOR, "lora-ga": START/FACTOR, "alpha32-1": START/FACTOR,
           "lora-256": START/FACTOR}   # where a bracket begins; it moves until the best one lies inside
 PIECE = "model.layers.29.self_attn.v_proj"   # of which a page measures the spectrum again
 BLOCKS, TOP, COSINES = (5, 15, 25), 10, (.3, .5, .7, .9)   # where intruders are looked for, among how many, below what
@@ -121,8 +124,9 @@ def roundings():
             **{k: lambda n, W, f=books[v][1]: f(W, None) for k, v in of.items()}}
 
 
-def rank_pattern(kind, budget, cost, spectra, draw=0):
-    "Ranks by layer. `spectra`: a function of `gradient` or `inputs`."
+def rank_pattern(kind, budget, cost, spectra, draw=0, left=None):
+    "Ranks by layer. `spectra`: a function of `gradient` or `inputs`; `left`: the directions that AdaLoRA has left on, a letter a layer."
+    if kind == "adalora": return ranks_within(budget, cost, {n: float(int(c, 16)) for n, c in zip(cost, left)})
     if kind == "uniform": return ranks_within(budget, cost, {n: 1. for n in cost})
     if kind == "random": return random_ranks(budget, cost, draw)
     if kind == "gradient": return water_fill(budget, cost, spectra("gradient"))
@@ -257,7 +261,7 @@ def adapted(w, model, task):
     how, targets = {k: v for k, v in task.items() if k == "use_rslora" or k == "use_dora"}, task.get("targets", "all-linear")
     alpha, undo = task.get("alpha", 2*task["r"]), []
     if kind := task.get("allocation"):
-        ranks = rank_pattern(kind, task["budget"], sizes(model), lambda what: w.spectra(model, what), task.get("draw", 0))
+        ranks = rank_pattern(kind, task["budget"], sizes(model), lambda what: w.spectra(model, what), task.get("draw", 0), task.get("left"))
         w.ranks = ranks
         how |= dict(rank_pattern={f"^{n.replace('.', chr(92) + '.')}$": r for n, r in ranks.items()},
                     alpha_pattern={f"^{n.replace('.', chr(92) + '.')}$": 2*r for n, r in ranks.items()})
@@ -375,6 +379,30 @@ def train(w, model, task):
     return torch.stack(losses).tolist(), used
 
 
+def train_adalora(w, model, task, start=1.5):
+    "PEFT's AdaLoRA as its paper has it: half as many directions again, the budget falls between a tenth and a half of the steps."
+    set_seed(task["seed"])
+    first = round(start*task["r"])
+    with quiet():
+        model = get_peft_model(model, AdaLoraConfig(init_r=first, target_r=task["r"], lora_alpha=2*first, tinit=w.steps//10, tfinal=w.steps//2,
+                                                    total_step=w.steps, target_modules="all-linear", task_type="CAUSAL_LM"))
+    params, losses = [p for p in model.parameters() if p.requires_grad], []
+    opt = torch.optim.AdamW(params, weight_decay=0.)
+    model.train()
+    for i, rows in enumerate(batches(w, task["seed"])):
+        for g in opt.param_groups: g["lr"] = task["lr"]*rate(i, w.steps)
+        batch = {k: v.to(w.device) for k, v in collate([w.examples[k] for k in rows], w.tokenizer.pad_token_id).items()}
+        with torch.autocast(w.device, torch.bfloat16, enabled=w.device == "cuda"): loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, .3)
+        opt.step()
+        model.base_model.update_and_allocate(i)
+        opt.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    left = {k.split(".lora_E")[0]: sum(v) for k, v in model.peft_config["default"].rank_pattern.items()}
+    return model, losses, "".join(f"{left[n]:x}" for n in w.costs)
+
+
 def trained_weight(m):
     "A layer's weight with what its adapter has made of it."
     if not hasattr(m, "lora_A"): return (dequantized_weight(m)[0] if hasattr(m.weight, "quant_state") else m.weight.detach()).float()
@@ -445,6 +473,7 @@ def learn(w, task):
         share, loss = score(model.eval(), w.tokenizer, w.test)
         return task | dict(answer_loss=loss, exact_match=share, slice=score(model, w.tokenizer, w.usual)[1], prose=perplexity(model, w.tokenizer, w.text, max_tokens=w.prose_tokens))
     if (task.get("base", "qlora"), task.get("double")) not in {k for k, _ in w.vectors}: keep_before(w, model, task)
+    if task.get("adalora"): return learn_adalora(w, model, task, begin)
     model, off = adapted(w, model, task)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     try:
@@ -464,6 +493,21 @@ def learn(w, task):
         w.kept = {}
     gc.collect(), free_memory()
     return row | dict(seconds=round(time.perf_counter() - begin, 1))
+
+
+def learn_adalora(w, model, task, begin):
+    "A run of AdaLoRA: its scores, and the directions that it has left on."
+    w.costs = sizes(model)
+    model, losses, left = train_adalora(w, model, task)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    numbers = sum(int(c, 16)*k for c, k in zip(left, w.costs.values()))
+    with torch.autocast(w.device, torch.bfloat16, enabled=w.device == "cuda"):
+        share, loss = score(model.eval(), w.tokenizer, w.test)
+        after = perplexity(model, w.tokenizer, w.text, max_tokens=w.prose_tokens)
+    model.unload()
+    gc.collect(), free_memory()
+    return task | dict(answer_loss=loss, exact_match=share, prose=after, left=left, left_numbers=numbers, trained=trained, first_loss=losses[0],
+                       last_loss=statistics.mean(losses[-10:]), seconds=round(time.perf_counter() - begin, 1))
 
 
 WORKER = None
@@ -605,6 +649,17 @@ def layers(rows, lr, stages):
     at_once(calls)
 
 
+def after_adalora(rows, lr):
+    "The ranks that AdaLoRA has ended with, brought to the budget, as those of plain LoRA at the rate of the other allocations."
+    if not (own := arm(rows, "adalora", ["seeds"])): return
+    model = load_model(device="cpu")
+    budget = 8*sum(sizes(model).values())
+    def follow(seed):
+        left = rows.get("seeds", arm="adalora", seed=seed, lr=own, **ARMS["adalora"])["left"]
+        return rows.get("allocate", lr=lr, allocation="adalora", seed=seed, r=8, budget=budget, left=left)
+    at_once([lambda s=s: follow(s) for s in range(SEEDS)])
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path), p.add_argument("--device", default="cuda")
@@ -626,7 +681,8 @@ def main():
     def base():
         lr = arm(rows, "lora-16", a.stages)
         if lr and {"where", "allocate"} & {*a.stages}: layers(rows, lr, a.stages)
-    calls = [base]*("lora-16" in names) + [lambda n=n: arm(rows, n, a.stages) for n in names if n != "lora-16"] + [lambda: before(rows)]
+        if lr and "allocate" in a.stages: after_adalora(rows, lr)
+    calls = [base]*("lora-16" in names) + [lambda n=n: arm(rows, n, a.stages) for n in names if n not in ("lora-16", "adalora")] + [lambda: before(rows)]
     with ThreadPoolExecutor(len(calls)) as threads: found = [threads.submit(f) for f in calls]
     for o in found:
         if (e := o.exception()) and not isinstance(e, TimeUp): print("FAILED", type(e).__name__, e, flush=True)
