@@ -44,6 +44,9 @@ SPLIT = "Save its turns as one row of `messages`, a list of {role, content}."
 
 def _refuse_unknown(row):
     "Say which columns may be meant in a row without a field that is known."
+    if "input_ids" in row:
+        fail("the row holds tokens (`input_ids`), and text is wanted.",
+             "Give the rows as they were before they were tokenized.")
     if chat := next((k for k, v in row.items() if is_turns(v)), None):
         fail(f"the row has none of the known fields; `{chat}` holds the turns of a chat.",
              f"Name it: {say_columns(messages=chat)}")

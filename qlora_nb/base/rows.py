@@ -99,7 +99,9 @@ def _chat(row, shape, note):
 # %% ../../nbs/base/rows.ipynb #08db2936
 def read_tools(value):
     "The tools of a row as a list of {type, function}."
-    tools = parse_text(value) if isinstance(value, str) else value
+    def read(o): return parse_text(o) if isinstance(o, str) else o
+    tools = read(value)
+    if isinstance(tools, list): tools = [*map(read, tools)]
     if not isinstance(tools, list) or not all(isinstance(o, dict) for o in tools):
         fail("`tools` must be a list of objects.")
     tools = [o if "function" in o else dict(type="function", function=o) for o in tools]
@@ -114,7 +116,7 @@ YES_NO = {"false": 0, "no": 0, "0": 0, "0.0": 0, "true": 1, "yes": 1, "1": 1, "1
 def _weighs(name, value) -> bool:
     "Does a field say that a row is to be learned not at all, or in part?"
     if not JUDGES.fullmatch(name): return False
-    if isinstance(value, (list, tuple)): return True   # token by token, or turn by turn
+    if isinstance(value, (list, tuple)): return "attention" not in name.lower()   # token by token
     value = YES_NO.get(str(value).strip().lower(), value)   # as a table writes it
     if not isinstance(value, (int, float)): return False
     no = re.search("mask|ignore", name, re.I) is not None

@@ -105,11 +105,11 @@ def score_lines(run:dict) -> str:   # `run.json`
 # %% ../../nbs/4_using/44_model_card.ipynb #45cd3e8e
 def data_lines(run:dict) -> str:   # `run.json`
     "What it was trained on: name, rows, checksum."
-    s, name = run.get("settings"), public_name(str(run.get("data", "rows")))[0]
+    s, names = run.get("settings"), str(run.get("data", "rows")).split(", ")
     if not s: return "Not known: the adapter came without the notes of its training run."
     ours = {"tickets": "Support tickets that `qlora_nb.training.tickets` makes up",
             "rows": "Rows given in Python", "the rows given": "Rows given in Python"}
-    what = ours.get(name, f"`{name}`")
+    what = " and ".join(ours.get(o, f"`{o}`") for o in (public_name(o)[0] for o in names))
     return (f"{what}: {s['rows']:,} rows, SHA-256 of their JSON `{s['rows_sha256']}`. Only the "
             "answers were trained.")
 
