@@ -1,5 +1,5 @@
 "A class is graded, thirty honest students and more than thirty who are not; each of them costs only itself."
-import csv, io, json, os, pickle, re, socket, subprocess, sys, tempfile, threading, time
+import csv, io, json, os, pickle, platform, re, socket, subprocess, sys, tempfile, threading, time
 
 import psutil, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell, writes
@@ -8,7 +8,7 @@ from common import NBS, once
 from qlora_nb.classroom.class_report import odd_rows, report_html, report_markdown
 from qlora_nb.classroom.gradebook import canvas_csv, moodle_csv, nbgrader_csv
 from qlora_nb.classroom.grading import Graded, grade, learn, pages_of
-from qlora_nb.classroom.isolation import check_isolation
+from qlora_nb.classroom.isolation import CALLS, check_isolation
 from qlora_nb.classroom.sandbox import Limits, Sandbox, check_answer
 from qlora_nb.base.errors import QLoRAError
 
@@ -148,6 +148,8 @@ ATTACKS = dict(
     folders="import os\nfor i in range(10**7): os.makedirs(f'd{i}/e/f')",
     network="import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)\n" + GOOD,
     network_late="import socket\ndef scale(x, by=2):\n    socket.create_connection(('127.0.0.1', PORT), 1)\n    return x*by\nbits = 4.5",
+    calls_host="import socket\nsocket.socket(socket.AF_VSOCK)\n" + GOOD,     # between a virtual machine and its host
+    uncounted_files="import os\nos.memfd_create('x')\n" + GOOD,
     reads_source="open(SOURCE).read()\n" + GOOD,
     reads_others="import os; os.listdir(CLASS)\n" + GOOD,
     reads_home="import os; os.listdir(HOME)\n" + GOOD,
@@ -319,6 +321,7 @@ def test_what_is_said_of_attacks(graded):
     for name, words in expected.items(): assert words in said[name], said
     odd = {o[0] for o in odd_rows(graded["grades"], {})}   # for a person to look at
     assert {f"attack_{o}" for o in ("endless", "segfault", "exits")} <= odd and not [o for o in odd if o.startswith("student")], odd
+    if platform.machine() in CALLS: assert "not permitted" in said["uncounted_files"], said
     assert "unreachable" in said["network"] and "Read-only" in said["writes_package"], said
     for name in ("reads_source", "reads_others", "reads_home"): assert "No such file" in said[name], said
     assert all(o and len(o) <= 300 and o.isprintable() for o in said.values()), said

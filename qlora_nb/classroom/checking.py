@@ -11,7 +11,7 @@ from traceback import walk_tb
 
 # %% ../../nbs/classroom/checking.ipynb #ck000007
 KINDS = {"True or False": lambda o: o in (True, False),
-         "a number": lambda o: hasattr(o, "__float__") and o == o,
+         "a number": lambda o: hasattr(type(o), "__float__") and o == o,   # float itself is none
          "a dictionary": lambda o: isinstance(o, dict),
          "a list": lambda o: isinstance(o, (list, tuple, set)),
          "a text": lambda o: isinstance(o, str),
@@ -30,8 +30,8 @@ def refused(name:str, space:dict, kind:str, given:dict) -> str|None:
         return f"name '{name}' is not defined: run the set-up cell and your answer first."
     o = space[name]
     if not of_kind(o, kind): return f"{name} has to be {kind}."
-    if hasattr(o, "__len__") and not isinstance(o, type) and not len(o):
-        return f"{name} is empty: it has to hold something."
+    with suppress(Exception):   # one number in an array says that it has no length
+        if not len(o): return f"{name} is empty: it has to hold something."
     with suppress(Exception):   # some values cannot be compared
         if name in given and o == given[name]:
             return f"{name} is as it was given: put your answer there."

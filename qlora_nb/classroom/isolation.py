@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ISOLATED', 'UNSAFE', 'RDONLY', 'NOSUID', 'NODEV', 'NOEXEC', 'REMOUNT', 'BIND', 'REC', 'NEWNS', 'NEWIPC', 'NEWPID',
-           'SCRATCH', 'check_isolation', 'readable', 'call', 'mount', 'show', 'close_mounts', 'new_root', 'own_view',
-           'no_privileges', 'own_limits']
+           'SCRATCH', 'CALLS', 'FAMILIES', 'check_isolation', 'readable', 'call', 'mount', 'show', 'close_mounts',
+           'new_root', 'few_processes', 'own_view', 'no_privileges', 'filter_code', 'few_calls', 'own_limits']
 
 # %% ../../nbs/classroom/isolation.ipynb #d2000004
-import ctypes, os, shutil, subprocess, sys
+import ctypes, os, platform, re, shutil, struct, subprocess, sys
+from contextlib import suppress
 from pathlib import Path
 import qlora_nb
 from ..base.errors import QLoRAError
@@ -92,12 +93,22 @@ def new_root(place:str,    # An empty folder
     with open("/proc/sys/user/max_user_namespaces", "wb") as f: f.write(b"0")   # nobody starts anew
     close_mounts()
 
+# %% ../../nbs/classroom/isolation.ipynb #d2proc
+def few_processes():
+    "Bound the processes of a new PID namespace: a bomb is faster than one who counts."
+    numbers = [int(o) for o in re.findall(r"\d+", platform.release())[:2]]
+    if numbers < [6, 14]: return   # older kernels have one bound for the whole machine
+    with suppress(OSError), open("/proc/sys/kernel/pid_max", "wb") as f:
+        f.write(b"301")            # the least that Linux takes
+
 # %% ../../nbs/classroom/isolation.ipynb #d2000024-a
 def own_view(disk:int,    # Bytes that fit into the scratch folder
              files:int):  # How many
     "A /proc and a scratch folder of its own. The process is the first of a new PID namespace."
     call("unshare", NEWNS | NEWIPC)
-    mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC | RDONLY)
+    mount("proc", "/proc", "proc", NOSUID | NODEV | NOEXEC)
+    few_processes()
+    mount(None, "/proc", None, REMOUNT | BIND | RDONLY | NOSUID | NODEV | NOEXEC)
     mount("tmpfs", SCRATCH, "tmpfs", NOSUID | NODEV, f"size={disk},nr_inodes={files}")
     os.chdir(SCRATCH)
 
@@ -108,6 +119,35 @@ def no_privileges():
     for cap in range(64): libc.prctl(24, cap, 0, 0, 0)   # PR_CAPBSET_DROP
     call("prctl", 38, 1, 0, 0, 0)                        # PR_SET_NO_NEW_PRIVS
     call("capset", (ctypes.c_uint32*2)(0x20080522, 0), (ctypes.c_uint32*6)())
+
+# %% ../../nbs/classroom/isolation.ipynb #d2sec_a
+CALLS = dict(   # number of the architecture; of `socket`; and of what is refused: add_key,
+    x86_64=(0xC000003E, 41,   # request_key, keyctl, perf_event_open, memfd_create, bpf,
+            (248, 249, 250, 298, 319, 321, 323, 425, 447)),    # userfaultfd, io_uring_setup,
+    aarch64=(0xC00000B7, 198, (217, 218, 219, 241, 279, 280, 282, 425, 447)))   # memfd_secret
+FAMILIES = 1, 2, 10, 16   # unix, inet, inet6, netlink: what a network namespace covers
+
+def filter_code(architecture:int, socket:int, refused:tuple) -> bytes:  # Of CALLS
+    "The filter: it loads a number of the call, compares, and jumps."
+    load, equal, least, end = 0x20, 0x15, 0x35, 0x06
+    ops = [(load, 0, 0, 4), (equal, 0, "no", architecture), (load, 0, 0, 0)]
+    ops += [(least, "no", 0, 1 << 30), *((equal, "no", 0, o) for o in refused)]
+    ops += [(equal, 0, "yes", socket), (load, 0, 0, 16), *((equal, "yes", 0, o) for o in FAMILIES)]
+    ops += [(end, 0, 0, 0x50001), (end, 0, 0, 0x7FFF0000)]   # EPERM; allowed
+    place = dict(no=len(ops) - 2, yes=len(ops) - 1)
+    def far(o, i): return place[o] - i - 1 if o in place else o
+    return b"".join(struct.pack("HBBI", code, far(true, i), far(false, i), k)
+                    for i, (code, true, false, k) in enumerate(ops))
+
+# %% ../../nbs/classroom/isolation.ipynb #d2sec_b
+def few_calls():
+    "Have the kernel refuse what no namespace covers, for good."
+    class Program(ctypes.Structure):
+        _fields_ = [("n", ctypes.c_ushort), ("code", ctypes.c_char_p)]
+    if platform.machine() not in CALLS: return
+    code = filter_code(*CALLS[platform.machine()])
+    with suppress(OSError):   # a kernel without filters
+        call("prctl", 22, 2, ctypes.byref(Program(len(code)//8, code)), 0, 0)   # PR_SET_SECCOMP
 
 # %% ../../nbs/classroom/isolation.ipynb #d2000028
 def own_limits(memory:int, seconds:float, disk:int, processes:int):
