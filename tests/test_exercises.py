@@ -7,7 +7,9 @@ import nbformat
 import pytest
 
 from qlora_nb.classroom.exercises import attempt, doubts, exercises_of, instructor_version, student_version
-from qlora_nb.classroom.student_checks import HIDDEN, WIDTH, constants, folded, reads, student_check, wrapped
+from qlora_nb.classroom.answers import put_back
+from qlora_nb.classroom.by_value import dumps, loads
+from qlora_nb.classroom.student_checks import HIDDEN, WIDTH, constants, folded, makes, reads, student_check, wrapped
 from qlora_nb.base.errors import QLoRAError
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +76,30 @@ def test_a_check_fits_a_notebook(page):
     for ex in (o for o in EXERCISES if o.page == page):
         assert max(map(len, visible(ex).check.split("\n"))) <= WIDTH, ex.slug
         assert ast.dump(ast.parse(folded(wrapped(ex.check)))) == ast.dump(ast.parse(ex.check)), ex.slug
+
+
+def apart(f):
+    "A function that gets its arguments and gives its results as the grader sends them, from process to process."
+    def function(*args, **kwargs):
+        theirs, named = loads(*dumps([[*args], kwargs]))
+        before = [dumps(o) for o in theirs]
+        value = f(*theirs, **named)
+        for old, new, was in zip(args, theirs, before): put_back(old, new) if dumps(new) != was else None
+        return loads(*dumps(value))
+    return function
+
+
+@pytest.mark.parametrize("page", sorted({o.page for o in EXERCISES}))
+def test_a_grader_can_ask(page):
+    "Solutions take and give plain values, so that an answer and its check need no common process."
+    for ex in (o for o in EXERCISES if o.page == page):
+        space = {"__name__": "exercise"}
+        exec(ex.setup, space)
+        ours = dict(space)
+        exec(ex.solution, space)
+        for name in reads(ex.check) & makes(ex.solution): ours[name] = apart(space[name]) if callable(space[name]) else loads(*dumps(space[name]))
+        exec("\n".join(ast.unparse(o) for o in ast.parse(ex.solution).body if isinstance(o, (ast.Import, ast.ImportFrom))), ours)
+        exec(compile(ex.check, f"{page}, {ex.slug}", "exec"), ours)
 
 
 def test_what_is_no_number_is_not_taken_for_one():
