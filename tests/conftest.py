@@ -5,7 +5,7 @@
     pytest --save-durations  # write what pages and tests took to tests/durations.json: order and budgets of later runs
 A run of many pages fails when one takes half as much again as its budget, at the pace of the others, and again when run alone.
 """
-import gc, importlib.metadata, json, os, re, subprocess, sys, tempfile
+import compileall, gc, importlib.metadata, json, os, re, subprocess, sys, tempfile
 from functools import cache
 from pathlib import Path
 
@@ -57,7 +57,9 @@ def is_controller(config): return not hasattr(config, "workerinput")
 
 
 def pytest_configure(config):
-    if is_controller(config): config.pluginmanager.register(Durations(config))
+    if is_controller(config):
+        config.pluginmanager.register(Durations(config))
+        compileall.compile_dir(changed.ROOT/"qlora_nb", quiet=2)   # or each kernel would, where Python may not write what it compiles
     config.touched, ref = None, config.option.changed
     if ref is None: return
     try: config.base, config.differ = changed.changed_files(ref)

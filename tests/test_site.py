@@ -211,9 +211,10 @@ BROKEN = """() => [...document.querySelectorAll('main td')].filter(e => { const 
   .slice(0, 5).map(e => 'a word in pieces: ' + e.innerText.slice(0, 60))"""
 
 
-# The menu slides in and out when the width changes, and what is looked at before it is there fits by chance.
-STILL = """document.addEventListener('DOMContentLoaded', () => document.head.append(Object.assign(document.createElement('style'),
-  {textContent: '*, ::before, ::after {transition: none !important; animation: none !important}'})))"""
+# The menu slides in and out when the width changes, and what is looked at before it is there fits by chance. The sheet is there before
+# the page: one that comes later has the style of each word made again.
+STILL = """{ const s = new CSSStyleSheet(); s.replaceSync('*, ::before, ::after {transition: none !important; animation: none !important}');
+  document.adoptedStyleSheets = [s] }"""
 
 
 def test_what_is_wrong_is_noticed(page, address):
