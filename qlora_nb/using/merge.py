@@ -126,7 +126,7 @@ def as_kept(W:torch.Tensor, onto:str, dtype:torch.dtype, name:str) -> torch.Tens
 
 # %% ../../nbs/4_using/45_merge.ipynb #9e1b72a1-a
 def _merge_layer(m, name) -> tuple:   # Sums of squares: weight, change
-    was = weight_of(m).detach().clone()
+    was = weight_of(m).data   # safe_merge adds to a copy
     try: m.merge(safe_merge=True)
     except RuntimeError as e:
         if "lora_bias" not in str(e): raise
@@ -149,6 +149,7 @@ def add_up(model) -> tuple:   # Of `with_adapter`; changed in place
 @torch.no_grad()
 def round_off(model, onto:str, dtype:torch.dtype) -> float:   # After `add_up`; changed in place
     "Put what was merged into the form of the file: the squares of what that loses."
+    if onto != "4bit" and dtype == torch.float32: return 0.   # the sum as it is
     lost = 0.
     for name, m in lora_layers(model):
         W, turned = weight_of(m).data, isinstance(m.get_base_layer(), Conv1D)   # rows as columns
