@@ -81,7 +81,7 @@ def round_to(W:torch.Tensor, code:torch.Tensor,   # (k,) levels, of any number u
     b = to_blocks(W.detach().float().reshape(-1), block_size)
     s = block_scales(b, signed) if scales is None else scales
     x = b/torch.where(s == 0, torch.ones_like(s), s)[:, None]
-    q = code[nearest_code(x, code).int()]*s[:, None]
+    q = code.index_select(0, nearest_code(x, code).view(-1).int()).view_as(x)*s[:, None]
     return q.view(-1)[:W.numel()].view(W.shape).to(W.dtype)
 
 # %% ../../nbs/6_beyond/64_codebooks.ipynb #fp8-a

@@ -23,7 +23,8 @@ def round_bits(W:torch.Tensor, bits:int,   # From 2 to 8, or 16: as it is
         raise QLoRAError(f"there are no levels for {bits} bits.", cure="Use 2 to 8, or 16.")
     x, absmax = scale_blocks(W, block_size)
     code = levels("nf4", W.device) if bits == 4 else book("NF", bits).to(W.device)
-    q = code[nearest_code(x, code).int()]*double_quantize(absmax).dequantize()[:, None]
+    q = code.index_select(0, nearest_code(x, code).view(-1).int()).view_as(x)
+    q *= double_quantize(absmax).dequantize()[:, None]
     return q.view(-1)[:W.numel()].view(W.shape).to(W.dtype)
 
 # %% ../../nbs/6_beyond/68_mixed_bits.ipynb #sens68

@@ -32,7 +32,7 @@ def codes_for(blocks:torch.Tensor,    # (blocks, block_size) weights, float32
              ) -> torch.Tensor:       # (blocks, block_size) uint8
     "The nearest level of each weight, under a given scale."
     safe = torch.where(scales == 0, torch.ones_like(scales), scales)
-    return nearest_code((blocks/safe[:, None]).clamp(-9, 9), code)
+    return nearest_code((blocks/safe[:, None]).clamp_(-9, 9), code)
 
 # %% ../../nbs/6_beyond/63_scale_search.ipynb #fit63-l
 def fit_scales(b:torch.Tensor, q:torch.Tensor, w:torch.Tensor   # Weights, their levels, costs
@@ -51,7 +51,7 @@ def _blocks(W, weights, block_size):   # (weights, what an error of each costs),
 
 def _keep_better(b, w, code, scales, best, least):   # changes the last two where `scales` is better
     q = code.index_select(0, codes_for(b, scales, code).view(-1).int()).view_as(b)
-    error = (w*(b - q*scales[:, None]).square()).sum(1)
+    error = (q*scales[:, None]).sub_(b).square_().mul_(w).sum(1)
     better = error < least
     best[better], least[better] = scales[better], error[better]
     return q

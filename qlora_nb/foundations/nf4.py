@@ -18,7 +18,8 @@ def to_blocks(x:torch.Tensor,   # (n,)
               size:int          # Elements a block
              ) -> torch.Tensor: # (ceil(n/size), size)
     "Cut a vector into rows of `size`, the last one filled up with zeros."
-    return F.pad(x, (0, -x.numel() % size)).view(-1, size)
+    rest = -x.numel() % size
+    return (F.pad(x, (0, rest)) if rest else x).reshape(-1, size)
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #290d5fa6
 def scale_blocks(W:torch.Tensor,  # Any shape; float32, bfloat16 or float16
@@ -32,7 +33,7 @@ def scale_blocks(W:torch.Tensor,  # Any shape; float32, bfloat16 or float16
     if W.numel() % block_size:
         absmax[-1] = absmax[-1].clamp(min=1e-38)
         scaled[-1] = b[-1]/absmax[-1]
-    return scaled.clamp(-1, 1), absmax
+    return scaled.clamp_(-1, 1), absmax
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #0eec306c
 def nf4_codebook(offset:float=0.9677083  # Where both halves start, as a probability
@@ -80,7 +81,8 @@ def nearest_code(x:torch.Tensor,      # Any shape, float32
     "The index of the nearest of `levels` (the lower one in a tie), by search among midpoints."
     s, order = levels.sort(stable=True)
     codes = count_below(x, (s[1:] + s[:-1])/2)
-    return codes if (order.diff() == 1).all() else order[codes.int()].to(torch.uint8)
+    if (order.diff() == 1).all(): return codes
+    return order.to(torch.uint8).index_select(0, codes.view(-1).int()).view_as(codes)
 
 # %% ../../nbs/1_foundations/03_nf4.ipynb #f943178d
 def book(kind:str,              # "Int", "NF" or "FP"
