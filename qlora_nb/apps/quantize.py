@@ -13,7 +13,7 @@ from .cli import one_line_errors
 from .data_options import Help, parse_once
 from ..base.errors import QLoRAError
 
-# %% ../../nbs/apps/quantize.ipynb #impqz2
+# %% ../../nbs/apps/quantize.ipynb #impqz2-a
 import qlora_nb.base.core   # before PyTorch is loaded
 import argparse, contextlib, os, sys, time, torch, warnings, bitsandbytes as bnb
 from tqdm.auto import tqdm
@@ -22,6 +22,8 @@ from ..base.core import fmt_bytes, free_memory, pick_device, pick_dtype, version
 from ..base.model_files import load_tokenizer, without_weights
 from ..base.new_folder import check_room, new_folder
 from ..base.nf4_config import quiet
+
+# %% ../../nbs/apps/quantize.ipynb #impqz2
 from ..base.runs import write_json
 from ..beyond.learned_scales import learn_scales, lean_kl
 from ..beyond.scale_search import input_squares, put_weight, refill
@@ -112,9 +114,10 @@ def learned(teacher, packed:dict, learn, ask, steps:int, lr:float, batch:int, se
     facts["seconds"] = time.perf_counter() - start
     return got if facts["learned"] else packed, facts
 
-# %% ../../nbs/apps/quantize.ipynb #checkqz
+# %% ../../nbs/apps/quantize.ipynb #checkqz-a
 WAYS = "nf4-learned", "nf4-search", "nf4"
 
+# %% ../../nbs/apps/quantize.ipynb #checkqz
 def check_wishes(model, out, quantization:str, revision=None):
     "Raise `QLoRAError` for what `quantize_model` does not do."
     if quantization not in WAYS:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from .core import fmt_bytes
 from .errors import QLoRAError
 
-# %% ../../nbs/base/new_folder.ipynb #fc475fa9
+# %% ../../nbs/base/new_folder.ipynb #fc475fa9-a
 def check_free(out:Path):
     "Raise `QLoRAError` for the name of a file, and where something is already."
     if out.suffix in (".gguf", ".safetensors"):
@@ -22,6 +22,7 @@ def check_free(out:Path):
         raise QLoRAError("there is something here already.", str(out),
                          "Choose another folder, or remove it.")
 
+# %% ../../nbs/base/new_folder.ipynb #fc475fa9
 def check_writable(out:Path) -> Path:   # The nearest folder above that exists
     "Try to make a folder where `out` is going to be, and take it away again."
     place = next(o for o in out.absolute().parents if o.exists())
