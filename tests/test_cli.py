@@ -295,12 +295,14 @@ def test_eval_rows_0_through_the_command(tiny, tmp_path):
     rows = [dict(prompt=f"What is {i}?", response="word") for i in range(1, 21)]
     for name, part in (("mine", rows[:15]), ("test", rows[15:])):
         (tmp_path/f"{name}.jsonl").write_text("".join(json.dumps(o) + "\n" for o in part), encoding="utf-8")
-    for name, more, n in (("tickets", [], 800), ("own", ["--data", tmp_path/"mine.jsonl", "--test-data", tmp_path/"test.jsonl"], 15)):
+    (tmp_path/"more.jsonl").write_text(json.dumps(dict(prompt="One more?", response="Yes.")) + "\n", encoding="utf-8")
+    for name, more, n in (("tickets", [], 800), ("own", ["--data", tmp_path/"mine.jsonl", tmp_path/"more.jsonl", "--test-data", tmp_path/"test.jsonl"], 16)):
         args = [o for o in options(tiny, tmp_path/name, data=None) if o not in ("--max-steps", 30, "--eval-rows")][:-1]
         status, out, err = call("finetune_main", *args, "--eval-rows", 0, "--max-steps", 1, *more)
         assert status == 0 and "Nothing was scored, as eval_rows is 0." in out and ("eval_rows=0: test_data is not used." in err) == (name == "own"), err
         run = json.loads((tmp_path/name/"run.json").read_text(encoding="utf-8"))
         assert run["settings"]["rows"] == n and run["steps"] == 1 and run["after"] is None
+        assert run["data"] == ("tickets" if name == "tickets" else f"{tmp_path/'mine.jsonl'}, {tmp_path/'more.jsonl'}")
 
 
 def test_row_numbers_through_the_command(tmp_path, complaint, tiny, monkeypatch):

@@ -10,7 +10,6 @@ __all__ = ['Scores', 'CHOSE', 'NONE_HELD_OUT', 'NOT_WANTED', 'PLACES', 'answer_r
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #a97b341a-a
 import time, warnings
 from collections import namedtuple
-from pathlib import Path
 from .answer_loss import as_found, fit_rows, known_answers, mark_rows
 from ..base.errors import QLoRAError
 from ..base.core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
@@ -239,14 +238,15 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
     settings.setdefault("config_yaml", asked | dict(seed=seed) | as_asked(settings))
     how = shared_options(reading := {k: settings.pop(k) for k in OPTIONS if k in settings})
     rows = load_rows(data, **reading)
-    if not isinstance(rows, Mapped): rows = NamedRows(rows, source)
+    if isinstance(rows, Mapped): rows.source = rows.source or source   # of several files
+    else: rows = NamedRows(rows, source)
     eval_data, test_data = (o if o is None else load_rows(o, **how) for o in (eval_data, test_data))
     out, held, said = rows_to_score(data, rows, eval_data, test_data, eval_rows, seed)
     for o in said: warnings.warn(o, stacklevel=2)
     run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress,
                    test_data=None if len(out) or not held else held, **settings)
     held, before, after, why = score_run(run, held, progress and rank() == 0)
-    info = job_info(run, before, after, data=source if isinstance(data, (str, Path)) else "rows",
+    info = job_info(run, before, after, data="rows" if source == "the rows given" else source,
                     eval_rows=len(held), not_evaluated=why if eval_rows else NOT_WANTED,
                     total_seconds=round(time.perf_counter() - start, 2))
     write_once(run.folder/"run.json", info, when_trained(run.folder))
