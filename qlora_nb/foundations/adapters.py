@@ -95,6 +95,7 @@ def refuse_options(model, more:dict):   # Of LoraConfig
         raise QLoRAError(f"our own layers know nothing of {', '.join(odd)}.", type(model).__name__,
                          "Use PEFT's: backend='bnb' (--backend bnb).")
 
+# %% ../../nbs/1_foundations/09_adapters.ipynb #5a680002-b
 @contextlib.contextmanager
 def peft_explained():
     "Turn what PEFT refuses, such as PiSSA on a packed weight, into one sentence."
