@@ -66,9 +66,11 @@ def refuse_random(model, missing, name):   # `missing`: names that the files do 
     head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
     if missing and all(k.rpartition(".")[0] in head for k in missing):
         was = ", ".join(model.config.architectures or ["another kind"])
-        cure = "Give a causal language model."
-        if type(model).__name__ in was:
+        own = type(model).__name__ in was
+        cure = "Give one that is."
+        if own:
             cure = "If its embedding is its head, let config.json say tie_word_embeddings: true."
+        was += "" if own else ", and is no causal language model"
         raise QLoRAError(f"its files hold no output head: it was saved as {was}.", str(name), cure)
     if missing:
         raise QLoRAError(f"its files lack {len(missing)} weights, such as {min(missing)}, which "

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FILE_KINDS', 'PARTS', 'LARGE', 'as_path', 'near', 'refuse_pipe', 'refuse_address', 'is_file', 'parts_known',
-           'options_of', 'choose', 'from_hub', 'digest', 'identity', 'each_row', 'is_large']
+           'options_of', 'choose', 'from_hub', 'digest', 'own_code', 'identity', 'each_row', 'is_large']
 
 # %% ../../nbs/base/files.ipynb #66e7b5af
 import difflib, gzip, hashlib, io, json
+from functools import cache
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from .errors import QLoRAError
-from .core import versions
 from .file_kinds import (SAME, WAYS, bad_bytes, check_signs, file_errors, kind_of_file,
                                       named_kind, wide_encoding)
 from .json_rows import is_list, json_rows
@@ -147,13 +148,21 @@ def digest(data          # A file, or rows
     for o in _file_pieces(data) if isinstance(data, (str, Path)) else _pieces(data): sha.update(o)
     return sha.hexdigest()
 
+# %% ../../nbs/base/files.ipynb #owncode
+@cache
+def own_code() -> str:   # Hexadecimal
+    "A hash of all our modules: what other code has made is made again."
+    home, sha = Path(find_spec("qlora_nb").origin).parent, hashlib.sha256()
+    for o in sorted(home.rglob("*.py")): sha.update(o.read_bytes())
+    return sha.hexdigest()
+
 # %% ../../nbs/base/files.ipynb #c2aab5cd
 def identity(rows, tokenizer, settings):
     "A name for a table of examples, from the hash of the rows and all that shapes an example."
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
     special = [tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
-    return digest([versions()["qlora_nb"], rows, vocabulary, special, settings])[:32]
+    return digest([own_code(), rows, vocabulary, special, settings])[:32]
 
 # %% ../../nbs/base/files.ipynb #93b5aaed
 def _lines(path, ends):

@@ -9,10 +9,9 @@ __all__ = ['map_rows']
 import itertools, json
 from pathlib import Path
 import pyarrow.compute as pc
-from .core import versions
 from .errors import QLoRAError
 from .file_kinds import check_signs, kind_of_file
-from .files import as_path, digest, each_row, is_file
+from .files import as_path, digest, each_row, is_file, own_code
 from .mapped import Mapped
 from .notes import BROKEN, Row, number_of, say_column
 from .rows import EXPECTED, check_reading, check_row, first_shape
@@ -96,7 +95,7 @@ def map_rows(data,                     # A file, a `Dataset`, a stream, a DataFr
     file = as_path(data) if path and is_file(data, EXPECTED) else None
     if file: kind_of_file(file), check_signs(file)   # before all of it is read
     if not path: refuse_stream(data)
-    key = repr([versions()["qlora_nb"], digest(data) if file else ""])
+    key = own_code() + (digest(data) if file else "")
     how = dict(given=(data,), name=name, split=split, columns=columns, system=system,
                skip=skip_bad_rows, key=key)
     return _kept(_written(how, str(cache_dir) if cache_dir else None), name)

@@ -225,7 +225,7 @@ def _encode_mapped(rows, tokenizer, num_proc, **how):
     done = rows.table.map(
         _encode_batch, batched=True, with_indices=True, remove_columns=rows.table.column_names,
         num_proc=num_proc, fn_kwargs=how | dict(tokenizer=tokenizer), features=_columns(),
-        desc="encoding", new_fingerprint=identity(rows.table._fingerprint, tokenizer, [2, how]))
+        desc="encoding", new_fingerprint=identity(rows.table._fingerprint, tokenizer, how))
     say_column(done.data, rows.source)
     examples = Mapped(done.select_columns(["input_ids", "labels", "row", "number"]), _example)
     examples.report, column = table_report(done.data, how["max_length"]), done.data.column
