@@ -7,6 +7,7 @@ __all__ = ['FILE_KINDS', 'PARTS', 'LARGE', 'as_path', 'near', 'refuse_pipe', 're
            'options_of', 'choose', 'from_hub', 'digest', 'own_code', 'identity', 'each_row', 'is_large']
 
 # %% ../../nbs/base/files.ipynb #66e7b5af
+import qlora_nb.base.core   # before PyTorch is loaded
 import difflib, gzip, hashlib, io, json
 from functools import cache
 from importlib.util import find_spec

@@ -6,7 +6,6 @@
 __all__ = ['look', 'spectrum', 'water_fill', 'ranks_within', 'random_ranks', 'eva_ranks', 'adalora_ranks']
 
 # %% ../../nbs/6_beyond/71_allocation.ipynb #imp69
-import qlora_nb.base.core   # before PyTorch is loaded
 from ..training.data import collate, encode_rows
 import math, random, torch
 

@@ -7,7 +7,6 @@ __all__ = ['GAP', 'LONG', 'load_rows', 'shorten', 'encode_rows', 'collate', 'num
            'as_messages', 'encode', 'encode_prompt', 'render', 'map_rows', 'Source', 'digest', 'is_large']
 
 # %% ../../nbs/2_training/19_data.ipynb #c889d438
-import qlora_nb.base.core   # before PyTorch is loaded
 from collections import Counter
 from pathlib import Path
 
