@@ -11,6 +11,7 @@ from qlora_nb.base.core import Table
 from qlora_nb.speed.fast_training import fast_loss, make_fast, make_plain
 from qlora_nb.speed.fused import adapted_layers, fuse, unfuse, why_not
 from qlora_nb.speed.cuda_graphs import capture, decoder_layers
+from qlora_nb.speed.logits import why_off
 from qlora_nb.base.model_files import load_tokenizer, tiny_model
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.loading import load_model
@@ -92,6 +93,18 @@ def test_fused_layers_have_the_same_gradients(folders, kind, backend, rank):
         for m in adapted_layers(model).values(): unfuse(m)
     again = gradients(model, lambda: model(**b).loss)
     assert again[0] == want[0] and all(torch.equal(g, again[1][n]) for n, g in want[1].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_fused_layer_with_large_outputs_is_not_called_off(dtype, fold):
+    "In float16, which a T4 computes in, the comparison itself has to stay within what the type can hold."
+    model = tiny_model("llama", num_hidden_layers=1, hidden_size=256)
+    with torch.no_grad(): [p.mul_(300) for n, p in model.named_parameters() if "_proj" in n]
+    quantize_model(model.to(dtype))
+    layers = adapted_layers(add_adapters(model, 8, 16).train())
+    for m in layers.values(): fuse(m, fold)
+    assert why_off(layers) == {}
 
 
 @pytest.mark.parametrize("kind", ["one_llama", "falcon"])   # each layer is compiled by itself, a Llama's in seven seconds, so that one model has two

@@ -379,7 +379,7 @@ def train(w, model, task):
     return torch.stack(losses).tolist(), used
 
 
-def train_adalora(w, model, task, start=1.5):
+def train_adalora(w, model, task, cost, start=1.5):
     "PEFT's AdaLoRA as its paper has it: half as many directions again, the budget falls between a tenth and a half of the steps."
     set_seed(task["seed"])
     first = round(start*task["r"])
@@ -400,7 +400,7 @@ def train_adalora(w, model, task, start=1.5):
         opt.zero_grad(set_to_none=True)
         losses.append(loss.item())
     left = {k.split(".lora_E")[0]: sum(v) for k, v in model.peft_config["default"].rank_pattern.items()}
-    return model, losses, "".join(f"{left[n]:x}" for n in w.costs)
+    return model, losses, "".join(f"{left[n]:x}" for n in cost)
 
 
 def trained_weight(m):
@@ -464,6 +464,13 @@ def kinds_seen(w, model, budget):
     return row
 
 
+def scores(w, model):
+    "Of a trained model, on the held-out tickets and on prose."
+    with torch.autocast(w.device, torch.bfloat16, enabled=w.device == "cuda"):
+        share, loss = score(model.eval(), w.tokenizer, w.test)
+        return dict(answer_loss=loss, exact_match=share, prose=perplexity(model, w.tokenizer, w.text, max_tokens=w.prose_tokens))
+
+
 def learn(w, task):
     "One fine-tune: what it scored, and what it cost in prose."
     begin = time.perf_counter()
@@ -481,10 +488,7 @@ def learn(w, task):
         losses, graph = train(w, model, task)
         seconds = time.perf_counter() - start
         for p in model.parameters(): p.grad = None
-        with torch.autocast(w.device, torch.bfloat16, enabled=w.device == "cuda"):
-            share, loss = score(model.eval(), w.tokenizer, w.test)
-            after = perplexity(model, w.tokenizer, w.text, max_tokens=w.prose_tokens)
-        row = task | dict(answer_loss=loss, exact_match=share, prose=after, trained=trained, train_seconds=round(seconds, 1), graph=graph,
+        row = task | scores(w, model) | dict(trained=trained, train_seconds=round(seconds, 1), graph=graph,
                           first_loss=losses[0], last_loss=statistics.mean(losses[-10:])) | intruders(w, model, task)
     finally: off()
     if task.get("allocation"): row["ranks"] = {k: statistics.mean(r for n, r in w.ranks.items() if n.endswith(k)) for k in KINDS}
@@ -497,16 +501,14 @@ def learn(w, task):
 
 def learn_adalora(w, model, task, begin):
     "A run of AdaLoRA: its scores, and the directions that it has left on."
-    w.costs = sizes(model)
-    model, losses, left = train_adalora(w, model, task)
+    cost = sizes(model)
+    model, losses, left = train_adalora(w, model, task, cost)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    numbers = sum(int(c, 16)*k for c, k in zip(left, w.costs.values()))
-    with torch.autocast(w.device, torch.bfloat16, enabled=w.device == "cuda"):
-        share, loss = score(model.eval(), w.tokenizer, w.test)
-        after = perplexity(model, w.tokenizer, w.text, max_tokens=w.prose_tokens)
+    numbers = sum(int(c, 16)*k for c, k in zip(left, cost.values()))
+    row = task | scores(w, model)
     model.unload()
     gc.collect(), free_memory()
-    return task | dict(answer_loss=loss, exact_match=share, prose=after, left=left, left_numbers=numbers, trained=trained, first_loss=losses[0],
+    return row | dict(left=left, left_numbers=numbers, trained=trained, first_loss=losses[0],
                        last_loss=statistics.mean(losses[-10:]), seconds=round(time.perf_counter() - begin, 1))
 
 

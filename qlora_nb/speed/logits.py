@@ -207,13 +207,13 @@ def unsaved_buffers(model) -> dict:   # name → tensor
             for k in sorted(m._non_persistent_buffers_set) if (b := m._buffers.get(k)) is not None}
 
 # %% ../../nbs/7_speed/76_logits.ipynb #off76_a
-def _one_way(layer, x, fused:bool) -> list:   # The output, and gradients
+def _one_way(layer, x, fused:bool) -> list:   # The output, and gradients of its norm
     name, was = layer.fused_state[0][0], layer.training   # of the active adapter
     leaves = [x.clone().requires_grad_(), layer.lora_A[name].weight, layer.lora_B[name].weight]
     layer.training = fused
     try: y = layer(leaves[0])
     finally: layer.training = was
-    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), leaves)]
+    return [y.detach(), *torch.autograd.grad(y.float().norm(), leaves)]
 
 # %% ../../nbs/7_speed/76_logits.ipynb #off76_b
 def off_fused(layer) -> float:   # One that was fused
