@@ -14,6 +14,9 @@ Stages, each of which needs the ones before it:
   same      arms whose best rate is another than that of LoRA of rank 16, at LoRA's: one seed has chosen their own, and at a high rate
             runs differ more from seed to seed; for bases and formats only
   again     arms at their best rate with five seeds that nothing was chosen by: one in twenty is told apart by chance
+  pace      what a step of each variant takes beside one of LoRA, and what its start costs, in one process while the others wait
+  equal     variants whose step is more than 2 % slower or quicker than LoRA's, at their best rates, for as many steps as fit into
+            the milliseconds of LoRA's; seeds 0 to 4
   where     one kind of layer alone (leave one in) and all but one (leave one out), at the parameters of rank 8 on all layers
   allocate  the same budget by layer: uniform, random (three draws), by gradient spectra (water-filling), by input variance (EVA's),
             and by the directions that AdaLoRA of 12, reduced to a mean of 8, has left on: AdaLoRA itself at its own rate, and LoRA with its ranks
@@ -44,6 +47,8 @@ Rules, written before any run:
   7. An intruder is one of the ten strongest left singular vectors of a trained weight whose cosine with every one of the base's
      is below 0.5 (PEFT's numbers; three blocks, seven layers each). Arms differ in it, or in prose, when the 95 % t interval of
      the five paired differences leaves out zero.
+  8. A step's time is the median of seven rounds of thirty steps, the variants taking turns, recorded and replayed as in these runs.
+     What a start costs is said apart, in steps of LoRA, and is not taken from a variant's steps.
 """
 import argparse, functools, gc, heapq, json, math, multiprocessing, os, statistics, tempfile, threading, time, traceback
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -306,11 +311,11 @@ def adapted(w, model, task):
     return model, off
 
 
-def batches(w, seed, size=4):
+def batches(w, seed, steps, size=4):
     "Numbers of the rows of each step."
     order, draw = [], torch.Generator().manual_seed(seed)
-    while len(order) < w.steps*size: order += torch.randperm(len(w.examples), generator=draw).tolist()
-    return [order[k:k+size] for k in range(0, w.steps*size, size)]
+    while len(order) < steps*size: order += torch.randperm(len(w.examples), generator=draw).tolist()
+    return [order[k:k+size] for k in range(0, steps*size, size)]
 
 
 def rate(i, steps):
@@ -320,8 +325,16 @@ def rate(i, steps):
 
 
 def train(w, model, task):
-    "As `finetune` trains: AdamW, 0.3 as the norm of gradients at most. Every batch is padded to one length, so one graph does."
-    cuda, pad = w.device == "cuda", w.tokenizer.pad_token_id
+    "Losses of the steps of a task, and whether they were replayed."
+    losses, ran = [], steps_of(w, model, task)
+    for loss, used in ran: losses.append(loss)
+    return torch.stack(losses).tolist(), used
+
+
+def steps_of(w, model, task):
+    """As `finetune` trains: AdamW, 0.3 as the norm of gradients at most. Every batch is padded to one length, so one graph does.
+    Gives the loss of each step, and whether the graph was used."""
+    cuda, pad, steps = w.device == "cuda", w.tokenizer.pad_token_id, task.get("steps", w.steps)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     fast = {n for n in named if "lora_B" in n} if task.get("loraplus") else set()
     sets = [([p for n, p in named.items() if n not in fast], 1.), ([p for n, p in named.items() if n in fast], task.get("loraplus", 1.))]
@@ -338,7 +351,7 @@ def train(w, model, task):
         labels[:, :new["labels"].shape[1]] = new["labels"].to(w.device)
         nonlocal width
         width = longest if w.graphs else new["labels"].shape[1]
-        for g in opt.param_groups: g["lr"].fill_(lr*g["factor"]*rate(i, w.steps))
+        for g in opt.param_groups: g["lr"].fill_(lr*g["factor"]*rate(i, steps))
     causal = torch.ones(longest, longest, dtype=torch.bool, device=w.device).tril().expand(4, 1, -1, -1)
     def loss_now():   # rows are padded on the right, where nothing looks
         with torch.autocast(w.device, torch.bfloat16, enabled=cuda):
@@ -352,7 +365,7 @@ def train(w, model, task):
         opt.zero_grad(set_to_none=True)
         return [loss.detach()]
     model.train()
-    plan, losses, again, used = batches(w, task["seed"]), [], None, False
+    plan, again, used = batches(w, task["seed"], steps), None, False
     side = torch.cuda.Stream() if cuda else None
     for i, rows in enumerate(plan):
         put(rows, task["lr"], i)
@@ -366,17 +379,39 @@ def train(w, model, task):
                 w.graphs = False
         if again:
             again()
-            losses.append(out[0].clone())
-            if not used and not math.isclose(losses[-1].item(), expected, rel_tol=.02):
-                raise RuntimeError(f"the graph's first loss is {losses[-1].item()}, and has to be {expected}")
+            loss = out[0].clone()
+            if not used and not math.isclose(loss.item(), expected, rel_tol=.02):
+                raise RuntimeError(f"the graph's first loss is {loss.item()}, and has to be {expected}")
             used = True
         elif side:
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side): losses += step()
+            with torch.cuda.stream(side): loss, = step()
             torch.cuda.current_stream().wait_stream(side)
-        else: losses += step()
+        else: loss, = step()
+        yield loss, used
     del again
-    return torch.stack(losses).tolist(), used
+
+
+def pace(w, task, rounds=7, many=30, warm=10):
+    "Milliseconds of a step of each variant, in turns, and seconds of its start. Each has a base of its own, as some change theirs."
+    sync = torch.cuda.synchronize if w.device == "cuda" else lambda: None
+    def timed(f):
+        sync()
+        begin, got = time.perf_counter(), f()
+        sync()
+        return time.perf_counter() - begin, got
+    w.wide(), look(w.base({}), w.tokenizer, w.usual[:4], [PIECE], "gradient")   # what is loaded and set up once
+    ran, starts, times = {}, {}, {name: [] for name in task["pace"]}
+    for name in task["pace"]:
+        how = ARMS[name] | dict(seed=0, lr=1e-4, steps=warm + rounds*many)
+        w.kept, w.seen = {}, {}
+        model = w.base(how)
+        starts[name], (model, _) = timed(lambda: adapted(w, model, how))
+        ran[name] = steps_of(w, model, how)
+        for _ in range(warm): next(ran[name])   # the graph is recorded in the fourth
+    for _ in range(rounds):
+        for name, steps in ran.items(): times[name].append(timed(lambda: [next(steps) for _ in range(many)])[0]*1e3/many)
+    return task | dict(ms=times, start_seconds=starts, device=torch.cuda.get_device_name() if w.device == "cuda" else "cpu")
 
 
 def train_adalora(w, model, task, cost, start=1.5):
@@ -389,7 +424,7 @@ def train_adalora(w, model, task, cost, start=1.5):
     params, losses = [p for p in model.parameters() if p.requires_grad], []
     opt = torch.optim.AdamW(params, weight_decay=0.)
     model.train()
-    for i, rows in enumerate(batches(w, task["seed"])):
+    for i, rows in enumerate(batches(w, task["seed"], w.steps)):
         for g in opt.param_groups: g["lr"] = task["lr"]*rate(i, w.steps)
         batch = {k: v.to(w.device) for k, v in collate([w.examples[k] for k in rows], w.tokenizer.pad_token_id).items()}
         with torch.autocast(w.device, torch.bfloat16, enabled=w.device == "cuda"): loss = model(**batch, use_cache=False).loss
@@ -474,6 +509,7 @@ def scores(w, model):
 def learn(w, task):
     "One fine-tune: what it scored, and what it cost in prose."
     begin = time.perf_counter()
+    if "pace" in task: return pace(w, task)
     model = w.base(task)
     if "spectra" in task: return task | kinds_seen(w, model, task["budget"])
     if task.get("lr") == 0:   # a base before it is trained
@@ -625,6 +661,21 @@ def arm(rows, name, stages):
     return lr
 
 
+def steps_at_pace(row, steps):
+    "{variant: as many steps as fit into the milliseconds of LoRA's}, of those that are more than 2 % slower or quicker."
+    ms = {k: statistics.median(v) for k, v in row["ms"].items()}
+    near = {k: ms["lora-16"]/v for k, v in ms.items()}
+    return {k: round(steps*v) for k, v in near.items() if abs(v - 1) > .02}
+
+
+def equal(rows, steps):
+    "Each variant for the milliseconds of LoRA."
+    many = steps_at_pace(rows.get("pace", pace=["lora-16", *GROUPS["variants"]]), steps)
+    print("steps", many, flush=True)
+    at_once([lambda k=k, s=s, n=n: rows.get("equal", arm=f"equal {k}", seed=s, lr=bracket(rows, k), steps=n, **ARMS[k])
+             for k, n in many.items() for s in range(SEEDS)])
+
+
 def before(rows):
     for name in {"lora-16", "lora-16bit", *GROUPS["types"]}:
         rows.get("before", lr=0, arm=f"before {name}", seed=0, **{k: v for k, v in ARMS[name].items() if k in ("base", "double")})
@@ -680,6 +731,7 @@ def main():
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(a.workers, spawn, begin_worker, (setup, spawn.Value("i", 0)))
     rows = Rows(a.out, Queue(pool, a.workers).submit, until, **how)
+    if {"pace", "equal"} & {*a.stages}: return equal(rows, a.steps), pool.shutdown()
     def base():
         lr = arm(rows, "lora-16", a.stages)
         if lr and {"where", "allocate"} & {*a.stages}: layers(rows, lr, a.stages)
