@@ -411,6 +411,7 @@ def pace(w, task, rounds=7, many=30, warm=10):
         for _ in range(warm): next(ran[name])   # the graph is recorded in the fourth
     for _ in range(rounds):
         for name, steps in ran.items(): times[name].append(timed(lambda: [next(steps) for _ in range(many)])[0]*1e3/many)
+    w.kept, w.seen = {}, {}   # with adapters, some of them with other weights
     return task | dict(ms=times, start_seconds=starts, device=torch.cuda.get_device_name() if w.device == "cuda" else "cpu")
 
 
