@@ -22,7 +22,8 @@ Stages, each of which needs the ones before it:
             and by the directions that AdaLoRA of 12, reduced to a mean of 8, has left on: AdaLoRA itself at its own rate, and LoRA with its ranks
 
 Arms (`--groups`): `ranks`, LoRA of five ranks, scaled by α/r with α = 2r; `scalings`, α = 32 at every rank, and rsLoRA with α = 8,
-so that all three rules scale by two at rank 16; `variants` at rank 16; `methods`, all weights trained; `finer`, does a finer
+so that all three rules scale by two at rank 16; `variants` at rank 16, and LoRA-FA at 32
+as well, where it trains as many numbers as LoRA does at 16; `methods`, all weights trained; `finer`, does a finer
 quantization survive training: a base that is not quantized, NF4 with double quantization filled by searched scales, by scales searched
 for the inputs, by error feedback, with the scales of absmax or of the weighted search learned (`learned`, `learned-search`: 64 steps on
 four rows of 512 tokens of the prose, from token 40,960 on, at 3e-3, rounded in the end), and adapters that begin with what plain NF4 has lost, as a matrix (LoftQ, one round) or in outputs;
@@ -91,6 +92,7 @@ GROUPS = dict(
     ranks={f"lora-{r}": dict(r=r) for r in (16, 1, 64, 4, 256)},
     finer={"lora-16bit": dict(r=16, base="none"), **{k: dict(r=16, base=k) for k in FILLED}, **{k: dict(r=16, start=k) for k in ("loftq", "closed")}},
     variants={"dora": dict(r=16, use_dora=True), "lora+": dict(r=16, loraplus=16.), "lora-fa": dict(r=16, freeze_a=True),
+              "lora-fa-32": dict(r=32, freeze_a=True),
               "pissa": dict(r=16, start="pissa"), "lora-ga": dict(r=16, start="lora-ga"), "bf16": dict(r=16, dtype="bfloat16")},
     scalings={f"alpha32-{r}": dict(r=r, alpha=32) for r in (1, 64)} | {f"rslora-{r}": dict(r=r, alpha=8, use_rslora=True) for r in (1, 64)},
     methods={"full": dict(r=0, base="all weights")}, adalora={"adalora": dict(r=8, adalora=True)},
