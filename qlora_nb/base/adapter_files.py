@@ -106,6 +106,13 @@ def values_follow():
     try: yield
     finally: LoraLayer.orthogonal_init = theirs
 
+# %% ../../nbs/base/adapter_files.ipynb #misfit
+def _other_size(e:RuntimeError, folder) -> QLoRAError:
+    "PEFT's error about a matrix that does not fit, as one sentence with the way out."
+    why = str(e).split("size mismatch for ")[1].splitlines()[0].rstrip(".")
+    return QLoRAError(f"the adapter holds a matrix of another size than the base ({why}).",
+                      str(folder), "Give the base with a table of that size: base=... (--model).")
+
 # %% ../../nbs/base/adapter_files.ipynb #13fcd2d5
 @contextlib.contextmanager
 def sizes_explained(folder):
@@ -117,7 +124,4 @@ def sizes_explained(folder):
                          "Compare its adapter_config.json with its weights.") from e
     except RuntimeError as e:
         if "size mismatch" not in str(e): raise
-        why = str(e).split("size mismatch for ")[1].splitlines()[0].rstrip(".")
-        raise QLoRAError(f"the adapter holds a matrix of another size than the base ({why}).",
-                         str(folder),
-                         "Give the base with a table of that size: base=... (--model).") from e
+        raise _other_size(e, folder) from e

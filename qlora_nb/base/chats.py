@@ -26,18 +26,22 @@ def one_of(turn, names, what):
 # %% ../../nbs/base/chats.ipynb #6703be37
 ONLY, PART = "only text can be trained here", ("type", "text", "annotations")
 
+def _part_text(part, name) -> str:   # Of a message; the name of its field
+    "The text of one part. Raises `QLoRAError` for a part of another kind."
+    alone = "text" if isinstance(part, dict) and {*part} == {"text"} else None
+    kind = part.get("type", alone) if isinstance(part, dict) else kind_of(part)
+    if kind not in ("text", "input_text", "output_text"):
+        fail(f"`{name}` holds a part of the kind {kind!r}; {ONLY}.")
+    if more := [k for k in part if k not in PART and not is_empty(part[k])]:
+        fail(f"`{name}` holds a part with {more[0]!r}; {ONLY}.")
+    return check_text(part.get("text"), name)
+
+# %% ../../nbs/base/chats.ipynb #parts
 def read_content(content, name):
     "The text of a message, whose content may come in parts."
     if not isinstance(content, list) or not content: return check_text(content, name)
     parts = [dict(type="text", text=o) if isinstance(o, str) else o for o in content]
-    for o in parts:
-        alone = "text" if isinstance(o, dict) and {*o} == {"text"} else None
-        kind = o.get("type", alone) if isinstance(o, dict) else kind_of(o)
-        if kind not in ("text", "input_text", "output_text"):
-            fail(f"`{name}` holds a part of the kind {kind!r}; {ONLY}.")
-        if more := [k for k in o if k not in PART and not is_empty(o[k])]:
-            fail(f"`{name}` holds a part with {more[0]!r}; {ONLY}.")
-    return check_text("".join(check_text(o.get("text"), name) for o in parts), name)
+    return check_text("".join(_part_text(o, name) for o in parts), name)
 
 # %% ../../nbs/base/chats.ipynb #822de434-a
 ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -97,6 +101,15 @@ def is_learned(turn, role, name) -> bool:
     return role != "assistant" or all(weights.values())
 
 # %% ../../nbs/base/chats.ipynb #2a8cabe4
+def _known_role(role, turn, name) -> str:
+    "One of `ROLES`, for what a turn says of its speaker. Raises `QLoRAError` for any other."
+    role = SPEAKERS.get(role, role) if isinstance(role, str) else role
+    if role is None: fail(f"{name} has no `role` (found: {', '.join(map(repr, turn))[:80]}).")
+    if role not in ROLES:
+        fail(f"{name} has the unknown role {role!r}, not {', '.join(ROLES[:-1])} or {ROLES[-1]}.")
+    return role
+
+# %% ../../nbs/base/chats.ipynb #spk2
 def _speaker(turn, name) -> tuple:
     "(role, content, calls) of a turn in our words; the content is not read yet."
     role, calls = one_of(turn, ("role", "from"), name), []
@@ -105,11 +118,7 @@ def _speaker(turn, name) -> tuple:
     if isinstance(role, str): role = role.strip().lower().replace("-", "_")
     if role in ("function_call", "tool_call"):
         role, calls, content = "assistant", read_calls(dict(function_call=content), name), None
-    role = SPEAKERS.get(role, role) if isinstance(role, str) else role
-    if role is None: fail(f"{name} has no `role` (found: {', '.join(map(repr, turn))[:80]}).")
-    if role not in ROLES:
-        fail(f"{name} has the unknown role {role!r}, not {', '.join(ROLES[:-1])} or {ROLES[-1]}.")
-    calls = calls or read_calls(turn, name)
+    role, calls = _known_role(role, turn, name), calls or read_calls(turn, name)
     if calls and role != "assistant":
         fail(f"{name} is the {role}'s and calls a tool, which only the assistant can.")
     return role, content, calls
@@ -136,31 +145,37 @@ def _thought(turn, role, name):   # The reasoning of an answer, or None
     return check_text(thought, f"reasoning of {name}")
 
 # %% ../../nbs/base/chats.ipynb #4ed75fb1
+def _said(role, content, calls, name) -> str:
+    "The text of a message, \"\" for one that may be silent."
+    may = calls or role in ("tool", "system")
+    if may and (is_empty(content) or str(content).isspace()): return ""
+    return read_content(content, f"content of {name}")
+
+# %% ../../nbs/base/chats.ipynb #msg
 def read_message(i:int, turn,            # Its number, from 1; as it stands in the row
                  note=lambda k, v: None, # Called with each field that is not used, and its value
                  named:bool=False        # Has the user named the column of the messages?
                 ) -> dict:  # {role, content}, and what else it has, such as `tool_calls`
     "One turn in our form. Raises `QLoRAError`."
-    name = f"message {i}"
     if not isinstance(turn, dict):
-        fail(f"{name} needs `role` and `content`, and is a {kind_of(turn)}.")
-    role, content, calls = _speaker(turn, name)
-    silent = (calls or role in ("tool", "system")) and (is_empty(content) or str(content).isspace())
-    text = "" if silent else read_content(content, f"content of {name}")
+        fail(f"message {i} needs `role` and `content`, and is a {kind_of(turn)}.")
+    role, content, calls = _speaker(turn, name := f"message {i}")
+    text = _said(role, content, calls, name)
     _rest(turn, role, name, text, note, named)
-    more = dict(tool_calls=calls, reasoning_content=_thought(turn, role, name))
-    if role == "tool":
-        more |= {k: v for k in ("name", "tool_call_id") if isinstance(v := turn.get(k), str)}
+    more = dict(tool_calls=calls, reasoning_content=_thought(turn, role, name)) | {
+        k: turn[k] for k in ("name", "tool_call_id")
+        if role == "tool" and isinstance(turn.get(k), str)}
     out = dict(role=role, content=text) | {k: v for k, v in more.items() if v}
     return out if is_learned(turn, role, name) else out | dict(weight=0)
 
-# %% ../../nbs/base/chats.ipynb #56f60a4d
+# %% ../../nbs/base/chats.ipynb #objs
 def _objects(text):
     "Each JSON object in a text."
     for start in re.finditer(r"\{", text):
         try: yield json.JSONDecoder().raw_decode(text, start.start())[0]
         except ValueError: pass
 
+# %% ../../nbs/base/chats.ipynb #56f60a4d
 # how calls are written that are no JSON: <tool_call>, <function=f>, f(x=1), Action: f, ...
 CALLS = re.compile(r"<\W?(tool|function|python_tag|invoke)|\[TOOL_CALLS|\bAction:|[\w)]\(.*\)",
                    re.S)
@@ -186,19 +201,36 @@ def check_answers(messages:list):
                  f"{', '.join(map(repr, sorted(calls)))}.")
 
 # %% ../../nbs/base/chats.ipynb #cbc1e51d
-def check_order(messages:list):
-    "Raise `QLoRAError` for a chat whose turns make no sense in their order."
-    roles, n = [m["role"] for m in messages], len(messages)
+def _check_ends(roles:list):
+    "Raise `QLoRAError` for a chat in which the wrong one speaks first, last or never."
     if late := [i for i, o in enumerate(roles, 1) if o == "system" and i > 1]:
         fail(f"message {late[0]} is a system message; only the first one can be.")
     if "assistant" not in roles:
         fail("`messages` has no assistant turn, so there is nothing to learn.")
     if roles[-1] != "assistant":
+        n = len(roles)
         fail(f"the last message is the {roles[-1]}'s, not the assistant's (message {n} of {n}).")
     if "user" not in roles: fail("`messages` has no user turn, so there is nothing to answer.")
+
+# %% ../../nbs/base/chats.ipynb #order2
+def check_order(messages:list):
+    "Raise `QLoRAError` for a chat whose turns make no sense in their order."
+    _check_ends([m["role"] for m in messages])
     check_answers(messages)
     if not any(m["role"] == "assistant" and "weight" not in m for m in messages):
         fail("each answer has the weight 0, so there is nothing to learn.")
+
+# %% ../../nbs/base/chats.ipynb #own
+def _with_system(messages, system, note) -> list:   # Of a row: its messages, its own field
+    "The messages, led by the system message that stands beside them. Raises for two that differ."
+    first = messages[0]
+    own = first["content"].strip() if first["role"] == "system" else None
+    if own == "": note("empty system message", None)
+    elif own and system and own != system.strip():
+        fail(f"there is a system message beside the messages ({brief(system)}), and message 1 is "
+             "another one.")
+    before = [dict(role="system", content=system)] if system else []
+    return before + messages[own == "" or own is not None and system is not None:]
 
 # %% ../../nbs/base/chats.ipynb #67d660fc
 def read_messages(turns,     # Of a row: a list, or what `list_of_turns` takes
@@ -211,28 +243,24 @@ def read_messages(turns,     # Of a row: a list, or what `list_of_turns` takes
     messages = [read_message(i, o, note, named) for i, o in enumerate(divide(turns), 1)]
     check_order(messages)
     last = max(i for i, m in enumerate(messages) if m["role"] == "assistant" and "weight" not in m)
-    first, messages = messages[0], messages[:last+1]
-    own = first["content"].strip() if first["role"] == "system" else None
-    if own == "": note("empty system message", None)
-    elif own and system and own != system.strip():
-        fail(f"there is a system message beside the messages ({brief(system)}), and message 1 is "
-             "another one.")
-    before = [dict(role="system", content=system)] if system else []
-    return before + messages[own == "" or own is not None and system is not None:]
+    return _with_system(messages[:last+1], system, note)
 
 # %% ../../nbs/base/chats.ipynb #df849d06
+def _only_here(text:str, without:str) -> str:   # A chat with a call, and without it
+    "The part of the text where the two differ, with 8 characters that may be common to both."
+    start, end = len(commonprefix([text, without])), len(commonprefix([text[::-1], without[::-1]]))
+    return text[max(0, start - 8):len(text) - max(0, end - 8)]   # such as a brace
+
+# %% ../../nbs/base/chats.ipynb #written
 def call_is_written(call:dict,  # Of `read_call`
                     text:str,   # The rendered chat
                     without:str # The same without the call
                    ) -> bool:
     "Does the text hold this call, where it differs: name and arguments, as JSON or in pieces?"
     if text == without: return False
-    start, end = len(commonprefix([text, without])), len(commonprefix([text[::-1], without[::-1]]))
-    text = text[max(0, start - 8):len(text) - max(0, end - 8)]   # a brace may be common to both
-    f = call["function"]
+    text, f = _only_here(text, without), call["function"]
     if f["name"] not in text: return False
-    arguments = f["arguments"]
-    if not arguments or any(o == arguments for o in _objects(text)): return True
+    if not (arguments := f["arguments"]) or arguments in _objects(text): return True
     if repr(arguments) in text: return False   # an object of Python, and no JSON
     def written(o): return o if isinstance(o, str) else json.dumps(o, ensure_ascii=False)
     return all(o in text for o in [*arguments, *map(written, arguments.values())])

@@ -52,6 +52,13 @@ def is_copy(value, texts:list) -> bool:   # Of a row
     if not (isinstance(value, str) and texts): return False
     return any(value.strip() in o for o in texts) or all(o.strip() in value for o in texts)
 
+# %% ../../nbs/base/fields.ipynb #byname
+def _by_name(name:str, value) -> bool|None:   # Of a field that is not used
+    "Would something be lost with it, as far as its name says? None where the name is unknown."
+    if name.lower() in MEANING or CHOICE.fullmatch(name) and isinstance(value, str): return True
+    if MEDIA.fullmatch(name) and not isinstance(value, (int, float)): return True
+    if HARMLESS.fullmatch(name): return False
+
 # %% ../../nbs/base/fields.ipynb #fic
 def carries_meaning(name:str, value,   # Of a field that is not used
                     texts:list         # Those of the row that are used
@@ -59,10 +66,7 @@ def carries_meaning(name:str, value,   # Of a field that is not used
     "Would something be lost with this field?"
     if is_empty(value) or is_copy(value, texts) or is_switch(name, value): return False
     if hasattr(value, "isoformat"): return False   # a date
-    name = name.strip()
-    if name.lower() in MEANING or CHOICE.fullmatch(name) and isinstance(value, str): return True
-    if MEDIA.fullmatch(name) and not isinstance(value, (int, float)): return True
-    if HARMLESS.fullmatch(name): return False
+    if (said := _by_name(name := name.strip(), value)) is not None: return said
     if isinstance(value, dict): return any(carries_meaning(k, v, []) for k, v in value.items())
     if isinstance(value, (list, tuple)):
         if sum(isinstance(o, str) for o in value) > 1: return True
@@ -87,16 +91,17 @@ def brief(value):
     return repr(text[:40] + "…" if len(text) > 40 else text)
 
 # %% ../../nbs/base/fields.ipynb #247be3f5
-BROKEN = "#N/A #REF! #VALUE! #DIV/0! #NAME? #NUM! #NULL!".split()   # what a cell shows then
-
-# what no reader sees: zero bytes, marks of width zero and of direction
-UNSEEN = re.compile("[\\s\0\u00ad\u200b-\u200f\u202a-\u202e\u2060\ufeff]*")
-
 def check_letters(value, name):
     "Raise `QLoRAError` for half of a surrogate pair in a text, or in what tools are made of."
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if re.search("[\ud800-\udfff]", text):
         fail(f"`{name}` holds half of a surrogate pair: no character.")
+
+# %% ../../nbs/base/fields.ipynb #text
+BROKEN = "#N/A #REF! #VALUE! #DIV/0! #NAME? #NUM! #NULL!".split()   # what a cell shows then
+
+# what no reader sees: zero bytes, marks of width zero and of direction
+UNSEEN = re.compile("[\\s\0\u00ad\u200b-\u200f\u202a-\u202e\u2060\ufeff]*")
 
 def check_text(value, name):
     "Raise `QLoRAError` for a field that must hold text and does not."
@@ -130,6 +135,7 @@ def is_turns(value) -> bool:
     return isinstance(value, list) and bool(value) and all(
         isinstance(o, dict) and {"role", "from"} & {*o} for o in value)
 
+# %% ../../nbs/base/fields.ipynb #divide
 def divide(turns:list) -> list:   # Of a chat
     "Turns that hold a question and its answer each, as two turns; others as they are."
     if not turns or not all(isinstance(o, dict) for o in turns): return turns

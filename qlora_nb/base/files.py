@@ -29,6 +29,7 @@ def as_path(data) -> Path:
     except RuntimeError as e:
         raise QLoRAError("this user has no home folder here.", str(data)) from e
 
+# %% ../../nbs/base/files.ipynb #near
 def near(name, folder):
     "Names in `folder` that resemble `name`, as a sentence."
     names = ["tickets", *(o.name for o in folder.iterdir())] if folder.is_dir() else ["tickets"]

@@ -39,25 +39,34 @@ def _unknown_cure(texts:list) -> str:   # Names of the fields that hold text
     return EXPECTED + f" Others are mapped by {say_columns(prompt='...', response='...')}"
 
 # %% ../../nbs/base/refused_rows.ipynb #fiu
-SPOKEN = re.compile(r"(^|\n)\W*(human|user|assistant)\W*:|<\|im_start\|>|\[INST\]", re.I)
-SPLIT = "Save its turns as one row of `messages`, a list of {role, content}."
+def _refuse_text(row):
+    "Say of a row of plain text that question and answer cannot be told apart."
+    way = "Save them as `prompt` and `response`, or as `messages`."
+    if isinstance(row.get("label"), str):   # a class
+        way = f"If `label` is the answer: {say_columns(prompt='text', response='label')}"
+    fail(f"the row is plain text ({brief(row['text'])}), in which question and answer cannot "
+         "be told apart.", way)
 
-def _refuse_unknown(row):
-    "Say which columns may be meant in a row without a field that is known."
+# %% ../../nbs/base/refused_rows.ipynb #fiu_f
+def _refuse_form(row):
+    "Say of a row of tokens, or of turns under another name, what it holds."
     if "input_ids" in row:
         fail("the row holds tokens (`input_ids`), and text is wanted.",
              "Give the rows as they were before they were tokenized.")
     if chat := next((k for k, v in row.items() if is_turns(v)), None):
         fail(f"the row has none of the known fields; `{chat}` holds the turns of a chat.",
              f"Name it: {say_columns(messages=chat)}")
+
+# %% ../../nbs/base/refused_rows.ipynb #fiu_u
+SPOKEN = re.compile(r"(^|\n)\W*(human|user|assistant)\W*:|<\|im_start\|>|\[INST\]", re.I)
+SPLIT = "Save its turns as one row of `messages`, a list of {role, content}."
+
+def _refuse_unknown(row):
+    "Say which columns may be meant in a row without a field that is known."
+    _refuse_form(row)
     texts = [k for k, v in row.items()
              if isinstance(v, str) and v.strip() and carries_meaning(k, v, [])]
-    if [*texts, *(k for k in row if k == "text")][:1] == ["text"]:
-        way = "Save them as `prompt` and `response`, or as `messages`."
-        if isinstance(row.get("label"), str):   # a class
-            way = f"If `label` is the answer: {say_columns(prompt='text', response='label')}"
-        fail(f"the row is plain text ({brief(row['text'])}), in which question and answer cannot "
-             "be told apart.", way)
+    if [*texts, *(k for k in row if k == "text")][:1] == ["text"]: _refuse_text(row)
     if chat := next((k for k in texts if SPOKEN.search(row[k])), None):
         fail(f"`{chat}` is a whole conversation in one text ({brief(row[chat])}).", SPLIT)
     fail(f"the row has none of the known fields; it has {listed(row)}.", _unknown_cure(texts))
@@ -88,6 +97,7 @@ def _refuse_pair(row, good:str, bad:str):   # The fields of the better and of th
     fail(f"this is a preference pair (`{good}`, `{bad}`), made for DPO; here one answer is learned "
          "(SFT).", way)
 
+# %% ../../nbs/base/refused_rows.ipynb #judged
 def _refuse_judged(row, verdict:str):   # The field of the verdict
     shape = shape_of(row) or "PROMPT/completion"
     ours = ["messages"] if shape in CHATS else ["prompt", "response"]
@@ -95,13 +105,14 @@ def _refuse_judged(row, verdict:str):   # The field of the verdict
     fail(f"this is an answer judged good or bad (`{verdict}`), made for KTO; here each answer is "
          "learned as it stands.", f"Keep the rows whose {verdict} is true: {way}")
 
-# %% ../../nbs/base/refused_rows.ipynb #fim
+# %% ../../nbs/base/refused_rows.ipynb #tree
 def is_tree(row) -> bool:
     "Is this a message of a tree, or a tree as a whole?"
     within = row.get("prompt")
     tree = isinstance(within, dict) and "replies" in within
     return tree or "parent_id" in row or "message_tree_id" in row and not shape_of(row)
 
+# %% ../../nbs/base/refused_rows.ipynb #fim
 def refuse_kind(row):
     "Raise `QLoRAError` for rows that are made for something else, saying what they are."
     if pair := pair_in(row): _refuse_pair(row, *pair)
@@ -133,22 +144,36 @@ def _texts(row, names):
 
 
 # %% ../../nbs/base/refused_rows.ipynb #dcab3e41
+def _refuse_several(row, asked, rest):
+    "Say of a row with several answers that one is learned, and how to name it."
+    many = [k for k in rest if ANSWERS.fullmatch(k)]
+    if len(many) > 1:
+        fail(f"the row has several answers ({listed(many)}), and one is learned.",
+             f"Name it: {say_columns(prompt=asked, response=many[0])}")
+
+# %% ../../nbs/base/refused_rows.ipynb #advice
+def _nearest(row, name, asked, said, rest) -> str|None:
+    "The field that sounds like the missing one, else the first text or the last."
+    best = like("prompt" if name == asked else "response", rest)
+    if best is None and (texts := _texts(row, rest)): best = texts[-1 if name == said else 0]
+    return best
+
+def _advice(row, name, asked, said, best, rest) -> str:
+    "The option that maps `best`, with what has a place beside it."
+    both = dict(zip(("prompt", "response"), (best, said) if name == asked else (asked, best)))
+    others = {k: v for k, v in dict(_beside(row, rest)).items() if v != best}
+    return (f"The row has {listed(row)}. If one of them is meant, name the columns, such as "
+            f"{say_columns(**both, **others)} {SKIP}")
+
+# %% ../../nbs/base/refused_rows.ipynb #missing
 def refuse_missing(row, name, asked, said):
     "Say that a field is missing, and what is there instead."
     rest = [k for k, v in row.items() if k not in (asked, said) and not is_empty(v)]
-    many = [k for k in rest if ANSWERS.fullmatch(k)]
-    if name == said and len(many) > 1:
-        fail(f"the row has several answers ({listed(many)}), and one is learned.",
-             f"Name it: {say_columns(prompt=asked, response=many[0])}")
-    kind, others = "prompt" if name == asked else "response", dict(_beside(row, rest))
-    best, what = like(kind, rest), f"the field `{name}` is missing."
-    if best is None and (texts := _texts(row, rest)): best = texts[-1 if name == said else 0]
+    if name == said: _refuse_several(row, asked, rest)
+    what, best = f"the field `{name}` is missing.", _nearest(row, name, asked, said, rest)
     if not rest: fail(what)
     if best is None: fail(what, f"The row has {listed(row)}. {SKIP}")
-    others = {k: v for k, v in others.items() if v != best}
     if not isinstance(row[best], str):
         fail(f"{what[:-1]}, and `{best}` is no text but {kind_of(row[best])}.",
              f"Write one text into `{name}`. {SKIP}")
-    both = dict(zip(("prompt", "response"), (best, said) if name == asked else (asked, best)))
-    fail(what, f"The row has {listed(row)}. If one of them is meant, name the columns, such as "
-               f"{say_columns(**both, **others)} {SKIP}")
+    fail(what, _advice(row, name, asked, said, best, rest))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARK', 'sync', 'write_json', 'seal', 'is_sealed', 'run_lock', 'in_use', 'last_checkpoint', 'comparable',
-           'differences', 'way_back', 'check_folder', 'hold_run', 'read_settings', 'check_begin', 'open_run',
-           'content_id', 'write_run', 'Run', 'latest_run', 'finished_run']
+           'differences', 'way_back', 'check_folder', 'hold_run', 'read_settings', 'check_begin', 'check_same',
+           'open_run', 'content_id', 'write_run', 'Run', 'latest_run', 'finished_run']
 
 # %% ../../nbs/base/runs.ipynb #a3071801
 import contextlib, hashlib, json, os, shutil, warnings
@@ -163,6 +163,14 @@ def check_begin(folder:Path, has_work:bool, resume:bool):
         warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run "
                       "starts at step 0.")
 
+# %% ../../nbs/base/runs.ipynb #same
+def check_same(folder:Path, settings:dict):
+    "Raise `QLoRAError` where a run was started with other settings."
+    if not (diff := differences(read_settings(folder/"settings.json"), settings)): return
+    longer = f" To train longer: --adapter {folder}."*(folder/"adapter").exists()
+    raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.", str(folder),
+                     f"Use its config.yaml, or start a new run.{longer}")
+
 # %% ../../nbs/base/runs.ipynb #runs_open
 def open_run(folder:Path, settings:dict, resume:bool) -> bool:  # Does it begin here?
     "Make the folder of a run, or check that it is the same. Raises `QLoRAError` for another one."
@@ -173,10 +181,7 @@ def open_run(folder:Path, settings:dict, resume:bool) -> bool:  # Does it begin 
         if not has_work:
             write_json(folder/"settings.json", settings)
             return True
-        if diff := differences(read_settings(folder/"settings.json"), settings):
-            longer = f" To train longer: --adapter {folder}."*(folder/"adapter").exists()
-            raise QLoRAError(f"a run goes on only with its own settings: {'; '.join(diff)}.",
-                             str(folder), f"Use its config.yaml, or start a new run.{longer}")
+        check_same(folder, settings)
         return False
 
 # %% ../../nbs/base/runs.ipynb #005b34b0

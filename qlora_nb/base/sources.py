@@ -53,6 +53,7 @@ def _split_of(data, split):
     raise QLoRAError(f"there is no split '{split}' in the {type(data).__name__} given.",
                      cure=f"Choose one by split=...: {', '.join(data)}.")
 
+# %% ../../nbs/base/sources.ipynb #ofd
 def _of_dataset(data, name):
     "The rows of a Dataset, one by one; one in another format is read as plain Python all the same."
     shown = getattr(data, "format", None) or {}
@@ -141,6 +142,7 @@ def tell_apart(rows):
     rows.make = partial(_of_several, rows.make)
     return rows
 
+# %% ../../nbs/base/sources.ipynb #mix
 def mix(parts:list,  # Of (rows, weight)
         seed:int=0   # Of the choice where a weight is no whole number
        ) -> list:    # The parts one after the other, not shuffled

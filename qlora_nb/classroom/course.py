@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'VERSIONS', 'OTHERS', 'notebooks', 'frozen', 'check_term', 'release_note', 'linked', 'add_files',
-           'write_sheet', 'write_one', 'write_versions', 'build_course', 'course_parser', 'course_word', 'course_main']
+           'write_sheet', 'write_one', 'write_versions', 'term_note', 'write_kit', 'build_course', 'course_parser',
+           'exam_word', 'course_word', 'course_main']
 
 # %% ../../nbs/classroom/course.ipynb #kit00004
 import argparse, re, secrets, shutil, sys
@@ -107,26 +108,35 @@ def write_versions(new:Path, source:Path, every:list, release:str|None) -> int: 
         write_one(linked(nb, here.as_posix(), names, cfg), new, here, release)
     return found
 
-# %% ../../nbs/classroom/course.ipynb #kit_build
-def build_course(out:str|Path,                 # A new folder
-                 source:str|Path|None=None,    # As in `notebooks`
-                 release:str|None=None,        # A tag, for a term that is frozen
-                 until:str|None=None,          # Until when it is supported: YYYY-MM-DD
-                 slides:bool=True,             # Decks of the lessons too?
-                ) -> dict:                     # Numbers of what was written
-    "Write `student/`, `instructor/`, `slides/` and a sheet to print. `QLoRAError` without pages."
-    source, pages = notebooks(source)
+# %% ../../nbs/classroom/course.ipynb #term
+def term_note(release:str|None, until:str|None, source:Path) -> str|None:
+    "What the notebooks of a frozen term say. Raises `QLoRAError` for half of it."
     if bool(release) != bool(until):
         raise QLoRAError("a release has a name and a date of support.",
                          cure="Give --release and --until.")
-    note = release_note(release, until, source) if release else None
+    return release_note(release, until, source) if release else None
+
+# %% ../../nbs/classroom/course.ipynb #kit_write
+def write_kit(new:Path, source:Path, pages:list, release:str|None, note:str|None) -> int:
+    "Both versions with their files, nbgrader's settings and the sheet. Returns how many exercises."
+    chinese = sorted((source/"zh").glob("*.ipynb"))
+    exercises = write_versions(new, source, [source/"index.ipynb", *pages, *chinese], release)
+    for name in VERSIONS: add_files(new/name, source, note)
+    (new/"nbgrader_config.py").write_text(CONFIG, encoding="utf-8")
+    write_sheet(new, source, settings(source.parent))
+    return exercises
+
+# %% ../../nbs/classroom/course.ipynb #kit_build
+def build_course(out:str|Path, source:str|Path|None=None,  # A new folder; as in `notebooks`
+                 release:str|None=None,  # A tag, for a term that is frozen
+                 until:str|None=None,    # Until when it is supported: YYYY-MM-DD
+                 slides:bool=True,       # Decks of the lessons too?
+                ) -> dict:               # Numbers of what was written
+    "Write `student/`, `instructor/`, `slides/` and a sheet to print. `QLoRAError` without pages."
+    source, pages = notebooks(source)
+    note = term_note(release, until, source)
     with new_folder(Path(out).expanduser()) as new:
-        chinese = sorted((source/"zh").glob("*.ipynb"))
-        every = [source/"index.ipynb", *pages, *chinese]
-        exercises = write_versions(new, source, every, release)
-        for name in VERSIONS: add_files(new/name, source, note)
-        (new/"nbgrader_config.py").write_text(CONFIG, encoding="utf-8")
-        write_sheet(new, source, settings(source.parent))
+        exercises = write_kit(new, source, pages, release, note)
         decks = build_slides(new/"slides", source.parent) if slides else []
     return dict(pages=len(pages) + 1, exercises=exercises, decks=len(decks))
 
@@ -158,6 +168,15 @@ def course_parser() -> argparse.ArgumentParser:
     for name, says in OTHERS.items(): word(name, says, source=False)
     return p
 
+# %% ../../nbs/classroom/course.ipynb #exam_w
+def exam_word(o:argparse.Namespace):
+    "Write an exam, and warn of a seed that can be guessed."
+    from qlora_nb.classroom.exam import write_exam
+    print(*write_exam(o.seed or secrets.token_hex(8), o.out, o.questions), sep="\n")
+    if o.seed and len(o.seed) < 10:
+        print(f"'{o.seed}' can be guessed, and the solutions drawn from it: "
+              "give a longer seed, or none.")
+
 # %% ../../nbs/classroom/course.ipynb #kit00017
 def course_word(o:argparse.Namespace):   # Of `course_parser`
     "Do what a word says, and print what came of it."
@@ -168,12 +187,7 @@ def course_word(o:argparse.Namespace):   # Of `course_parser`
     elif o.word == "site":
         from qlora_nb.classroom.site import build_site
         print(build_site(o.out, o.source))
-    elif o.word == "exam":
-        from qlora_nb.classroom.exam import write_exam
-        print(*write_exam(o.seed or secrets.token_hex(8), o.out, o.questions), sep="\n")
-        if o.seed and len(o.seed) < 10:
-            print(f"'{o.seed}' can be guessed, and the solutions drawn from it: "
-                  "give a longer seed, or none.")
+    elif o.word == "exam": exam_word(o)
 
 # %% ../../nbs/classroom/course.ipynb #kit_main
 def course_main(argv:list|None=None): # None: the options that the command was called with

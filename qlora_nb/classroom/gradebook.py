@@ -32,6 +32,7 @@ def same_letters(text:str) -> str:
     "Accents in one spelling: a Mac's file names have another one than its spreadsheets."
     return unicodedata.normalize("NFC", text)
 
+# %% ../../nbs/classroom/gradebook.ipynb #textof
 def text_of(path:str|Path, what:str) -> str:
     "A CSV as spreadsheets save it: UTF-8 or, by its mark, UTF-16."
     cure = "In the spreadsheet choose Save as, CSV UTF-8."

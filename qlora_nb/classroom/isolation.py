@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ISOLATED', 'UNSAFE', 'RDONLY', 'NOSUID', 'NODEV', 'NOEXEC', 'REMOUNT', 'BIND', 'REC', 'NEWNS', 'NEWIPC', 'NEWPID',
            'SCRATCH', 'CALLS', 'FAMILIES', 'check_isolation', 'readable', 'call', 'mount', 'show', 'close_mounts',
-           'new_root', 'few_processes', 'own_view', 'no_privileges', 'filter_code', 'few_calls', 'own_limits']
+           'fill_root', 'new_root', 'few_processes', 'own_view', 'no_privileges', 'filter_code', 'few_calls',
+           'own_limits']
 
 # %% ../../nbs/classroom/isolation.ipynb #d2000004
 import ctypes, os, platform, re, shutil, struct, subprocess, sys
@@ -75,9 +76,8 @@ def close_mounts():
         mount(None, where.encode().decode("unicode_escape"), None, REMOUNT | BIND | RDONLY | flags)
 
 # %% ../../nbs/classroom/isolation.ipynb #d2000021
-def new_root(place:str,    # An empty folder
-             paths:list):  # What `readable` says
-    "Leave the machine's files, but for `paths`. The process has namespaces of its own."
+def fill_root(place:str, paths:list):   # An empty folder; what `readable` says
+    "Show in a folder what stays readable, and what each process needs: devices, proc, scratch."
     mount("tmpfs", place, "tmpfs", NOSUID | NODEV, "size=4m,mode=755")
     for o in paths: show(place, o)
     for o in ("null", "zero", "full", "random", "urandom"): show(place, f"/dev/{o}")
@@ -86,6 +86,12 @@ def new_root(place:str,    # An empty folder
         if not os.path.exists(f"{place}/{o}"): os.symlink(SCRATCH, f"{place}/{o}")
     mount("proc", f"{place}/proc", "proc", NOSUID | NODEV | NOEXEC)
     mount("tmpfs", f"{place}{SCRATCH}", "tmpfs", NOSUID | NODEV, "size=64m")
+
+# %% ../../nbs/classroom/isolation.ipynb #pivot
+def new_root(place:str,    # An empty folder
+             paths:list):  # What `readable` says
+    "Leave the machine's files, but for `paths`. The process has namespaces of its own."
+    fill_root(place, paths)
     os.chdir(place)
     call("pivot_root", ".", ".")    # the old root lies over the new one now
     call("umount2", ".", 2)         # and is taken away
@@ -127,6 +133,7 @@ CALLS = dict(   # number of the architecture; of `socket`; and of what is refuse
     aarch64=(0xC00000B7, 198, (217, 218, 219, 241, 279, 280, 282, 425, 447)))   # memfd_secret
 FAMILIES = 1, 2, 10, 16   # unix, inet, inet6, netlink: what a network namespace covers
 
+# %% ../../nbs/classroom/isolation.ipynb #d2sec_f
 def filter_code(architecture:int, socket:int, refused:tuple) -> bytes:  # Of CALLS
     "The filter: it loads a number of the call, compares, and jumps."
     load, equal, least, end = 0x20, 0x15, 0x35, 0x06
