@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['Weight', 'WEIGHT_COLUMNS', 'state_bytes', 'four_bit_kind', 'acts_linear', 'full_shape', 'stack_owners', 'routers',
-           'list_weights', 'clean_name', 'wide_kinds', 'Noted', 'spy_class', 'spied', 'passes', 'read_elsewhere',
-           'computes_with_weights', 'misplaced', 'routers_loss', 'below_head', 'as_it_is', 'weight_rows', 'wide_layers',
-           'too_wide']
+           'list_weights', 'clean_name', 'wide_kinds', 'Noted', 'spy_class', 'read_elsewhere', 'computes_with_weights',
+           'misplaced', 'routers_loss', 'below_head', 'as_it_is', 'weight_rows', 'wide_layers', 'too_wide']
 
 # %% ../../nbs/base/weights.ipynb #4a7564e2
 import qlora_nb.base.core   # before PyTorch is loaded
 import inspect, math, re, bitsandbytes as bnb, torch
 from collections import namedtuple
-from contextlib import contextmanager
 from types import MethodType
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -74,11 +72,6 @@ def routers(model:nn.Module) -> list:
     return [n for n,m in model.named_modules() if not hasattr(m, "parameter_name") and routes(n, m)]
 
 # %% ../../nbs/base/weights.ipynb #04e8dcf3
-def _ours(n, m) -> Weight:   # A name and a module of our own
-    "The packed weight of a layer that this course builds."
-    size = sum(b.nbytes for b in m.buffers(recurse=False))
-    return Weight(clean_name(n), f"{m.how['codebook'].upper()} (ours)", m.packed_numel(), size)
-
 def _weight(kind, n, m, k, p) -> Weight:   # Of `wide_kinds`; a module and a parameter of it
     "A tensor with its kind and its bytes, those of its scales included."
     name, state = clean_name(f"{n}.{k}" if n else k), getattr(p, "quant_state", None)
@@ -88,11 +81,12 @@ def _weight(kind, n, m, k, p) -> Weight:   # Of `wide_kinds`; a module and a par
 
 # %% ../../nbs/base/weights.ipynb #list
 def list_weights(model:nn.Module) -> list:   # Of `Weight`, in the model's order; a tied one once
-    """Every tensor with its kind: "NF4 + double quantization" or another 4-bit kind, or what
-    `wide_kinds` says of one that is not in 4 bits."""
+    "Every tensor with its kind, such as \"NF4 + double quantization\", or one of `wide_kinds`."
     kind, seen, out = wide_kinds(model), set(), []
     for n,m in model.named_modules():
-        if hasattr(m, "packed_numel"): out.append(_ours(n, m))
+        if hasattr(m, "packed_numel"):
+            size, label = sum(b.nbytes for b in m.buffers(recurse=False)), m.how["codebook"].upper()
+            out.append(Weight(clean_name(n), f"{label} (ours)", m.packed_numel(), size))
         for k,p in m.named_parameters(recurse=False):
             if id(p) not in seen: out.append(_weight(kind, n, m, k, p))
             seen.add(id(p))
@@ -157,36 +151,24 @@ def spy_class(cls, note):   # `note` is called with the layer
             return t
     return Spy
 
-# %% ../../nbs/base/weights.ipynb #spied
-@contextmanager
-def spied(layers, note):   # `note` is called with a layer whose weight is read by others
-    "These layers are spies, and afterwards what they were."
-    was = {m: type(m) for m in layers}
-    for m in layers: m.__class__ = spy_class(was[m], note)
-    try: yield
-    finally:
-        for m in layers: m.__class__ = was[m]; m.__dict__.pop("inside", None)
-
-# %% ../../nbs/base/weights.ipynb #passes
-def passes(model) -> Exception|None:
-    "Run three tokens, as in training and as afterwards: these may go different ways."
-    ids, training = torch.arange(3, 6, device=next(model.parameters()).device)[None], model.training
-    try:
-        model.train()(input_ids=ids, use_cache=False)
-        model.eval()(input_ids=ids)
-    except Exception as e: return e
-    finally: model.train(training)
-
 # %% ../../nbs/base/weights.ipynb #85c1d2b1
 @torch.no_grad()
 def read_elsewhere(model:nn.Module) -> tuple:   # (names of layers, the forward pass's error)
     "Linear layers whose weight other code computes with, seen in a forward pass of three tokens."
     layers = {m: n for n,m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     layers.pop(getattr(model, "get_output_embeddings", lambda: None)(), None)
-    found = set()
-    with spied(layers, found.add): error = passes(model)
+    found, was, error, training = set(), {m: type(m) for m in layers}, None, model.training
+    ids = torch.arange(3, 6, device=next(model.parameters()).device)[None]
+    for m in layers: m.__class__ = spy_class(was[m], found.add)
+    try:   # they may go different ways
+        model.train()(input_ids=ids, use_cache=False)   # as it is trained
+        model.eval()(input_ids=ids)
+    except Exception as e: error = e
+    finally:
+        model.train(training)
+        for m in layers: m.__class__ = was[m]; m.__dict__.pop("inside", None)
     def kind(n): return re.sub(r"\b\d+\b", "*", n)
-    kinds = {kind(layers[m]) for m in found}
+    kinds = {kind(layers[m]) for m in found}   # a pass may fail early: one block stands for all
     return [n for n in layers.values() if kind(n) in kinds], error
 
 # %% ../../nbs/base/weights.ipynb #0687f3d2

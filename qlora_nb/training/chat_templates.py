@@ -11,7 +11,7 @@ from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
 from ..base.arguments import check_tokenizer
-from ..base.chats import call_is_written
+from ..base.tool_calls import call_is_written
 from ..base.errors import QLoRAError
 from .tokenizer_checks import TOOLS, check_nothing_lost
 
