@@ -16,6 +16,7 @@ def share(*turns, **more): return dict(conversations=[{"from": r, "value": c} fo
 def lines(*rows): return "\n".join(json.dumps(o, ensure_ascii=False) for o in rows) + "\n"
 def pair(prompt, response, **more): return dict(prompt=prompt, response=response, **more)
 
+CITIES = dict(text=["Ostby", "Tellin"], label=["A", "B"])
 RIVER = "The Morva passes Tellin and ends in the sea."
 TOOLS = [dict(type="function", function=dict(name="tide", parameters=dict(type="object", properties={})))]
 TIDE = dict(type="function", function=dict(name="tide", arguments=dict(port="Ostby")))
@@ -123,6 +124,15 @@ READ = {
     "switches that are no thoughts": ("nemotron.jsonl", lines(pair("Hi", "Hello", reasoning="on"), pair("Bye", "See you", thinking="off")),
         [pair("Hi", "Hello"), pair("Bye", "See you")], ["`reasoning` (1 row, the first is row 1, 'on')", "`thinking` (1 row, the first is row 2, 'off')"]),
     "a switch of an answer": ("nemotron.jsonl", lines(messages(user("Hi"), assistant("Hello", thinking=True))), [messages(user("Hi"), assistant("Hello"))], ["`thinking of a message` (1 row, the first is row 1, 'True')"]),
+    "a list of choices and the letter of one": ("arc.jsonl", lines(dict(question="Where?", choices=CITIES, answerKey="B"), dict(question=dict(stem="Where?", choices=[dict(label="1", text="Ostby"), dict(label="2", text="Tellin")]), answerKey="2")),
+        [pair("Where?\n\nA. Ostby\nB. Tellin", "B"), pair("Where?\n\n1. Ostby\n2. Tellin", "2")], []),
+    "choices and the text of one": ("choices.jsonl", lines(dict(question="Which?", choices=["oar", "sail"], answer="oar"), dict(question="Which, an oar or a sail?", endings=["oar", "sail"], answer="It is the sail.")),
+        [pair("Which?\n\nA. oar\nB. sail", "oar"), pair("Which, an oar or a sail?", "It is the sail.")], []),
+    "choices that have their letters": ("letters.jsonl", lines(dict(question="Which?", options=["(A) oar", "(B) sail"], answer="B", answer_index=1)), [pair("Which?\n\nA. oar\nB. sail", "B")], []),
+    "choices in columns": ("choices.csv", "question,A,B,answer\nWhich?,oar,sail,A\n", [pair("Which?\n\nA. oar\nB. sail", "A")], []),
+    "choices as the text of a list": ("choices.csv", "question,choices,answer\nWhich?,\"['oar', 'sail']\",sail\n", [pair("Which?\n\nA. oar\nB. sail", "sail")], []),
+    "tags and names that are no pictures": ("tags.jsonl", lines(pair("Close this:\n<video>\n<source>\n</video>", "Done."), pair("What is <image> in a prompt?", "A mark.")), [pair("Close this:\n<video>\n<source>\n</video>", "Done."), pair("What is <image> in a prompt?", "A mark.")], []),
+    "an answer that is marked as right": ("marked.jsonl", lines(pair("Hi", "Hello", is_correct=True)), [pair("Hi", "Hello")], ["`is_correct` (1 row, the first is row 1, 'True')"]),
     "a mark and two ends of lines": ("marked.jsonl", '\ufeff{"prompt": "Hi", "response": "Hello"}\r\n\r\n{"prompt": "Bye", "response": "See you"}', [pair("Hi", "Hello"), pair("Bye", "See you")], []),
 }
 
@@ -140,6 +150,8 @@ def test_what_a_file_is_read_as(case, tmp_path):
 
 def one(*turns, **more): return "x.jsonl", lines(messages(user("Hi"), assistant("Hello")), messages(*turns, **more))
 LOST = "If it belongs to the question, map it by columns=dict(context={!r}, ...); if it is not needed, name the columns that are: {}"
+WEIGHS = "If it says what is learned, leave out the rows that are not; if it is not needed, name the columns that are: "
+NUMBER = "whether the first is 0 or 1 is not said. Write its label (A, B) or its text into `{}`."
 SFT = "this is a preference pair (`chosen`, `rejected`), made for DPO; here one answer is learned (SFT). To learn the chosen answers: "
 KTO = "this is an answer judged good or bad (`label`), made for KTO; here each answer is learned as it stands. Keep the rows whose label is true: "
 
@@ -171,9 +183,6 @@ REFUSED = {
     "a mask that may mean either": (*one(user("Hi"), assistant("Hello", masked=True)), f", row 2: the field 'masked' of message 2 ('True') would be lost. {SKIP}"),
     "a weight that is text": (*one(user("Hi"), assistant("Hello", weight="0")), f", row 2: the weight of message 2 is '0', and only 0 and 1 are known. {SKIP}"),
     "a mask of a row": ("mask.jsonl", lines(share(("User", "Hi"), ("Assistant", "Hello"), mask="User")), ", row 1: the field `mask` ('User') would be lost. " + LOST.format("mask", name_columns(messages="conversations"))),
-    "answers to choose from": ("choices.jsonl", lines(dict(question="Which?", choices=["oar", "sail"], answer="oar")), """, row 1: the field `choices` ("['oar', 'sail']") would be lost. """ + LOST.format("choices", name_columns(prompt="question", response="answer"))),
-    "the same under a name of its own": ("choices.jsonl", lines(dict(question="Which?", endings=["oar", "sail"], answer="oar")), """, row 1: the field `endings` ("['oar', 'sail']") would be lost. """ + LOST.format("endings", name_columns(prompt="question", response="answer"))),
-    "the same in columns": ("choices.csv", "question,A,B,answer\nWhich?,oar,sail,A\n", ", row 1: the field `A` ('oar') would be lost. " + LOST.format("A", name_columns(prompt="question", response="answer"))),
     "a context beside messages": ("context.jsonl", lines(dict(prompt=[user("Q")], completion=[assistant("A")], context=RIVER)), f", row 1: the field `context` ({RIVER[:40]!r}".rstrip("'") + "…') would be lost. " + LOST.format("context", name_columns(prompt="prompt", response="completion"))),
     "an answer under another name": ("squad.jsonl", lines(dict(context=RIVER, question="Where?", answers=dict(text=["the sea"]))), f", row 1: the field `answer` is missing, and `answers` is no text but dict. Write one text into `answer`. {SKIP}"),
     "an answer under another name, beside a context": ("sql.jsonl", lines(dict(context=RIVER, question="Where?", db="x", canonical_solution="the sea")), ", row 1: the field `answer` is missing. The row has 'context', 'question', 'db', 'canonical_solution'. If one of them is meant, "
@@ -186,8 +195,8 @@ REFUSED = {
     "a tree as a whole": ("tree.jsonl", lines(dict(prompt=dict(text="Hi", role="prompter", replies=[]), tree_state="ready")), ", row 1: this is one message of a tree (`replies`), not a chat. Follow each answer up to its root and save the path as one row of `messages`, a list of {role, content}."),
     "turns under another name": ("dialogue.jsonl", lines(dict(dialogue=[user("Hi"), assistant("Hello")])), ", row 1: the row has none of the known fields; `dialogue` holds the turns of a chat. Name it: " + name_columns(messages="dialogue")),
     "tokens": ("tokens.jsonl", lines(dict(input_ids=[1, 2], labels=[-100, 2])), ", row 1: the row holds tokens (`input_ids`), and text is wanted. Give the rows as they were before they were tokenized."),
-    "a mask of tokens": ("mask.jsonl", lines(pair("Hi", "Hello", loss_mask=[0, 1])), ", row 1: the field `loss_mask` ('[0, 1]') would be lost. " + LOST.format("loss_mask", name_columns(prompt="prompt", response="response"))),
-    "a row of a table that is not to be learned": ("flags.csv", "prompt,response,train\nHi,Hello,true\nHi,Bye,False\n", ", row 2: the field `train` ('False') would be lost. " + LOST.format("train", name_columns(prompt="prompt", response="response"))),
+    "a mask of tokens": ("mask.jsonl", lines(pair("Hi", "Hello", loss_mask=[0, 1])), ", row 1: the field `loss_mask` ('[0, 1]') would be lost. " + WEIGHS + name_columns(prompt="prompt", response="response")),
+    "a row of a table that is not to be learned": ("flags.csv", "prompt,response,train\nHi,Hello,true\nHi,Bye,False\n", ", row 2: the field `train` ('False') would be lost. " + WEIGHS + name_columns(prompt="prompt", response="response")),
     "two system prompts that differ": ("twice.jsonl", lines(messages(system("Be kind."), user("Hi"), assistant("Hello"), system="Be brief.")), f", row 1: there is a system message beside the messages ('Be brief.'), and message 1 is another one. {SKIP}"),
     "a turn beside a system prompt, by its own number": ("bing.jsonl", lines(share(("bing", "Hi"), ("gpt", "Hello"), system="Be kind.")), f", row 1: message 1 has the unknown role 'bing', not system, user, assistant or tool. {SKIP}"),
     "thoughts under another name": ("cot.jsonl", lines(dict(Question="3+4?", Complex_CoT="Count on from 3.", Response="7")), ", row 1: the field `Complex_CoT` ('Count on from 3.') would be lost. If it is the reasoning before the answer, map it by columns=dict(reasoning='Complex_CoT', ...); "
@@ -198,7 +207,21 @@ REFUSED = {
                                       f"name the columns, such as {name_columns(prompt='problem', response='answer')} {SKIP}"),
     "a chat in one text": ("glaive.jsonl", lines(dict(system="SYSTEM: You help.", chat="USER: Hi ASSISTANT: Hello")), ", row 1: `chat` is a whole conversation in one text ('USER: Hi ASSISTANT: Hello'). Save its turns as one row of `messages`, a list of {role, content}."),
     "an answer that is a number": ("numbers.jsonl", lines(pair("3", "4"), pair("3+4?", 7)), f", row 2: `response` must be text, not int. {SKIP}"),
-    "a class of a text": ("classes.csv", "text,label\nI like it.,positive\n", f", row 1: the row is plain text ('I like it.'), in which question and answer cannot be told apart. If `label` is the answer: {name_columns(prompt='text', response='label')}"),
+    "a class of a text": ("classes.csv", "text,label\nI like it.,positive\n", f", row 1: `label` ('positive') is a class of 'text', and what is asked of them is not in the row. Say it in a system prompt, system=..., and name the columns: {name_columns(prompt='text', response='label')}"),
+    "the number of a class": ("sst2.jsonl", lines(dict(idx=1, sentence="I like it.", label=1)), f", row 1: `label` is 1, a class of 'sentence', and its name is not in the row. Write the name into `label`, and say in a system prompt what is asked: {name_columns(prompt='sentence', response='label')}"),
+    "two texts and their relation": ("nli.jsonl", lines(dict(premise="It rains.", hypothesis="It is wet.", label=0)), ", row 1: `label` is 0, a class of 'premise', 'hypothesis', and its name is not in the row. "
+                                     f"Write the name into `label`, and say in a system prompt what is asked: {name_columns(prompt='premise', context='hypothesis', response='label')}"),
+    "endings to choose from": ("swag.jsonl", lines(dict(ctx="He", endings=["rows", "sails"], label="1")), ", row 1: 'endings' hold several texts, of which `label` ('1') names the right one. Save what comes before as `prompt`, the right one as `response`."),
+    "the number of a choice": ("mmlu.jsonl", lines(dict(question="Where?", subject="x", choices=["Ostby", "Tellin"], answer=1)), ", row 1: `answer` is 1, the number of one of 'choices', and " + NUMBER.format("answer")),
+    "the number of a choice, from columns": ("med.csv", "question,opa,opb,cop\nWhere?,Ostby,Tellin,1\n", ", row 1: `cop` is 1, the number of one of 'opa', 'opb', and " + NUMBER.format("cop")),
+    "an answer that is no choice": ("mmlu.jsonl", lines(dict(question="Where?", choices=["Ostby", "Tellin"], answer="C")), f", row 1: `answer` ('C') is none of the choices: 'Ostby', 'Tellin'. {SKIP}"),
+    "two answers to one choice": ("med.jsonl", lines(dict(question="Where?", options=dict(A="Ostby", B="Tellin"), answer="Ostby", answer_idx="B")), f", row 1: `answer` ('Ostby') and `answer_idx` ('B') name two choices. {SKIP}"),
+    "thoughts beside choices": ("aqua.jsonl", lines(dict(question="Where?", options=["A)Ostby", "B)Tellin"], rationale="It is inland.", correct="B")), ", row 1: the field `rationale` ('It is inland.') would be lost. If it is the reasoning before the answer, "
+                                "map it by columns=dict(reasoning='rationale', ...); if it is not needed, name the columns that are: " + name_columns(prompt="question", response="correct", choices="options")),
+    "an answer that is marked as wrong": ("marked.jsonl", lines(pair("Hi", "Go.", is_correct=False)), ", row 1: this is an answer marked as wrong (`is_correct`), and here each answer is learned. Keep the rows whose is_correct is true: " + name_columns(prompt="prompt", response="response")),
+    "an answer judged by a number": ("wiki.jsonl", lines(dict(question="Where?", answer="In it.", label=0)), ", row 1: " + KTO + name_columns(prompt="question", response="answer")),
+    "the place of a picture": (*one(user("<image>\nWhat is it?"), assistant("A bay.")), f", row 2: '<image>' in the question stands for a picture or a sound, and only text can be trained here. {SKIP}"),
+    "the place of a sound": ("audio.jsonl", lines(pair("Who sings? <|audio_1|>", "Ida")), f", row 1: '<|audio_1|>' in the question stands for a picture or a sound, and only text can be trained here. {SKIP}"),
     "two roles": (*one(user("Hi"), {"role": "assistant", "from": "human", "content": "Hello"}), f", row 2: message 2 has both `role` and `from`, and they differ. {SKIP}"),
     "two contents": (*one(user("Hi", value="Bye"), assistant("Hello")), f", row 2: message 1 has both `content` and `value`, and they differ. {SKIP}"),
     "two tables joined": ("joined.csv", "prompt,response\nHi,Hello\nprompt,response\nBye,See you\n", f", row 2: the header stands here once more. {SKIP}"),
@@ -220,8 +243,8 @@ REFUSED = {
     "a document": ("rows.csv", "%PDF-1.7\n", ": this is a PDF. Put each question with its answer into a row of a .jsonl file."),
     "columns of different lengths": ("columns.json", json.dumps(dict(prompt=["a", "b"], response=["c"])), ": the columns have different rows, 'prompt', 'response'. Each column needs a value for each row, perhaps null."),
     "a name with a space, twice": ("spaced.jsonl", lines({"prompt": "a", "prompt ": "b", "response": "c"}), ", row 1: the field `prompt ` ('b') would be lost. " + LOST.format("prompt ", name_columns(prompt="prompt", response="response"))),
-    "a row that is not to be learned": ("flags.jsonl", lines(pair("Hi", "Hello", train=True), pair("Hi", "Bye", train=False)), ", row 2: the field `train` ('False') would be lost. " + LOST.format("train", name_columns(prompt="prompt", response="response"))),
-    "a row that counts half": ("flags.jsonl", lines(pair("Hi", "Hello", sample_weight=.5)), ", row 1: the field `sample_weight` ('0.5') would be lost. " + LOST.format("sample_weight", name_columns(prompt="prompt", response="response"))),
+    "a row that is not to be learned": ("flags.jsonl", lines(pair("Hi", "Hello", train=True), pair("Hi", "Bye", train=False)), ", row 2: the field `train` ('False') would be lost. " + WEIGHS + name_columns(prompt="prompt", response="response")),
+    "a row that counts half": ("flags.jsonl", lines(pair("Hi", "Hello", sample_weight=.5)), ", row 1: the field `sample_weight` ('0.5') would be lost. " + WEIGHS + name_columns(prompt="prompt", response="response")),
     "two thoughts": (*one(user("Hi"), assistant("Hello", reasoning="Short.", reasoning_content="Long.")), f", row 2: message 2 has both `reasoning_content` and `reasoning`, and they differ. {SKIP}"),
     "an argument twice": (*one(user("Tide?"), assistant(None, tool_calls=[dict(name="tide", arguments='{"port": "a", "port": "b"}')])), f", row 2: the key 'port' is there twice. {SKIP}"),
     "half a letter in an argument": (*one(user("Tide?"), assistant(None, tool_calls=[dict(name="tide", arguments=r'{"port": "\ud83d"}')])), f", row 2: `arguments of the tool call of message 2` holds half of a surrogate pair: no character. {SKIP}"),
@@ -351,7 +374,7 @@ def test_arrays_formats_and_other_frames():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")   # `seen` is named
         assert load_rows([row | dict(seen=o) for o in (np.array([1, 2]), torch.ones(2), pd.NA, pd.NaT)]) == [row]*4
-    with pytest.raises(QLoRAError, match="the field `choices`"): load_rows([row | dict(choices=np.array(["oar", "sail"]))])
+    with pytest.raises(QLoRAError, match="the field `places`"): load_rows([row | dict(places=np.array(["oar", "sail"]))])
 
 
 @pytest.mark.parametrize("options, said", [
@@ -382,3 +405,12 @@ def test_rows_are_scored_without_a_padding_token_and_wrong_ones_named():
     with pytest.warns(UserWarning, match="1 of 3 rows to evaluate on cannot be written: the first is row 1: .*no system"):
         assert fit_rows([rows[0] | dict(system="Be kind."), *rows], tok) == rows
     with pytest.raises(QLoRAError, match="no system"): fit_rows([rows[0] | dict(system="Be kind.")], tok)
+
+
+def test_columns_that_leave_the_choices_out(tmp_path):
+    "A letter is no answer without its choices; with their column, or for a text, it is."
+    (path := tmp_path/"o.jsonl").write_text(lines(dict(stem="Where?", choices=CITIES, key="B", text="Tellin")), encoding="utf-8")
+    with pytest.raises(QLoRAError, match="the answer 'B' is one of 'choices', which would be lost. columns=dict.prompt='stem', response='key', choices='choices'."):
+        load_rows(path, columns=dict(prompt="stem", response="key"))
+    with pytest.warns(UserWarning, match="`text`"): assert load_rows(path, columns=dict(prompt="stem", response="key", choices="choices")) == [pair("Where?\n\nA. Ostby\nB. Tellin", "B")]
+    with pytest.warns(UserWarning, match="`choices`"): assert load_rows(path, columns=dict(prompt="stem", response="text")) == [pair("Where?", "Tellin")]
