@@ -58,6 +58,22 @@ def test_nobody_stays_behind():
     assert {o.pid for o in children()} <= before
 
 
+def test_a_sharded_base_says_what_it_cannot_do():
+    from qlora_nb.foundations.adapters import tiny_qlora
+    from qlora_nb.speed.cuda_graphs import decoder_layers
+    from qlora_nb.speed.fast_training import make_fast
+    from qlora_nb.speed.sharded_base import shard_base
+    with pytest.raises(QLoRAError, match="there is one process"): shard_base(tiny_qlora())
+    def picked_up():
+        "A backward pass that does not come through a block's output."
+        model, seen = tiny_qlora(n_layers=6).train(), []
+        shard_base(model), make_fast(model)
+        decoder_layers(model)[3].self_attn.q_proj.register_forward_hook(lambda m, args, y: seen.append(y))
+        model(input_ids=torch.arange(5, 45)[None], use_cache=False)
+        seen[0].sum().backward()
+    with pytest.raises(QLoRAError, match="block 3 of a sharded base: its bytes"): on_ranks(2, picked_up)
+
+
 def test_packed_rows_and_our_own_layers(how, tmp_path):
     more = dict(packing=True, max_length=300, per_device_train_batch_size=1, backend="scratch", max_steps=3)
     want = finetune(output_dir=tmp_path/"one", gradient_accumulation_steps=2, **how | more).info["losses"]
