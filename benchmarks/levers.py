@@ -1,4 +1,4 @@
-"""What is each lever of `82_fast_training` worth? One model, one process, lever after lever. CUDA, or a tiny model on a CPU.
+"""What is each lever of `86_step_times` worth? One model, one process, lever after lever. CUDA, or a tiny model on a CPU.
 
     python benchmarks/step.py --make --models /dev/shm/models --shapes llama-3-8b
     python benchmarks/levers.py benchmarks/results/levers.json --models /dev/shm/models [--shape llama-3-8b] [--rounds 3]
