@@ -1,10 +1,11 @@
 "Plans against what is really there: every parameter counted, layers of every kind, attention of every form, and one sentence for the rest."
 import pytest, torch
 from peft import LoraConfig, get_peft_model
-from transformers import (AutoModelForCausalLM, BloomConfig, DeepseekV3Config, Gemma2Config, Glm4MoeConfig, GPT2Config, GptOssConfig, JetMoeConfig,
-                          Llama4TextConfig, LlamaConfig, MambaConfig, MixtralConfig, PhimoeConfig)
+from transformers import (AutoModelForCausalLM, BloomConfig, DeepseekV3Config, Gemma2Config, Gemma3Config, Gemma4Config, Glm4MoeConfig, GPT2Config, GptOssConfig, JetMoeConfig,
+                          Llama4TextConfig, LlamaConfig, MambaConfig, MixtralConfig, PhimoeConfig, ReformerConfig, XLMConfig)
 
 from qlora_nb.foundations.adapters import add_adapters
+from qlora_nb.foundations.loading import load_model
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import count_params
 from qlora_nb.memory.ledger import blocks_of, layer_groups, on_card, some_layers, whole
@@ -121,3 +122,33 @@ def test_a_paged_optimizer_keeps_what_is_large_elsewhere():
     small, large = (torch.empty(n, device="meta") for n in (8192, 2**20))
     assert [state_bytes(large, o) for o in ("adamw", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit")] == [8*2**20]*2 + [0, 8*2**12]
     assert [state_bytes(small, o) for o in ("adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit")] == [8*8192]*2 + [2*8192 + 8*32]
+
+
+TEXT = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=64)
+TOWER = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+WRAPPERS = dict(gemma3=lambda: Gemma3Config(text_config=TEXT, vision_config=TOWER | dict(image_size=56, patch_size=14, vision_use_head=False), mm_tokens_per_image=4),
+                gemma4=lambda: Gemma4Config(text_config=TEXT | dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=512, global_head_dim=32, num_kv_shared_layers=0),
+                                            vision_config=TOWER | dict(num_key_value_heads=4, head_dim=32), audio_config=None))
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_tower_for_pictures_is_counted_as_it_is_loaded(kind, tmp_path):
+    "Byte for byte what `load_model` and `add_adapters` hold; an optimizer keeps states for what has a gradient, as a step shows."
+    AutoModelForCausalLM.from_config(WRAPPERS[kind]()).save_pretrained(tmp_path)
+    model = add_adapters(load_model(tmp_path, device="cpu", dtype=torch.bfloat16), r=4)
+    mine, held = list(model.parameters()), list(model.parameters()) + list(model.buffers())
+    bytes_of = {"4-bit weights": sum(on_card(p.nbytes) for p in held if p.dtype == torch.uint8), "adapters": sum(on_card(4*p.numel()) for p in mine if p.requires_grad),
+                "16-bit weights": sum(on_card(p.nbytes) for p in held if p.dtype != torch.uint8 and not p.requires_grad)}
+    ids = torch.randint(3, 400, (1, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    bytes_of["optimizer"] = sum(8*p.numel() for p in mine if p.grad is not None)
+    p = plan(tmp_path, 1, 64, r=4)
+    assert {k: p.parts[k] for k in bytes_of} == bytes_of
+    assert any("vision" in n and q.requires_grad and q.grad is None for n, q in model.named_parameters())
+
+
+def test_a_model_that_needs_all_its_layers_is_rehearsed_with_them():
+    "XLM counts its layers by its config, and looked for one that had been left out; Reformer takes rows of one length."
+    p = plan(XLMConfig(vocab_size=512, emb_dim=64, n_layers=2, n_heads=4, causal=True), 1, 64, r=4)
+    assert p.parts["4-bit weights"] == 2*(4*64*64 + 2*64*256)//2
+    odd = ReformerConfig(is_decoder=True, vocab_size=512, hidden_size=64, attention_head_size=16, num_attention_heads=4, axial_pos_shape=(16, 16), axial_pos_embds_dim=(32, 32), attn_layers=["local", "lsh"])
+    with pytest.raises(QLoRAError, match="reformer: .* without weights: its rows have to be of certain lengths[.]"): plan(odd, 1, 64)

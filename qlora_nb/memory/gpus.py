@@ -120,7 +120,8 @@ def longest(model, card, per_device_train_batch_size=1, limit=131072, **settings
     return 128*most(lambda n: need(128*n) <= room, int(t//128), limit//128)
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #positions
-def positions(p:Plan): return getattr(p.cfg, "max_position_embeddings", None) or float("inf")
+def positions(p:Plan):
+    return getattr(p.cfg.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #0ff90989
 def how_far(p:Plan, card) -> str:
@@ -140,7 +141,7 @@ def how_far(p:Plan, card) -> str:
 def offloaded(p:Plan) -> Plan:   # Of `plan`; its `host` is what waits there, in bytes
     "A plan whose saved activations wait on the CPU, all but those of two layers."
     *fixed, _, _ = p.parts   # then: saved activations, and what comes and goes
-    parts, n = {k: p.parts[k] for k in fixed}, p.cfg.num_hidden_layers
+    parts, n = {k: p.parts[k] for k in fixed}, p.cfg.get_text_config().num_hidden_layers
     waits = max(0, p.moments["forward"][1] - sum(parts.values()))*max(0, 1 - 2/n)
     moments = {k: v if k == "optimizer" else tuple(o - waits for o in v)
                for k, v in p.moments.items()}
@@ -157,7 +158,7 @@ def each_of(p:Plan, gpus:int, sharded:bool=False) -> Plan:   # Of one GPU
         raise QLoRAError("there is no 4-bit base to shard.", cure="Use method='qlora'.")
     if gpus > 1: more["gradients on their way"] = p.parts.get("adapters", 0)
     own = sum(p.parts[k] for k in packed)
-    if sharded: more["gathered blocks"] = 2*own//p.cfg.num_hidden_layers
+    if sharded: more["gathered blocks"] = 2*own//p.cfg.get_text_config().num_hidden_layers
     less = {k: p.parts[k]/gpus - p.parts[k] if sharded else 0 for k in packed}
     change = sum(more.values()) + sum(less.values())
     out = copy.copy(p)
@@ -201,7 +202,7 @@ def advise(model, card="T4", max_length:int=2048, per_device_train_batch_size:in
 def kv_cache_bytes(model, batch:int=1, length:int=2048, element:int=2
                    ) -> int:  # Bytes of a number in the cache
     "Bytes of keys and values: 2 × layers × key heads × head size, for each token of each row."
-    c = config_of(model)
+    c = config_of(model).get_text_config()
     heads = (getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None)
              or c.num_attention_heads)
     size = getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads

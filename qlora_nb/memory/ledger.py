@@ -129,10 +129,10 @@ class Autocast(TorchFunctionMode):
 def config_of(model) -> PretrainedConfig:
     """The config of a model's name, folder, config or of itself. Raises `QLoRAError` when it
     cannot be read."""
-    if hasattr(model, "config"): return model.config.get_text_config()
+    if hasattr(model, "config"): return model.config
     config = model if isinstance(model, PretrainedConfig) else causal_config(model)
-    for o in (config, text := config.get_text_config()): check_kind(o, o.model_type)
-    return text
+    for o in (config, config.get_text_config()): check_kind(o, o.model_type)
+    return config
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #00915a3a-b
 BUILT = {}

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from ..base.arguments import OPTIMIZERS, as_dtype, check_counts, check_flags, check_names
 from ..base.errors import QLoRAError
-from .expert_memory import LINEAR, Unpacked, adapted, check_stacks, pack_experts
+from .expert_memory import (LINEAR, Unpacked, adapted, check_stacks, idle_parts,
+                                           learning, pack_experts)
 from .ledger import (Autocast, Ledger, Planned, config_of, layer_groups, on_card,
                                     own_name, some_layers, whole)
 
@@ -62,8 +63,7 @@ def state_bytes(p:torch.Tensor, optim:str) -> int:
     n = p.numel()
     paged = optim.startswith("paged") and n >= 100_000
     if not optim.endswith("_8bit") or n < 4096: return 0 if paged else 2*n*p.element_size()
-    scales = 2*4*-(-n//256)
-    return scales if paged else 2*n + scales
+    return 2*n*(not paged) + 2*4*-(-n//256)   # and scales
 
 # %% ../../nbs/3_memory/37_planner.ipynb #6771f3dc
 class MockChunkedLoss(torch.autograd.Function):
@@ -97,11 +97,11 @@ def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_mod
              gradient_checkpointing, optim, loss, dtype, keep=None, ledger=None,
              target_parameters=(), use_dora=False) -> tuple:
     "One training step without memory: (parts that stay, moments of a `Ledger`)."
-    whole(cfg, torch.float32 if method == "full" else dtype)   # before anything is entered
+    idle = idle_parts(whole(cfg, torch.float32 if method == "full" else dtype))   # not within
     gc.freeze()   # garbage is looked for among what comes now, and not in the whole process
     with ledger or Ledger() as ledger, torch.device("meta"):
         model = skeleton(cfg, method, r, target_modules, dtype, keep, target_parameters, use_dora)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = learning(model, idle)
         states = [torch.empty(state_bytes(p, optim), dtype=torch.uint8) for p in trained]
         gc.collect(), gc.unfreeze()
         parts = parts_of(model) | dict(optimizer=sum(map(torch.Tensor.numel, states)))
@@ -141,10 +141,13 @@ def count(cfg, method, r, target_modules, optim, dtype, target_parameters=(), us
     if (key := _key(cfg, how)) in KNOWN: return KNOWN[key]
     model = whole(cfg, torch.float32 if method == "full" else dtype)
     groups = layer_groups(model, adapted(model, method, target_modules, target_parameters))
-    refuse_recurrent(cfg, groups, how)
+    try: refuse_recurrent(cfg, groups, how)
+    except (RuntimeError, LookupError):   # some cannot do with few
+        groups = [[i] for i in range(sum(map(len, groups)))]
+    idle = idle_parts(model)
     model = skeleton(cfg, method, r, target_modules, dtype, None, target_parameters, use_dora)
     KNOWN[key] = groups, sorted(i for g in groups for i in g[:2]), parts_of(model) | dict(
-        optimizer=sum(state_bytes(p, optim) for p in model.parameters() if p.requires_grad))
+        optimizer=sum(state_bytes(p, optim) for p in learning(model, idle)))
     return KNOWN[key]
 
 # %% ../../nbs/3_memory/37_planner.ipynb #61c94988-a
@@ -182,8 +185,7 @@ class Plan(Table):
         rows = [[k, v/1e9, v/self.peak] for k, v in self.parts.items()]
         super().__init__([*rows, ["peak", self.peak/1e9, 1.]], [self.title(), "GB", "share"])
     def title(self):
-        s = self.settings
-        more = ", checkpointing" if s["gradient_checkpointing"] else ""
+        more = ", checkpointing"*(s := self.settings)["gradient_checkpointing"]
         return f"{s['method']}, {s['per_device_train_batch_size']} x {s['max_length']} tokens{more}"
     def needs(self, context:float=0.95e9, spare:float=0.06) -> float:
         "Bytes of a card's memory: with CUDA's own part, and a share lost to gaps between tensors."
@@ -193,20 +195,20 @@ class Plan(Table):
 def check_plan(method:str, optim:str, loss:str, **sizes):
     "Raise `QLoRAError` for settings that cannot be planned."
     known = dict(method=METHODS, optimizer=(*OPTIMIZERS, "adamw"), loss=("chunked", "full"))
-    for name, value in dict(method=method, optimizer=optim, loss=loss).items():
-        if value not in known[name]:
-            raise QLoRAError(f"there is no {name} '{value}'.",
-                             cure=f"Choose {', '.join(known[name])}.")
+    for (name, ways), value in zip(known.items(), (method, optim, loss)):
+        if value not in ways:
+            raise QLoRAError(f"there is no {name} '{value}'.", "", f"Choose {', '.join(ways)}.")
     check_counts(**sizes)
 
 # %% ../../nbs/3_memory/37_planner.ipynb #d2b70aec-a
 def _cannot(e, cfg, max_length) -> QLoRAError:
     "What to say of a step that fails without weights."
     why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+    if isinstance(e, ValueError) and "length" in why: why = "its rows have to be of certain lengths"
     if isinstance(e, NotImplementedError) or "expected device meta" in why:
         why = "its code asks for the values of tensors, of which a plan has the shapes alone"
-    cure = "Try method='lora' or another loss, or measure a step on a card."
-    known = getattr(cfg, "max_position_embeddings", getattr(cfg, "max_seq_len", None)) or 0
+    cure, text = "Try another method or loss, or measure on a card.", cfg.get_text_config()
+    known = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None)) or 0
     if 0 < known < max_length: cure = f"It has {known} positions: set max_length={known}."
     return QLoRAError(f"a step of this architecture cannot be rehearsed without weights: {why}.",
                       cfg.model_type, cure)
