@@ -222,9 +222,8 @@ def draw_memory(model, **settings) -> Figure:  # See `plan`
     for c, room in rooms.items():
         ax.barh(c, room, color="#F2F2F2", edgecolor="#555555")
         ax.text(0, c, f" {room:.0f} GB: " + ("it fits" if c in fit else "too small"), va="center")
-    # as far as the smallest card that is large enough
     ax.set(xlabel="GB", title=f"needs {need:,.1f} GB",
-           xlim=(0, 1.1*max([need, *(rooms[c] for c in fit[:1])])))
+           xlim=(0, 1.1*max([need, *(rooms[c] for c in fit[:1])])))   # to the smallest that fits
     ax.invert_yaxis()
     fig.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     most = max(p.parts, key=p.parts.get)

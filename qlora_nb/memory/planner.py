@@ -60,8 +60,7 @@ def parts_of(model) -> dict:  # Name → bytes
 def state_bytes(p:torch.Tensor, optim:str) -> int:
     """Bytes that an optimizer keeps on the card for a parameter (bitsandbytes 0.50;
     `torch.optim.AdamW`)."""
-    n = p.numel()
-    paged = optim.startswith("paged") and n >= 100_000
+    paged = (n := p.numel()) >= 100_000 and optim.startswith("paged")
     if not optim.endswith("_8bit") or n < 4096: return 0 if paged else 2*n*p.element_size()
     return 2*n*(not paged) + 2*4*-(-n//256)   # and scales
 
