@@ -166,22 +166,32 @@ def wait(self:Chat, timeout:float|None=None):
     if self.thread: self.thread.join(timeout)
     return self
 
+# %% ../../nbs/apps/chat.ipynb #prompt_c
+@patch
+def prompt(self:Chat, earlier, question:str, who:str) -> str:
+    "The conversation of one of both, as the adapter was trained to read it."
+    said = conversation(earlier, question, who, self.remember)
+    return encode_prompt(dict(messages=said), self.tokenizer, self.notes.get("template", "auto"))
+
+# %% ../../nbs/apps/chat.ipynb #fill_c
+@patch
+def fill(self:Chat, turn, view, who, pieces):
+    "Show the pieces of an answer as they come, until the last one or until Stop."
+    for piece in pieces:
+        turn["answers"][who] += piece
+        view.value = turn_html(turn, who)
+        if self.halt.is_set(): break
+
 # %% ../../nbs/apps/chat.ipynb #c05e25e2
 @patch
 def write(self:Chat, turn, view, earlier, whom, how):
     "Fill the answers of one turn, piece by piece."
     for name in whom:
-        who = name or "base"
-        said = conversation(earlier, turn["user"], who, self.remember)
-        turn["answers"][who] = ""
+        turn["answers"][who := name or "base"] = ""
         with answering_as(self.model, name):
-            prompt = encode_prompt(dict(messages=said), self.tokenizer,
-                                   self.notes.get("template", "auto"))
+            prompt = self.prompt(earlier, turn["user"], who)
             with closing(stream(self.model, self.tokenizer, prompt, **how)) as pieces:
-                for piece in pieces:
-                    turn["answers"][who] += piece
-                    view.value = turn_html(turn, who)
-                    if self.halt.is_set(): break
+                self.fill(turn, view, who, pieces)
         turn["stopped"] = self.halt.is_set()
         if turn["stopped"]: break
 

@@ -132,15 +132,14 @@ def check_wishes(model, out, quantization:str, revision=None):
                          "Give the version in 16 bits.")
 
 # %% ../../nbs/apps/quantize.ipynb #fillqz2
-def filled(name, text, quantization, steps, lr, batch, window, device, dtype, revision, seed,
-           progress) -> tuple:   # (model, tokenizer, facts)
-    "A model in NF4, filled in this way for a text."
+def filled(name, text, way, steps, lr, batch, window, device, dtype, revision, seed, progress):
+    "(model, tokenizer, facts) of a model in NF4, filled in this way for a text."
     tok, how = load_tokenizer(name, revision), dict(device=device, dtype=dtype, revision=revision)
     rows = [o.to(device) for o in text_rows(tok, text, window=window)]
     model = load_model(name, **how)
-    if quantization == "nf4": return model, tok, {}
+    if way == "nf4": return model, tok, {}
     refill(model, input_squares(model, rows[0][:4].flatten(), window))
-    if quantization == "nf4-search": return model, tok, {}
+    if way == "nf4-search": return model, tok, {}
     teacher = load_model(name, bits=None, **how).requires_grad_(False)
     got, facts = learned(teacher, packed_layers(model), *rows, steps, lr, batch, seed, progress)
     for n, Q in got.items(): put_weight(model.get_submodule(n), Q)

@@ -181,28 +181,38 @@ def lanes_of(steps:list  # As `steps_of` gives them
         lanes[j] = next(k for k in range(len(last)) if k not in taken), e
     return lanes
 
-# %% ../../nbs/base/diagrams.ipynb #ba100007
-def part_map(pages:dict) -> Figure:  # As in `steps_of`; the figure's label says what it shows
-    "Pages in their order, with arrows to what needs them."
-    steps, n, h, w = steps_of(pages), len(pages), .36, 2.35
-    lanes, led = lanes_of(steps), {i for _, i in steps}
-    left = .25 + .17*max((k + 1 for k, _ in lanes.values()), default=0)
-    fig, ax = canvas(4.6, h*n + .06)
-    room = int((4.4 - left - w)/.062)   # letters beside a box
-    def y(row): return h*(n - row - .5) + .03
+# %% ../../nbs/base/diagrams.ipynb #pboxes
+def _page_boxes(ax, pages, led, left, w, y):   # `led`: those to which an arrow leads
+    "A box for each page, and beside it what to know from elsewhere."
+    own, room = {k.split()[0] for k in pages}, int((4.4 - left - w)/.062)   # letters beside a box
     for i, (label, first) in enumerate(pages.items()):
         box(ax, left + w/2, y(i), w, .3, fill(label, 33), "plain" if i in led else "frozen",
             9 if len(label) <= 33 else 7.5)
-        own = {k.split()[0] for k in pages}
         also = [o for o in first.split() if o not in own]
-        note(ax, left + w + .1, y(i), fill("know " + ", ".join(also), room) if also else "", 8,
-             ha="left")
+        said = fill("know " + ", ".join(also), room) if also else ""
+        note(ax, left + w + .1, y(i), said, 8, ha="left")
+
+# %% ../../nbs/base/diagrams.ipynb #parrows
+def _page_arrows(ax, steps, lanes, left, y):   # Of `steps_of`, of `lanes_of`
+    "An arrow from each page to those that need it."
     for j, i in steps:
-        if i == j + 1: arrow(ax, (left + .6, y(j) - .15), (left + .6, y(i) + .15))
-        else:
-            x, e = left - .17*(lanes[j][0] + 1), y(i) + .05
-            arrow(ax, (left, y(j) - .05), (x, y(j) - .05), (x, e), (left, e))
-            if i < lanes[j][1]: ax.plot(x, e, "o", ms=3, color="#333333")   # it goes on
+        if i == j + 1:
+            arrow(ax, (left + .6, y(j) - .15), (left + .6, y(i) + .15))
+            continue
+        x, e = left - .17*(lanes[j][0] + 1), y(i) + .05
+        arrow(ax, (left, y(j) - .05), (x, y(j) - .05), (x, e), (left, e))
+        if i < lanes[j][1]: ax.plot(x, e, "o", ms=3, color="#333333")   # it goes on
+
+# %% ../../nbs/base/diagrams.ipynb #ba100007
+def part_map(pages:dict) -> Figure:  # As in `steps_of`; the figure's label says what it shows
+    "Pages in their order, with arrows to what needs them."
+    steps, n, h = steps_of(pages), len(pages), .36
+    lanes = lanes_of(steps)
+    left = .25 + .17*max((k + 1 for k, _ in lanes.values()), default=0)
+    fig, ax = canvas(4.6, h*n + .06)
+    def y(row): return h*(n - row - .5) + .03
+    _page_boxes(ax, pages, {i for _, i in steps}, left, 2.35, y)
+    _page_arrows(ax, steps, lanes, left, y)
     said = [f"{k} needs {v.replace(' ', ', ') or 'none'}" for k, v in pages.items()]
     fig.set_label(f"A map of {n} pages in their order. {'; '.join(said)}.")
     return fig

@@ -49,6 +49,16 @@ def closed_form(E:torch.Tensor,  # (N, K) what rounding has lost: W - Q
     A, B = low_rank(E.float()@L, r, scaling)
     return torch.linalg.solve_triangular(L, A, upper=False, left=False), B
 
+# %% ../../nbs/6_beyond/66_error_into_adapter.ipynb #begin66
+def _begin(layer, name:str, start:tuple):   # With an adapter; (A, B)
+    "Put A and B into one layer. Raises `QLoRAError` for another rank."
+    for key, M in zip(("lora_A", "lora_B"), start):
+        p = getattr(layer, key)["default"].weight
+        if p.shape != M.shape:
+            raise QLoRAError(f"{key} is {tuple(p.shape)}, its start {tuple(M.shape)}.", name,
+                             "Use one rank for both.")
+        p.data.copy_(M)
+
 # %% ../../nbs/6_beyond/66_error_into_adapter.ipynb #start66
 def start_adapters(model:nn.Module,  # With LoRA adapters; changed in place
                    starts:dict       # {name of a layer: (A, B)}
@@ -58,11 +68,5 @@ def start_adapters(model:nn.Module,  # With LoRA adapters; changed in place
     if odd := sorted(layers.keys() ^ starts.keys()):
         raise QLoRAError(f"{len(odd)} layers have an adapter and no start, or a start and none.",
                          odd[0], "Compute a start for each layer that has an adapter.")
-    for n, (A, B) in starts.items():
-        for key, M in (("lora_A", A), ("lora_B", B)):
-            p = getattr(layers[n], key)["default"].weight
-            if p.shape != M.shape:
-                raise QLoRAError(f"{key} is {tuple(p.shape)}, its start {tuple(M.shape)}.", n,
-                                 "Use one rank for both.")
-            p.data.copy_(M)
+    for n, start in starts.items(): _begin(layers[n], n, start)
     return model

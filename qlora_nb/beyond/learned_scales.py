@@ -33,23 +33,29 @@ def with_scales(Q:QuantizedTensor, scales:torch.Tensor   # (blocks,) float32
     double = not torch.is_tensor(Q.scales)
     return replace(Q, scales=double_quantize(scales) if double else scales)
 
+# %% ../../nbs/6_beyond/67_learned_scales.ipynb #normal67
+def _normal_equations(t, W, H) -> tuple:   # Levels (N, K/n, n), weights (N, K), moments (K, K)
+    "(A, b) of each row, (N, K/n, K/n) and (N, K/n): its best scales `s` solve `A s = b`."
+    N, k, n = t.shape
+    A, b = t.new_empty(N, k, k), t.new_empty(N, k)
+    for j in range(k):
+        seen = t[:, j]@H[j*n:(j + 1)*n]   # (N, K)
+        A[:, j], b[:, j] = (seen.view_as(t)*t).sum(-1), (seen*W).sum(-1)
+    return A, b
+
 # %% ../../nbs/6_beyond/67_learned_scales.ipynb #fit67
 def fit_scales(W:torch.Tensor, Q:QuantizedTensor,   # (N, K), and its 4 bits; K in whole blocks
-               H:torch.Tensor,                      # (K, K), as of `input_moments`
-               damp:float=.001) -> torch.Tensor:    # (blocks,) float32
+               H:torch.Tensor, damp:float=.001   # (K, K), as of `input_moments`
+              ) -> torch.Tensor:    # (blocks,) float32
     "The scales of least output error for the codes of `Q`. Raises `QLoRAError` for other blocks."
     (N, K), n = W.shape, Q.block_size
     if K % n:
         raise QLoRAError(f"rows of {K} are not whole blocks of {n}.", cure="Use a smaller block.")
-    W, t = W.float(), level_values(Q).view(N, K//n, n)
-    A, b = t.new_empty(N, K//n, K//n), t.new_empty(N, K//n)
-    for j in range(K//n):
-        seen = t[:, j]@H[j*n:(j + 1)*n]   # (N, K)
-        A[:, j], b[:, j] = (seen.view_as(t)*t).sum(-1), (seen*W).sum(-1)
+    A, b = _normal_equations(level_values(Q).view(N, K//n, n), W.float(), H)
     pull = damp*A.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30).expand_as(b)
     right = b + pull*Q.absmax.view_as(b)   # a block without levels keeps its scale
-    A = (A + torch.diag_embed(pull)).double()
-    return torch.linalg.solve(A, right.double()[..., None]).float().reshape(-1)
+    return torch.linalg.solve((A + torch.diag_embed(pull)).double(),
+                              right.double()[..., None]).float().reshape(-1)
 
 # %% ../../nbs/6_beyond/67_learned_scales.ipynb #student67
 def scaled_weights(values:dict, scales:dict   # {name: levels}, {name: (blocks,)}

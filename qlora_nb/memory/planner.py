@@ -34,12 +34,10 @@ def skeleton(cfg, method:str, r:int, target_modules, dtype:torch.dtype, keep:lis
         if method == "full": return model
         model.requires_grad_(False)
         for name, m in list(model.named_modules()):
-            if method == "qlora":
-                pack_experts(m, dtype, lambda k: r*(of(f"{name}.{k}") in hits))
+            if method == "qlora": pack_experts(m, dtype, lambda k: r*(of(f"{name}.{k}") in hits))
             if type(m) not in LINEAR or m is model.get_output_embeddings(): continue
-            parent, _, child = name.rpartition(".")
             mock = Planned(m, method == "qlora", r*(of(name) in hits), dtype, use_dora)
-            setattr(model.get_submodule(parent), child, mock)
+            model.set_submodule(name, mock)
     return model
 
 # %% ../../nbs/3_memory/37_planner.ipynb #5b50956b
@@ -169,23 +167,29 @@ def grow(cfg, **how) -> tuple:
     KNOWN[key] = parts, {k: tuple(o + sum(parts.values()) for o in v) for k, v in total.items()}
     return KNOWN[key]
 
+# %% ../../nbs/3_memory/37_planner.ipynb #atpeak
+def _at_peak(parts:dict, moments:dict) -> tuple:   # Of `rehearse`
+    "(the highest moment, its bytes, the parts with what is kept and what the moment adds)."
+    fixed, when = sum(parts.values()), max(moments, key=lambda k: moments[k][0])
+    peak, kept = moments[when][0], max(0, moments["forward"][1] - fixed)*(when != "optimizer")
+    names = dict(loss="logits and loss", optimizer="gradients, sqrt temporaries")
+    name = names.get(when, f"workspace ({when})")
+    return when, peak, parts | {"saved activations": kept, name: peak - fixed - kept}
+
+# %% ../../nbs/3_memory/37_planner.ipynb #title37
+def _title(method, per_device_train_batch_size, max_length, gradient_checkpointing, **rest):
+    size = f"{per_device_train_batch_size} x {max_length} tokens"
+    return f"{method}, {size}" + ", checkpointing"*gradient_checkpointing
+
 # %% ../../nbs/3_memory/37_planner.ipynb #f0a07650
 class Plan(Table):
     "What a training step has in use at its highest moment."
     def __init__(self, cfg, settings, parts, moments):
         self.cfg, self.settings, self.moments = cfg, settings, moments
-        fixed = sum(parts.values())
-        self.when = max(moments, key=lambda k: moments[k][0])
-        self.peak, kept = moments[self.when][0], max(0, moments["forward"][1] - fixed)
-        if self.when == "optimizer": kept = 0
-        names = dict(loss="logits and loss", optimizer="gradients, sqrt temporaries")
-        name = names.get(self.when, f"workspace ({self.when})")
-        self.parts = parts | {"saved activations": kept, name: self.peak - fixed - kept}
+        self.when, self.peak, self.parts = _at_peak(parts, moments)
         rows = [[k, v/1e9, v/self.peak] for k, v in self.parts.items()]
         super().__init__([*rows, ["peak", self.peak/1e9, 1.]], [self.title(), "GB", "share"])
-    def title(self):
-        more = ", checkpointing"*(s := self.settings)["gradient_checkpointing"]
-        return f"{s['method']}, {s['per_device_train_batch_size']} x {s['max_length']} tokens{more}"
+    def title(self): return _title(**self.settings)
     def needs(self, context:float=0.95e9, spare:float=0.06) -> float:
         "Bytes of a card's memory: with CUDA's own part, and a share lost to gaps between tensors."
         return self.peak*(1 + spare) + context

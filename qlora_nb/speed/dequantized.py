@@ -117,22 +117,31 @@ def _experts_in_32_bits(m):
         parametrize.remove_parametrizations(m, p, leave_parametrized=False)
         setattr(m, p, torch.nn.Parameter(W, requires_grad=False))
 
+# %% ../../nbs/7_speed/74_dequantized.ipynb #own74
+def _own_layers(model):
+    "The same architecture, unquantized and without memory, which knows the class of each layer."
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"): del config.quantization_config
+    with torch.device("meta"), quiet(): return AutoModelForCausalLM.from_config(config)
+
+# %% ../../nbs/7_speed/74_dequantized.ipynb #written74
+def _written_out(m, new):   # A packed layer, and the architecture's own in its place
+    "`new` with the weight of `m` in float32."
+    W = bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state).float()
+    new.weight = torch.nn.Parameter(W.T.contiguous() if isinstance(new, Conv1D) else W,
+                                    requires_grad=False)
+    if m.bias is not None: new.bias = m.bias
+    return new
+
 # %% ../../nbs/7_speed/74_dequantized.ipynb #d8a14e91
 @torch.no_grad()
 def write_out_4bit(model):   # Of `load_model`; changed in place
     "Every 4-bit weight in float32, in a layer of the class that its architecture has there."
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"): del config.quantization_config
-    with torch.device("meta"), quiet(): theirs = AutoModelForCausalLM.from_config(config)
+    theirs = _own_layers(model)
     for name, m in list(model.named_modules()):
         _experts_in_32_bits(m)
         if not isinstance(m, bnb.nn.Linear4bit): continue
-        W = bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state).float()
-        new = theirs.get_submodule(name)
-        new.weight = torch.nn.Parameter(W.T.contiguous() if isinstance(new, Conv1D) else W,
-                                        requires_grad=False)
-        if m.bias is not None: new.bias = m.bias
-        model.set_submodule(name, new)
+        model.set_submodule(name, _written_out(m, theirs.get_submodule(name)))
     if hasattr(model, "hf_quantizer"): model.hf_quantizer.remove_quantization_config(model)
     kept = filter(_can_be_undone, getattr(model, "_weight_conversions", None) or ())
     model._weight_conversions = list(kept) or None

@@ -19,18 +19,19 @@ def whole(t) -> torch.Tensor|None:
     if t.untyped_storage().nbytes() == t.nbytes:
         return t.as_strided((t.numel(),), (1,)).view(torch.uint8)
 
-# %% ../../nbs/7_speed/79_offload.ipynb #abed2237
-@contextlib.contextmanager
-def offload_activations(host,         # An `ActivationOffload`, which comes next
-                        layer,        # A module that is called meanwhile
-                        hidden,       # Its input
-                        others=()):   # What else it is called with
-    """While it is on, autograd keeps what the layer makes, and its input, on the host; small
-    tensors stay."""
+# %% ../../nbs/7_speed/79_offload.ipynb #stay79
+def _stays(layer, others) -> set:   # A module; what else it is called with
+    "Where the tensors lie that are there anyway, so that nothing is gained by a copy."
     mine = [*layer.parameters(), *layer.buffers(),
             *(t for m in layer.modules() for t in getattr(m, "fused", [[]])[0])]
-    stay = {t.data_ptr() for t in [*mine, *others] if isinstance(t, torch.Tensor)}
-    least = hidden.numel()//16
+    return {t.data_ptr() for t in [*mine, *others] if isinstance(t, torch.Tensor)}
+
+# %% ../../nbs/7_speed/79_offload.ipynb #abed2237
+@contextlib.contextmanager
+def offload_activations(host, layer, hidden,   # An `ActivationOffload`; a module and its input
+                        others=()):            # What else it is called with meanwhile
+    "Autograd keeps what the layer makes, and its input, on the host; small tensors stay."
+    stay, least = _stays(layer, others), hidden.numel()//16
     def goes(t): return t.numel() >= least and t.data_ptr() not in stay and whole(t) is not None
     def save(t): return host.save(t) if goes(t) else t
     def load(o): return host.load(o) if isinstance(o, tuple) else o

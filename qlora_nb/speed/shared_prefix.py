@@ -30,12 +30,17 @@ def shared_prefix(batch:dict) -> int:  # With an `attention_mask`, padded on the
 # %% ../../nbs/7_speed/80_shared_prefix.ipynb #c43b3483
 Folded = namedtuple("Folded", "inputs labels rows")
 
+def _once(mask, n:int):   # (B, T), True at tokens; what the rows share
+    "Which tokens are computed: those that are shared in the first row alone."
+    keep = mask.clone()
+    keep[1:, :n] = False
+    return keep
+
+# %% ../../nbs/7_speed/80_shared_prefix.ipynb #fold80
 def fold(batch:dict) -> Folded:  # What the decoder takes, labels (1, N), each token's row (N,)
     "The batch as one row: what its rows share once, then the rest of each, without padding."
     n, mask = shared_prefix(batch), batch["attention_mask"].bool()
-    keep = mask.clone()
-    keep[1:, :n] = False
-    labels = batch["labels"].clone()
+    keep, labels = _once(mask, n), batch["labels"].clone()
     labels[:, 0] = -100                          # nothing precedes it in its row
     where = keep.nonzero()                       # row by row, (N, 2)
     sizes = (mask.sum(1) - n).tolist()
@@ -43,6 +48,18 @@ def fold(batch:dict) -> Folded:  # What the decoder takes, labels (1, N), each t
                   attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=mask.device),
                   prefix=(n, sizes))
     return Folded(inputs, labels[keep][None], where[:, 0])
+
+# %% ../../nbs/7_speed/80_shared_prefix.ipynb #att80
+def _attend(q, k, v, n, sizes, **how):   # (1, H, N, D), (1, KV, N, D) in float32; as in `fold`
+    "What all share sees itself, and each row sees what all share and itself."
+    parts, pieces = [n, *sizes], []
+    (q0, *qs), (k0, *ks), (v0, *vs) = (t.split(parts, 2) for t in (q, k, v))
+    if n: pieces.append(F.scaled_dot_product_attention(q0, k0, v0, is_causal=True, **how))
+    for qi, ki, vi, s in zip(qs, ks, vs, sizes):
+        see = torch.ones(s, n + s, dtype=torch.bool, device=q.device).tril(n)
+        pieces.append(F.scaled_dot_product_attention(qi, torch.cat([k0, ki], 2),
+                                                     torch.cat([v0, vi], 2), see, **how))
+    return torch.cat(pieces, 2)
 
 # %% ../../nbs/7_speed/80_shared_prefix.ipynb #cbfbaaf1
 def attention_folded(module, q, k, v, mask, scaling=None, dropout=0., prefix=None, usual="sdpa",
@@ -52,15 +69,9 @@ def attention_folded(module, q, k, v, mask, scaling=None, dropout=0., prefix=Non
     if prefix is None:
         return ALL_ATTENTION_FUNCTIONS[usual](module, q, k, v, mask, scaling=scaling,
                                               dropout=dropout, **kw)
-    (n, sizes), dtype = prefix, q.dtype
-    how, parts, pieces = dict(dropout_p=dropout, scale=scaling, enable_gqa=True), [n, *sizes], []
-    (q0, *qs), (k0, *ks), (v0, *vs) = (t.float().split(parts, 2) for t in (q, k, v))
-    if n: pieces.append(F.scaled_dot_product_attention(q0, k0, v0, is_causal=True, **how))
-    for qi, ki, vi, s in zip(qs, ks, vs, sizes):
-        see = torch.ones(s, n + s, dtype=torch.bool, device=q.device).tril(n)
-        pieces.append(F.scaled_dot_product_attention(qi, torch.cat([k0, ki], 2),
-                                                     torch.cat([v0, vi], 2), see, **how))
-    return torch.cat(pieces, 2).to(dtype).transpose(1, 2).contiguous(), None
+    how = dict(dropout_p=dropout, scale=scaling, enable_gqa=True)
+    out = _attend(q.float(), k.float(), v.float(), *prefix, **how)
+    return out.to(q.dtype).transpose(1, 2).contiguous(), None
 
 # %% ../../nbs/7_speed/80_shared_prefix.ipynb #into80-n
 def named_attention(decoder) -> bool:

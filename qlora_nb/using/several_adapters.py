@@ -12,6 +12,8 @@ from ..base.core import COLORS
 import contextlib, shutil, tempfile, torch, warnings
 from pathlib import Path
 from peft.tuners.lora import LoraLayer
+
+# %% ../../nbs/4_using/43_several_adapters.ipynb #imp43
 from ..base.adapter_files import describe_adapter
 from ..base.errors import QLoRAError
 from ..base.explorer import panels
@@ -163,6 +165,13 @@ def scale_one(model, name:str):
         m.scaling[name], A, B = 1., m.lora_A[name].weight, m.lora_B[name].weight
         A.data, B.data = (o.data.to(torch.promote_types(A.dtype, B.dtype)) for o in (A, B))
 
+# %% ../../nbs/4_using/43_several_adapters.ipynb #upd43
+def _update(m, name:str, x):   # A layer with adapters; (1, in)
+    "What an adapter adds to the output of a layer; nothing where it has no part there."
+    if name not in m.lora_A: return torch.zeros_like(x[:, :1])
+    A, B = m.lora_A[name].weight.float(), m.lora_B[name].weight.float()
+    return m.scaling[name]*(x @ A.T) @ B.T
+
 # %% ../../nbs/4_using/43_several_adapters.ipynb #a38cb6f8
 @torch.no_grad()
 def sum_error(model, weights:dict, name:str) -> float:  # The largest of the layers, relative
@@ -171,11 +180,8 @@ def sum_error(model, weights:dict, name:str) -> float:  # The largest of the lay
     for m in (m for m in model.modules() if isinstance(m, LoraLayer) and name in m.lora_A):
         device = m.lora_A[name].weight.device
         x = torch.randn(1, m.in_features, generator=draw.manual_seed(0)).to(device)
-        def update(o):
-            if o not in m.lora_A: return torch.zeros_like(x[:, :1])
-            return m.scaling[o]*(x @ m.lora_A[o].weight.float().T) @ m.lora_B[o].weight.float().T
-        want = sum(w*update(o) for o, w in weights.items())
-        worst = max(worst, ((update(name) - want).norm()/want.norm().clamp(min=1e-12)).item())
+        want = sum(w*_update(m, o, x) for o, w in weights.items())
+        worst = max(worst, ((_update(m, name, x) - want).norm()/want.norm().clamp(min=1e-12)).item())
     return worst
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #e0c038c4
