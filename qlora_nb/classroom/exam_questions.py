@@ -188,6 +188,8 @@ for o in <<p>>:
     if total >= <<top>>: break
     kept, total = kept + 1, total + o
 ### END SOLUTION"""
+
+# %% ../../nbs/classroom/exam_questions.ipynb #exam21c
 NUCLEUS_CHECK = """
 assert kept == int(kept), "A number of tokens."
 ### BEGIN HIDDEN TESTS

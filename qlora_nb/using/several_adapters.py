@@ -181,7 +181,8 @@ def sum_error(model, weights:dict, name:str) -> float:  # The largest of the lay
         device = m.lora_A[name].weight.device
         x = torch.randn(1, m.in_features, generator=draw.manual_seed(0)).to(device)
         want = sum(w*_update(m, o, x) for o, w in weights.items())
-        worst = max(worst, ((_update(m, name, x) - want).norm()/want.norm().clamp(min=1e-12)).item())
+        off = (_update(m, name, x) - want).norm()/want.norm().clamp(min=1e-12)
+        worst = max(worst, off.item())
     return worst
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #e0c038c4
