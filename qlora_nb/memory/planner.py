@@ -119,15 +119,15 @@ def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_mod
 KNOWN = {}   # planning asks about one config again and again
 def _key(cfg, how): return type(cfg).__name__, str(cfg.to_dict()), str(sorted(how.items()))
 
-def refuse_recurrent(cfg, groups:list, how:dict) -> list:   # Of `layer_groups`; as in `rehearse`
-    "The groups. Raises `QLoRAError` where twice the tokens are twice the operations."
+def refuse_recurrent(cfg, groups:list, how:dict):   # Of `layer_groups`; settings of `rehearse`
+    "Raise `QLoRAError` where twice the tokens are twice the operations."
     short = [Ledger(), Ledger()]
     for k, o in enumerate(short, 1):
         rehearse(cfg, 1, 16*k, gradient_checkpointing=False, loss="chunked", **how,
                  keep=[g[0] for g in groups], ledger=o)
-    if short[1].operations <= 1.2*short[0].operations: return groups
-    raise QLoRAError("it goes from token to token, on a card by kernels whose memory is not "
-                     "known.", cfg.model_type, "Measure a step on a card.")
+    if short[1].operations > 1.2*short[0].operations:
+        raise QLoRAError("it goes from token to token, on a card by kernels "
+                         "whose memory is not known.", cfg.model_type, "Measure a step on a card.")
 
 # %% ../../nbs/3_memory/37_planner.ipynb #ee0c768f
 def count(cfg, method, r, target_modules, optim, dtype, target_parameters=(), use_dora=False,
