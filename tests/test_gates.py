@@ -13,6 +13,7 @@ from transformers import FalconConfig
 
 from qlora_nb.base.model_files import tiny_model
 from qlora_nb.base.nf4_config import quiet
+from qlora_nb.base.small_falcon import FALCON_RW_1B
 from qlora_nb.foundations.adapters import BACKENDS
 from qlora_nb.memory.planner import plan
 from qlora_nb.training.data import encode_prompt
@@ -136,9 +137,7 @@ def planned(pages):
 
 def falcon():
     "The configuration as its page writes it down: nothing is asked of the Hub."
-    text = "\n".join(c.source for c in code_cells(read(ROOT/"nbs/5_evaluation/58_falcon.ipynb")) if "FALCON_RW_1B = " in c.source)
-    node = next(o for o in ast.parse(text).body if ast.unparse(o).startswith("FALCON_RW_1B = "))
-    return FalconConfig(**eval(ast.unparse(node.value)))
+    return FalconConfig(**FALCON_RW_1B)
 
 
 def test_calls_are_found():

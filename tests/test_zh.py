@@ -12,7 +12,7 @@ from make_zh import EXPORTS, HASHES, WRONG, Chinese, digest, is_code, paragraphs
 ZH = Chinese()
 PAGES = ZH.pages()
 each_page = pytest.mark.parametrize("name", PAGES)
-FIRST = "01_why 02_number_formats 03_nf4 04_double_quantization 05_lora 06_lora_model 07_qlora 08_loading 09_adapters 58_falcon".split()
+FIRST = "01_why 02_number_formats 03_nf4 04_double_quantization 05_lora 06_lora_model 07_qlora 08_loading 09_adapters 58_falcon 87_falcon_claims".split()
 
 
 def translated(name):
