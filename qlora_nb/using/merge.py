@@ -91,8 +91,7 @@ def shared_layers(model) -> list:   # A PEFT model
 # %% ../../nbs/4_using/45_merge.ipynb #b8f9a06d
 def with_adapter(model, source):   # Of `plain_base`, and of `read_source`
     "The adapter on a plain base. Raises `QLoRAError` when a part of it found no place."
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")   # of missing keys, which are counted below
+    with quiet(), warnings.catch_warnings(action="ignore"):   # of missing keys: counted below
         try: model = attach_adapter(model, source.folder)
         except QLoRAError as e: bad = e.what
         except (RuntimeError, ValueError) as e: bad = " ".join(str(e).split())[:300]
@@ -167,12 +166,20 @@ def file_dtype(dtype, base:str, revision=None) -> torch.dtype:   # A dtype, its 
 def _wanted(folder, onto, dtype, base, trained_in, device) -> tuple:
     if onto not in ONTO:
         raise QLoRAError(f"there is no onto='{onto}'.", cure=f"Choose from: {', '.join(ONTO)}.")
-    source = read_source(folder, base)
-    check_adapter(source), base_for(source.folder, source.base, base)
+    check_adapter(source := read_source(folder, base)), base_for(source.folder, source.base, base)
     trained_in = as_dtype(trained_in or source.notes.get("dtype") or pick_dtype(device))
     dtype = file_dtype(dtype, source.base, revision := revision_of(source))
     check_base(source.folder, source.base, source.notes, revision)
     return source, revision, dtype, trained_in
+
+# %% ../../nbs/4_using/45_merge.ipynb #sum45
+def _summed(source, onto, trained_in, device, revision) -> tuple:   # And logits, squares
+    model = plain_base(source.base, onto, trained_in, device, revision, source)
+    if onto == "original": want = probe(model := with_adapter(model, source))
+    else: model, want = written_out(model, source)
+    weights, change = add_up(model)
+    same_logits(probe(model), want, "the merged model is another", source.base)
+    return model, want, weights, change
 
 # %% ../../nbs/4_using/45_merge.ipynb #415063af
 def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's format
@@ -185,17 +192,12 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
     "A model with its adapter merged, as it will be saved. Raises `QLoRAError` where it cannot be."
     source, revision, dtype, trained_in = _wanted(folder, onto, dtype, base, trained_in, device)
     tok, chat = export_tokenizer(source)
-    model = plain_base(source.base, onto, trained_in, device, revision, source)
-    if onto == "original": want = probe(model := with_adapter(model, source))
-    else: model, want = written_out(model, source)
-    weights, change = add_up(model)
-    same_logits(probe(model), want, "the merged model is another", source.base)
-    kinds = dict(dtype=str(dtype)[6:], base_in=str(trained_in)[6:])   # without "torch."
-    facts = dict(onto=onto, **kinds, change=(change/weights)**.5,
-                 lost=(round_off(model, onto, dtype)/change)**.5)
+    model, want, weights, change = _summed(source, onto, trained_in, device, revision)
+    facts = dict(onto=onto, dtype=str(dtype)[6:], base_in=str(trained_in)[6:],   # without "torch."
+                 change=(change/weights)**.5, lost=(round_off(model, onto, dtype)/change)**.5)
     model = model.unload().eval()
     for p in model.parameters(): p.data = p.data.to(dtype)   # buffers stay exact
-    if onto != "4bit": say_apart(probe(model), want, dtype, "the merged model")
+    if onto != "4bit" and dtype != torch.float32: say_apart(probe(model), want, dtype, "the merged model")
     note_ends(model, tok, source.notes.get("end_tokens", ()))
     model.generation_config = generation_ids(tok, stop_ids(model, tok))
     return Merged(model, tok, chat, facts, want)
