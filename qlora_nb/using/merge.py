@@ -195,9 +195,9 @@ def merged(folder:str|Path,            # Of a run, or of an adapter in PEFT's fo
     model, want, weights, change = _summed(source, onto, trained_in, device, revision)
     facts = dict(onto=onto, dtype=str(dtype)[6:], base_in=str(trained_in)[6:],   # without "torch."
                  change=(change/weights)**.5, lost=(round_off(model, onto, dtype)/change)**.5)
-    model = model.unload().eval()
-    for p in model.parameters(): p.data = p.data.to(dtype)   # buffers stay exact
-    if onto != "4bit" and dtype != torch.float32: say_apart(probe(model), want, dtype, "the merged model")
+    for p in (model := model.unload().eval()).parameters(): p.data = p.data.to(dtype)   # no buffer
+    if onto != "4bit" and dtype != torch.float32:   # else it is as it was compared above
+        say_apart(probe(model), want, dtype, "the merged model")
     note_ends(model, tok, source.notes.get("end_tokens", ()))
     model.generation_config = generation_ids(tok, stop_ids(model, tok))
     return Merged(model, tok, chat, facts, want)
