@@ -79,6 +79,7 @@ def out_of_place(model, source) -> list:   # A PEFT model, and what it was loade
     def lies(k): return k in at and torch.equal(at[k].cpu(), have[k].to(at[k].dtype))
     return sorted(k for k in have.keys() ^ own.keys() if not (k in have and lies(k)))
 
+# %% ../../nbs/4_using/45_merge.ipynb #shared
 def weight_of(m):   # A layer, or a parameter, with PEFT's adapter
     "What the adapter is on."
     return adapted_tensor(m) if hasattr(m, "parameter_name") else m.get_base_layer().weight
