@@ -733,3 +733,10 @@ def test_a_result_names_a_call_of_its_row():
                                dict(role="assistant", content="Low.")])]
     for row in (chat("b", "a", "b"), chat("b", ""), chat(None, "a")): assert len(load_rows(row)[0]["messages"]) == 4
     with pytest.raises(QLoRAError, match="row 1: message 3 is the result of the call 'c', and before it there are 'a', 'b'"): load_rows(chat("c", "a", "b"))
+
+
+def test_the_article_template_is_written_out(tok):
+    chat = [dict(role="system", content="Be kind."), dict(role="user", content="Hi"), dict(role="assistant", content="Hello")]
+    assert render(chat, tok, "article") == "Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello<|im_end|>\n\n"
+    with pytest.raises(QLoRAError, match="there is no template 'vicuna'. Use|there is no template 'vicuna'. Choose from: auto, chat,"):
+        render(chat, tok, "vicuna")

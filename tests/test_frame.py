@@ -397,6 +397,13 @@ def test_code_cells_are_short(path):
         assert n <= 30 or any(o in c.source for o in TABLES), f"{path.name}, cell {c.id}: {n} lines"
 
 
+@each_notebook
+def test_a_page_has_sixty_code_cells_at_the_most(path):
+    "Those of its exercises are counted too."
+    n = len(code_cells(read(path)))
+    assert n <= 60, f"{path.name} has {n} code cells, so it holds two ideas: make two pages, or let what is no lesson be a test"
+
+
 @each_module
 def test_module_is_small_and_safe(path):
     source = path.read_text(encoding="utf-8")

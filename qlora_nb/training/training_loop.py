@@ -6,15 +6,13 @@
 __all__ = ['row_marks', 'row_losses', 'mean_loss', 'best_eval', 'out_of_patience', 'KeepBest', 'AdapterCheckpoints',
            'triton_everywhere', 'SureTrainer', 'FastTrainer', 'check_checkpointing', 'AdapterTrainer']
 
-# %% ../../nbs/2_training/22_training_loop.ipynb #2ffa94c0
+# %% ../../nbs/2_training/22_training_loop.ipynb #f543dfaf
 from ..base.core import count_params
 import importlib.metadata, math, torch, warnings
 from fastcore.basics import patch
 from pathlib import Path
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
-
-# %% ../../nbs/2_training/22_training_loop.ipynb #f543dfaf
 from ..base.errors import QLoRAError
 from ..base.mapped import Order
 from ..base.triton_setup import is_spread
