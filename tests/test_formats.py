@@ -738,5 +738,4 @@ def test_a_result_names_a_call_of_its_row():
 def test_the_article_template_is_written_out(tok):
     chat = [dict(role="system", content="Be kind."), dict(role="user", content="Hi"), dict(role="assistant", content="Hello")]
     assert render(chat, tok, "article") == "Be kind.\n\n### Instruction:\nHi\n\n### Response:\nHello<|im_end|>\n\n"
-    with pytest.raises(QLoRAError, match="there is no template 'vicuna'. Use|there is no template 'vicuna'. Choose from: auto, chat,"):
-        render(chat, tok, "vicuna")
+    with pytest.raises(QLoRAError, match="there is no template 'vicuna'. Choose from: auto, chat,"): render(chat, tok, "vicuna")

@@ -17,8 +17,6 @@ from ..base.errors import QLoRAError
 from ..base.model_files import locate
 from ..base.new_folder import check_room, new_folder
 from ..base.nf4_config import quiet
-
-# %% ../../nbs/4_using/45_merge.ipynb #cea9c546
 from ..foundations.adapters import attach_adapter
 from ..foundations.double_quantization import quantize
 from ..foundations.expert_weights import adapted_tensor, dequantize_stacks
@@ -29,8 +27,6 @@ from ..speed.logits import probe, same_logits, say_apart, unsaved_buffers
 from ..training.end_tokens import note_ends, stop_ids
 from ..training.saved_adapters import base_for, check_base, quantized_as, revision_of
 from .model_card import export_tokenizer, generation_ids, model_card, read_source
-
-# %% ../../nbs/4_using/45_merge.ipynb #54246456
 import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer

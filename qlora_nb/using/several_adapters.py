@@ -12,8 +12,6 @@ from ..base.core import COLORS
 import contextlib, shutil, tempfile, torch, warnings
 from pathlib import Path
 from peft.tuners.lora import LoraLayer
-
-# %% ../../nbs/4_using/43_several_adapters.ipynb #imp43
 from ..base.adapter_files import describe_adapter
 from ..base.errors import QLoRAError
 from ..base.explorer import panels
