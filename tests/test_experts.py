@@ -1,16 +1,19 @@
 "Mixtures of experts through `finetune` as a whole: evaluated, stopped, interrupted and resumed, checkpointed."
-import warnings
+import copy, warnings
 
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, MixtralConfig, TrainerCallback
 
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import set_seed
 from qlora_nb.training.data import load_rows
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.evaluation.evaluation import evaluate
+from qlora_nb.foundations.expert_weights import dequantize_stacks
+from qlora_nb.foundations.loading import load_model
+from qlora_nb.foundations.qlora import load_scratch
 from qlora_nb.training.finetune import finetune
 
 from common import small_tokenizer
@@ -104,3 +107,20 @@ def test_our_own_backend_packs_experts_while_they_are_read(make, monkeypatch):
     qlora.quantize_model(whole)
     ids = torch.arange(3, 27)[None]
     with torch.no_grad(): assert torch.equal(ours(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("backend", ["bnb", "scratch"])
+def test_a_model_whose_scales_would_be_lost_is_not_saved(backend, tmp_path):
+    "`save_pretrained` wrote the codes of experts, and of layers of ours, without their scales; a folder that an older one has written is told by its tensors."
+    base, torn = tmp_path/"base", tmp_path/"torn"
+    config = MixtralConfig(vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    with quiet(): AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(base)
+    model = (load_model if backend == "bnb" else load_scratch)(base, device="cpu", dtype=torch.float32)
+    for o in (model, copy.deepcopy(model)):
+        with pytest.raises(QLoRAError, match="MixtralForCausalLM: transformers would write .* without their scales"): o.save_pretrained(torn)
+    assert not torn.exists()
+    with quiet(): type(model).save_pretrained(model, torn)
+    with pytest.raises(QLoRAError, match="holds codes without their scales: a mixture of experts .* Give the folder that it was loaded from" if backend == "bnb" else "lack"): load_model(torn, device="cpu")
+    if backend == "bnb":   # written out again, it can be saved as any other
+        with quiet(): dequantize_stacks(model).save_pretrained(tmp_path/"wide")
+        assert (tmp_path/"wide"/"model.safetensors").exists()

@@ -415,6 +415,13 @@ def test_module_is_small_and_safe(path):
         assert not found, f"{path.name} holds {found[0]}"
 
 
+@each_module
+def test_warnings_name_the_line_of_the_reader(path):
+    "A warning without `stacklevel` names a line of ours, which says nothing to who reads it: `base.notes.warn` looks for theirs."
+    calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call) and ast.unparse(n.func) == "warnings.warn"]
+    assert not [ast.unparse(n) for n in calls if not any(k.arg == "stacklevel" for k in n.keywords)]
+
+
 ALONE = """
 import os, sys, bitsandbytes, datasets, gguf, peft, torch, transformers, trl
 def no_cuda(*a): raise RuntimeError("an import starts CUDA")

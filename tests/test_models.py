@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import pytest, torch
 from gguf import GGUFReader, GGUFWriter
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_nb.base import model_files
@@ -222,3 +223,15 @@ def test_names_of_another_kind_are_said(tmp_path):
     file = Path(save("llama", tmp_path))/"model.safetensors"
     save_file({f"_orig_mod.{k}": v for k, v in load_file(file).items()}, file, metadata=dict(format="pt"))
     with pytest.raises(QLoRAError, match=r"its files lack \d+ weights, such as .*the config and names of its weights"): load_model(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize("name, value", [("model.layers.0.self_attn.q_proj.weight", float("nan")), ("model.embed_tokens.weight", float("inf")), ("model.norm.weight", float("nan"))])
+def test_a_damaged_weight_is_named(name, value, bits, tmp_path):
+    "A base with one NaN in the row of a rare token was trained on and merged; one in a layer was told to be loaded in another dtype."
+    tiny_model(vocab_size=64).save_pretrained(tmp_path)
+    tensors = load_file(file := tmp_path/"model.safetensors")
+    tensors[name].view(-1)[70 % tensors[name].numel()] = value
+    save_file(tensors, file, metadata=dict(format="pt"))
+    for dtype, cure in ((torch.float32, "The file is damaged: fetch it again"), (torch.float16, "float16 ends at 65,504")):
+        with pytest.raises(QLoRAError, match=f"`{name}` holds NaN or infinite numbers. {cure}"): load_model(tmp_path, bits=bits, device="cpu", dtype=dtype)

@@ -16,7 +16,7 @@ from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.loading import load_model
 from qlora_nb.base.runs import is_sealed, last_checkpoint
 from qlora_nb.training.learning_rate import suggest_lr
-from qlora_nb.training.schedule import number_rows, overlap, repetitions
+from qlora_nb.training.schedule import number_rows, overlap, repetitions, say_overlap, tell
 from qlora_nb.training.finetune import finetune, make_trainer
 
 from common import once, small_base, small_tokenizer
@@ -603,12 +603,28 @@ def test_rows_that_cannot_be_left_out(out, said, rows, tmp_path):
     assert not (tmp_path/"run").exists()
 
 
+def test_what_was_warned_of_is_said_once(rows, capsys):
+    "The overlap stood twice on a terminal: as a note, and above the bar."
+    trainer = SimpleNamespace()
+    with pytest.warns(UserWarning, match="3 of 3 evaluation rows"): lines = ["3 steps.", say_overlap(rows, rows[:3]), None]
+    tell(trainer, lines)
+    assert capsys.readouterr().err == "3 steps.\n" and trainer.said == lines[:2]
+
+
+def test_rows_whose_answers_are_long_are_rehearsed(base, tmp_path):
+    "The last 64 tokens of a longer answer are predicted but for the first; the trainer's loss was divided by all 64, and each run refused."
+    rows = [dict(prompt="Say it.", response=f"{n} quick brown foxes jump over the lazy dog, and it rains. "*12) for n in ("Two", "Six", "Ten")]
+    run = finetune(base, rows, tmp_path/"run", max_steps=1, max_length=512, **QUIET)
+    assert run.info["steps"] == 1
+
+
 def test_validation_and_test_are_two_things(base, rows, tmp_path):
     "eval_data means the same in both calls; what is trained on and judged by is reported; repeated rows stay."
     from qlora_nb.evaluation.evaluation import finetune_and_evaluate
     how = dict(model=base, max_steps=1, **QUIET)
-    with pytest.warns(UserWarning, match="2 of 4 evaluation rows are training rows too"):
+    with pytest.warns(UserWarning, match="2 of 4 evaluation rows are training rows too") as said:
         report = finetune_and_evaluate(rows[:12] + rows[:3], rows[10:14], output_dir=tmp_path/"a", eval_steps=1, test_data=rows[14:17], **how)
+    assert next(o.filename for o in said if "evaluation rows" in str(o.message)) == __file__
     assert report.rows == rows[14:17] and report.info["settings"]["rows"] == 15 and len(report.info["eval_losses"]) == 1
     with pytest.raises(QLoRAError, match="eval_rows is -1"): finetune_and_evaluate(rows, eval_rows=-1, output_dir=tmp_path/"b", **how)
     report = finetune_and_evaluate(rows[:12] + rows[:12], output_dir=tmp_path/"c", **how)

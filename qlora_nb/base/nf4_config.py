@@ -13,6 +13,7 @@ from bitsandbytes.backends.cpu import ops as cpu_ops
 from transformers import BitsAndBytesConfig
 from transformers.utils import logging as hf_logging
 from .errors import QLoRAError
+from .notes import warn
 
 # %% ../../nbs/base/nf4_config.ipynb #709140ed
 @contextlib.contextmanager
@@ -121,8 +122,8 @@ def whole_blocks():
     if ragged_error() and not isinstance(cpu_ops.lib, WholeBlocks):
         cpu_ops.lib = WholeBlocks(cpu_ops.lib)
     if error := ragged_error():
-        warnings.warn(f"bitsandbytes dequantizes matrices wrongly (by {error:.2g}) whose rows are "
-                      "no multiple of 64.")
+        warn(f"bitsandbytes dequantizes matrices wrongly (by {error:.2g}) whose rows are "
+             "no multiple of 64.")
 
 # %% ../../nbs/base/nf4_config.ipynb #62929f61
 @contextlib.contextmanager

@@ -8,11 +8,12 @@ __all__ = ['MARK', 'sync', 'write_json', 'seal', 'is_sealed', 'run_lock', 'in_us
            'open_run', 'content_id', 'write_run', 'Run', 'latest_run', 'finished_run']
 
 # %% ../../nbs/base/runs.ipynb #a3071801
-import contextlib, hashlib, json, os, shutil, warnings
+import contextlib, hashlib, json, os, shutil
 from collections import namedtuple
 from pathlib import Path
 from filelock import FileLock, Timeout
 from .errors import QLoRAError
+from .notes import warn
 from .failures import go_on
 from .file_kinds import check_open, model_heads
 from .core import Table
@@ -160,8 +161,8 @@ def check_begin(folder:Path, has_work:bool, resume:bool):
         raise QLoRAError("this folder already holds a run.", where=str(folder),
                          cure="Add --resume to go on with it, or choose another --output-dir.")
     if resume and not last_checkpoint(folder/"checkpoints"):
-        warnings.warn(f"{folder}: there is no complete checkpoint to go on from, so the run "
-                      "starts at step 0.")
+        warn(f"{folder}: there is no complete checkpoint to go on from, so the run "
+             "starts at step 0.")
 
 # %% ../../nbs/base/runs.ipynb #same
 def check_same(folder:Path, settings:dict):
@@ -202,8 +203,8 @@ def content_id(place:str|Path,     # A folder with *.safetensors, or an id in th
 def write_run(folder:Path, settings:dict, info:dict):
     "Write `run.json`, and the settings once more where the folder was removed as the run went."
     if not (file := folder/"settings.json").exists():
-        warnings.warn(f"{folder}: this folder was removed or renamed during the run. What lies "
-                      "there now was written since then, and the checkpoints before are not in it.")
+        warn(f"{folder}: this folder was removed or renamed during the run. What lies "
+             "there now was written since then, and the checkpoints before are not in it.")
         write_json(file, settings)
     write_json(folder/"run.json", info)
 

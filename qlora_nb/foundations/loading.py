@@ -16,6 +16,7 @@ from ..base.core import Table, cpu_kind, keep_memory, pick_device, pick_dtype
 from ..base.arguments import as_dtype, check_model
 from ..base.causal import check_causal, may_look_ahead, refuse_random, say_left_out
 from ..base.errors import QLoRAError
+from ..base.failures import refuse_damaged
 from ..base.file_kinds import refuse_codes
 from ..base.model_files import causal_config, hub_errors, locate
 from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears, quiet,
@@ -155,8 +156,13 @@ def noted(model, name, revision, dtype):   # As in `load_model`
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-k
 def check_read(model, info:dict, name, place, revision):   # `info`: what transformers has noted
     "Raise `QLoRAError` where files and model do not belong together."
+    if torn := [k for k in info["unexpected_keys"] if ".parametrizations." in k]:
+        raise QLoRAError(f"{torn[0]} holds codes without their scales: a mixture of experts in 4 "
+                         "bits cannot be saved by save_pretrained.", str(name),
+                         "Give the folder that it was loaded from.")
     refuse_random(model, info["missing_keys"], name)
     refuse_codes(place, revision, info["unexpected_keys"])
+    refuse_damaged(model, name)
     say_left_out(info["unexpected_keys"], name)
     for c in (model.config, model.config.get_text_config()): c.return_dict = True   # not tuples
 

@@ -8,11 +8,12 @@ __all__ = ['clean_up', 'capture', 'own_place', 'GraphedPasses', 'move_out', 'rep
 
 # %% ../../nbs/7_speed/78_cuda_graphs.ipynb #ed7c54c2
 import qlora_nb.base.core   # before PyTorch is loaded
-import gc, torch, warnings
+import gc, torch
 from collections import Counter
 from fastcore.basics import patch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 
 # %% ../../nbs/7_speed/78_cuda_graphs.ipynb #454233b3
 def clean_up(stream):  # The current one before the capture
@@ -169,7 +170,7 @@ def captured(self:GraphCache, key, leaves, spec):
         self.passes[key] = GraphedPasses(self.call, leaves, spec, self.params(), self.pool, homes)
     except Exception as e:   # whatever a layer does that cannot be captured
         self.why = _first_cause(e)
-        warnings.warn(f"the layers run eagerly: {self.why}")
+        warn(f"the layers run eagerly: {self.why}")
     return self.passes.get(key)
 
 # %% ../../nbs/7_speed/78_cuda_graphs.ipynb #0ec4e3fb

@@ -8,10 +8,11 @@ __all__ = ['to_16_bits', 'fast_loss', 'make_plain', 'fuse_layers', 'graph_layers
 
 # %% ../../nbs/7_speed/82_fast_training.ipynb #673ef94e-a
 from ..base.core import Table, fmt_bytes
-import torch, warnings
+import torch
 from functools import partial
 from ..base.arguments import check_model
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from ..base.ranks import everyone
 from ..base.triton_setup import is_spread
 from ..base.weights import clean_name
@@ -44,7 +45,7 @@ def fast_loss(model, batch:dict,   # `input_ids`, `labels` (-100: none), and wha
     "The loss of a batch in nats a token; logits exist where there are labels, and none are saved."
     head = model.get_output_embeddings()
     if why := why_own_loss(model):
-        warnings.warn(f"the loss is the model's own from now on: {why}")
+        warn(f"the loss is the model's own from now on: {why}")
         return own_loss(model, batch, n)
     if torch.is_grad_enabled() and (host := getattr(model, "host_memory", None)): host.start()
     h, y, _ = hidden_states(model, batch)
@@ -149,7 +150,7 @@ def first_step(model, fast, batch:dict, n=None) -> torch.Tensor:  # `fast(batch,
         if within(near*abs(want)) or within(2*rounding(model, lambda: own_loss(model, batch, n))):
             model.step_loss = fast
             return loss
-    warnings.warn(f"not made faster: the loss is {got:.4g}, {want:.4g} on the model's own logits")
+    warn(f"not made faster: the loss is {got:.4g}, {want:.4g} on the model's own logits")
     make_plain(model).step_loss = partial(own_loss, model)
     return model.step_loss(batch, n=n)
 

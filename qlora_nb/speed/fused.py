@@ -8,7 +8,8 @@ __all__ = ['triton', 'tl', 'folded_kernel', 'dequantize', 'FusedLoRA', 'adapted_
 
 # %% ../../nbs/7_speed/75_fused.ipynb #423fa269
 from ..base.triton_setup import load_triton
-import torch, types, warnings
+from ..base.notes import warn
+import torch, types
 from functools import partial
 from torch.nn import functional as F
 from peft.tuners.lora.layer import LoraLayer
@@ -170,8 +171,8 @@ def changed(layer) -> bool:  # One that was fused
     "Is this layer another than when it was fused? Says so."
     whose_bytes(layer)
     if layer_state(layer) == layer.fused_state: return False
-    warnings.warn("a layer has changed since it was made fast, and goes its own way; call "
-                  "make_fast again")
+    warn("a layer has changed since it was made fast, and goes its own way; call "
+         "make_fast again")
     return True
 
 # %% ../../nbs/7_speed/75_fused.ipynb #nothing75

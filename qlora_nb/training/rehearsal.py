@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #1ee0bce1
 from ..base.errors import QLoRAError
+from ..base.failures import damaged
 from ..foundations.adapters import as_named, read_adapter, save_adapter
 from ..foundations.lora_model import adapter_tensors
 from ..base.nf4_config import quiet
@@ -92,19 +93,19 @@ def short_rows(examples:list, longest:int=64) -> list:
     "Two short examples, by their last tokens."
     flat, lengths = with_lengths(examples)
     two = [flat[i] for i in nsmallest(2, range(len(flat)), key=lengths.__getitem__)]
-    return [dict(e, **{k: e[k][-longest:] for k in ("input_ids", "labels")}) for e in two]
+    return [dict(e, input_ids=e["input_ids"][-longest:],   # nothing predicts the first of them
+                 labels=[-100, *e["labels"][-longest:][1:]]) for e in two]
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #c25c82cd
 def cross_entropy(trainer, batch) -> tuple:  # (nats a token, what is added for routers)
     "The loss on the model's own logits, by the definition."
     more = dict(output_router_logits=True) if getattr(trainer, "aux_loss_enabled", False) else {}
     with torch.no_grad(), trainer.compute_loss_context_manager():
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        out = trainer.model(**inputs, use_cache=False, **more)
+        out = trainer.model(**{k: batch[k] for k in {*batch} - {"labels"}}, use_cache=False, **more)
     logits, labels = out.logits[:, :-1].float(), batch["labels"][:, 1:]
     if not out.logits.isfinite().all():
-        cure = "Load it in another dtype: float16 overflows where bfloat16 does not."
-        raise QLoRAError("the logits of the model are not finite before any training.", cure=cure)
+        why = damaged(trainer.model) or "float16 overflows where another dtype does not"
+        raise QLoRAError(f"the logits of the model are not finite before any training: {why}.")
     aux = getattr(out, "aux_loss", None)
     aux = 0. if aux is None or not more else trainer.router_aux_loss_coef*float(aux)
     picked = labels != -100
@@ -201,10 +202,9 @@ def _step(trainer, examples, collator, pad, measure, base, called):
     "(loss, adapters without a gradient, all adapters): what is measured in one step, undone."
     model, two = trainer.model, short_rows(examples)
     with undisturbed(trainer) as mine, quiet(), counted_alone(trainer.args):
-        model.eval(), stir(mine)
+        model.eval(), stir(mine), check_longest(model, examples)
         batch, padded = collator([two] if isinstance(examples[0], list) else two), pad(two)
         batch = {k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)}
-        check_longest(model, examples)
         with trainer.compute_loss_context_manager(): check_causal(model, base)
         loss = same_losses(trainer, batch, padded, measure)
         dead = check_gradients(model, mine, called)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Chosen', 'steps_a_pass', 'count_steps', 'rows_seen', 'NamedRows', 'run_length', 'settle', 'content', 'contents',
            'among', 'drawn', 'pick_rows', 'take_tenth', 'set_aside', 'choose_rows', 'repetitions', 'overlap',
-           'say_schedule', 'say_overlap', 'tell', 'told_of', 'name_rows', 'number_rows', 'encode_checked']
+           'say_schedule', 'Warned', 'say_overlap', 'tell', 'told_of', 'name_rows', 'number_rows', 'encode_checked']
 
 # %% ../../nbs/2_training/26_schedule.ipynb #1c09a65f
 from array import array
@@ -27,7 +27,7 @@ from ..base.sources import OPTIONS, shared_options, source_of
 from ..base.targets import split_names
 from .settings import (FIXED, FREE, Settings, check_settings, plain,
                                         refuse_unknown)
-from ..base.notes import number_of
+from ..base.notes import number_of, warn
 from .chat_templates import as_messages
 
 # %% ../../nbs/2_training/26_schedule.ipynb #af9976f7
@@ -174,6 +174,8 @@ def say_schedule(steps:int, n:int, batch_size:int, accumulation:int=1, unit:str=
     return said + "."
 
 # %% ../../nbs/2_training/26_schedule.ipynb #039f1bbd
+class Warned(str): "What was said as a warning, and is not to be said again."
+
 def say_overlap(rows:list, others:list, what:str="evaluation rows") -> str|None:
     "Warn of rows that are trained on and evaluated on: what was said."
     same, asked = overlap(rows, others)
@@ -181,14 +183,15 @@ def say_overlap(rows:list, others:list, what:str="evaluation rows") -> str|None:
     more = f", and {asked} more share a question with one" if asked else ""
     said = (f"{same} of {len(others)} {what} are training rows too{more}: the scores will be too "
             f"good.")
-    warnings.warn(said)
-    return said
+    warn(said)
+    return Warned(said)
 
 # %% ../../nbs/2_training/26_schedule.ipynb #f27dfabd
 def tell(trainer, lines:list, progress:bool=True):
     "Remember what a run has to say, and say it where there is a bar."
     trainer.said = [*getattr(trainer, "said", []), *filter(None, lines)]
-    if progress: print(*filter(None, lines), sep="\n", file=sys.stderr)
+    new = [o for o in lines if o and not isinstance(o, Warned)]
+    if progress: print(*new, sep="\n", file=sys.stderr)
 
 # %% ../../nbs/2_training/26_schedule.ipynb #3287491c
 @contextlib.contextmanager
@@ -204,7 +207,7 @@ def told_of(source:str):  # A file, or "eval_data"
             raise QLoRAError(e.what, where, e.cure) from e
     for w in caught:
         said = str(w.message)
-        warnings.warn(said if source in said else f"{source}: {said}", w.category, stacklevel=3)
+        warn(said if source in said else f"{source}: {said}", w.category)
 
 # %% ../../nbs/2_training/26_schedule.ipynb #2afc4f61
 def name_rows(drawn:list, examples:list, rows:list) -> str:

@@ -8,13 +8,14 @@ __all__ = ['POSITIVE', 'RANGES', 'REAL', 'WHOLE', 'COUNTED', 'CHOICES', 'FLAGS',
            'trainer_settings', 'writable', 'plain', 'write_config']
 
 # %% ../../nbs/2_training/25_settings.ipynb #73f20bde
-import difflib, math, warnings
+import difflib, math
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 import yaml
 from ..base.arguments import OTHER_NAMES, check_flags, check_names, of_others
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 
 # %% ../../nbs/2_training/25_settings.ipynb #5251392b-a
 def option(default, help:str, **more):   # `more`: for argparse
@@ -175,8 +176,8 @@ def on_one_gpu(args, device):  # A Trainer's arguments, and where the model is â
         raise QLoRAError(f"the model is on {device}, and training would compute on {args.device}.",
                          cure=f"Start with CUDA_VISIBLE_DEVICES={device.index}: it is then cuda:0.")
     if args.n_gpu > 1:
-        warnings.warn(f"{args.n_gpu} GPUs are here and one is used. All of them: torchrun "
-                      f"--nproc-per-node {args.n_gpu} -m qlora_nb.apps.cli finetune ...")
+        warn(f"{args.n_gpu} GPUs are here and one is used. All of them: torchrun "
+             f"--nproc-per-node {args.n_gpu} -m qlora_nb.apps.cli finetune ...")
         args._n_gpu = 1   # as Trainer does for a model that is spread over several
     return args
 

@@ -8,7 +8,8 @@ __all__ = ['row_marks', 'row_losses', 'mean_loss', 'best_eval', 'out_of_patience
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #f543dfaf
 from ..base.core import count_params
-import importlib.metadata, math, torch, warnings
+from ..base.notes import warn
+import importlib.metadata, math, torch
 from fastcore.basics import patch
 from pathlib import Path
 from transformers import Trainer, TrainerCallback
@@ -120,7 +121,7 @@ class SureTrainer(AdapterCheckpoints):
             if not (why := first_of(self.off(batch, n))):   # of all processes
                 self.sure = True
                 return loss
-        warnings.warn(f"trained on the model's own loss, not on TRL's ({why})")
+        warn(f"trained on the model's own loss, not on TRL's ({why})")
         self.own = True
         return self.models_loss(model, batch, False, n)
 
@@ -181,12 +182,11 @@ def speed_up(self:FastTrainer, length:float):  # Mean tokens of a row
     tokens = args.max_steps*args.train_batch_size*args.gradient_accumulation_steps*length
     flops = 6*count_params(self.model).total*tokens
     big = self.model.device.type == "cuda" and flops > 3e16
-    memory = 0. if args.gradient_checkpointing else 1.
-    report = make_fast(self.model, memory, compile=big, dynamic=True)
-    for part, number, now, first in report.rows:
+    memory = float(not args.gradient_checkpointing)
+    for part, number, now, first in make_fast(self.model, memory, compile=big, dynamic=True).rows:
         if "as before" in now:
             more = f" ({first})" if first else ""
-            warnings.warn(f"not made faster: {number} x {part}, {now}{more}")
+            warn(f"not made faster: {number} x {part}, {now}{more}")
     args.gradient_checkpointing &= not big   # compiled layers do it themselves
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #c90185a4

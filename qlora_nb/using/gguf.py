@@ -8,12 +8,13 @@ __all__ = ['SUPPORTED', 'CONVERTER', 'F32', 'F16', 'Q8', 'FORMATS', 'BYTE', 'SPL
            'write_gguf', 'gguf_source', 'gguf_card', 'export_gguf', 'check_form', 'export_run']
 
 # %% ../../nbs/4_using/46_gguf.ipynb #8cfebffc
-import json, warnings
+import json
 from pathlib import Path
 from ..base.new_folder import check_room, new_folder
 from .model_card import (export_adapter, license_of, model_card, public_name,
                                        read_source)
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from ..base.core import count_params, free_memory
 from .merge import merge_and_save, merge_words, merged
 from ..base.nf4_config import quiet
@@ -127,7 +128,7 @@ def _add_ends(w, tokenizer, stops):
     others = [i for i in stops if i != tokenizer.eos_token_id]
     others.sort(key=lambda i: i != template_end(tokenizer))   # that of the template first
     if left := tokenizer.convert_ids_to_tokens(others[2:]):
-        warnings.warn(f"a GGUF file names two ends beside EOS; {left} are left out.")
+        warn(f"a GGUF file names two ends beside EOS; {left} are left out.")
     for add, i in zip((w.add_eot_token_id, w.add_eom_token_id), others): add(i)
 
 # %% ../../nbs/4_using/46_gguf.ipynb #266f1cbc
