@@ -17,8 +17,7 @@ from .fields import (CHATS, EXPECTED, FIELDS, SKIP, brief, carries_meaning,
 from .json_rows import joined, parse_text, undress
 from .notes import DOUBT, Notes, Row, say_unused
 from .refused_rows import (is_judged, is_tree, listed, pair_in, refuse_kind,
-                                        refuse_lost, refuse_lost_media, refuse_missing,
-                                        say_columns)
+                                        refuse_lost, refuse_lost_media, refuse_missing, say_columns)
 
 # %% ../../nbs/base/rows.ipynb #59a60ac8
 def map_columns(row, columns:dict, note):
@@ -28,8 +27,7 @@ def map_columns(row, columns:dict, note):
         raise QLoRAError(f"there is no place '{wrong[0]}' for a column.",
                          cure=f"Choose from: {', '.join(known)}.")
     if missing := [v for v in columns.values() if v not in row]:
-        fail(f"the column `{missing[0]}` is missing; the row has "
-             f"{listed(row)}.")
+        fail(f"the column `{missing[0]}` is missing; the row has {listed(row)}.")
     labels_alone(row, columns)
     for k, v in row.items():
         if k not in columns.values() and not is_empty(v): note(noted_as(k, v), v)
@@ -146,6 +144,13 @@ def _used(row, shape):   # (fields that are read, {place: field} beside question
               if k not in used[:2] and not is_empty(row.get(k))}
     return used, others, tools
 
+# %% ../../nbs/base/rows.ipynb #texts
+def _texts_in(out:dict, row, used) -> list:   # Of `_pair` or `_chat`; names of fields
+    "The texts of a row that are used: those of its turns, or of its fields."
+    def piece(o): return isinstance(o, str) and o.strip() and o.strip().lower() not in NOTHING
+    if "messages" in out: return [o["content"] for o in out["messages"]]
+    return [o for k in used if piece(o := row.get(k))]   # as they came
+
 # %% ../../nbs/base/rows.ipynb #e3886523
 def read_row(row, shape, note, named=False,   # As in `read_message`
              moved={}) -> dict:               # Of `named_by`
@@ -156,10 +161,7 @@ def read_row(row, shape, note, named=False,   # As in `read_message`
     refuse_lost_media(out)
     used, others, tools = _used(row, shape)
     if tools: out["tools"] = read_tools(row[tools])
-    def piece(o): return isinstance(o, str) and o.strip() and o.strip().lower() not in NOTHING
-    texts = ([o["content"] for o in out["messages"]] if "messages" in out   # or as they came
-             else [o for k in used if piece(o := row.get(k))])
-    _check_rest(row, used, texts, note, others | moved)
+    _check_rest(row, used, _texts_in(out, row, used), note, others | moved)
     return {k: v for k, v in out.items() if v}
 
 # %% ../../nbs/base/rows.ipynb #0f84eeba
