@@ -92,6 +92,16 @@ def test_answers_of_different_lengths_need_no_loss_of_routers(make, tok):
     assert generate(model, tok, prompts, 3) == [generate(model, tok, o, 3) for o in prompts]
 
 
+def test_codes_that_are_written_over_are_an_error(make):
+    "As they would be if transformers no longer heeded `_is_hf_initialized`, which is none of its public names."
+    from qlora_nb.foundations.expert_weights import packing_stacks
+    folder = make("Mixtral")
+    with quiet(), pytest.raises(QLoRAError, match="its codes were written over.*constraints.txt"), packing_stacks():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        codes = next(p for n, p in model.named_parameters() if ".parametrizations." in n)
+        with torch.no_grad(): codes.zero_()
+
+
 def test_our_own_backend_packs_experts_while_they_are_read(make, monkeypatch):
     "None of them is wide when the model has been read, and all of it is what quantizing it whole would give."
     from qlora_nb.foundations import qlora

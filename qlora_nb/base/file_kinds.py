@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['USED', 'KINDS', 'SAME', 'FOLDERS', 'WAYS', 'PAGE', 'SHEET', 'SIGNS', 'check_open', 'named_kind', 'kind_of_file',
-           'cache_errors', 'file_errors', 'cache_dir', 'wide_encoding', 'check_marked', 'bad_bytes', 'check_signs',
-           'tensor_heads', 'model_heads', 'refuse_codes']
+           'cache_errors', 'file_errors', 'cache_dir', 'wide_encoding', 'check_marked', 'bad_bytes', 'check_signs']
 
 # %% ../../nbs/base/file_kinds.ipynb #fk000004
-import codecs, contextlib, gzip, json, os, zlib
+import codecs, contextlib, gzip, os, zlib
 from pathlib import Path
 from platformdirs import user_cache_dir
 from .errors import QLoRAError
@@ -141,39 +140,3 @@ def check_signs(path:Path):
         if start.lstrip().lower().startswith(sign) and path.suffix.lower() != named:
             raise QLoRAError(f"this is {what}.", str(path), cure)
     if path.suffix.lower() not in (".gz", ".parquet"): check_marked(start, path)
-
-# %% ../../nbs/base/file_kinds.ipynb #fk_heads
-def tensor_heads(file):   # A safetensors file
-    "(name, type, shape, file, where its bytes begin, how many) of each tensor of a file."
-    with open(file, "rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        try: head = json.loads(f.read(size))
-        except (ValueError, OverflowError, MemoryError) as e:   # of UTF-8 too
-            raise QLoRAError("this is no safetensors file, or not a whole one.", str(file),
-                             "Fetch it again, or run git lfs pull in a clone.") from e
-    for name, o in head.items():
-        if name == "__metadata__": continue
-        start, end = o["data_offsets"]
-        yield name, o["dtype"], o["shape"], file, 8 + size + start, end - start
-
-# %% ../../nbs/base/file_kinds.ipynb #fk_kept
-def model_heads(place, revision=None) -> list:   # A folder, or an id in the Hub's cache
-    "`tensor_heads` of all its *.safetensors, sorted; empty where there is nothing to look at."
-    if not os.path.isdir(place := os.path.expanduser(place)):
-        from huggingface_hub import snapshot_download
-        try: place = snapshot_download(str(place), revision=revision, local_files_only=True)
-        except (OSError, ValueError): return []   # not in the cache; not even an id
-    check_open(Path(place))
-    return sorted(o for f in Path(place).glob("*.safetensors") for o in tensor_heads(f))
-
-# %% ../../nbs/base/file_kinds.ipynb #fk_codes
-def refuse_codes(place, revision=None,
-                 left=()):   # Names of tensors in the files that were not read
-    "Raise `QLoRAError` for weights that were stored as codes, and were read as numbers."
-    heads, scaled = model_heads(place, revision), any("scale" in o for o in left)
-    packed = {n.partition(".quant_state.")[0] for n, *_ in heads if ".quant_state." in n}
-    for name, kind, shape, *_ in heads:
-        codes = kind[0] in "IU" or kind.startswith("F8") and scaled
-        if not codes or len(shape) < 2 or not name.endswith("weight") or name in packed: continue
-        raise QLoRAError(f"{name} is stored as {kind}, as codes, and config.json does not say of "
-                         "what.", str(place), "Give a version in bfloat16 or float16.")

@@ -15,7 +15,8 @@ from filelock import FileLock, Timeout
 from .errors import QLoRAError
 from .notes import warn
 from .failures import go_on
-from .file_kinds import check_open, model_heads
+from .file_kinds import check_open
+from .tensor_files import model_heads
 from .core import Table
 
 # %% ../../nbs/base/runs.ipynb #449a5b5d

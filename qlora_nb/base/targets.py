@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from .arguments import LISTS, check_counts
+from .causal import embedded_leaves
 from .errors import QLoRAError
 from .weights import routers
 
@@ -101,12 +102,10 @@ def idle_layers(model:nn.Module   # A causal language model
                ) -> list:         # Names
     "Linear layers that are called, and to whose output no gradient comes back from the logits."
     seen, ids = {}, torch.arange(3, 7, device=next(model.parameters()).device)[None]
-    def leaf(m, a, y): return y.detach().requires_grad_().clone()   # which may be changed in place
     def note(m, a, y): seen.setdefault(m, []).append(y)
     hooks = [m.register_forward_hook(note) for m in model.modules() if layer_size(m)]
-    hooks.append(model.get_input_embeddings().register_forward_hook(leaf))
     try:
-        with torch.enable_grad():
+        with embedded_leaves(model):
             out = model(input_ids=ids, use_cache=False).logits.float().sum()
     finally:
         for o in hooks: o.remove()

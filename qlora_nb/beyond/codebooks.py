@@ -10,6 +10,7 @@ __all__ = ['block_scales', 'normal_blocks', 'equal_use', 'fit_codebook', 'af4', 
 from ..foundations.nf4 import nearest_code, nf4_codebook, to_blocks
 import torch
 from ..base.errors import QLoRAError
+from .which_error import at_levels
 
 # %% ../../nbs/6_beyond/64_codebooks.ipynb #scale64
 def block_scales(b:torch.Tensor,   # (blocks, block_size)
@@ -81,7 +82,7 @@ def round_to(W:torch.Tensor, code:torch.Tensor,   # (k,) levels, of any number u
     b = to_blocks(W.detach().float().reshape(-1), block_size)
     s = block_scales(b, signed) if scales is None else scales
     x = b/torch.where(s == 0, torch.ones_like(s), s)[:, None]
-    q = code.index_select(0, nearest_code(x, code).view(-1).int()).view_as(x)*s[:, None]
+    q = at_levels(code, nearest_code(x, code))*s[:, None]
     return q.view(-1)[:W.numel()].view(W.shape).to(W.dtype)
 
 # %% ../../nbs/6_beyond/64_codebooks.ipynb #fp8-a

@@ -10,6 +10,7 @@ __all__ = ['SCALE_BITS', 'round_bits', 'sensitivities', 'mean_bits', 'predicted'
 from ..foundations.double_quantization import double_quantize
 import math, random, torch
 from ..base.errors import QLoRAError
+from .which_error import at_levels
 from ..foundations.nf4 import book, levels, nearest_code, scale_blocks
 
 # %% ../../nbs/6_beyond/68_mixed_bits.ipynb #round68
@@ -23,7 +24,7 @@ def round_bits(W:torch.Tensor, bits:int,   # From 2 to 8, or 16: as it is
         raise QLoRAError(f"there are no levels for {bits} bits.", cure="Use 2 to 8, or 16.")
     x, absmax = scale_blocks(W, block_size)
     code = levels("nf4", W.device) if bits == 4 else book("NF", bits).to(W.device)
-    q = code.index_select(0, nearest_code(x, code).view(-1).int()).view_as(x)
+    q = at_levels(code, nearest_code(x, code))
     q *= double_quantize(absmax).dequantize()[:, None]
     return q.view(-1)[:W.numel()].view(W.shape).to(W.dtype)
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..base.errors import QLoRAError
 from ..base.model_files import load_tokenizer
 from ..base.ranks import everyone, rank
-from .which_error import over_inputs
+from .which_error import at_levels, over_inputs
 from ..evaluation.perplexity import prose
 from ..foundations.loading import QUANTIZATIONS, load_model
 from ..foundations.nf4 import levels, nearest_code, to_blocks
@@ -50,7 +50,7 @@ def _blocks(W, weights, block_size):   # (weights, what an error of each costs),
     return b, to_blocks(weights.float().expand(W.shape).reshape(-1), block_size)
 
 def _keep_better(b, w, code, scales, best, least):   # changes the last two where `scales` is better
-    q = code.index_select(0, codes_for(b, scales, code).view(-1).int()).view_as(b)
+    q = at_levels(code, codes_for(b, scales, code))
     error = (q*scales[:, None]).sub_(b).square_().mul_(w).sum(1)
     better = error < least
     best[better], least[better] = scales[better], error[better]

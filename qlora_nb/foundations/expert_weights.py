@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['View', 'is_stack', 'Stack', 'BnbStack', 'bnb_stack', 'pack_stack', 'pack_stacks', 'dequantize_stacks', 'unsavable',
-           'save_whole', 'hooked', 'stacks_of', 'adapted_tensor', 'packing_stacks']
+           'save_whole', 'hooked', 'stacks_of', 'stack_bytes', 'adapted_tensor', 'packing_stacks']
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #3dc9399b
 import qlora_nb.base.core   # before PyTorch is loaded
-import contextlib, bitsandbytes as bnb, torch
+import contextlib, weakref, bitsandbytes as bnb, torch
 from collections import namedtuple
 from ..base.errors import QLoRAError
 from types import MethodType
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from transformers import core_model_loading
@@ -172,6 +173,20 @@ def _close(m, args, out):
         s.open = max(0, s.open - 1)
         if not s.open: s.kept = None
 
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #c32ca33f
+def stack_bytes(step) -> int:   # A function that returns a loss
+    "Bytes of dequantized stacks that the graph of one step holds."
+    made, write = [], BnbStack.write
+    def watched(self, packed):
+        whole = write(self, packed)
+        made.append((StorageWeakRef(whole.untyped_storage()), whole.nbytes))
+        return whole
+    BnbStack.write = watched
+    try: loss = step()
+    finally: BnbStack.write = write
+    if not made: raise QLoRAError("this step has read no stack.", cure="Pack a model's first.")
+    return sum(size for storage, size in made if not storage.expired())
+
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #a7c09e71
 def adapted_tensor(w) -> nn.Parameter:   # An adapter on a parameter
     "The parameter that it is on, packed or not."
@@ -183,7 +198,7 @@ def adapted_tensor(w) -> nn.Parameter:   # An adapter on a parameter
 @contextlib.contextmanager
 def packing_stacks(how=bnb_stack):   # As in `pack_stack`
     "Within this block `from_pretrained` puts each stack into 4 bits as soon as it has been read."
-    theirs = core_model_loading.set_param_for_module
+    theirs, packed = core_model_loading.set_param_for_module, {}
     def set_param(model, name, *args, **kw):
         theirs(model, name, *args, **kw)
         path, _, last = name.rpartition(".")
@@ -191,6 +206,12 @@ def packing_stacks(how=bnb_stack):   # As in `pack_stack`
         p = m._parameters.get(last)
         if p is not None and p.is_floating_point() and not p.is_meta and is_stack(m, p):
             pack_stack(m, last, how)
+            codes = m.parametrizations[last].original
+            packed[name] = weakref.ref(codes), codes._version
     core_model_loading.set_param_for_module = set_param
     try: yield
     finally: core_model_loading.set_param_for_module = theirs
+    for name, (codes, version) in packed.items():
+        if (codes := codes()) is not None and codes._version != version:
+            raise QLoRAError("its codes were written over after they were packed.", name,
+                             "Install the version of transformers that constraints.txt names.")

@@ -17,7 +17,7 @@ from ..base.arguments import as_dtype, check_model
 from ..base.causal import check_causal, may_look_ahead, refuse_random, say_left_out
 from ..base.errors import QLoRAError
 from ..base.failures import refuse_damaged
-from ..base.file_kinds import refuse_codes
+from ..base.tensor_files import refuse_codes
 from ..base.model_files import causal_config, hub_errors, locate
 from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears, quiet,
                                       stored_as, whole_blocks)

@@ -13,6 +13,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from ..base.causal import embedded_leaves
 from ..base.errors import QLoRAError
 from ..speed.dequantized import dequantized
 from ..speed.logits import evaluating, own_logits
@@ -93,21 +94,16 @@ def _tolerance(model):
 @contextlib.contextmanager
 def _embedded(model, recompute=False):   # Yields a list, whose last element is the embedded batch
     "Let a gradient reach the embedded tokens of the forward passes in this block."
-    seen, lists = [], [o for o in model.get_decoder().modules()
-                       if isinstance(o, torch.nn.ModuleList) and len(o)]
-    def leaf(m, args, out):
-        seen.append(out.detach().requires_grad_())
-        return seen[-1].clone()   # which some models scale in place
+    lists = [o for o in model.get_decoder().modules()
+             if isinstance(o, torch.nn.ModuleList) and len(o)]
     def again(theirs):
         return lambda *args, **kw: checkpoint(theirs, *args, use_reentrant=False, **kw)
-    hook = model.get_input_embeddings().register_forward_hook(leaf)
     longest = max(lists, key=len, default=()) if recompute else ()
     layers = [(m, m.forward, "forward" in vars(m)) for m in longest]
     for m, forward, _ in layers: m.forward = again(forward)
     try:
-        with torch.enable_grad(): yield seen
+        with embedded_leaves(model) as seen: yield seen
     finally:
-        hook.remove()
         for m, forward, own in layers:
             if own: m.forward = forward
             else: del m.forward

@@ -11,7 +11,7 @@ from ..base.arguments import check_run
 from ..base.errors import QLoRAError
 from ..base.core import count_params, free_memory, set_seed, versions
 from ..foundations.adapters import save_adapter
-from .data import as_messages, collate, digest
+from .data import as_messages, collate, digest, turns_of
 from ..base.failures import Guard, explain_failure
 from ..base.mapped import Pieces, count, take
 from ..base.model_files import locate
@@ -76,9 +76,8 @@ def make_trainer(model,              # With adapters, on a 4-bit base
 # %% ../../nbs/2_training/29_finetune.ipynb #fcef75b8
 def save_whole(model, folder:Path, rows:list, s:dict, notes:dict) -> Path:  # Of the adapter
     "Save the adapter with its notes, and read it back."
-    def asked(row): return sum(m["role"] == "user" for m in as_messages(row))
     dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")   # of the base
-    notes |= dict(turns=int(max(count(rows, "turns", asked))), dtype=dtype)
+    notes |= dict(turns=int(max(count(rows, "turns", turns_of))), dtype=dtype)
     adapter = save_adapter(model, folder/"adapter", s["model"], template=s["template"], **notes)
     if lost := not_in_file(model, adapter):
         raise QLoRAError(f"the adapter was not saved whole ({lost[0]}).", str(adapter))
