@@ -145,9 +145,7 @@ def _fit(row, tokenizer, template, max_length, long):
     return (encode(short, tokenizer, template), "cut", n) if short else (None, "no room", n)
 
 # %% ../../nbs/2_training/19_data.ipynb #47d3c350
-def turns_of(row) -> int:
-    "How many questions a row has."
-    return sum(m["role"] == "user" for m in as_messages(row))
+def turns_of(row): return sum(m["role"] == "user" for m in as_messages(row))
 
 # %% ../../nbs/2_training/19_data.ipynb #7a7385eb
 def _notes(row, example, fate, tokenizer, control):
