@@ -18,7 +18,7 @@ from ..base.arguments import check_flags
 from ..base.errors import QLoRAError
 from ..base.mapped import Mapped
 from ..base.mapped_rows import _as_row, map_rows
-from ..base.notes import (FATES, TEXT, Examples, Notes, Row, earlier, length_report,
+from ..base.notes import (OUTCOMES, TEXT, Examples, Notes, Row, earlier, length_report,
                                  number_of, place_of, say_column, say_text, table_report)
 from ..base.readers import read_rows
 from ..base.rows import EXPECTED, check_rows
@@ -132,7 +132,7 @@ def _check_long(long):
 
 # %% ../../nbs/2_training/19_data.ipynb #f9cdbf93
 def _fit(row, tokenizer, template, max_length, long):
-    "(example or None, one of `FATES`, length). No room: not even for the answer."
+    "(example or None, one of `OUTCOMES`, length). No room: not even for the answer."
     _check_long(long)
     example = encode(row, tokenizer, template)
     n = len(example["input_ids"])
@@ -148,14 +148,14 @@ def _fit(row, tokenizer, template, max_length, long):
 def turns_of(row): return sum(m["role"] == "user" for m in as_messages(row))
 
 # %% ../../nbs/2_training/19_data.ipynb #7a7385eb
-def _notes(row, example, fate, tokenizer, control):
+def _notes(row, example, outcome, tokenizer, control):
     "What is to be said of a row's text, {} for one that is cut or left out."
-    if fate != "kept": return {}
+    if outcome != "kept": return {}
     return text_notes(as_messages(row), example, tokenizer, control, row)
 
 # %% ../../nbs/2_training/19_data.ipynb #402a84f2-a
 def _each(numbered, **how):
-    "(number, row, example or None, fate, length) of each (number, row); an error names its row."
+    "(number, row, example or None, outcome, length) of each (number, row); an error names its row."
     for i, row in numbered:
         try: yield i, row, *_fit(row, **how)
         except QLoRAError as e: raise QLoRAError(e.what, where=place_of(row, i), cure=e.cure) from e
@@ -173,12 +173,12 @@ def encode_rows(rows:list,             # From `load_rows`
     if isinstance(rows, Mapped): return _encode_mapped(rows, num_proc=num_proc, **how)
     examples, numbers, count, first, longest, turns = Examples(), [], Counter(), {}, 0, 0
     notes, control = Notes(), control_tokens(tokenizer)
-    for i, row, example, fate, n in _each(enumerate(rows, 1), **how):
+    for i, row, example, what, n in _each(enumerate(rows, 1), **how):
         number = number_of(row, i)
         if example: examples.append(example), numbers.append(i)
-        for k, v in _notes(row, example, fate, tokenizer, control).items(): notes.add(k, number, v)
-        if fate != "kept": first[fate] = earlier(first.get(fate, number), number)
-        count[fate] += 1
+        for k, v in _notes(row, example, what, tokenizer, control).items(): notes.add(k, number, v)
+        if what != "kept": first[what] = earlier(first.get(what, number), number)
+        count[what] += 1
         longest, turns = max(longest, n), max(turns, turns_of(row))
     examples.report = length_report(count, first, longest, max_length, turns)
     examples.rows = numbers
@@ -204,9 +204,9 @@ def _encode_batch(batch, places, **how):
     "The examples of a piece of a table, empty where a row was left out, and what became of each."
     out, control = [], control_tokens(how["tokenizer"])
     rows = (_as_row(dict(zip(batch, o))) for o in zip(*batch.values()))
-    for i, row, example, fate, size in _each(zip((i + 1 for i in places), rows), **how):
-        said = "\n".join(TEXT + k for k in _notes(row, example, fate, how["tokenizer"], control))
-        more = dict(row=i, number=row.number, source=row.source, fate=FATES.index(fate),
+    for i, row, example, outcome, size in _each(zip((i + 1 for i in places), rows), **how):
+        said = "\n".join(TEXT + k for k in _notes(row, example, outcome, how["tokenizer"], control))
+        more = dict(row=i, number=row.number, source=row.source, outcome=OUTCOMES.index(outcome),
                     size=size, turns=turns_of(row), said=said)
         out.append((example or dict(input_ids=[], labels=[])) | more)
     return {k: [o[k] for o in out] for k in out[0]}
@@ -217,7 +217,7 @@ def _columns():
     from datasets import Features, Sequence, Value
     ids, number, text = Sequence(Value("int32")), Value("int32"), Value("string")
     return Features(dict(input_ids=ids, labels=ids, said=text, source=text)
-                    | dict.fromkeys("row number fate size turns".split(), number))
+                    | dict.fromkeys("row number outcome size turns".split(), number))
 
 # %% ../../nbs/2_training/19_data.ipynb #18ffc087
 def _encode_mapped(rows, tokenizer, num_proc, **how):
@@ -231,7 +231,7 @@ def _encode_mapped(rows, tokenizer, num_proc, **how):
     examples.report, column = table_report(done.data, how["max_length"]), done.data.column
     examples.counted = dict(row=column("row").to_numpy(),
                             tokens=pc.list_value_length(column("labels")).to_numpy())
-    return examples.take((column("fate").to_numpy() < FATES.index("dropped")).nonzero()[0])
+    return examples.take((column("outcome").to_numpy() < OUTCOMES.index("dropped")).nonzero()[0])
 
 # %% ../../nbs/2_training/19_data.ipynb #406bf4bc
 def numbered(examples:list,  # Of `encode_rows`
