@@ -9,8 +9,6 @@ __all__ = ['GAP', 'LONG', 'load_rows', 'shorten', 'turns_of', 'encode_rows', 'co
 # %% ../../nbs/2_training/19_data.ipynb #c889d438
 from collections import Counter
 from pathlib import Path
-
-# %% ../../nbs/2_training/19_data.ipynb #33842b59
 from ..base.files import (PARTS, as_path, choose, digest, from_hub, identity, is_file,
                                  is_large)
 import numpy as np, pyarrow.compute as pc, torch

@@ -16,15 +16,11 @@ from ..base.failures import Guard, explain_failure
 from ..base.mapped import Pieces, count, take
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
-
-# %% ../../nbs/2_training/29_finetune.ipynb #37fa86e9
 import inspect, time, numpy as np
 from fastcore.meta import delegates
 from functools import partial
 from pathlib import Path
 from transformers import PrinterCallback, TrainerState
-
-# %% ../../nbs/2_training/29_finetune.ipynb #2524b1a9
 from .end_tokens import note_ends
 from .optimizers import as_learnt, float32_adapters, use_loraplus
 from .document_mask import packed
@@ -32,8 +28,6 @@ from ..speed.data_parallel import (Sealer, as_one, by_first, holding, numbered_b
                                           step_shape)
 from .rehearsal import not_in_file, rehearse
 from ..base.runs import Run, content_id, last_checkpoint, open_run, sync, write_run
-
-# %% ../../nbs/2_training/29_finetune.ipynb #e6347ac4
 from .schedule import (choose_rows, count_steps, name_rows, repetitions,
                                         say_overlap, say_schedule, settle, tell)
 from .settings import Settings, trainer_settings, write_config

@@ -29,8 +29,6 @@ from ..speed.sharded_base import shard_base
 from .saved_adapters import (adapter_folder, base_for, check_fits, check_wishes,
     load_adapter, meant, more_than_lora, own_quantization, revision_for, shape_of)
 from .training_loop import check_checkpointing
-
-# %% ../../nbs/2_training/28_loaded_models.ipynb #ede14d3b
 import math, os, torch, warnings
 from pathlib import Path
 from peft import PeftModel
