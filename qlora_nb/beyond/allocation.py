@@ -13,23 +13,30 @@ import math, random, torch
 def look(model, tokenizer, rows:list, names:list,
          what:str="gradient") -> dict:   # or "inputs": name → sum of dyᵀx, or of xᵀx
     "What goes through layers, packed or not, in a pass over rows."
-    sums, hooks = {}, []
+    sums, hooks, back = {}, [], what == "gradient"
+    trained = [p for p in model.parameters() if p.requires_grad]   # what has none is not computed
     def add(n, M): sums[n] = sums.get(n, 0) + M
+    def begin(m, args):   # a gradient begins at the first of the layers, and not at the embedding
+        if back and not args[0].requires_grad: args[0].requires_grad_()
     def watch(n):
         def after(m, args, y):
             x = args[0].detach().flatten(0, -2).float()
             if what == "inputs": add(n, x.T @ x)
             elif y.requires_grad: y.register_hook(lambda d: add(n, d.flatten(0, -2).float().T @ x))
         return after
-    for n in names: hooks.append(model.get_submodule(n).register_forward_hook(watch(n)))
-    model.enable_input_require_grads()   # or nothing would have a gradient
+    for n in names:
+        m = model.get_submodule(n)
+        hooks += [m.register_forward_pre_hook(begin), m.register_forward_hook(watch(n))]
+    for p in trained: p.requires_grad_(False)
     try:
         for k in range(0, len(rows), 8):
             batch = collate(encode_rows(rows[k:k+8], tokenizer), tokenizer.pad_token_id)
-            model(**{o: v.to(model.device) for o, v in batch.items()}).loss.backward()
+            with torch.set_grad_enabled(back):
+                loss = model(**{o: v.to(model.device) for o, v in batch.items()}).loss
+            if back: loss.backward()
     finally:
         for o in hooks: o.remove()
-        model.disable_input_require_grads()
+        for p in trained: p.requires_grad_()
     return sums
 
 # %% ../../nbs/6_beyond/71_allocation.ipynb #spectrum69
