@@ -94,6 +94,13 @@ def test_resumed_by_two(how, alone, tmp_path):
     assert [o["losses"] for o in got] == [alone]*2 and got[0]["resumed_from"] == "checkpoint-2"
 
 
+def test_all_are_asked_for_the_same(how, tmp_path):
+    "A process with another file or seed would train something else, or wait for ever, without a word."
+    def unlike(): return finetune(output_dir=tmp_path/"run", **how | (dict(seed=1, data=how["data"][:9]) if rank() else {}))
+    with pytest.raises(QLoRAError, match="rank 1 of 2: it was started otherwise than rank 0: .*seed=1 instead of 0.*other rows"): on_ranks(2, unlike)
+    assert not (tmp_path/"run"/"settings.json").exists()
+
+
 def test_killed_while_a_checkpoint_is_written(how, alone, tmp_path):
     "The other process says so within seconds, and a checkpoint that is not whole is not gone on from."
     begun = how | dict(output_dir=tmp_path/"run")

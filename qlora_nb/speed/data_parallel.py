@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['average_gradients', 'around_ddp', 'RankBatches', 'rank_loader', 'RankTrainer', 'collated', 'numbered_batches',
            'counted_alone', 'as_one', 'when_trained', 'holding', 'seal_once', 'write_once', 'by_first', 'Sealer',
-           'step_shape', 'first_of']
+           'step_shape', 'first_of', 'agree']
 
 # %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100004
 from ..base.failures import explain_full, go_on
@@ -17,6 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerCallback
 from accelerate.data_loader import prepare_data_loader
 from torch import distributed as dist
+from ..base.errors import QLoRAError
 from ..base.ranks import everyone, join_run, n_ranks, rank, said_when_ended, together
 from ..base.runs import hold_run, last_checkpoint, seal, write_json
 
@@ -154,3 +155,17 @@ def step_shape(n:int, s:dict) -> tuple:   # Examples; settings
 def first_of(value):
     "Of what the processes have, the first that is not None."
     return next((o for o in everyone(value) if o is not None), None)
+
+# %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100042-ag
+def _unlike(k, here, first) -> str:   # A setting, what it is in this process and in the first
+    return f"other {k[:-7]}" if k.endswith("_sha256") else f"{k}={here} instead of {first}"
+
+def agree(s:dict):   # Settings, or what else has to be equal
+    "Raise `QLoRAError`, in each process, where one is to do something else than the first."
+    known = [k for k in ("model", "adapter") if s.get(f"{k}_sha256")]   # by their content
+    first, *rest = everyone({k: str(v) for k, v in s.items() if k not in known})
+    for r, o in enumerate(rest, 1):
+        unlike = [_unlike(k, o.get(k), first.get(k)) for k in first | o if o.get(k) != first.get(k)]
+        if unlike:
+            raise QLoRAError(f"it was started otherwise than rank 0: {', '.join(unlike)}.",
+                             f"rank {r} of {n_ranks()}", "Give all the same options and files.")

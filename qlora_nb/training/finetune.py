@@ -24,8 +24,8 @@ from transformers import PrinterCallback, TrainerState
 from .end_tokens import note_ends
 from .optimizers import as_learnt, float32_adapters, use_loraplus
 from .document_mask import packed
-from ..speed.data_parallel import (Sealer, as_one, by_first, holding, numbered_batches,
-                                          step_shape)
+from ..speed.data_parallel import (Sealer, agree, as_one, by_first, holding,
+                                             numbered_batches, step_shape)
 from .rehearsal import not_in_file, rehearse
 from ..base.runs import Run, content_id, last_checkpoint, open_run, sync, write_run
 from .schedule import (choose_rows, count_steps, name_rows, repetitions,
@@ -121,9 +121,12 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks, resu
     for cb in callbacks: trainer.add_callback(cb)
     def kept(): return last_checkpoint(folder/"checkpoints")
     batch = "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"
+    found = kept() if resume else None
+    dtype = model.get_input_embeddings().weight.dtype   # not each GPU has bfloat16
+    agree(dict(resumed_from=found and found.name, dtype=dtype))
     with explain_failure(folder, kept, gradient_checkpointing=trainer.args.gradient_checkpointing,
                          **{k: s[k] for k in batch}):
-        facts = rehearse_and_train(trainer, kept() if resume else None, s, progress)
+        facts = rehearse_and_train(trainer, found, s, progress)
         free_memory()
         info = by_first(trainer.load_best, finish, model, trainer, folder, rows, s, notes, **facts)
     if hasattr(type(model.config), "use_cache"): model.config.use_cache = True   # else it has none
@@ -180,6 +183,7 @@ def carry_out(model, tokenizer, chosen, s:dict, how:dict, folder:Path, written, 
               callbacks, resume, progress) -> Run:   # `written`: as `write_config` takes it
     "A run whose rows and settings are known: open its folder, load the base, train, save."
     with holding(folder) as first:
+        agree(s | how | dict(resume=resume))
         if first and (open_run(folder, s, resume) or not (folder/"config.yaml").exists()):
             write_config(folder/"config.yaml", *written)
         tokenizer, encoded = before_weights(model, tokenizer, chosen.rows, chosen.numbers,
