@@ -5,8 +5,9 @@ from contextlib import contextmanager
 import psutil, pytest
 import torch
 
-from qlora_nb.base.errors import QLoRAError
+from qlora_nb.base.errors import PeerLost, QLoRAError
 from qlora_nb.base.ranks import can_fork, on_ranks, rank
+from qlora_nb.evaluation.evaluation import finetune_and_evaluate
 from qlora_nb.training.data import load_rows
 from qlora_nb.training.finetune import finetune
 
@@ -99,6 +100,15 @@ def test_all_are_asked_for_the_same(how, tmp_path):
     def unlike(): return finetune(output_dir=tmp_path/"run", **how | (dict(seed=1, data=how["data"][:9]) if rank() else {}))
     with pytest.raises(QLoRAError, match="rank 1 of 2: it was started otherwise than rank 0: .*seed=1 instead of 0.*other rows"): on_ranks(2, unlike)
     assert not (tmp_path/"run"/"settings.json").exists()
+
+
+def test_rows_that_one_process_cannot_read(how, tmp_path):
+    "It says which; the other one has one sentence too, long before a folder is opened."
+    def unread():
+        try: finetune_and_evaluate(output_dir=tmp_path/"run", **how | (dict(data=str(tmp_path/"none.jsonl")) if rank() else {}))
+        except PeerLost as e: (tmp_path/"said").write_text(str(e), encoding="utf-8")
+    with pytest.raises(QLoRAError, match="rank 1 of 2: .*none.jsonl"): on_ranks(2, unread)
+    assert (tmp_path/"said").read_text(encoding="utf-8") == "rank 0 of 2: another process of this run has ended, and so does this one."
 
 
 def test_killed_while_a_checkpoint_is_written(how, alone, tmp_path):

@@ -203,7 +203,7 @@ def explain_failure(folder,             # Of the run
     try: yield
     except KeyboardInterrupt: raise KeyboardInterrupt(go_on(kept())) from None
     except QLoRAError as e:
-        raise QLoRAError(e.what, e.where, f"{e.cure} {go_on(kept())}".strip()) from e.__cause__
+        raise type(e)(e.what, e.where, f"{e.cure} {go_on(kept())}".strip()) from e.__cause__
     except Exception as e:
         traceback.clear_frames(e.__traceback__)   # or the tensors of the failed step stay in memory
         free_memory()

@@ -110,7 +110,7 @@ def everyone(value) -> list:   # Of each rank, in their order
     "What all ranks have. Each of them has to call it, and waits for the others."
     if n_ranks() == 1: return [value]
     got = [None]*n_ranks()
-    dist.all_gather_object(got, value)
+    with together(): dist.all_gather_object(got, value)   # see the end of this page
     return got
 
 # %% ../../nbs/base/ranks.ipynb #d1570028
@@ -147,6 +147,8 @@ def peer_lost(go_on, what="another process of this run has ended, and so does th
 def together(go_on=lambda: ""):   # What can be done then, in words
     "Raise `QLoRAError` when another rank has ended, instead of what the library says."
     try: yield
+    except PeerLost as e:   # of an inner block, which does not know what can be done
+        raise (e if e.cure else peer_lost(go_on)) from e.__cause__
     except RuntimeError as e:
         if n_ranks() == 1 or not any(o in str(e) for o in LOST): raise
         raise peer_lost(go_on) from e

@@ -21,7 +21,7 @@ from ..speed.dequantized import dequantized
 from ..using.inference import generate
 from .intervals import interval, paired_interval
 from ..base.mapped import Mapped, all_but
-from ..speed.data_parallel import rank, when_trained, write_once
+from ..speed.data_parallel import join_run, rank, when_trained, write_once
 from ..base.sources import OPTIONS, shared_options
 from ..training.settings import check_settings
 from ..training.schedule import NamedRows, pick_rows, repetitions, say_overlap, source_of
@@ -233,6 +233,7 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
                           **settings) -> Report:   # Of `finetune`: model, output_dir, r, ...
     "Fine-tune, and score without and with the adapter on rows that it was not trained on."
     check_settings(eval_rows=eval_rows, seed=seed)
+    join_run(settings.get("device"))   # or nobody learns of one whose rows cannot be read
     start, source = time.perf_counter(), source_of(data)
     asked = dict(data=data, eval_data=eval_data, test_data=test_data, eval_rows=eval_rows)
     settings.setdefault("config_yaml", asked | dict(seed=seed) | as_asked(settings))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['average_gradients', 'around_ddp', 'RankBatches', 'rank_loader', 'RankTrainer', 'collated', 'numbered_batches',
            'counted_alone', 'as_one', 'when_trained', 'holding', 'seal_once', 'write_once', 'by_first', 'Sealer',
-           'step_shape', 'first_of', 'agree']
+           'step_shape', 'first_of', 'agree', 'same_start']
 
 # %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100004
 from ..base.failures import explain_full, go_on
@@ -169,3 +169,8 @@ def agree(s:dict):   # Settings, or what else has to be equal
         if unlike:
             raise QLoRAError(f"it was started otherwise than rank 0: {', '.join(unlike)}.",
                              f"rank {r} of {n_ranks()}", "Give all the same options and files.")
+
+def same_start(found, model):   # A checkpoint or None; not each GPU has bfloat16
+    dtype = model.get_input_embeddings().weight.dtype
+    agree(dict(resumed_from=found and found.name, dtype=dtype))
+    return found

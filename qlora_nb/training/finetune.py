@@ -25,7 +25,7 @@ from .end_tokens import note_ends
 from .optimizers import as_learnt, float32_adapters, use_loraplus
 from .document_mask import packed
 from ..speed.data_parallel import (Sealer, agree, as_one, by_first, holding,
-                                             numbered_batches, step_shape)
+                                             numbered_batches, same_start, step_shape)
 from .rehearsal import not_in_file, rehearse
 from ..base.runs import Run, content_id, last_checkpoint, open_run, sync, write_run
 from .schedule import (choose_rows, count_steps, name_rows, repetitions,
@@ -121,9 +121,7 @@ def train_run(model, tokenizer, trainer, folder, rows, s, notes, callbacks, resu
     for cb in callbacks: trainer.add_callback(cb)
     def kept(): return last_checkpoint(folder/"checkpoints")
     batch = "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"
-    found = kept() if resume else None
-    dtype = model.get_input_embeddings().weight.dtype   # not each GPU has bfloat16
-    agree(dict(resumed_from=found and found.name, dtype=dtype))
+    found = same_start(kept() if resume else None, model)
     with explain_failure(folder, kept, gradient_checkpointing=trainer.args.gradient_checkpointing,
                          **{k: s[k] for k in batch}):
         facts = rehearse_and_train(trainer, found, s, progress)
