@@ -232,8 +232,7 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
                           seed:int=0, progress:bool=True,   # Of everything; show bars?
                           **settings) -> Report:   # Of `finetune`: model, output_dir, r, ...
     "Fine-tune, and score without and with the adapter on rows that it was not trained on."
-    check_settings(eval_rows=eval_rows, seed=seed)
-    join_run(settings.get("device"))   # or nobody learns of one whose rows cannot be read
+    check_settings(eval_rows=eval_rows, seed=seed), join_run(settings.get("device"))
     start, source = time.perf_counter(), source_of(data)
     asked = dict(data=data, eval_data=eval_data, test_data=test_data, eval_rows=eval_rows)
     settings.setdefault("config_yaml", asked | dict(seed=seed) | as_asked(settings))
