@@ -36,6 +36,7 @@ def embedded_leaves(model:nn.Module):   # Yields a list: what each pass in this 
         return seen[-1].clone()   # which some models change in place
     with model.get_input_embeddings().register_forward_hook(leaf), torch.enable_grad(): yield seen
 
+# %% ../../nbs/base/causal.ipynb #ahead
 def looks_ahead(model:nn.Module) -> bool:
     "Do the logits of the first token depend on the tokens behind it?"
     ids = torch.arange(3, 7, device=next(model.parameters()).device)[None]
