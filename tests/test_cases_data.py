@@ -130,6 +130,7 @@ READ = {
         [pair("Which?\n\nA. oar\nB. sail", "oar"), pair("Which, an oar or a sail?", "It is the sail.")], []),
     "choices that have their letters": ("letters.jsonl", lines(dict(question="Which?", options=["(A) oar", "(B) sail"], answer="B", answer_index=1)), [pair("Which?\n\nA. oar\nB. sail", "B")], []),
     "choices in columns": ("choices.csv", "question,A,B,answer\nWhich?,oar,sail,A\n", [pair("Which?\n\nA. oar\nB. sail", "A")], []),
+    "numbers to choose from": ("sums.jsonl", lines(dict(question="2+2?", choices=[3, 4], answer=4)), [pair("2+2?\n\nA. 3\nB. 4", "4")], []),
     "choices as the text of a list": ("choices.csv", "question,choices,answer\nWhich?,\"['oar', 'sail']\",sail\n", [pair("Which?\n\nA. oar\nB. sail", "sail")], []),
     "tags and names that are no pictures": ("tags.jsonl", lines(pair("Close this:\n<video>\n<source>\n</video>", "Done."), pair("What is <image> in a prompt?", "A mark.")), [pair("Close this:\n<video>\n<source>\n</video>", "Done."), pair("What is <image> in a prompt?", "A mark.")], []),
     "an answer that is marked as right": ("marked.jsonl", lines(pair("Hi", "Hello", is_correct=True)), [pair("Hi", "Hello")], ["`is_correct` (1 row, the first is row 1, 'True')"]),
@@ -151,7 +152,7 @@ def test_what_a_file_is_read_as(case, tmp_path):
 def one(*turns, **more): return "x.jsonl", lines(messages(user("Hi"), assistant("Hello")), messages(*turns, **more))
 LOST = "If it belongs to the question, map it by columns=dict(context={!r}, ...); if it is not needed, name the columns that are: {}"
 WEIGHS = "If it says what is learned, leave out the rows that are not; if it is not needed, name the columns that are: "
-NUMBER = "whether the first is 0 or 1 is not said. Write its label (A, B) or its text into `{}`."
+NUMBER = "whether the first is 0 or 1 is not said. Write its label (A, B) into `{}`."
 SFT = "this is a preference pair (`chosen`, `rejected`), made for DPO; here one answer is learned (SFT). To learn the chosen answers: "
 KTO = "this is an answer judged good or bad (`label`), made for KTO; here each answer is learned as it stands. Keep the rows whose label is true: "
 
@@ -215,10 +216,15 @@ REFUSED = {
     "the number of a choice": ("mmlu.jsonl", lines(dict(question="Where?", subject="x", choices=["Ostby", "Tellin"], answer=1)), ", row 1: `answer` is 1, the number of one of 'choices', and " + NUMBER.format("answer")),
     "the number of a choice, from columns": ("med.csv", "question,opa,opb,cop\nWhere?,Ostby,Tellin,1\n", ", row 1: `cop` is 1, the number of one of 'opa', 'opb', and " + NUMBER.format("cop")),
     "an answer that is no choice": ("mmlu.jsonl", lines(dict(question="Where?", choices=["Ostby", "Tellin"], answer="C")), f", row 1: `answer` ('C') is none of the choices: 'Ostby', 'Tellin'. {SKIP}"),
+    "a number that is a text and a place": ("sums.jsonl", lines(dict(question="1+0?", choices=[1, 2], answer=1)), ", row 1: `answer` is 1, the number of one of 'choices', and " + NUMBER.format("answer")),
+    "a letter that is a label and a text": ("letters.jsonl", lines(dict(question="Which letter?", choices=["B", "A"], answer="A")), f", row 1: `answer` ('A') names two choices. {SKIP}"),
     "two answers to one choice": ("med.jsonl", lines(dict(question="Where?", options=dict(A="Ostby", B="Tellin"), answer="Ostby", answer_idx="B")), f", row 1: `answer` ('Ostby') and `answer_idx` ('B') name two choices. {SKIP}"),
     "thoughts beside choices": ("aqua.jsonl", lines(dict(question="Where?", options=["A)Ostby", "B)Tellin"], rationale="It is inland.", correct="B")), ", row 1: the field `rationale` ('It is inland.') would be lost. If it is the reasoning before the answer, "
                                 "map it by columns=dict(reasoning='rationale', ...); if it is not needed, name the columns that are: " + name_columns(prompt="question", response="correct", choices="options")),
     "an answer that is marked as wrong": ("marked.jsonl", lines(pair("Hi", "Go.", is_correct=False)), ", row 1: this is an answer marked as wrong (`is_correct`), and here each answer is learned. Keep the rows whose is_correct is true: " + name_columns(prompt="prompt", response="response")),
+    "an answer that was deleted": ("oasst.jsonl", lines(pair("Hi", "Go.", deleted=True)), ", row 1: this is an answer marked as wrong (`deleted`), and here each answer is learned. Leave out the rows whose deleted is true: " + name_columns(prompt="prompt", response="response")),
+    "an answer that is not safe": ("beaver.jsonl", lines(pair("Hi", "Go.", is_safe=False)), ", row 1: this is an answer marked as wrong (`is_safe`), and here each answer is learned. Keep the rows whose is_safe is true: " + name_columns(prompt="prompt", response="response")),
+    "a chat and its system prompt under other names": ("gemini.jsonl", lines(dict(systemInstruction="Be kind.", contents=[user("Hi"), assistant("Hello")])), ", row 1: the row has none of the known fields; `contents` holds the turns of a chat. Name it: " + name_columns(messages="contents", system="systemInstruction")),
     "an answer judged by a number": ("wiki.jsonl", lines(dict(question="Where?", answer="In it.", label=0)), ", row 1: " + KTO + name_columns(prompt="question", response="answer")),
     "the place of a picture": (*one(user("<image>\nWhat is it?"), assistant("A bay.")), f", row 2: '<image>' in the question stands for a picture or a sound, and only text can be trained here. {SKIP}"),
     "the place of a sound": ("audio.jsonl", lines(pair("Who sings? <|audio_1|>", "Ida")), f", row 1: '<|audio_1|>' in the question stands for a picture or a sound, and only text can be trained here. {SKIP}"),
