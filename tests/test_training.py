@@ -14,7 +14,7 @@ from qlora_nb.evaluation.evaluation import finetune_and_evaluate, hold_out_numbe
 from qlora_nb.base.model_files import load_tokenizer, tiny_model
 from qlora_nb.base.nf4_config import quiet
 from qlora_nb.foundations.loading import load_model
-from qlora_nb.base.runs import is_sealed, last_checkpoint
+from qlora_nb.base.runs import is_sealed, last_checkpoint, latest_run
 from qlora_nb.training.learning_rate import suggest_lr
 from qlora_nb.training.schedule import number_rows, overlap, repetitions, say_overlap, tell
 from qlora_nb.training.finetune import finetune, make_trainer
@@ -609,6 +609,19 @@ def test_what_was_warned_of_is_said_once(rows, capsys):
     with pytest.warns(UserWarning, match="3 of 3 evaluation rows"): lines = ["3 steps.", say_overlap(rows, rows[:3]), None]
     tell(trainer, lines)
     assert capsys.readouterr().err == "3 steps.\n" and trainer.said == lines[:2]
+
+
+def test_a_run_that_is_refused_leaves_nothing(base, rows, tmp_path, monkeypatch):
+    "Its folder held config.yaml and settings.json, and `--resume` took it for the latest run."
+    monkeypatch.chdir(tmp_path)
+    how = dict(model=base, max_steps=1, **QUIET)
+    finetune(data=rows[:4], output_dir="runs/good", **how)
+    for wrong in (dict(max_length=8), dict(max_length=8, long="error"), dict(target_modules=["nowhere"])):
+        with pytest.raises(QLoRAError): finetune(data=rows[:4], output_dir="runs/bad", **how | wrong)
+        assert not Path("runs/bad").exists() and latest_run() == Path("runs/good")
+    Path("runs/mine").mkdir()
+    with pytest.raises(QLoRAError): finetune(data=rows[:4], output_dir="runs/mine", max_length=8, **how)
+    assert finetune(data=rows[:4], output_dir="runs/mine", **how).info["steps"] == 1
 
 
 def test_rows_whose_answers_are_long_are_rehearsed(base, tmp_path):

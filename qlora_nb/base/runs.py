@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARK', 'sync', 'write_json', 'seal', 'is_sealed', 'run_lock', 'in_use', 'last_checkpoint', 'comparable',
            'differences', 'way_back', 'check_folder', 'hold_run', 'read_settings', 'check_begin', 'check_same',
-           'open_run', 'content_id', 'write_run', 'Run', 'latest_run', 'finished_run']
+           'open_run', 'withdrawn', 'content_id', 'write_run', 'Run', 'latest_run', 'finished_run']
 
 # %% ../../nbs/base/runs.ipynb #a3071801
 import contextlib, hashlib, json, os, shutil
@@ -185,6 +185,20 @@ def open_run(folder:Path, settings:dict, resume:bool) -> bool:  # Does it begin 
             return True
         check_same(folder, settings)
         return False
+
+# %% ../../nbs/base/runs.ipynb #wd
+@contextlib.contextmanager
+def withdrawn(folder:Path, mine:bool=True):   # Of a run; does this process keep it?
+    "A run that is refused before it has trained is taken back: it is not the latest run then."
+    begins = mine and not (folder/"settings.json").exists()
+    try: yield
+    except QLoRAError:
+        files, places = ("settings.json", "config.yaml", ".lock"), (folder/"checkpoints", folder)
+        if begins and not any(places[0].glob("*")):
+            with contextlib.suppress(OSError):   # what else is there stays
+                for o in files: (folder/o).unlink(missing_ok=True)
+                for o in filter(Path.exists, places): o.rmdir()
+        raise
 
 # %% ../../nbs/base/runs.ipynb #005b34b0
 def content_id(place:str|Path,     # A folder with *.safetensors, or an id in the Hub's cache

@@ -27,7 +27,8 @@ from .document_mask import packed
 from ..speed.data_parallel import (Sealer, agree, as_one, by_first, holding,
                                              numbered_batches, same_start, step_shape)
 from .rehearsal import not_in_file, rehearse
-from ..base.runs import Run, content_id, last_checkpoint, open_run, sync, write_run
+from ..base.runs import (Run, content_id, last_checkpoint, open_run, sync, withdrawn,
+                                write_run)
 from .schedule import (choose_rows, count_steps, name_rows, repetitions,
                                         say_overlap, say_schedule, settle, tell)
 from .settings import Settings, trainer_settings, write_config
@@ -180,7 +181,7 @@ def asked_for(model, data, eval_data, test_data, leave_out, example, kwargs:dict
 def carry_out(model, tokenizer, chosen, s:dict, how:dict, folder:Path, written, device, example,
               callbacks, resume, progress) -> Run:   # `written`: as `write_config` takes it
     "A run whose rows and settings are known: open its folder, load the base, train, save."
-    with holding(folder) as first:
+    with holding(folder) as first, withdrawn(folder, first):
         agree(s | how | dict(resume=resume))
         if first and (open_run(folder, s, resume) or not (folder/"config.yaml").exists()):
             write_config(folder/"config.yaml", *written)
