@@ -235,3 +235,11 @@ def test_a_damaged_weight_is_named(name, value, bits, tmp_path):
     save_file(tensors, file, metadata=dict(format="pt"))
     for dtype, cure in ((torch.float32, "The file is damaged: fetch it again"), (torch.float16, "float16 ends at 65,504")):
         with pytest.raises(QLoRAError, match=f"`{name}` holds NaN or infinite numbers. {cure}"): load_model(tmp_path, bits=bits, device="cpu", dtype=dtype)
+
+
+def test_a_matrix_that_lies_on_its_side_is_named(tmp_path):
+    "It has as many weights as its layer, and ended in an error of PyTorch's."
+    tiny_model(vocab_size=64).save_pretrained(tmp_path)
+    tensors, name = load_file(file := tmp_path/"model.safetensors"), "model.layers.0.mlp.gate_proj.weight"
+    save_file(tensors | {name: tensors[name].T.contiguous()}, file, metadata=dict(format="pt"))
+    with pytest.raises(QLoRAError, match="model.layers.0.mlp.gate_proj: the file has 128 x 256 weights for a layer of 256 x 128"): load_model(tmp_path, device="cpu")

@@ -35,8 +35,8 @@ def broken_weights(model:torch.nn.Module) -> list:  # Names of layers
     return [n for n, m in model.named_modules() if any(broken(t) for t in tensors(m))]
 
 # %% ../../nbs/base/failures.ipynb #dmg
-def _is_broken(t) -> bool:
-    if not t.is_floating_point() or t.is_meta: return False
+def _is_broken(t) -> bool:   # codes may be kept under a type of floats, and are none
+    if not t.is_floating_point() or t.is_meta or hasattr(t, "quant_state"): return False
     return not t.sum(dtype=torch.float32).isfinite() and not t.isfinite().all()
 
 def refuse_damaged(model:torch.nn.Module, name):   # As it was read; what to call it

@@ -8,7 +8,7 @@ __all__ = ['Audit', 'WIDE_SHARE', 'QUANTIZATIONS', 'refuse_wide', 'refuse_repack
            'scale_sum', 'noted', 'check_read', 'read_base', 'refuse_quantization', 'check_quantization', 'load_model']
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #9eeb54c3
-import contextlib, math
+import contextlib
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ def check_sizes(model):
     "Raise `QLoRAError` for a packed weight of another size than its layer has."
     for n, m in model.named_modules():
         state = getattr(getattr(m, "weight", None), "quant_state", None)
-        if state is None or math.prod(state.shape) == m.in_features*m.out_features: continue
+        if state is None or tuple(state.shape) == (m.out_features, m.in_features): continue
         raise QLoRAError(f"the file has {' x '.join(map(str, state.shape))} weights for a layer of "
                          f"{m.out_features} x {m.in_features}.", n,
                          "Its config.json belongs to other weights.")
