@@ -137,6 +137,7 @@ def write_once(file:Path, obj, way:str=""):   # What is left to do where its dis
     with explain_full(file.parent, way):
         if rank() == 0: write_json(file, obj)
 
+# %% ../../nbs/7_speed/83_data_parallel.ipynb #first83
 def by_first(others, f, *args, **kw):
     "What `f` returns in the first process, in all of them; the rest call `others` meanwhile."
     made = f(*args, **kw) if rank() == 0 else others()
