@@ -1,4 +1,4 @@
-"""Which rate, which rank, which variant, which layers? SmolLM2 on the support tickets, about 280 runs on one GPU.
+"""Which rate, which rank, which variant, which layers? SmolLM2 on the support tickets, about 430 runs on one GPU.
 
     python nbs/experiments/adapter_choice.py nbs/results/adapter_choice.json [--workers 8] [--limit SECONDS] [--steps 150]
 
