@@ -15,7 +15,7 @@ from qlora_nb.base.errors import QLoRAError
 try: check_isolation()
 except QLoRAError as e: pytestmark = pytest.mark.skip(reason=str(e))
 
-SECONDS = 1.5
+SECONDS = 1.
 
 
 # ---- a page with two exercises ----
@@ -232,7 +232,7 @@ def grade_class(root):
     limits = Limits(seconds=SECONDS, memory=1 << 30)
     grades = grade(folder, source, limits, total=20, progress=False)
     took = time.monotonic() - start
-    stalled = {o.student for o in grades.results if "takes longer" in (o.message or "")} - {f"attack_{o}" for o in ENDLESS}
+    stalled = {o.student for o in grades.results if re.search("takes longer|too busy", o.message or "")} - {f"attack_{o}" for o in ENDLESS}
     if stalled:   # a busy machine can hold up an answer of milliseconds: such a submission is graded once more
         for o in stalled: shutil.copytree(folder/o, root/"stalled"/o)
         again = grade(root/"stalled", source, limits, total=20, progress=False).results
@@ -323,7 +323,7 @@ def test_there_are_thirty_hostile_ones(graded):
 
 def test_what_is_said_of_attacks(graded):
     said = {o: message(graded, f"attack_{o}") for o in ATTACKS}
-    expected = dict(endless="It takes longer than 1.5 s.", segfault="Its process was ended by SIGSEGV.", exits="It ended its process.",
+    expected = dict(endless=f"It takes longer than {SECONDS:.3g} s.", segfault="Its process was ended by SIGSEGV.", exits="It ended its process.",
                     reads_secrets="no secret", unmounts="no")
     for name, words in expected.items(): assert words in said[name], said
     odd = {o[0] for o in odd_rows(graded["grades"], {})}   # for a person to look at

@@ -60,7 +60,7 @@ import gc, json, os, random, signal, sys, time, torch
 import qlora_nb.speed.data_parallel as data_parallel, qlora_nb.training.finetune as training
 from qlora_nb.training.data import load_rows
 base, folder, backend, kills, seed, how, rows = json.loads(sys.argv[1])
-rng, rows = random.Random(seed), load_rows("tickets")[:rows]
+rng, rows, sent = random.Random(seed), load_rows("tickets")[:rows], []   # was a signal sent to each attempt, or was it over before?
 real_seal, real_save = data_parallel.seal, torch.save
 def slow_seal(f): time.sleep(.15), real_seal(f), time.sleep(.02)       # a save takes longer, so that kills fall into it
 def slow_save(*a, **k): time.sleep(.1), real_save(*a, **k)
@@ -75,11 +75,13 @@ def attempt(resume, seconds, sig, saving=False):
         try: run(resume); os._exit(0)
         except BaseException as e: sys.stderr.write(f"{type(e).__name__}: {e}\\n"); sys.stderr.flush(); os._exit(1)
     end = time.monotonic() + seconds
+    sent.append(False)
     while not begun or time.monotonic() < end:
         if not begun and set(state()) - set(there): begun, end = True, time.monotonic() + seconds
         if (got := os.waitpid(pid, os.WNOHANG))[0]: return os.waitstatus_to_exitcode(got[1])
         time.sleep(.005)
     os.kill(pid, sig)
+    sent[-1] = True
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 def state(): return sorted(o.name for o in __import__("pathlib").Path(folder).glob("checkpoints/checkpoint-*"))
 """
@@ -123,11 +125,14 @@ def test_killed_again_and_again(backend, seed, base, whole, tmp_path):
 @unix
 def test_ctrl_c_at_any_moment(base, whole, tmp_path):
     "SIGINT, as a terminal sends it: one message that names what is complete, and a resume to the same bits."
-    code = FORKS + "print(json.dumps([attempt(False, .3, signal.SIGINT, True), attempt(True, 300, signal.SIGINT)]))"
-    statuses, err = forks(code, str(base), str(tmp_path/"run"), "bnb", 1, 0, HOW, ROWS)
-    assert statuses[1] == 0, err[-2000:]
+    code = FORKS + "print(json.dumps([attempt(False, .3, signal.SIGINT, True), attempt(True, 300, signal.SIGINT), sent[0]]))"
+    for i in range(3):   # a machine that stands still for a second can let the run end before the signal is sent
+        run = tmp_path/f"run{i}"
+        statuses, err = forks(code, str(base), str(run), "bnb", 1, 0, HOW, ROWS)
+        if statuses[2]: break
+    assert statuses[1:] == [0, True], err[-2000:]
     assert statuses[0] and "KeyboardInterrupt: " in err and ("is complete: go on from it" in err or "No checkpoint was complete" in err), err
-    assert outcome(tmp_path/"run") == outcome(whole/"bnb")
+    assert outcome(run) == outcome(whole/"bnb")
 
 
 def test_a_damaged_checkpoint_is_never_used(whole, tmp_path):

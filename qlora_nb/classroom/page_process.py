@@ -91,7 +91,9 @@ def become(role, fds:list, space:dict, limits:Limits, folder:str|None):
     else: own_view(limits.disk, limits.files)
     own_limits(limits.memory, limits.seconds, limits.disk, limits.processes)
     if not folder: no_privileges(), few_calls()
-    role(*(Channel(socket.socket(fileno=o)) for o in fds), space)
+    channels = [Channel(socket.socket(fileno=o)) for o in fds]
+    channels[0].send(dict(ready=True))
+    role(*channels, space)
 
 # %% ../../nbs/classroom/page_process.ipynb #fb000017
 def launch(role, fds:list, space:dict, limits:Limits, isolated:bool):
