@@ -16,6 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import transformers_weight_conversion as conversion
 from safetensors.torch import load_file
+
+# %% ../../nbs/1_foundations/09_adapters.ipynb #0e572188-b
 from ..base.adapter_files import (describe_adapter, matrix_names, same_quantization,
                                          sizes_explained, values_follow)
 from ..base.errors import QLoRAError

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['View', 'is_stack', 'Stack', 'BnbStack', 'bnb_stack', 'pack_stack', 'pack_stacks', 'dequantize_stacks', 'unsavable',
-           'save_whole', 'hooked', 'stacks_of', 'stack_bytes', 'adapted_tensor', 'packing_stacks']
+           'save_whole', 'hooked', 'stacks_of', 'stack_bytes', 'adapted_tensor', 'refuse_overwritten', 'packing_stacks']
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #3dc9399b
 import qlora_nb.base.core   # before PyTorch is loaded
@@ -20,7 +20,7 @@ from transformers import core_model_loading
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #df96b0fd
 def is_stack(m:nn.Module, p:torch.Tensor) -> bool:
-    "Is this parameter of `m` a stack of matrices, such as experts, that is still wide?"
+    "Is this parameter of `m` a stack of matrices, such as experts, that is still unquantized?"
     return (p.ndim > 2 and p.is_floating_point() and not isinstance(m, _ConvNd)
             and min(p.shape[-2:]) > 8)
 
@@ -29,20 +29,20 @@ class Stack(nn.Module):
     "How a stack of matrices is read: dequantized once in each forward pass of its module."
     experts, kept, open = 0, None, 0
     added = ()   # (B, A, scaling) of each active adapter; a later page puts them there
-    def write(self, packed): raise NotImplementedError   # → the wide tensor; a subclass knows how
+    def write(self, packed): raise NotImplementedError   # → the stack; a subclass knows how
     def read(self, packed, added, again=False):
-        with torch.no_grad(): wide = self.write(packed)
-        with torch.autocast(wide.device.type, enabled=False):
+        with torch.no_grad(): W = self.write(packed)
+        with torch.autocast(W.device.type, enabled=False):
             for B,A,scaling in added:
                 # autograd is not looking in the backward pass
-                add = wide.baddbmm_ if again else wide.baddbmm
-                wide = add(B.to(wide.dtype), A.to(wide.dtype), alpha=scaling)
-        return wide
+                add = W.baddbmm_ if again else W.baddbmm
+                W = add(B.to(W.dtype), A.to(W.dtype), alpha=scaling)
+        return W
     def forward(self, packed):
         if self.kept is not None: return self.kept
-        wide = self.read(packed, self.added)
-        if self.open: self.kept = wide
-        return wide
+        W = self.read(packed, self.added)
+        if self.open: self.kept = W
+        return W
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #78b3f93c
 class BnbStack(Stack):
@@ -84,7 +84,7 @@ def pack_stack(m:nn.Module, name:str, how=bnb_stack):   # `how`: as `bnb_stack`
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #7c370eff
 def pack_stacks(model:nn.Module, how=bnb_stack) -> list:   # Names of what was packed
-    "Put each stack that is still wide into 4 bits, one at a time."
+    "Put each unquantized stack into 4 bits, one at a time."
     names = []
     for n,m in list(model.named_modules()):
         for k in [k for k,p in m.named_parameters(recurse=False) if is_stack(m, p)]:
@@ -99,10 +99,10 @@ def dequantize_stacks(model:nn.Module):
     for m in list(model.modules()):
         if not parametrize.is_parametrized(m): continue
         for k in [k for k,o in m.parametrizations.items() if isinstance(o[0], Stack)]:
-            wide = getattr(m, k).detach().clone()
+            W = getattr(m, k).detach().clone()
             parametrize.remove_parametrizations(m, k, leave_parametrized=False)
             m._parameters.pop(k, None), m._buffers.pop(k, None)
-            m.register_parameter(k, nn.Parameter(wide, requires_grad=False))
+            m.register_parameter(k, nn.Parameter(W, requires_grad=False))
         order = [*m.__dict__.get("qlora_nb_order", ()), *m._parameters]
         m._parameters = {k: m._parameters[k] for k in dict.fromkeys(order) if k in m._parameters}
     return model
@@ -123,10 +123,10 @@ def save_whole(model, *args, **kwargs):   # Of `save_pretrained`
 
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #c383dc39
 View = namedtuple("View", "stack packed added size stride offset")
-_again = {}   # the stack that the backward pass is at, and its adapters → its wide tensor
+_again = {}   # the stack that the backward pass is at, and its adapters → its tensor, dequantized
 
 def _keep(stacks):
-    "What autograd keeps instead of a tensor: for a view into a wide stack only where it lies."
+    "What autograd keeps instead of a tensor: of a view into a stack only its place."
     def pack(t):
         for s,packed in stacks:
             if (s.kept is not None and t.untyped_storage().data_ptr()
@@ -194,6 +194,14 @@ def adapted_tensor(w) -> nn.Parameter:   # An adapter on a parameter
     return (base.parametrizations[k].original if parametrize.is_parametrized(base, k)
             else base._parameters[k])
 
+# %% ../../nbs/1_foundations/10_expert_weights.ipynb #6386c564-o
+def refuse_overwritten(packed:dict):   # Name → (weak reference to its codes, their version)
+    "Raise `QLoRAError` for codes that were written over after they had been packed."
+    for name, (codes, version) in packed.items():
+        if (codes := codes()) is not None and codes._version != version:
+            raise QLoRAError("its codes were written over after they were packed.", name,
+                             "Install the version of transformers that constraints.txt names.")
+
 # %% ../../nbs/1_foundations/10_expert_weights.ipynb #6386c564
 @contextlib.contextmanager
 def packing_stacks(how=bnb_stack):   # As in `pack_stack`
@@ -211,7 +219,4 @@ def packing_stacks(how=bnb_stack):   # As in `pack_stack`
     core_model_loading.set_param_for_module = set_param
     try: yield
     finally: core_model_loading.set_param_for_module = theirs
-    for name, (codes, version) in packed.items():
-        if (codes := codes()) is not None and codes._version != version:
-            raise QLoRAError("its codes were written over after they were packed.", name,
-                             "Install the version of transformers that constraints.txt names.")
+    refuse_overwritten(packed)

@@ -17,6 +17,8 @@ from ..base.arguments import as_dtype, check_model
 from ..base.causal import check_causal, may_look_ahead, refuse_random, say_left_out
 from ..base.errors import QLoRAError
 from ..base.failures import refuse_damaged
+
+# %% ../../nbs/1_foundations/08_loading.ipynb #9eeb54c3-b
 from ..base.tensor_files import refuse_codes
 from ..base.model_files import causal_config, hub_errors, locate
 from ..base.nf4_config import (all_on_cards, as_asked, nf4_config, plain_linears, quiet,
@@ -95,17 +97,16 @@ def check_sizes(model):
                          "Its config.json belongs to other weights.")
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #107c0f53
-def audited(model, load=None):   # In 4 bits; loads it again, with the layers that it is given wide
-    "The model with what has to stay wide left wide, audited, or a `QLoRAError`."
+def audited(model, load=None):   # In 4 bits; loads it again without the layers that it is given
+    "The model, audited, with what has to stay unquantized left so, or a `QLoRAError`."
     check_sizes(model), pack_stacks(model)
     wrong, read, error = misplaced(model)
     left = [n for n,m in model.named_modules() if m is model.get_output_embeddings()]
     while load and {*wrong} - {*left}:   # a pass that fails at one layer does not reach the next
         left += wrong
         wrong, read, error = misplaced(model := disable_cpu_repacking(load(left)))
-    if error:
-        raise QLoRAError(f"its first forward pass fails ({str(error)[:200]}).",
-                         type(model).__name__, "It does not work in 4 bits.") from error
+    if error: raise QLoRAError(f"its first forward pass fails ({str(error)[:200]}).",
+                               type(model).__name__, "It does not work in 4 bits.") from error
     model.qlora_nb_read = read   # adapters on these layers would change nothing
     return audit_4bit(model) and model
 
@@ -168,7 +169,7 @@ def check_read(model, info:dict, name, place, revision):   # `info`: what transf
 
 # %% ../../nbs/1_foundations/08_loading.ipynb #16c76dfa-r
 def read_base(name, place, bits, dtype, revision, where:dict,   # `device_map` and `max_memory`
-              skip=()):   # Layers that are left wide
+              skip=()):   # Layers that are left as they are
     "One reading of a checkpoint, in 4 bits where `bits` says so."
     four = dict(quantization_config=nf4_config(dtype, skip)) if bits else {}
     with hub_errors(name), quiet(), all_on_cards(name), contextlib.ExitStack() as s:
@@ -195,8 +196,8 @@ def check_quantization(name:str, bits:int|None=4, stored:str|None=None, backend:
     "Raise `QLoRAError` for a way to fill NF4 that is not there, or cannot be taken here."
     if name == "nf4": return
     if name == "nf4-learned":
-        raise QLoRAError("nf4-learned takes a text and minutes, and is made once.", cure="Call "
-                         "qlora_quantize MODEL FOLDER --text FILE, and load the folder.")
+        raise QLoRAError("nf4-learned takes a text and minutes, and is made once.",
+                         cure="Call qlora_quantize MODEL FOLDER --text FILE, and load the folder.")
     if name not in QUANTIZATIONS:
         raise QLoRAError(f"there is no quantization='{name}' here.",
                          cure=f"Choose {' or '.join(['nf4', *QUANTIZATIONS])}; others come with "

@@ -17,6 +17,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn, no_grad
 from transformers.pytorch_utils import Conv1D
+
+# %% ../../nbs/1_foundations/06_lora_model.ipynb #36cd7757-b
 from ..base.adapter_files import read_json
 from ..base.errors import QLoRAError
 from ..base.targets import (find_targets, layer_kinds, layer_size, match_targets,

@@ -114,7 +114,7 @@ def quantize_model(model:nn.Module,          # Changed in place
                   ) -> list:                 # The names of the layers that are in 4 bits now
     """Store linear layers and experts, but not the head, in 4 bits. Raises `QLoRAError` where a
     weight is not finite."""
-    model.qlora_nb_read = misplaced(model)[1]
+    model.qlora_nb_read = misplaced(model)[1]   # layers whose weight other code reads
     names = [n for n in match_targets(model) if dense_layer(model.get_submodule(n))]
     if not names:
         raise QLoRAError("there is no layer to quantize here.", type(model).__name__,
