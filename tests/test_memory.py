@@ -1,4 +1,6 @@
 "Plans against what is really there: every parameter counted, layers of every kind, attention of every form, and one sentence for the rest."
+import gc
+
 import pytest, torch
 from peft import LoraConfig, get_peft_model
 from transformers import (AutoModelForCausalLM, BloomConfig, DeepseekV3Config, Gemma2Config, Gemma3Config, Gemma4Config, Glm4MoeConfig, GPT2Config, GptOssConfig, JetMoeConfig,
@@ -44,6 +46,14 @@ def test_few_layers_of_each_kind_stand_for_all(kind):
     assert {k: p.parts[k] for k in parts} == parts
     for k, (top, end) in moments.items():
         assert p.moments[k][0] == pytest.approx(top, rel=.02) and p.moments[k][1] == pytest.approx(end, rel=.02), k
+
+
+def test_what_the_caller_has_frozen_stays_frozen():
+    "Else each collection that follows in this process would go through it again."
+    gc.freeze()
+    before = gc.get_freeze_count()
+    plan(LlamaConfig(**SIZE))
+    assert gc.get_freeze_count() > .99*before > 1000
 
 
 def test_layers_are_sorted_by_kind():

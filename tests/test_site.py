@@ -28,12 +28,13 @@ AXE = ["index.html", "1_foundations/03_nf4.html", "2_training/20_mask_viewer.htm
 
 
 def build_forked(out):
-    "`build_site`, with Sphinx in a fork that has imported the libraries; `test_a_dead_link_fails_the_build` starts it as it is."
+    """`build_site`, with Sphinx in a fork that has imported the libraries; `test_a_dead_link_fails_the_build` starts it as it is.
+    Two processes would do some of the work twice, and the collector looks again and again through trees that stay."""
     def sphinx(call, env, **kw):
-        return forks.run("import sys; from sphinx.cmd.build import main; sys.exit(main(sys.argv[1:]))", *call[3:], env=env, timeout=900)
+        return forks.run("import gc, sys; gc.disable(); from sphinx.cmd.build import main; sys.exit(main(sys.argv[1:]))", *call[3:], env=env, timeout=900)
     with pytest.MonkeyPatch.context() as m:
         m.setattr("qlora_nb.classroom.site.subprocess", SimpleNamespace(run=sphinx))
-        build_site(out)
+        build_site(out, jobs=1)
 
 
 @pytest.fixture(scope="session")

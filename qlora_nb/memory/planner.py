@@ -95,12 +95,12 @@ def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_mod
              target_parameters=(), use_dora=False) -> tuple:
     "One training step without memory: (parts that stay, moments of a `Ledger`)."
     idle = idle_parts(whole(cfg, torch.float32 if method == "full" else dtype))   # not within
-    gc.freeze()   # garbage is looked for among what comes now, and not in the whole process
+    if not (theirs := gc.get_freeze_count()): gc.freeze()   # garbage is looked for in what comes
     with ledger or Ledger() as ledger, torch.device("meta"):
         model = skeleton(cfg, method, r, target_modules, dtype, keep, target_parameters, use_dora)
         trained = learning(model, idle)
         states = [torch.empty(state_bytes(p, optim), dtype=torch.uint8) for p in trained]
-        gc.collect(), gc.unfreeze()
+        gc.collect(), theirs or gc.unfreeze()
         parts = parts_of(model) | dict(optimizer=sum(map(torch.Tensor.numel, states)))
         if gradient_checkpointing:
             def contexts(): return contextlib.nullcontext(), Autocast(dtype)
