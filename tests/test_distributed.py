@@ -11,7 +11,7 @@ from qlora_nb.evaluation.evaluation import finetune_and_evaluate
 from qlora_nb.training.data import load_rows
 from qlora_nb.training.finetune import finetune
 
-from common import NBS, small_base
+from common import NBS, small_base, small_tokenizer
 from forks import Fork
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or torch.cuda.is_available(), reason="needs os.fork without CUDA")
@@ -73,6 +73,28 @@ def test_a_sharded_base_says_what_it_cannot_do():
         model(input_ids=torch.arange(5, 45)[None], use_cache=False)
         seen[0].sum().backward()
     with pytest.raises(QLoRAError, match="block 3 of a sharded base: its bytes"): on_ranks(2, picked_up)
+
+
+def losses_of(passes:list, folder):
+    "Of short runs, one for each number of passes a step."
+    from qlora_nb.foundations.adapters import tiny_qlora
+    from qlora_nb.training.finetune import make_trainer
+    found = {}
+    for k in passes:
+        ids = torch.randint(5, 500, (11, 20), generator=torch.Generator().manual_seed(0)).tolist()
+        trainer = make_trainer(tiny_qlora(), small_tokenizer(300), [dict(input_ids=o, labels=o) for o in ids], folder/f"{rank()} {k}", False,
+                               per_device_train_batch_size=1, gradient_accumulation_steps=k, max_steps=4, learning_rate=1e-2)
+        trainer.train()
+        found[k] = [o["loss"] for o in trainer.state.log_history if "loss" in o]
+    return found
+
+
+def test_however_a_step_is_divided(tmp_path):
+    "The losses have every digit of those of one process, whatever number of processes and passes makes a step; eleven rows end within one."
+    one = losses_of([3, 4, 6], tmp_path)
+    assert len(set(map(tuple, one.values()))) == 3
+    for n, passes in {2: [2, 3], 3: [1, 2], 4: [1]}.items():
+        for got in on_ranks(n, losses_of, passes, tmp_path): assert got == {k: one[n*k] for k in passes}
 
 
 def test_packed_rows_and_our_own_layers(how, tmp_path):

@@ -245,6 +245,4 @@ def rehearse(trainer, tokenizer, examples:list, collator, pad, measure, base:str
     "What one step on two rows shows, in sentences; it is undone. Raises `QLoRAError`."
     with _layers_called(trainer.model) as called, _in_a_sentence(trainer.model):
         loss, dead, mine = _step(trainer, examples, collator, pad, measure, base, called)
-    if handler := getattr(trainer.accelerator, "ddp_handler", None):
-        handler.find_unused_parameters = bool(dead)
     return _summary(trainer.model, loss, dead, mine)

@@ -160,9 +160,7 @@ class FastTrainer(SureTrainer):
         fast = getattr(self.model, "step_loss", None)   # of `speed_up`
         if fast is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = fast(inputs, n=num_items_in_batch)   # around DDP: `RankTrainer` averages
-        spread = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        return loss*self.accelerator.num_processes if spread else loss   # a mean follows
+        return fast(inputs, n=num_items_in_batch)   # `RankTrainer` adds up over processes
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #909e50e5
 @patch
