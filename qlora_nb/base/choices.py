@@ -15,6 +15,7 @@ from .refused_rows import listed, say_columns
 # %% ../../nbs/base/choices.ipynb #ch_sides
 LISTS = "choices options endings answer_choices answer_options candidates".split()
 
+# %% ../../nbs/base/choices.ipynb #ch_sides-b
 def labelled(value) -> dict:   # Of a field with choices → {label: text}; {} for something else
     "The texts to choose from, under the labels that they have, or under A, B, C."
     if isinstance(value, str): value = parse_text(value)

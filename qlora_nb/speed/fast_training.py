@@ -52,33 +52,39 @@ def fast_loss(model, batch:dict,   # `input_ids`, `labels` (-100: none), and wha
     return chunked_loss(h, head.weight, y, getattr(head, "bias", None), n, chunk_size, gradient)
 
 # %% ../../nbs/7_speed/82_fast_training.ipynb #822f10f6
+def _as_before(model):
+    "Frozen weights are wide again, and gradient checkpointing is on where it was."
+    for p in map(model.get_parameter, vars(model).pop("narrowed", [])): p.data = p.data.float()
+    if (how := vars(model).pop("checkpointed", None)) is not None:
+        model.gradient_checkpointing_enable(how)
+
+# %% ../../nbs/7_speed/82_fast_training.ipynb #822f10f6-b
 def make_plain(model, widen:bool=True):  # False: weights stay narrow, to be narrowed at once again
     "Undo `make_fast`."
     for m in adapted_layers(model).values(): unfuse(m)
-    unfold_prefixes(model)
-    drop_dequantized(model)
-    cpu_pieces_undo(model)
+    unfold_prefixes(model), drop_dequantized(model), cpu_pieces_undo(model)
     if stack := vars(model).pop("stack", None):
-        stack.undo()
-        vars(model).pop("asked").remove()
+        stack.undo(), vars(model).pop("asked").remove()
     for m in model.modules():
         if hasattr(m, "compiled"): del m.forward, m.compiled
     for name in ("step_loss", "host_memory"): vars(model).pop(name, None)
-    if widen:
-        for p in map(model.get_parameter, vars(model).pop("narrowed", [])): p.data = p.data.float()
-        if (how := vars(model).pop("checkpointed", None)) is not None:
-            model.gradient_checkpointing_enable(how)
+    if widen: _as_before(model)
     return model
 
 # %% ../../nbs/7_speed/82_fast_training.ipynb #ce5a4237
-def fuse_layers(model, layers:dict) -> list:  # Rows: (part, number, what it is now, the first)
-    "Fuse what can be fused, and undo the widening of frozen weights."
-    rows, why = [], {n: why_not(m) for n, m in layers.items()}
+def _fuse_right(layers:dict) -> dict:   # {name: why it is not fused, or None}
+    "Fuse the layers whose fused form is the same."
+    why = {n: why_not(m) for n, m in layers.items()}
     ready = {n: m for n, m in layers.items() if why[n] is None}
     for m in ready.values(): fuse(m)
     wrong = why_off(ready)
     for n in wrong: unfuse(layers[n])
-    why |= wrong
+    return why | wrong
+
+# %% ../../nbs/7_speed/82_fast_training.ipynb #ce5a4237-b
+def fuse_layers(model, layers:dict) -> list:  # Rows: (part, number, what it is now, the first)
+    "Fuse what can be fused, and undo the widening of frozen weights."
+    rows, why = [], _fuse_right(layers)
     for reason in dict.fromkeys(why.values()):
         some = [n for n in layers if why[n] == reason]
         rows.append(["adapter", len(some), f"as before: {reason}" if reason else "fused", some[0]])
@@ -88,19 +94,22 @@ def fuse_layers(model, layers:dict) -> list:  # Rows: (part, number, what it is 
     return rows + [["frozen weight", len(names), str(dtypes[0]), n] for n in names[:1]]
 
 # %% ../../nbs/7_speed/82_fast_training.ipynb #5c1e77aa
+def _fixed(layers, blocks, device) -> tuple:
+    "What a CUDA graph has fixed: how each layer computes, and where its weights are."
+    own = [(getattr(m, "disable_adapters", False), m.merged, layer_state(m)) for m in layers]
+    weights = [(p.data_ptr(), p.requires_grad) for b in blocks for p in b.parameters()]
+    return torch.is_autocast_enabled(device.type), *own, *weights
+
+# %% ../../nbs/7_speed/82_fast_training.ipynb #5c1e77aa-b
 def graph_layers(model, blocks, device, host=None):  # The decoder's layers; an `ActivationOffload`
     "Replay the layers as CUDA graphs, as long as what a graph has fixed stays as it is."
-    layers, asked = list(adapted_layers(model).values()), set()
+    layers, asked = list(adapted_layers(model).values()), []
     def look(m, args, kw):   # a replayed layer has no states of its own to show
-        asked.clear()
-        asked.update(o for o in ("output_hidden_states", "output_attentions")
-                     if kw.get(o, False) or getattr(m.config, o, False))
+        asked[:] = [o for o in ("output_hidden_states", "output_attentions")
+                    if kw.get(o, False) or getattr(m.config, o, False)]
     model.asked = model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
-    def state():   # what a graph has fixed; of what it cannot give there is none
-        if asked: return object()
-        own = [(getattr(m, "disable_adapters", False), m.merged, layer_state(m)) for m in layers]
-        weights = [(p.data_ptr(), p.requires_grad) for b in blocks for p in b.parameters()]
-        return torch.is_autocast_enabled(device.type), *own, *weights
+    # of what a graph cannot give there is no state that is equal to another
+    def state(): return object() if asked else _fixed(layers, blocks, device)
     model.stack = GraphedLayers(blocks, state, end=lambda: host and host.let_go(0))
 
 # %% ../../nbs/7_speed/82_fast_training.ipynb #75c77feb
@@ -157,19 +166,16 @@ def first_step(model, fast, batch:dict, n=None) -> torch.Tensor:  # `fast(batch,
 # %% ../../nbs/7_speed/82_fast_training.ipynb #9ecb7b98
 def check_fast(model, layers:dict, memory:float, device, idle_offload:bool):
     "Raise `QLoRAError` where `make_fast` has nothing to work on."
-    if not layers:
-        raise QLoRAError("this model has no adapters.", type(model).__name__,
-                         "Call add_adapters first.")
-    if is_spread(model):
-        raise QLoRAError("its layers are on several devices.", type(model).__name__,
-                         "Train with fast=False, or load it onto one.")
-    if not 0 <= memory <= 1:
-        raise QLoRAError(f"memory is {memory}.", cure="Choose a share between 0 and 1.")
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        raise QLoRAError(f"the model is on {device}, and PyTorch's current device is another.",
-                         cure="Call torch.cuda.set_device(device).")
-    if idle_offload:
-        raise QLoRAError("offload needs a GPU and compiled layers.", str(device), "Leave it out.")
+    name, gpu = type(model).__name__, device.type == "cuda"
+    for bad, *said in (
+            (not layers, "this model has no adapters.", name, "Call add_adapters first."),
+            (is_spread(model), "its layers are on several devices.", name,
+             "Train with fast=False, or load it onto one."),
+            (not 0 <= memory <= 1, f"memory is {memory}.", "", "Choose a share between 0 and 1."),
+            (gpu and device.index != torch.cuda.current_device(), "PyTorch's current device is "
+             "another than the model's.", str(device), "Call torch.cuda.set_device(device)."),
+            (idle_offload, "offload needs a GPU and compiled layers.", str(device), "Leave it out.")):
+        if bad: raise QLoRAError(*said)
 
 # %% ../../nbs/7_speed/82_fast_training.ipynb #5c252ec4
 def speed_up_cpu(model, compile) -> list:  # Rows

@@ -46,18 +46,21 @@ def read_config(config) -> LoraConfig:   # One, or the folder of one that was sa
     return found
 
 # %% ../../nbs/2_training/33_adapter_options.ipynb #fd3fdd60
-def take_apart(config:LoraConfig) -> tuple:  # (settings of a run, what is handed to PEFT)
-    "Raises `QLoRAError` for fields with which an adapter would be more than LoRA on some layers."
-    usual, said = LoraConfig().to_dict(), config.to_dict()
-    mine, rest = {k: said[k] for k in OWN}, {k: v for k, v in said.items() if v != usual[k]}
-    handed = {k: rest[k] for k in HANDED_ON if k in rest}
-    check_patterns(handed)
+def _refuse_more(rest:dict, handed:dict):   # What differs from PEFT's defaults, and what it gets
     odd = [f"{k}={v}" for k, v in rest.items() if k not in {*OWN, *SILENT, *handed} and v]
     if handed.get("init_lora_weights", True) not in PLAIN_STARTS:
         odd.append(f"init_lora_weights={handed['init_lora_weights']}")
     if odd:
         raise QLoRAError(f"peft_config asks for what cannot be trained here: {', '.join(odd)}.",
                          cure="Leave it out; layers can be chosen by target_modules alone.")
+
+# %% ../../nbs/2_training/33_adapter_options.ipynb #fd3fdd60-b
+def take_apart(config:LoraConfig) -> tuple:  # (settings of a run, what is handed to PEFT)
+    "Raises `QLoRAError` for fields with which an adapter would be more than LoRA on some layers."
+    usual, said = LoraConfig().to_dict(), config.to_dict()
+    mine, rest = {k: said[k] for k in OWN}, {k: v for k, v in said.items() if v != usual[k]}
+    handed = {k: rest[k] for k in HANDED_ON if k in rest}
+    check_patterns(handed), _refuse_more(rest, handed)
     if not (mine["target_modules"] or mine["target_parameters"]):
         raise QLoRAError("peft_config names no target_modules.", cure='Such as "all-linear".')
     listed = {k: sorted(v) for k, v in mine.items() if isinstance(v, (set, list, tuple))}

@@ -53,10 +53,9 @@ def _article(messages, tokenizer, ask):
         text += f"{heads[m['role']]}{m['content'].strip()}{end}\n\n"
     return text + heads["assistant"]*ask
 
-# %% ../../nbs/2_training/17_chat_templates.ipynb #77f2ba94
+# %% ../../nbs/2_training/17_chat_templates.ipynb #17010070
 TEMPLATES = ("auto", "chat", "no-thinking", "article")
 
-# %% ../../nbs/2_training/17_chat_templates.ipynb #17010070
 @lru_cache
 def _own(template):
     "The source of the user's own template, a .jinja file or its text; None for one of `TEMPLATES`."
@@ -148,8 +147,7 @@ def _closed(i, answer, head, upto, full, stops):
     if start < 0: _fail(f"the template changes message {i}, or the text before it.", full)
     rest = shared[start + len(answer):]
     end = max((rest.rfind(o) + len(o) for o in stops if o in rest), default=0)
-    if not end:
-        _fail(f"the template closes message {i} without an end token: no model could stop.", full)
+    if not end: _fail(f"message {i} is closed without an end token: no model could stop.", full)
     return shared[:start + len(answer) + end]
 
 # %% ../../nbs/2_training/17_chat_templates.ipynb #c2d25522-a

@@ -18,6 +18,8 @@ from ..base.mapped import Mapped
 from ..base.mapped_rows import _as_row, map_rows
 from ..base.notes import (OUTCOMES, TEXT, Examples, Notes, Row, earlier, length_report,
                                  number_of, place_of, say_column, say_text, table_report)
+
+# %% ../../nbs/2_training/19_data.ipynb #c889d438-b
 from ..base.readers import read_rows
 from ..base.rows import EXPECTED, check_rows
 from ..base.sources import Source, is_mixture, mix, rows_given
@@ -31,22 +33,27 @@ _all_ = ["make_tickets", "TEMPLATES", "answer_of", "as_messages", "encode", "enc
          "render", "map_rows", "Source", "digest", "is_large"]
 
 # %% ../../nbs/2_training/19_data.ipynb #9899b3d4
+def _are_rows(o) -> bool:
+    return isinstance(o, Mapped) or isinstance(o, (list, tuple)) and {*map(type, o)} == {Row}
+
+def _checked(data, name, split, in_file, how):
+    if in_file: data = read_rows(as_path(data), how["skip_bad_rows"], bool(how["columns"]))
+    else: data, given = rows_given(data, split, True, how["skip_bad_rows"])
+    return check_rows(data, name or given, **how)
+
+# %% ../../nbs/2_training/19_data.ipynb #9899b3d4-b
 def _load(data, split="train", large=None, **how):
     "The rows of one source, with the options of `check_rows` and those that choose at the Hub."
     hub = {k: how.pop(k) for k in PARTS[1:] if k in how}
-    checked = (isinstance(data, Mapped) or isinstance(data, (list, tuple)) and data
-               and all(isinstance(o, Row) for o in data))
-    if checked and not how["system"]: return data if isinstance(data, Mapped) else list(data)
-    if checked: how["columns"] = None   # they have been mapped
+    if (read := _are_rows(data)) and not how["system"]:
+        return data if isinstance(data, Mapped) else list(data)
+    if read: how["columns"] = None   # they have been mapped
     name, file = str(data) if isinstance(data, (str, Path)) else None, False
     if name == "tickets": data = make_tickets(split)
     elif name and not (file := is_file(data, EXPECTED)): data = from_hub(name, split, **hub)
     if isinstance(data, Mapped) or large or large is None and is_large(data):
         return map_rows(data, split, name=name, **how)
-    given = name
-    if file: rows = read_rows(as_path(data), how["skip_bad_rows"], bool(how["columns"]))
-    else: rows, given = rows_given(data, split, True, how["skip_bad_rows"])
-    return check_rows(rows, name or given, **how)
+    return _checked(data, name, split, file, how)
 
 # %% ../../nbs/2_training/19_data.ipynb #0fd8eb81
 def load_rows(data,                     # "tickets", a file, a Hub id, a table, rows; or several
@@ -148,8 +155,7 @@ def turns_of(row): return sum(m["role"] == "user" for m in as_messages(row))
 # %% ../../nbs/2_training/19_data.ipynb #7a7385eb
 def _notes(row, example, outcome, tokenizer, control):
     "What is to be said of a row's text, {} for one that is cut or left out."
-    if outcome != "kept": return {}
-    return text_notes(as_messages(row), example, tokenizer, control, row)
+    return text_notes(as_messages(row), example, tokenizer, control, row) if outcome == "kept" else {}
 
 # %% ../../nbs/2_training/19_data.ipynb #402a84f2-a
 def _each(numbered, **how):
@@ -178,8 +184,7 @@ def encode_rows(rows:list,             # From `load_rows`
         if what != "kept": first[what] = earlier(first.get(what, number), number)
         count[what] += 1
         longest, turns = max(longest, n), max(turns, turns_of(row))
-    examples.report = length_report(count, first, longest, max_length, turns)
-    examples.rows = numbers
+    examples.rows, examples.report = numbers, length_report(count, first, longest, max_length, turns)
     say_text(notes)
     return examples
 

@@ -82,6 +82,9 @@ Separation = namedtuple("Separation", "leak deviation")
 
 def _gap(a, b): return ((a - b).float().norm()/b.float().norm()).item()
 
+# a NaN is neither
+def _apart(found, tolerance): return found.leak == 0 and found.deviation <= tolerance
+
 def _tolerance(model):
     """Relative error to allow: 1e-4, or some units of the coarsest format that the model
     computes in."""
@@ -92,21 +95,23 @@ def _tolerance(model):
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #6c2b339a
 @contextlib.contextmanager
-def _embedded(model, recompute=False):   # Yields a list, whose last element is the embedded batch
-    "Let a gradient reach the embedded tokens of the forward passes in this block."
-    lists = [o for o in model.get_decoder().modules()
-             if isinstance(o, torch.nn.ModuleList) and len(o)]
-    def again(theirs):
-        return lambda *args, **kw: checkpoint(theirs, *args, use_reentrant=False, **kw)
-    longest = max(lists, key=len, default=()) if recompute else ()
-    layers = [(m, m.forward, "forward" in vars(m)) for m in longest]
-    for m, forward, _ in layers: m.forward = again(forward)
-    try:
-        with embedded_leaves(model) as seen: yield seen
+def _recomputed(layers):
+    "In this block layers keep their inputs only, and are computed again on the way back."
+    was = [(m, m.forward, "forward" in vars(m)) for m in layers]
+    for m, forward, _ in was: m.forward = partial(checkpoint, forward, use_reentrant=False)
+    try: yield
     finally:
-        for m, forward, own in layers:
+        for m, forward, own in was:
             if own: m.forward = forward
             else: del m.forward
+
+# %% ../../nbs/2_training/31_document_mask.ipynb #6c2b339a-b
+@contextlib.contextmanager
+def _embedded(model, recompute=False):   # Yields a list, whose last element is the embedded batch
+    "Let a gradient reach the embedded tokens of the forward passes in this block."
+    lists = [o for o in model.get_decoder().modules() if isinstance(o, torch.nn.ModuleList)]
+    longest = max(lists, key=len, default=()) if recompute else ()
+    with _recomputed(longest), embedded_leaves(model) as seen: yield seen
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #91adeec7
 def _share(score, embedded, own:slice, again:bool) -> float:
@@ -160,10 +165,6 @@ def check_packing(model,      # As it will be trained: with adapters, in 4 bits,
             _judge(model, long, near)
             found = Separation(*map(max, found, long))
     return found
-
-# %% ../../nbs/2_training/31_document_mask.ipynb #6f61b568
-# a NaN is neither
-def _apart(found, tolerance): return found.leak == 0 and found.deviation <= tolerance
 
 # %% ../../nbs/2_training/31_document_mask.ipynb #a77f9ae8
 def _judge(model, found, tolerance):

@@ -14,13 +14,20 @@ from ..base.files import digest
 from ..base.ranks import first_alone, n_ranks
 from ..base.runs import content_id
 from ..base.triton_setup import fast_by_default
+from ..base.model_files import load_tokenizer, locate, without_weights
+from ..base.targets import match_targets, note_idle
+
+# %% ../../nbs/2_training/28_loaded_models.ipynb #a8b249f6-b
+import math, os, torch, warnings
+from pathlib import Path
+from peft import PeftModel
 from ..foundations.adapters import BACKENDS, adapted_layers, add_adapters
 from ..foundations.expert_adapters import refuse_scratch
 from ..foundations.lora_model import set_adapter
-from ..base.model_files import load_tokenizer, locate, without_weights
 from ..foundations.loading import check_quantization, disable_cpu_repacking, scale_sum
 from ..foundations.qlora import is_scratch
-from ..base.targets import match_targets, note_idle
+
+# %% ../../nbs/2_training/28_loaded_models.ipynb #a8b249f6-c
 from .end_tokens import notes_of
 from .learning_rate import rate_for
 from .schedule import encode_checked
@@ -29,9 +36,6 @@ from ..speed.sharded_base import shard_base
 from .saved_adapters import (adapter_folder, base_for, check_fits, check_wishes,
     load_adapter, meant, more_than_lora, own_quantization, revision_for, shape_of)
 from .training_loop import check_checkpointing
-import math, os, torch, warnings
-from pathlib import Path
-from peft import PeftModel
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #f716afca
 def name_of(model) -> str:

@@ -47,8 +47,7 @@ def _matrices(model) -> dict:   # What → (numbers, in 4 bits?, under an adapte
     apart = {id(p) for o in ends if o is not None for p in o.parameters()}
     apart |= {id(p) for n, p in model.named_parameters() if ".lora_" in n}
     adapted, found = adapted_ids(model), {}
-    for m in model.modules():
-        if isinstance(m, torch.nn.Embedding): continue
+    for m in [o for o in model.modules() if not isinstance(o, torch.nn.Embedding)]:
         for p in m.parameters(recurse=False):
             four = getattr(p, "quant_state", None) is not None
             if id(p) not in apart and (four or p.dim() > 1):
@@ -106,9 +105,8 @@ def cross_entropy(trainer, batch) -> tuple:  # (nats a token, what is added for 
     if not out.logits.isfinite().all():
         why = damaged(trainer.model) or "float16 overflows where another dtype does not"
         raise QLoRAError(f"the logits of the model are not finite before any training: {why}.")
-    aux = getattr(out, "aux_loss", None)
+    picked, aux = labels != -100, getattr(out, "aux_loss", None)
     aux = 0. if aux is None or not more else trainer.router_aux_loss_coef*float(aux)
-    picked = labels != -100
     return torch.nn.functional.cross_entropy(logits[picked], labels[picked]).item(), aux
 
 # %% ../../nbs/2_training/24_rehearsal.ipynb #16eddfbe

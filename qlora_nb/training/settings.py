@@ -113,6 +113,8 @@ RANGES = dict(lora_dropout=(0, 1), seed=(0, 2**32), eval_rows=(0, math.inf),   #
 REAL = set("num_train_epochs learning_rate lora_alpha loraplus_lr_ratio".split())
 WHOLE = POSITIVE - REAL | {"seed", "eval_rows"}
 COUNTED = WHOLE - {"max_length", "save_steps", "eval_steps", "eval_rows", "seed"}   # not "never"
+
+# %% ../../nbs/2_training/25_settings.ipynb #24198d5f-b
 CHOICES = {f.name: f.metadata["choices"] for f in fields(Settings) if "choices" in f.metadata}
 FLAGS = {f.name for f in fields(Settings) if f.type in (bool, bool|None)}
 NAMES = ("target_modules", "target_parameters")

@@ -27,16 +27,21 @@ def answers_of(example:dict,  # `input_ids` and `labels`
     return [_decode(list(ids), tokenizer) for taught, ids in runs if taught]
 
 # %% ../../nbs/2_training/18_tokenizer_checks.ipynb #97a4460e
+def _lost_answer(messages, example, tokenizer):
+    "The first answer that the ids with a label do not hold, where each answer is a run of ids."
+    taught = [m["content"].strip() for m in messages
+              if m["role"] == "assistant" and "weight" not in m]
+    runs = answers_of(example, tokenizer)
+    if len(runs) != len(taught): return None
+    return next((o for o, run in zip(taught, runs) if o not in run), None)
+
+# %% ../../nbs/2_training/18_tokenizer_checks.ipynb #97a4460e-b
 def unwritten(messages:list,  # Of {role, content}, as they were encoded
               example:dict,   # `input_ids` and `labels`
               tokenizer
              ) -> str:        # The first text that the ids do not hold; None when all are there
     "A text of the chat that was lost on the way into ids."
-    taught = [m["content"].strip() for m in messages
-              if m["role"] == "assistant" and "weight" not in m]
-    runs = answers_of(example, tokenizer)
-    if len(runs) == len(taught):
-        if lost := next((o for o, run in zip(taught, runs) if o not in run), None): return lost
+    if lost := _lost_answer(messages, example, tokenizer): return lost
     whole = _decode(example["input_ids"], tokenizer)
     for m in messages:
         if (text := m["content"].strip()) in whole: continue

@@ -14,6 +14,8 @@ from fastcore.basics import patch
 from pathlib import Path
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
+
+# %% ../../nbs/2_training/22_training_loop.ipynb #f543dfaf-b
 from ..base.errors import QLoRAError
 from ..base.mapped import Order
 from ..base.triton_setup import is_spread
@@ -178,13 +180,11 @@ def speed_up(self:FastTrainer, length:float):  # Mean tokens of a row
     from qlora_nb.speed.fast_training import make_fast   # here: who trains as usual needs none
     args = self.args
     tokens = args.max_steps*args.train_batch_size*args.gradient_accumulation_steps*length
-    flops = 6*count_params(self.model).total*tokens
+    flops, memory = 6*count_params(self.model).total*tokens, float(not args.gradient_checkpointing)
     big = self.model.device.type == "cuda" and flops > 3e16
-    memory = float(not args.gradient_checkpointing)
     for part, number, now, first in make_fast(self.model, memory, compile=big, dynamic=True).rows:
         if "as before" in now:
-            more = f" ({first})" if first else ""
-            warn(f"not made faster: {number} x {part}, {now}{more}")
+            warn(f"not made faster: {number} x {part}, {now}" + f" ({first})"*bool(first))
     args.gradient_checkpointing &= not big   # compiled layers do it themselves
 
 # %% ../../nbs/2_training/22_training_loop.ipynb #c90185a4
