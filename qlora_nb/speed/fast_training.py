@@ -168,13 +168,13 @@ def check_fast(model, layers:dict, memory:float, device, idle_offload:bool):
     "Raise `QLoRAError` where `make_fast` has nothing to work on."
     name, gpu = type(model).__name__, device.type == "cuda"
     for bad, *said in (
-            (not layers, "this model has no adapters.", name, "Call add_adapters first."),
-            (is_spread(model), "its layers are on several devices.", name,
-             "Train with fast=False, or load it onto one."),
-            (not 0 <= memory <= 1, f"memory is {memory}.", "", "Choose a share between 0 and 1."),
-            (gpu and device.index != torch.cuda.current_device(), "PyTorch's current device is "
-             "another than the model's.", str(device), "Call torch.cuda.set_device(device)."),
-            (idle_offload, "offload needs a GPU and compiled layers.", str(device), "Leave it out.")):
+        (not layers, "this model has no adapters.", name, "Call add_adapters first."),
+        (is_spread(model), "its layers are on several devices.", name,
+         "Train with fast=False, or load it onto one."),
+        (not 0 <= memory <= 1, f"memory is {memory}.", "", "Choose a share between 0 and 1."),
+        (gpu and device.index != torch.cuda.current_device(), "PyTorch's current device is "
+         "another than the model's.", str(device), "Call torch.cuda.set_device(device)."),
+        (idle_offload, "offload needs a GPU and compiled layers.", str(device), "Leave it out.")):
         if bad: raise QLoRAError(*said)
 
 # %% ../../nbs/7_speed/82_fast_training.ipynb #5c252ec4

@@ -153,9 +153,9 @@ def _fit(row, tokenizer, template, max_length, long):
 def turns_of(row): return sum(m["role"] == "user" for m in as_messages(row))
 
 # %% ../../nbs/2_training/19_data.ipynb #7a7385eb
-def _notes(row, example, outcome, tokenizer, control):
+def _notes(row, example, outcome, tok, control):
     "What is to be said of a row's text, {} for one that is cut or left out."
-    return text_notes(as_messages(row), example, tokenizer, control, row) if outcome == "kept" else {}
+    return text_notes(as_messages(row), example, tok, control, row) if outcome == "kept" else {}
 
 # %% ../../nbs/2_training/19_data.ipynb #402a84f2-a
 def _each(numbered, **how):
@@ -175,7 +175,7 @@ def encode_rows(rows:list,             # From `load_rows`
     "Encode all rows. Raises `QLoRAError` when none fits, or naming a row that cannot be encoded."
     how = dict(tokenizer=tokenizer, template=template, max_length=max_length, long=long)
     if isinstance(rows, Mapped): return _encode_mapped(rows, num_proc=num_proc, **how)
-    examples, numbers, count, first, longest, turns = Examples(), [], Counter(), {}, 0, 0
+    examples, numbers, count, first, most, turns = Examples(), [], Counter(), {}, 0, 0
     notes, control = Notes(), control_tokens(tokenizer)
     for i, row, example, what, n in _each(enumerate(rows, 1), **how):
         number = number_of(row, i)
@@ -183,8 +183,8 @@ def encode_rows(rows:list,             # From `load_rows`
         for k, v in _notes(row, example, what, tokenizer, control).items(): notes.add(k, number, v)
         if what != "kept": first[what] = earlier(first.get(what, number), number)
         count[what] += 1
-        longest, turns = max(longest, n), max(turns, turns_of(row))
-    examples.rows, examples.report = numbers, length_report(count, first, longest, max_length, turns)
+        most, turns = max(most, n), max(turns, turns_of(row))
+    examples.rows, examples.report = numbers, length_report(count, first, most, max_length, turns)
     say_text(notes)
     return examples
 
