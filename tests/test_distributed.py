@@ -1,6 +1,8 @@
 "Two processes on one CPU: the same losses, one folder, one message, and nobody left behind."
 import json, os, signal, subprocess, sys, time
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil, pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from qlora_nb.base.errors import PeerLost, QLoRAError
 from qlora_nb.base.ranks import can_fork, on_ranks, rank
 from qlora_nb.evaluation.evaluation import finetune_and_evaluate
+from qlora_nb.speed.data_parallel import same_start
 from qlora_nb.training.data import load_rows
 from qlora_nb.training.finetune import finetune
 
@@ -120,8 +123,36 @@ def test_resumed_by_two(how, alone, tmp_path):
 def test_all_are_asked_for_the_same(how, tmp_path):
     "A process with another file or seed would train something else, or wait for ever, without a word."
     def unlike(): return finetune(output_dir=tmp_path/"run", **how | (dict(seed=1, data=how["data"][:9]) if rank() else {}))
-    with pytest.raises(QLoRAError, match="rank 1 of 2: it was started otherwise than rank 0: .*seed=1 instead of 0.*other rows"): on_ranks(2, unlike)
+    with pytest.raises(QLoRAError, match="^rank 1 of 2: it was started otherwise than rank 0: .*seed=1 instead of 0.*other rows"): on_ranks(2, unlike)
     assert not (tmp_path/"run"/"settings.json").exists()
+
+
+def test_all_begin_in_one_place():
+    "A machine that does not see the checkpoint, or whose GPU has another type of numbers."
+    def begins():
+        said = []
+        for found, dtype in ((None if rank() else Path("run/checkpoint-2"), "bfloat16"), (None, ["bfloat16", "float32"][rank()]), (None, "bfloat16")):
+            weight = torch.zeros(1, dtype=getattr(torch, dtype))
+            try: said.append(same_start(found, SimpleNamespace(get_input_embeddings=lambda: SimpleNamespace(weight=weight))))
+            except QLoRAError as e: said.append(str(e))
+        return said
+    had = "rank 1 of 2: it was started otherwise than rank 0: {} instead of {}. Give all the same options and files."
+    assert on_ranks(2, begins) == [[had.format("resumed_from=None", "checkpoint-2"), had.format("dtype=torch.float32", "torch.bfloat16"), None]]*2
+
+
+def test_one_process_says_that_a_folder_is_taken(how, tmp_path):
+    "It says how to go on with the run that is there, and the other only that it ends; a checkpoint that only one of them sees is refused too."
+    taken = how | dict(output_dir=tmp_path/"run", max_steps=1, save_steps=1)
+    def again(**more):
+        import qlora_nb.training.finetune as training
+        if rank() and more: training.last_checkpoint = lambda folder: None   # in this fork alone
+        try: finetune(**taken | more)
+        except QLoRAError as e: return str(e)
+    finetune(**taken | dict(gradient_accumulation_steps=2))
+    first, second = on_ranks(2, again)
+    assert "already holds a run. Add --resume" in first
+    assert second == "rank 1 of 2: another process of this run has ended, and so does this one."
+    for said in on_ranks(2, lambda: again(resume=True)): assert "resumed_from=None instead of checkpoint-1" in said
 
 
 def test_rows_that_one_process_cannot_read(how, tmp_path):

@@ -39,7 +39,8 @@ def _rank(rank, n, store, backend, pipe, job):
         pipe.send_bytes(cloudpickle.dumps((True, f(*args))))
         dist.destroy_process_group()
     except BaseException as e:
-        what = "".join(traceback.format_exception_only(e)).strip()
+        ours = isinstance(e, QLoRAError)
+        what = str(e) if ours else "".join(traceback.format_exception_only(e)).strip()
         pipe.send_bytes(cloudpickle.dumps((False, (time.time(), what, traceback.format_exc()))))
 
 # %% ../../nbs/base/ranks.ipynb #d1570013-a
@@ -53,7 +54,8 @@ def _answer(pipe, child) -> tuple:   # (went well?, result or error)
 def _raise_failed(failed:dict, n:int):   # {rank: (when, message, where in the function)}
     "The error of the rank that failed first."
     r = min(failed, key=lambda o: failed[o][0])
-    error = QLoRAError(failed[r][1], f"rank {r} of {n}")
+    what, known = failed[r][1], failed[r][1].startswith("rank ")   # it says of which
+    error = QLoRAError(what, "" if known else f"rank {r} of {n}")
     error.add_note(failed[r][2])
     raise error
 

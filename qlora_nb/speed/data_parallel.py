@@ -174,13 +174,14 @@ def when_trained(folder) -> str:   # Of a run
 
 @contextlib.contextmanager
 def holding(folder:Path):
-    """Hold the folder of a run: is this the first process? When one ends, all do; a full disk is
-    one message."""
-    def way(): return go_on(last_checkpoint(folder/"checkpoints"))
-    first = rank() == 0
+    """Hold the folder of a run: (is this the first process? what to call when the run is opened).
+    When one ends, all do; a full disk is one message."""
+    first, opened = rank() == 0, []
+    def way(): return go_on(last_checkpoint(folder/"checkpoints")) if opened else ""
+    def go(): everyone(None), opened.append(True)
     alone = hold_run(folder) if first else contextlib.nullcontext()
     with said_when_ended(way), together(way), alone, explain_full(folder):
-        yield first
+        yield first, go
 
 # %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100042-c
 def seal_once(folder:Path):

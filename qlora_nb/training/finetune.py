@@ -187,16 +187,16 @@ def asked_for(model, data, eval_data, test_data, leave_out, example, kwargs:dict
 def carry_out(model, tokenizer, chosen, s:dict, how:dict, folder:Path, written, device, example,
               callbacks, resume, progress) -> Run:   # `written`: as `write_config` takes it
     "A run whose rows and settings are known: open its folder, load the base, train, save."
-    with holding(folder) as first, withdrawn(folder, first):
+    with holding(folder) as (first, go), withdrawn(folder, first):
         agree(s | how | dict(resume=resume))
         if first and (open_run(folder, s, resume) or not (folder/"config.yaml").exists()):
             write_config(folder/"config.yaml", *written)
-        tokenizer, encoded = before_weights(model, tokenizer, chosen.rows, chosen.numbers,
-                                            chosen.held, s | how, chosen.source, chosen.scored)
+        go()   # the others waited for the first
+        tokenizer, coded = before_weights(model, tokenizer, chosen.rows, chosen.numbers,
+                                          chosen.held, s | how, chosen.source, chosen.scored)
         asked = map(s.get, ("backend", "model_revision", "adapter", "quantization"))
         model, tokenizer = load_base(model, tokenizer, device, *asked, folder/"inputs.safetensors")
-        model, trainer, notes = prepare(model, tokenizer, chosen, encoded, folder, s, progress,
-                                        **how)
+        model, trainer, notes = prepare(model, tokenizer, chosen, coded, folder, s, progress, **how)
         named = dict(adapter=s["adapter"], revision=s["model_revision"], example=example)
         notes |= {k: v for k, v in named.items() if v}
         notes["base_sha256"] = content_id(locate(s["model"]), revision=s["model_revision"])
