@@ -237,7 +237,7 @@ def check(name, backend="bnb", folder=None):
         except QLoRAError as e: return facts | dict(refused=e.what)
         audit = audit_4bit(model)
         share = {r[0]: r[4] for r in audit.table.rows}
-        facts |= dict(four_bit=len(audit.four_bit), wide=share.get("wide", 0.), skipped=len(audit.skipped))
+        facts |= dict(four_bit=len(audit.four_bit), wide=share.get("unquantized", 0.), skipped=len(audit.skipped))
         twin = written_out(model, folder)
         note_idle(model)   # as `finetune` does
         model = add_adapters(model, r=4, lora_alpha=8, lora_dropout=0.)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Weight', 'WEIGHT_COLUMNS', 'state_bytes', 'four_bit_kind', 'acts_linear', 'full_shape', 'stack_owners', 'routers',
-           'list_weights', 'clean_name', 'wide_kinds', 'Noted', 'spy_class', 'read_elsewhere', 'computes_with_weights',
-           'misplaced', 'routers_loss', 'below_head', 'as_it_is', 'weight_rows', 'wide_layers', 'too_wide']
+           'list_weights', 'clean_name', 'plain_kinds', 'Noted', 'spy_class', 'read_elsewhere', 'computes_with_weights',
+           'misplaced', 'routers_loss', 'below_head', 'as_it_is', 'weight_rows', 'unquantized_layers', 'too_much_left']
 
 # %% ../../nbs/base/weights.ipynb #4a7564e2
 import qlora_nb.base.core   # before PyTorch is loaded
@@ -72,7 +72,7 @@ def routers(model:nn.Module) -> list:
     return [n for n,m in model.named_modules() if not hasattr(m, "parameter_name") and routes(n, m)]
 
 # %% ../../nbs/base/weights.ipynb #04e8dcf3
-def _weight(kind, n, m, k, p) -> Weight:   # Of `wide_kinds`; a module and a parameter of it
+def _weight(kind, n, m, k, p) -> Weight:   # Of `plain_kinds`; a module and a parameter of it
     "A tensor with its kind and its bytes, those of its scales included."
     name, state = clean_name(f"{n}.{k}" if n else k), getattr(p, "quant_state", None)
     what, scales = ((kind(n, m, k, p), 0) if state is None
@@ -81,8 +81,8 @@ def _weight(kind, n, m, k, p) -> Weight:   # Of `wide_kinds`; a module and a par
 
 # %% ../../nbs/base/weights.ipynb #list
 def list_weights(model:nn.Module) -> list:   # Of `Weight`, in the model's order; a tied one once
-    "Every tensor with its kind, such as \"NF4 + double quantization\", or one of `wide_kinds`."
-    kind, seen, out = wide_kinds(model), set(), []
+    "Every tensor with its kind, such as \"NF4 + double quantization\", or one of `plain_kinds`."
+    kind, seen, out = plain_kinds(model), set(), []
     for n,m in model.named_modules():
         if hasattr(m, "packed_numel"):
             size, label = sum(b.nbytes for b in m.buffers(recurse=False)), m.how["codebook"].upper()
@@ -100,9 +100,9 @@ def clean_name(n:str) -> str:
             if ".parametrizations." in n else n)
 
 # %% ../../nbs/base/weights.ipynb #1eb8e32f
-def wide_kinds(model:nn.Module):   # → kind(name of module, module, name of parameter, parameter)
-    """Why an unpacked tensor may stay wide: "adapter", "embedding", "head", "vector",
-    "convolution", "router", "read elsewhere" or "small matrix"; else it is "wide"."""
+def plain_kinds(model:nn.Module):   # → kind(name of module, module, name of parameter, parameter)
+    """Why an unpacked tensor may stay unquantized: "adapter", "embedding", "head", "vector",
+    "convolution", "router", "read elsewhere" or "small matrix"; else it is "unquantized"."""
     def ask(o): return getattr(model, f"get_{o}_embeddings", lambda: None)()
     tables = {id(m.weight) for m in (ask("input"), *model.modules()) if isinstance(m, nn.Embedding)}
     head, gates = getattr(ask("output"), "weight", None), set(routers(model))
@@ -118,7 +118,7 @@ def wide_kinds(model:nn.Module):   # → kind(name of module, module, name of pa
         if n in gates: return "router"
         if clean_name(f"{n}.{k}") in read: return "read elsewhere"
         if p.ndim == 2 and min(p.shape) <= small and not acts_linear(m): return "small matrix"
-        return "wide"
+        return "unquantized"
     return kind
 
 # %% ../../nbs/base/weights.ipynb #9273daf9
@@ -178,7 +178,7 @@ def computes_with_weights(model:nn.Module) -> bool:
     except (OSError, TypeError): return False   # there is no source to look into
 
 def misplaced(model:nn.Module
-              ) -> tuple:  # (4-bit layers that should be wide, layers read elsewhere, error)
+              ) -> tuple:  # (4-bit layers that should be unquantized, layers read elsewhere, error)
     "Routers in 4 bits, layers whose weight other code reads, and what a forward pass raises."
     run = any(isinstance(m, _ConvNd) for m in model.modules()) or computes_with_weights(model)
     read, error = read_elsewhere(model) if run else ([], None)
@@ -224,10 +224,10 @@ def weight_rows(found:list) -> list:   # Of `list_weights`
     return sorted(map(row, kinds), key=lambda r: -r[4])
 
 # %% ../../nbs/base/weights.ipynb #fd5634d6
-def wide_layers(model, found, wide) -> str:  # As in `too_wide`
-    "The linear layers among what is wide, as a sentence; \"\" where there are none."
+def unquantized_layers(model, found, left) -> str:  # As in `too_much_left`
+    "The linear layers among what is left, as a sentence; \"\" where there are none."
     mods = dict(model.named_modules())
-    layers = {n: type(m).__name__ for w in wide
+    layers = {n: type(m).__name__ for w in left
               if (m := mods.get(n := w.name.removesuffix(".weight"))) is not None
               and hasattr(m, "in_features")}
     if not layers: return ""
@@ -237,10 +237,10 @@ def wide_layers(model, found, wide) -> str:  # As in `too_wide`
             f"({', '.join(sorted({*layers.values()}))}): {first}. ")
 
 # %% ../../nbs/base/weights.ipynb #da81eec7
-def too_wide(model, found, wide) -> str:   # Of `list_weights`: all, and those without a reason
+def too_much_left(model, found, left) -> str:   # Of `list_weights`: all, and those without a reason
     "What is wrong, in one sentence."
-    last = max(wide, key=lambda w: w.nbytes)
-    could = sum(w.numel for w in found if w in wide or "NF4" in w.kind or "ours" in w.kind)
-    share = f"{sum(w.numel for w in wide)/could:.0%} of the weights are not in NF4"
-    return (f"{wide_layers(model, found, wide)}{share}; the largest is {last.name} "
+    last = max(left, key=lambda w: w.nbytes)
+    could = sum(w.numel for w in found if w in left or "NF4" in w.kind or "ours" in w.kind)
+    share = f"{sum(w.numel for w in left)/could:.0%} of the weights are not in NF4"
+    return (f"{unquantized_layers(model, found, left)}{share}; the largest is {last.name} "
             f"({last.nbytes:,} bytes).")

@@ -142,7 +142,7 @@ def add_adapters(model,                       # A 4-bit model of either backend
 def could_have(model) -> dict:   # With adapters of either backend
     "Each weight that could have an adapter, by name, and how many numbers it has."
     return {w.name: w.numel for w in list_weights(model)
-            if w.kind.startswith("NF4") or w.kind in ("wide", "router", "read elsewhere")}
+            if w.kind.startswith("NF4") or w.kind in ("unquantized", "router", "read elsewhere")}
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #8c95d4ff-b
 def adapter_coverage(model) -> Table:   # With adapters of either backend

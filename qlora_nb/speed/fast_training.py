@@ -30,7 +30,7 @@ from .shared_prefix import dropout_in, fold_prefixes, hidden_states, unfold_pref
 # %% ../../nbs/7_speed/82_fast_training.ipynb #7a97d2ee
 def to_16_bits(model, dtype) -> list:
     "Frozen weights that were made 32 bits wide, back to `dtype` where that is exact: their names."
-    own = getattr(model, "qlora_nb_wide", ())   # whose code computes in float32 where they are
+    own = getattr(model, "qlora_nb_float32", ())   # whose code computes in float32 where they are
     names = [n for n, p in model.named_parameters() if not p.requires_grad
              and p.dtype == torch.float32 != dtype and clean_name(n) not in own
              and torch.equal(p, p.to(dtype).float())]
