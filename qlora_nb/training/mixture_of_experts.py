@@ -13,12 +13,13 @@ from ..foundations.double_quantization import NF4_BITS
 
 # %% ../../nbs/2_training/32_mixture_of_experts.ipynb #24d2d68c
 def expert_sizes(config) -> dict:   # Of a mixture of experts
-    "Numbers in layers, experts and the rest; bytes in 16 bits, and with experts in 16 bits or in NF4."
+    "Numbers in layers, experts and the rest; bytes in 16 bits, and with experts in 16 or in NF4."
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     dims, n = {k: p.ndim for k,p in model.named_parameters()}, dict(layers=0, experts=0, rest=0)
     for w in list_weights(model):
-        n["rest" if w.kind != "unquantized" else "experts" if dims[w.name] > 2 else "layers"] += w.numel
+        part = "experts" if dims[w.name] > 2 else "layers"
+        n[part if w.kind == "unquantized" else "rest"] += w.numel
     four = NF4_BITS/8
     return n | dict(in_16=2*sum(n.values()), experts_16=four*n["layers"]
                     + 2*(n["experts"] + n["rest"]),
