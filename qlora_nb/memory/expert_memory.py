@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from ..base.errors import QLoRAError
+from ..base.nf4_config import nf4_scales
 from .ledger import Ledger, whole
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #1a9eef6e
@@ -27,9 +28,7 @@ class Unpacked(nn.Module):
         n, self.sizes = len(shape) > 2 and shape[0], (r, *shape[-2:])
         pair = [torch.empty(n*r, shape[-1]), torch.empty(shape[-2], n*r)] if r else []
         self.adapter = nn.ParameterList(pair)
-        self.shape, self.dtype, blocks = shape, dtype, -(-shape.numel()//64)
-        self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)),
-                       torch.empty(256), torch.empty(16), torch.empty(())]
+        self.shape, self.dtype, self.scales = shape, dtype, nf4_scales(shape.numel())
 
 # %% ../../nbs/3_memory/39_expert_memory.ipynb #1a9eef6e-b
 @patch

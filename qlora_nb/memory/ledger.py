@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
-from ..base.nf4_config import plain_linears, quiet
+from ..base.nf4_config import nf4_scales, plain_linears, quiet
 
 # %% ../../nbs/3_memory/36_ledger.ipynb #182f9246
 def on_card(n:int) -> int: return -(-n//512)*512   # bytes asked for → bytes taken
@@ -232,11 +232,10 @@ class Planned(nn.Module):
     def __init__(self, linear, four_bit:bool, r:int, dtype:torch.dtype, use_dora:bool=False):
         super().__init__()
         w = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
-        self.shape, n, blocks, self.dtype = w.shape, w.numel(), -(-w.numel()//64), dtype
+        self.shape, n, self.dtype = w.shape, w.numel(), dtype
         self.wide, self.bias, self.packed = None if four_bit else w, linear.bias, []
         if four_bit: self.packed = [torch.empty(-(-n//2), dtype=torch.uint8)]
-        self.scales = [torch.empty(blocks, dtype=torch.uint8), torch.empty(-(-blocks//256)),
-                       torch.empty(256), torch.empty(16), torch.empty(())] if four_bit else []
+        self.scales = nf4_scales(n) if four_bit else []
         sizes = [(r, w.shape[1]), (w.shape[0], r), (w.shape[0],)][:(2 + use_dora)*(r > 0)]
         self.adapter = nn.ParameterList([torch.empty(o) for o in sizes])
     weight = property(lambda self: torch.empty(self.shape, dtype=self.dtype) if self.wide is None
