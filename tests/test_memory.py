@@ -10,6 +10,7 @@ from qlora_nb.foundations.adapters import add_adapters
 from qlora_nb.foundations.loading import load_model
 from qlora_nb.base.errors import QLoRAError
 from qlora_nb.base.core import count_params
+from qlora_nb.memory.gpus import advise_several, each_of
 from qlora_nb.memory.ledger import blocks_of, layer_groups, on_card, some_layers, whole
 from qlora_nb.memory.planner import plan, rehearse, skeleton
 
@@ -87,6 +88,17 @@ def test_experts_are_wide_in_one_layer_at_a_time():
     assert p.moments["forward"][0] - sum(p.parts[k] for k in ("4-bit weights", "scales", "16-bit weights", "adapters", "optimizer")) > .5*stack
     growth = (q.moments["forward"][1] - p.moments["forward"][1])/3
     assert growth < .4*stack, (growth, stack)                 # packed, with a little activation, and nothing wide
+
+
+@pytest.mark.parametrize("kind, sharded", [("llama", True), ("mixtral", False)])
+def test_no_plan_shards_what_cannot_be_sharded(kind, sharded):
+    "`shard_base` refuses experts in 4 bits, so no plan for several GPUs counts on it. What a plan lists is what it needs."
+    p = plan(CONFIGS[kind], 1, 16)
+    ways = [False, True][:1 + sharded]
+    for q in (each_of(p, 4, way) for way in ways): assert sum(q.parts.values()) == pytest.approx(q.peak)
+    assert ("sharded base" in str(advise_several(p, "T4", 4)[1])) == sharded
+    if not sharded:
+        with pytest.raises(QLoRAError, match="experts in 4 bits cannot be sharded"): each_of(p, 4, True)
 
 
 @pytest.mark.parametrize("kind, stacks", [("mixtral", ["experts.gate_up_proj", "experts.down_proj"]), ("gpt_oss", ["down_proj"])])

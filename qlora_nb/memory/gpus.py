@@ -16,6 +16,7 @@ from ..base.arguments import OPTIMIZERS
 from ..base.errors import QLoRAError
 from ..base.core import COLORS, Table
 from ..base.explorer import Explorer, choice, explore, number, panels, toggle
+from .expert_memory import why_whole
 from .planner import METHODS, Plan, config_of, plan
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #9b518cf5-a
@@ -151,11 +152,10 @@ def offloaded(p:Plan) -> Plan:   # Of `plan`; its `host` is what waits there, in
 
 # %% ../../nbs/3_memory/38_gpus.ipynb #d2b00002
 def each_of(p:Plan, gpus:int, sharded:bool=False) -> Plan:   # Of one GPU
-    "A plan for each of several GPUs. Raises `QLoRAError` where there is no 4-bit base to shard."
+    "A plan for each of several GPUs. Raises `QLoRAError` where its base cannot be sharded."
     if gpus < 1: raise QLoRAError(f"gpus is {gpus}.", cure="It has to be 1 or more.")
     packed, more = [k for k in ("4-bit weights", "scales") if k in p.parts], {}
-    if sharded and not packed:
-        raise QLoRAError("there is no 4-bit base to shard.", cure="Use method='qlora'.")
+    if sharded and (why := why_whole(p)): raise QLoRAError(why[0], cure=why[1])
     if gpus > 1: more["gradients on their way"] = p.parts.get("adapters", 0)
     own = sum(p.parts[k] for k in packed)
     if sharded: more["gathered blocks"] = 2*own//p.cfg.get_text_config().num_hidden_layers
@@ -169,8 +169,8 @@ def each_of(p:Plan, gpus:int, sharded:bool=False) -> Plan:   # Of one GPU
 # %% ../../nbs/3_memory/38_gpus.ipynb #d2b00005
 def advise_several(p:Plan, card, gpus:int) -> list:   # Lines
     "What each of several cards needs: data parallel or sharded, with CPU offload or without."
-    rows, four = [], "4-bit weights" in p.parts
-    for sharded, off in product((False, True)[:1 + four], (False, True)):
+    rows = []
+    for sharded, off in product((False,) if why_whole(p) else (False, True), (False, True)):
         q = each_of(offloaded(p) if off else p, gpus, sharded)
         way = ("sharded base" if sharded else "data parallel") + ", CPU offload"*off
         rows.append([way, q.needs()/1e9, "yes" if fits(q, card) else "no",

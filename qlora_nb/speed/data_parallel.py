@@ -100,12 +100,13 @@ def rank_loader(trainer, sampler):   # Of a Trainer with several processes
 
 # %% ../../nbs/7_speed/83_data_parallel.ipynb #order83-io
 @torch.no_grad()
-def take_out(params:list, loss) -> torch.Tensor:   # Flat
+def take_out(params:list, loss, some=True) -> torch.Tensor:   # Flat; zeros where not `some`
     "The gradients of a pass, which parameters have one, and the loss. The gradients are gone then."
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     has = [float(p.grad is not None) for p in params]
     for p in params: p.grad = None
-    return torch.cat([*map(torch.flatten, grads), loss.new_tensor(has), loss.view(1)])
+    flat = torch.cat([*map(torch.flatten, grads), loss.new_tensor(has), loss.view(1)])
+    return flat if some else flat.zero_()
 
 @torch.no_grad()
 def put_in(params:list, flat) -> float:   # A sum of what `take_out` gave
@@ -143,8 +144,7 @@ def training_step(self:RankTrainer, model, inputs, *args, **kw):
     mine = [p for p in self.model.parameters() if p.requires_grad]
     some = (inputs["labels"] != -100).any()
     with counted_alone(self.args): loss = step(model, inputs, *args, **kw)
-    flat = take_out(mine, loss)
-    self.total.add(flat if some else torch.zeros_like(flat))
+    self.total.add(take_out(mine, loss, some))
     if self.accelerator.sync_gradients: self.summed = put_in(mine, self.total.whole())
     return loss
 

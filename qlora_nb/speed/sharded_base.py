@@ -171,7 +171,8 @@ def check_shardable(model):
         fail("there is one process, and nobody to share a base with.",
              "Start several, such as torchrun --nproc-per-node 2.")
     if any(isinstance(m, Sharded) for m in layers): fail("its base is sharded already.")
-    if any(isinstance(m, Stack) for m in layers): fail("experts in 4 bits cannot be sharded.")
+    if any(isinstance(m, Stack) for m in layers):
+        fail("experts in 4 bits cannot be sharded.", "Leave sharded=True (--sharded) out.")
     if any({"fused", "kept_weight"} & set(vars(m)) for m in layers):
         fail("it was made fast.", "Call make_plain(model), then shard_base, then make_fast.")
     blocks = decoder_layers(model)
