@@ -14,7 +14,7 @@ setup(name=cfg["lib_name"], version=cfg["version"], description=cfg["description
       long_description=(here/"README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
       url=cfg["git_url"], author=cfg["author"], author_email=cfg["author_email"], license="Apache-2.0",
       keywords=cfg["keywords"].split(), python_requires=f">={cfg['min_python']}", packages=find_packages(include=["qlora_nb*"]),
-      package_data={"qlora_nb": ["*.toml", "outputs.json", "results/*.json"]},
+      package_data={"qlora_nb": ["*.toml", "outputs.json", "results/*.json", "results/small_falcon/*"]},
       install_requires=shlex.split(cfg["requirements"]), extras_require={"course": course, "dev": course + shlex.split(cfg["dev_requirements"])},
       entry_points={"console_scripts": scripts, "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
       classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Developers", "Intended Audience :: Education",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ParamCount', 'COLORS', 'pick_device', 'has_native_bf16', 'pick_dtype', 'cpu_kind', 'set_seed', 'same_random',
            'count_params', 'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'glibc', 'free_memory',
-           'keep_memory', 'Table', 'figure_data', 'show_figure', 'versions', 'stored_results']
+           'keep_memory', 'Table', 'figure_data', 'show_figure', 'versions', 'results_folder', 'stored_results']
 
 # %% ../../nbs/base/core.ipynb #76f2112b
 import base64, contextlib, ctypes, gc, importlib.metadata, io, json, logging, math, os, platform
@@ -203,11 +203,15 @@ def versions() -> dict:  # Library name → version, with Python and the device 
                 machine=platform.machine(), cpu=cpu_kind(), cores=os.cpu_count(), gpu=gpu)
 
 # %% ../../nbs/base/core.ipynb #6b1bff76
+def results_folder() -> Path:
+    "Where stored results lie, in a checkout and in an installed package."
+    home = Path(find_spec("qlora_nb").origin).parent
+    return next(o for o in (home.parent/"nbs"/"results", home/"results") if o.is_dir())
+
 def stored_results(name:str  # Of a file in `nbs/results/`, without .json
                   ) -> dict: # With "hardware" and "versions" beside the numbers
     "What an experiment has measured. Raises `QLoRAError` where there is no such file."
-    home = Path(find_spec("qlora_nb").origin).parent
-    folder = next(o for o in (home.parent/"nbs"/"results", home/"results") if o.is_dir())
+    folder = results_folder()
     if (file := folder/f"{name}.json").exists(): return json.loads(file.read_text(encoding="utf-8"))
     names = sorted(o.stem for o in folder.glob("*.json"))
     raise QLoRAError(f"there are no results '{name}'.", cure=f"Choose from: {', '.join(names)}.")
