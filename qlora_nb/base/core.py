@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ParamCount', 'COLORS', 'pick_device', 'has_native_bf16', 'pick_dtype', 'cpu_kind', 'set_seed', 'same_random',
            'count_params', 'model_tensors', 'model_bytes', 'fmt_bytes', 'peak_memory', 'glibc', 'free_memory',
-           'keep_memory', 'Table', 'figure_data', 'show_figure', 'versions', 'results_folder', 'stored_results']
+           'collected', 'keep_memory', 'Table', 'figure_data', 'show_figure', 'versions', 'results_folder',
+           'stored_results']
 
 # %% ../../nbs/base/core.ipynb #76f2112b
 import base64, contextlib, ctypes, gc, importlib.metadata, io, json, logging, math, os, platform
@@ -148,6 +149,17 @@ def free_memory():
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     if libc := glibc(): libc.malloc_trim(0)
+
+# %% ../../nbs/base/core.ipynb #core_youngf
+@contextlib.contextmanager
+def collected():
+    "Take away the garbage that a block makes, without a look at what was there before."
+    on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        gc.collect(0)
+        if on: gc.enable()
 
 # %% ../../nbs/base/core.ipynb #370e54bf
 def keep_memory():

@@ -7,10 +7,10 @@ __all__ = ['METHODS', 'KNOWN', 'skeleton', 'parts_of', 'state_bytes', 'MockChunk
            'refuse_recurrent', 'count', 'passing', 'grow', 'Plan', 'check_plan', 'plan']
 
 # %% ../../nbs/3_memory/37_planner.ipynb #9c6f3415
-import contextlib, copy, gc
+import contextlib, copy
 
 # %% ../../nbs/3_memory/37_planner.ipynb #a88f27f3
-from ..base.core import Table
+from ..base.core import Table, collected
 import torch
 from torch import nn
 from ..base.arguments import OPTIMIZERS, as_dtype, check_counts, check_flags, check_names
@@ -95,12 +95,12 @@ def rehearse(cfg, per_device_train_batch_size, max_length, method, r, target_mod
              target_parameters=(), use_dora=False) -> tuple:
     "One training step without memory: (parts that stay, moments of a `Ledger`)."
     idle = idle_parts(whole(cfg, torch.float32 if method == "full" else dtype))   # not within
-    if not (theirs := gc.get_freeze_count()): gc.freeze()   # garbage is looked for in what comes
     with ledger or Ledger() as ledger, torch.device("meta"):
-        model = skeleton(cfg, method, r, target_modules, dtype, keep, target_parameters, use_dora)
-        trained = learning(model, idle)
+        with collected():
+            model = skeleton(cfg, method, r, target_modules, dtype, keep, target_parameters,
+                             use_dora)
+            trained = learning(model, idle)
         states = [torch.empty(state_bytes(p, optim), dtype=torch.uint8) for p in trained]
-        gc.collect(), theirs or gc.unfreeze()
         parts = parts_of(model) | dict(optimizer=sum(map(torch.Tensor.numel, states)))
         if gradient_checkpointing:
             def contexts(): return contextlib.nullcontext(), Autocast(dtype)
