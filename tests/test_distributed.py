@@ -6,13 +6,15 @@ from types import SimpleNamespace
 
 import psutil, pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from qlora_nb.base.errors import PeerLost, QLoRAError
 from qlora_nb.base.ranks import can_fork, on_ranks, rank
 from qlora_nb.evaluation.evaluation import finetune_and_evaluate
+from qlora_nb.foundations.adapters import add_adapters, tiny_qlora
 from qlora_nb.speed.data_parallel import same_start
 from qlora_nb.training.data import load_rows
-from qlora_nb.training.finetune import finetune
+from qlora_nb.training.finetune import finetune, make_trainer
 
 from common import NBS, small_base, small_tokenizer
 from forks import Fork
@@ -63,7 +65,6 @@ def test_nobody_stays_behind():
 
 
 def test_a_sharded_base_says_what_it_cannot_do():
-    from qlora_nb.foundations.adapters import tiny_qlora
     from qlora_nb.speed.cuda_graphs import decoder_layers
     from qlora_nb.speed.fast_training import make_fast
     from qlora_nb.speed.sharded_base import shard_base
@@ -78,14 +79,20 @@ def test_a_sharded_base_says_what_it_cannot_do():
     with pytest.raises(QLoRAError, match="block 3 of a sharded base: its bytes"): on_ranks(2, picked_up)
 
 
-def losses_of(passes:list, folder):
+def routed():
+    "A small mixture of experts, whose routers have a loss of their own."
+    torch.manual_seed(0)
+    small = MixtralConfig(vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+                          num_local_experts=4, router_aux_loss_coef=1., output_router_logits=True)
+    return add_adapters(AutoModelForCausalLM.from_config(small))
+
+
+def losses_of(passes:list, folder, make=tiny_qlora):
     "Of short runs, one for each number of passes a step."
-    from qlora_nb.foundations.adapters import tiny_qlora
-    from qlora_nb.training.finetune import make_trainer
     found = {}
     for k in passes:
         ids = torch.randint(5, 500, (11, 20), generator=torch.Generator().manual_seed(0)).tolist()
-        trainer = make_trainer(tiny_qlora(), small_tokenizer(300), [dict(input_ids=o, labels=o) for o in ids], folder/f"{rank()} {k}", False,
+        trainer = make_trainer(make(), small_tokenizer(300), [dict(input_ids=o, labels=o) for o in ids], folder/f"{rank()} {k}", False,
                                per_device_train_batch_size=1, gradient_accumulation_steps=k, max_steps=4, learning_rate=1e-2)
         trainer.train()
         found[k] = [o["loss"] for o in trainer.state.log_history if "loss" in o]
@@ -98,6 +105,8 @@ def test_however_a_step_is_divided(tmp_path):
     assert len(set(map(tuple, one.values()))) == 3
     for n, passes in {2: [2, 3], 3: [1, 2], 4: [1]}.items():
         for got in on_ranks(n, losses_of, passes, tmp_path): assert got == {k: one[n*k] for k in passes}
+    one = losses_of([4], tmp_path/"routed", routed)   # a rank without rows once added the routers' loss of a row
+    assert on_ranks(2, losses_of, [2], tmp_path/"routed", routed) == [{2: one[4]}]*2
 
 
 def test_packed_rows_and_our_own_layers(how, tmp_path):
