@@ -78,6 +78,7 @@ def wide_stacks(m:nn.Module) -> list:   # (name, parameter)
     if isinstance(m, _ConvNd): return []
     return [o for o in m.named_parameters(recurse=False) if o[1].ndim > 2]
 
+# %% ../../nbs/3_memory/39_expert_memory.ipynb #f4716204-b
 def pack_experts(m:nn.Module, dtype, rank=lambda name: 0):   # Of the adapter on a parameter
     "Pack the stacks of experts that a module has."
     for name, p in wide_stacks(m):
@@ -151,6 +152,7 @@ def idle_parts(model) -> tuple:   # Of `whole`; beginnings of names
                        if m not in called and any(True for _ in m.parameters(recurse=False)))
     return model.idle
 
+# %% ../../nbs/3_memory/39_expert_memory.ipynb #wr_idle-b
 def learning(model, idle:tuple) -> list:   # Of `idle_parts`
     "The parameters that are trained and will have a gradient."
     return [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(idle)]

@@ -17,6 +17,8 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerCallback
 from accelerate.data_loader import prepare_data_loader
+
+# %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100004-b
 from torch import distributed as dist
 from torch.nn import functional as F
 from ..base.errors import QLoRAError
@@ -108,6 +110,7 @@ def take_out(params:list, loss, some=True) -> torch.Tensor:   # Flat; zeros wher
     flat = torch.cat([*map(torch.flatten, grads), loss.new_tensor(has), loss.view(1)])
     return flat if some else flat.zero_()
 
+# %% ../../nbs/7_speed/83_data_parallel.ipynb #order83-io-b
 @torch.no_grad()
 def put_in(params:list, flat) -> float:   # A sum of what `take_out` gave
     "Give the parameters their gradients; the loss comes back."
@@ -180,8 +183,7 @@ def holding(folder:Path):
     def way(): return go_on(last_checkpoint(folder/"checkpoints")) if opened else ""
     def go(): everyone(None), opened.append(True)
     alone = hold_run(folder) if first else contextlib.nullcontext()
-    with said_when_ended(way), together(way), alone, explain_full(folder):
-        yield first, go
+    with said_when_ended(way), together(way), alone, explain_full(folder): yield first, go
 
 # %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100042-c
 def seal_once(folder:Path):
@@ -226,6 +228,7 @@ def agree(s:dict):   # Settings, or what else has to be equal
             raise QLoRAError(f"it was started otherwise than rank 0: {', '.join(unlike)}.",
                              f"rank {r} of {n_ranks()}", "Give all the same options and files.")
 
+# %% ../../nbs/7_speed/83_data_parallel.ipynb #d8100042-ag-b
 def same_start(found, model):   # A checkpoint or None; not each GPU has bfloat16
     dtype = model.get_input_embeddings().weight.dtype
     agree(dict(resumed_from=found and found.name, dtype=dtype))
