@@ -109,6 +109,18 @@ def test_however_a_step_is_divided(tmp_path):
     assert on_ranks(2, losses_of, [2], tmp_path/"routed", routed) == [{2: one[4]}]*2
 
 
+def test_a_broken_batch_is_named_by_the_process_that_had_it(tmp_path):
+    "The sum of gradients is broken for all; the other process has no row to blame."
+    def broken():
+        import qlora_nb.training.training_loop as module
+        real = module.SureTrainer.compute_loss
+        module.SureTrainer.compute_loss = lambda self, *args, **kw: real(self, *args, **kw)*(float("nan") if rank() else 1)   # in this fork alone
+        try: losses_of([1], tmp_path)
+        except PeerLost as e: (tmp_path/"said").write_text(str(e), encoding="utf-8")
+    with pytest.raises(QLoRAError, match=r"^rank 1 of 2: the loss is nan at step 1, in rows \d+\. Likely: the learning rate"): on_ranks(2, broken)
+    assert (tmp_path/"said").read_text(encoding="utf-8") == "rank 0 of 2: another process of this run has ended, and so does this one."
+
+
 def test_packed_rows_and_our_own_layers(how, tmp_path):
     more = dict(packing=True, max_length=300, per_device_train_batch_size=1, backend="scratch", max_steps=3)
     want = finetune(output_dir=tmp_path/"one", gradient_accumulation_steps=2, **how | more).info["losses"]

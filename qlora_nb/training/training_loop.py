@@ -216,7 +216,8 @@ def training_step(self:AdapterTrainer, model, inputs, num_items_in_batch=None):
     if self.guard is None: return loss
     self.guard.saw(loss, rows, (labels != -100).sum())
     if self.accelerator.sync_gradients:   # the last batch of this step
-        scaler = self.accelerator.scaler
+        scaler, whole = self.accelerator.scaler, self.summed   # the loss of all processes
+        if whole is not None: self.guard.saw(loss.new_tensor(whole), [], 1)
         self.guard.check(self.state.global_step + 1, self.model, scaler and scaler.get_scale())
     return loss
 
