@@ -95,6 +95,7 @@ def losses_of(passes:list, folder, make=tiny_qlora):
         trainer = make_trainer(make(), small_tokenizer(300), [dict(input_ids=o, labels=o) for o in ids], folder/f"{rank()} {k}", False,
                                per_device_train_batch_size=1, gradient_accumulation_steps=k, max_steps=4, learning_rate=1e-2)
         trainer.train()
+        assert trainer.model_wrapped is trainer.model   # DDP adds in an order of its own, and writes into the base
         found[k] = [o["loss"] for o in trainer.state.log_history if "loss" in o]
     return found
 
@@ -103,7 +104,7 @@ def test_however_a_step_is_divided(tmp_path):
     "The losses have every digit of those of one process, whatever number of processes and passes makes a step; eleven rows end within one."
     one = losses_of([3, 4, 6], tmp_path)
     assert len(set(map(tuple, one.values()))) == 3
-    for n, passes in {2: [2, 3], 3: [1, 2], 4: [1]}.items():
+    for n, passes in {1: [3], 2: [2, 3], 3: [1, 2], 4: [1]}.items():
         for got in on_ranks(n, losses_of, passes, tmp_path): assert got == {k: one[n*k] for k in passes}
     one = losses_of([4], tmp_path/"routed", routed)   # a rank without rows once added the routers' loss of a row
     assert on_ranks(2, losses_of, [2], tmp_path/"routed", routed) == [{2: one[4]}]*2

@@ -124,8 +124,8 @@ class RankTrainer:
     "Put before a Trainer: several processes draw batches of their own, and add up in order."
     summed = None   # the loss of a step, over all processes
     def get_train_dataloader(self):
+        if dist.is_initialized(): around_ddp(self)   # of one process, too
         if self.accelerator.num_processes == 1: return super().get_train_dataloader()
-        around_ddp(self)
         self.total = OrderedSum()
         return rank_loader(self, self._get_train_sampler())
     def get_batch_samples(self, *args, **kw):
