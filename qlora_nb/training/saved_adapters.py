@@ -40,7 +40,8 @@ def _what_helps(folder:Path, named:str) -> str:
 def find_folder(folder:str|Path) -> Path:  # Of a run, or of an adapter
     "The folder of an adapter itself. Raises `QLoRAError` where there is no complete one."
     if not hasattr(folder, "__fspath__") and not isinstance(folder, str):
-        raise QLoRAError(f"a {type(folder).__name__} is no folder of an adapter, nor of a run.")
+        raise QLoRAError(f"a {type(folder).__name__} is no folder of an adapter.",
+                         cure="Give the folder of a run, or the run.")
     named, folder = str(folder), Path(folder).expanduser()
     check_open(folder)
     if folder.is_file(): folder = folder.parent   # adapter_model.safetensors itself was given
