@@ -126,8 +126,11 @@ def pytest_collection_modifyitems(config, items):
 # ---- what every test would pay again ----
 
 def pytest_collection_finish(session):
-    "The libraries' million objects are left out of each `gc.collect()` that a training run ends with."
+    """The libraries' million objects are left out of each `gc.collect()` that a training run ends with.
+    And this process takes as many threads as the processes that tests start, also where a plugin has loaded PyTorch before it was told:
+    in float32, another number of threads adds up in another order."""
     gc.collect(), gc.freeze()
+    if "torch" in sys.modules and (n := os.environ.get("OMP_NUM_THREADS")): sys.modules["torch"].set_num_threads(int(n))
 
 
 @pytest.hookimpl(wrapper=True)
