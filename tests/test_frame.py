@@ -417,9 +417,9 @@ def test_module_is_small_and_safe(path):
 
 @each_module
 def test_warnings_name_the_line_of_the_reader(path):
-    "A warning without `stacklevel` names a line of ours, which says nothing to who reads it: `base.notes.warn` looks for theirs."
+    "What `warnings.warn` finds by counting calls is often a line of ours, which says nothing to who reads it: `base.notes.warn` looks for theirs."
     calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call) and ast.unparse(n.func) == "warnings.warn"]
-    assert not [ast.unparse(n) for n in calls if not any(k.arg == "stacklevel" for k in n.keywords)]
+    assert not calls or path.name == "notes.py", [ast.unparse(n) for n in calls]
 
 
 ALONE = """

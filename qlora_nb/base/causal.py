@@ -11,6 +11,7 @@ import contextlib, torch, warnings
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from .errors import QLoRAError
+from .notes import warn
 
 # %% ../../nbs/base/causal.ipynb #7c3a1008
 def check_kind(config, name):   # Of a model; what to call it
@@ -61,8 +62,8 @@ def may_look_ahead(config) -> bool:
 def say_left_out(names, where):   # Names of tensors in the files that were not read
     "Warn of what a checkpoint holds and its config leaves out."
     if not names: return
-    warnings.warn(f"{where}: its files hold {len(names)} tensors that its config.json has no place "
-                  f"for, such as {min(names)}: they are left out.", stacklevel=4)
+    warn(f"{where}: its files hold {len(names)} tensors that its config.json has no place "
+         f"for, such as {min(names)}: they are left out.")
 
 # %% ../../nbs/base/causal.ipynb #16c76dfa-h
 def refuse_random(model, missing, name):   # `missing`: names that the files do not hold

@@ -10,6 +10,7 @@ __all__ = ['DECODER', 'DEEPEST', 'first_twice', 'check_columns', 'parse_json', '
 # %% ../../nbs/base/json_rows.ipynb #b142235c
 import ast, json, re, warnings
 from .errors import QLoRAError
+from .notes import warn
 from .fields import (FIELDS, MEANING, SKIP, brief, carries_meaning, fail,
                                   is_empty, is_turns)
 
@@ -174,7 +175,7 @@ def _only(row, name):
         lost = [k for k, v in row.items() if k != place.split(".")[0]
                 and (k in others or carries_meaning(k, v, []))]
         said = ", ".join(f"`{k}` ({brief(row[k])})" for k in lost)
-        if lost: warnings.warn(f"{name}: not used, beside the rows: {said}.", stacklevel=2)
+        if lost: warn(f"{name}: not used, beside the rows: {said}.")
         return rows
 
 # %% ../../nbs/base/json_rows.ipynb #a315e362

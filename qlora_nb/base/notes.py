@@ -40,7 +40,8 @@ def place_of(row, i:int) -> str:
     return (f"{source}, " if source else "") + f"row {int(number_of(row, i))}"
 
 # %% ../../nbs/base/notes.ipynb #warn_f
-LIBRARIES = {"qlora_nb", *"transformers trl accelerate peft torch contextlib fastcore".split()}
+LIBRARIES = {"qlora_nb",
+             *"transformers trl accelerate peft torch datasets contextlib fastcore".split()}
 
 def warn(said:str, category:type=UserWarning):
     "Warn with the place of the call that led here, outside of this package and its libraries."
@@ -81,18 +82,16 @@ def say_unused(notes:Notes, name:str, bad:Notes|None=None):
     for doubt, what in ((False, "not used"), (True, "learned as it stands, perhaps an empty cell")):
         kinds = [k for k in notes.count if k.startswith(DOUBT) == doubt]
         said = notes.lines(lambda k: f"`{k.removeprefix(DOUBT)}`", kinds)
-        if said: warnings.warn(f"{name}: {what}: {'; '.join(said)}.", stacklevel=3)
+        if said: warn(f"{name}: {what}: {'; '.join(said)}.")
     if bad and bad.count:
-        warnings.warn(f"{name}: left out as they are broken: {'; '.join(bad.lines(str))}.",
-                      stacklevel=3)
+        warn(f"{name}: left out as they are broken: {'; '.join(bad.lines(str))}.")
 
 # %% ../../nbs/base/notes.ipynb #993d4271
 def say_text(notes:Notes):
     "Warn once of texts that are not to the model what they are to a reader."
     said = "; ".join(notes.lines(str))
     if said:
-        warnings.warn(f"some rows hold {said}. A model does not read such a text as you do.",
-                      stacklevel=3)
+        warn(f"some rows hold {said}. A model does not read such a text as you do.")
 
 # %% ../../nbs/base/notes.ipynb #e3e6bcab
 OUTCOMES = ("kept", "cut", "dropped", "no room")   # of a row, by its length
@@ -121,8 +120,7 @@ def length_report(count, first, longest, max_length, turns):
     if rows and not report["kept"] + report["cut"]:
         raise QLoRAError(f"all rows are {too}.", cure=cure)
     if said := _outcomes_said(count, first, turns):
-        warnings.warn(f"{rows - report['kept']} of {rows} rows are {too}: {said}. {cure}",
-                      stacklevel=3)
+        warn(f"{rows - report['kept']} of {rows} rows are {too}: {said}. {cure}")
     return report
 
 # %% ../../nbs/base/notes.ipynb #ae3a30df

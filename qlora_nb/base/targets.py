@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .arguments import LISTS, check_counts
 from .causal import embedded_leaves
 from .errors import QLoRAError
+from .notes import warn
 from .weights import routers
 
 # %% ../../nbs/base/targets.ipynb #1265f1df
@@ -93,7 +94,7 @@ def check_rank(model, names:list, r:int):   # Layers that are to have adapters
     what = f"r={r} is above the smaller side of {len(over)} of {len(sides)} layers"
     what = f"{what}, such as {over[0]} with {sides[over[0]]}"
     if len(over) < len(sides):
-        warnings.warn(f"{what}: the rest of the rank can hold nothing there.", stacklevel=4)
+        warn(f"{what}: the rest of the rank can hold nothing there.")
     else: raise QLoRAError(f"{what}.", type(model).__name__,
                            f"Set r={max(sides.values())} or less (--r).")
 
@@ -124,7 +125,7 @@ def note_idle(model:nn.Module):   # Without adapters; noted on it, for `find_tar
     if not idle or 2*len(idle) > len(find_targets(model, "all-linear")["all-linear"]): return
     model.qlora_nb_idle = idle
     told = ", ".join(sorted({re.sub(r"\b\d+\b", "*", n) for n in idle}))
-    warnings.warn(f"no gradient reaches {told} of {type(model).__name__}: left out.", stacklevel=3)
+    warn(f"no gradient reaches {told} of {type(model).__name__}: left out.")
 
 # %% ../../nbs/base/targets.ipynb #066f9c9a
 def layer_kinds(model:nn.Module,  # The model that has them

@@ -6,12 +6,13 @@
 __all__ = ['by_length', 'mark_rows', 'answer_losses', 'answer_loss', 'fit_rows', 'read_off', 'known_answers', 'as_found']
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #320d7fe1
-import contextlib, warnings
+import contextlib
 from pathlib import Path
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #5fcd4509
 from ..base.arguments import check_tokenizer
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from ..training.data import collate, encode, encode_rows, load_rows, shorten
 from ..training.end_tokens import stop_ids
 from ..training.rehearsal import read_back
@@ -77,12 +78,11 @@ def _say_fit(n, max_length, left, cut, refused):
     "Warn of what is left out, cut and refused, at the line that called `fit_rows`."
     for what, numbers in (("cut in their questions", cut), ("left out", left)):
         if numbers:
-            warnings.warn(f"{len(numbers)} of {n} rows to evaluate on are {what}, as "
-                          f"max_length is {max_length}: the first is row {numbers[0]} of them.",
-                          stacklevel=3)
+            warn(f"{len(numbers)} of {n} rows to evaluate on are {what}, as "
+                 f"max_length is {max_length}: the first is row {numbers[0]} of them.")
     if refused:
-        warnings.warn(f"{len(refused)} of {n} rows to evaluate on cannot be written: the "
-                      f"first is {refused[0]}", stacklevel=3)
+        warn(f"{len(refused)} of {n} rows to evaluate on cannot be written: the "
+             f"first is {refused[0]}")
 
 # %% ../../nbs/5_evaluation/53_answer_loss.ipynb #8707bdfc
 def fit_rows(rows:list, tokenizer, template:str="auto", max_length:int=512,

@@ -8,10 +8,11 @@ __all__ = ['Scores', 'CHOSE', 'NONE_HELD_OUT', 'NOT_WANTED', 'PLACES', 'answer_r
            'score_run', 'as_asked', 'job_info', 'finetune_and_evaluate']
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #a97b341a-a
-import time, warnings
+import time
 from collections import namedtuple
 from .answer_loss import as_found, fit_rows, known_answers, mark_rows
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from ..base.core import Table, fmt_bytes, free_memory, model_bytes, peak_memory
 from .scores import exact_match, field_scores
 from ..training.data import answer_of, encode_prompt, load_rows
@@ -104,12 +105,10 @@ def before_after(before:Scores, after:Scores) -> Table:
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #caa91423-a
 def side_by_side(rows:list, before:Scores, after:Scores, n:int=3, width:int=90) -> Table:
     "The first `n` held-out rows with both answers and the right one."
-    def cut(s):
-        s = " ".join(s.split())
-        return s if len(s) <= width else s[:width-3] + "..."
+    def cut(s): return s if len(s) <= width else s[:width-3] + "..."
     def block(row, was, now):
         return dict(prompt=as_text(row), before=was, after=now, right=answer_of(row)) | {"": ""}
-    out = [[k, cut(v)] for r in list(zip(rows, before.answers, after.answers))[:n]
+    out = [[k, cut(" ".join(v.split()))] for r in list(zip(rows, before.answers, after.answers))[:n]
            for k,v in block(*r).items()]
     return Table(out[:-1], ["", "held-out rows"])
 
@@ -206,7 +205,7 @@ def score_run(run, rows:list, progress:bool=True) -> tuple:   # (rows, before, a
     except KeyboardInterrupt: raise KeyboardInterrupt(when_trained(run.folder)) from None
     except Exception as e:
         why = f"The evaluation failed ({type(e).__name__}: {' '.join(str(e).split())[:200]})."
-        warnings.warn(why := f"{why} The adapter is saved; --resume scores again.", stacklevel=3)
+        warn(why := f"{why} The adapter is saved; --resume scores again.")
         return [], None, None, why
 
 # %% ../../nbs/5_evaluation/54_evaluation.ipynb #d6bb551b
@@ -242,7 +241,7 @@ def finetune_and_evaluate(data="tickets",     # See `load_rows`
     else: rows = NamedRows(rows, source)
     eval_data, test_data = (o if o is None else load_rows(o, **how) for o in (eval_data, test_data))
     out, held, said = rows_to_score(data, rows, eval_data, test_data, eval_rows, seed)
-    for o in said: warnings.warn(o, stacklevel=2)
+    for o in said: warn(o)
     run = finetune(data=rows, eval_data=eval_data, leave_out=out, seed=seed, progress=progress,
                    test_data=None if len(out) or not held else held, **settings)
     held, before, after, why = score_run(run, held, progress and rank() == 0)

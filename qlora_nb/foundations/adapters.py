@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from ..base.adapter_files import (describe_adapter, matrix_names, same_quantization,
                                          sizes_explained, values_follow)
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from ..base.model_files import tiny_model
 from ..base.nf4_config import quiet
 from ..base.targets import check_rank, find_targets, is_pattern, match_targets, outer_modules
@@ -78,7 +79,7 @@ def chosen_layers(model, target_modules:str|list) -> list:
     if out and (target_modules != "all-linear" or not left):
         raise QLoRAError(f"{told} cannot have an adapter: other code reads its weight.", who,
                          "Leave it out, or use target_modules='all-linear'.")
-    if out: warnings.warn(f"{told} of {who} cannot have an adapter and is left out.", stacklevel=3)
+    if out: warn(f"{told} of {who} cannot have an adapter and is left out.")
     return left
 
 # %% ../../nbs/1_foundations/09_adapters.ipynb #6abc3c81

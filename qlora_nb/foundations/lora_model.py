@@ -9,7 +9,7 @@ __all__ = ['MERGED', 'PLAIN', 'STARTS', 'lora_layers', 'set_adapter', 'lora_repo
 
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #36cd7757
 from ..base.core import Table
-import contextlib, json, re, tempfile, warnings
+import contextlib, json, re, tempfile
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 # %% ../../nbs/1_foundations/06_lora_model.ipynb #36cd7757-b
 from ..base.adapter_files import read_json
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from ..base.targets import (find_targets, layer_kinds, layer_size, match_targets,
                                    outer_modules, pattern_value)
 from .lora import LoRA
@@ -58,8 +59,7 @@ def lora_report(model:nn.Module, adapter:str="default"  # Has adapters; which on
     layers, rows = lora_layers(model, adapter), []
     def size(m): return m.in_features, m.hyper[adapter]["r"], m.out_features
     for kind,(names, have, total) in layer_kinds(model, layers).items():
-        if have < total:
-            warnings.warn(f"{kind} has the adapter in {have} of {total} blocks only.", stacklevel=3)
+        if have < total: warn(f"{kind} has the adapter in {have} of {total} blocks only.")
         sizes = [size(layers[n]) for n in names]
         shown = ", ".join(sorted({f"{d_in} → {r} → {d_out}" for d_in,r,d_out in sizes}))
         rows.append([kind, f"{have} of {total}", shown, sum(r*(a + b) for a,r,b in sizes)])
@@ -95,7 +95,7 @@ def add_lora(model:nn.Module,               # Changed in place: its own paramete
                lora_dropout, rslora, adapter) for n in match_targets(model, target_modules)}
     for k in {**(rank_pattern or {}), **(alpha_pattern or {})}:
         if not any(pattern_value({k: 1}, n, 0) for n in new):
-            warnings.warn(f"'{k}' matches no layer.", stacklevel=2)
+            warn(f"'{k}' matches no layer.")
     check_adapter(model, adapter, new)
     model.requires_grad_(False)
     for n,h in new.items():

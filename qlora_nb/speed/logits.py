@@ -13,6 +13,7 @@ import contextlib, math, torch, warnings
 from peft.tuners.lora.layer import LoraLayer
 from torch.nn import functional as F
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from .cuda_graphs import decoder_layers
 
 # %% ../../nbs/7_speed/76_logits.ipynb #94e5cbc0
@@ -196,9 +197,8 @@ def say_apart(have, want, dtype:torch.dtype, what:str):   # The coarsest format 
         raise QLoRAError(f"{what} in {dtype} has logits that are not finite.",
                          cure="Choose dtype='bfloat16' or 'float32'.")
     if off > max(1e-4, 8*torch.finfo(dtype).eps):
-        warnings.warn(f"{what} has other logits in {dtype} than in float32, by {off:.1%}: with "
-                      "rounded numbers it chooses otherwise, as a router chooses experts.",
-                      stacklevel=3)
+        warn(f"{what} has other logits in {dtype} than in float32, by {off:.1%}: with "
+             "rounded numbers it chooses otherwise, as a router chooses experts.")
 
 # %% ../../nbs/7_speed/76_logits.ipynb #ff6790d3-a
 def unsaved_buffers(model) -> dict:   # name → tensor

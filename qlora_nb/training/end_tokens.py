@@ -9,10 +9,11 @@ __all__ = ['end_ids', 'template_end', 'base_of', 'notes_of', 'note_ends', 'taugh
 
 # %% ../../nbs/2_training/23_end_tokens.ipynb #792a6aaa
 import qlora_nb.base.core   # before PyTorch is loaded
-import torch, warnings
+import torch
 from bisect import bisect_left
 from torch.nn import Embedding
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from ..base.mapped import Grouped, count
 from .chat_templates import as_messages, encode
 
@@ -90,8 +91,7 @@ def note_sum(model, weights:dict, name:str):
     each = [notes_of(model, o) for o in weights]
     if len(kinds := {o["template"] for o in each if "template" in o}) > 1:
         said = ", ".join(sorted(kinds))
-        warnings.warn(f"these adapters were trained with different templates: {said}.",
-                      stacklevel=3)
+        warn(f"these adapters were trained with different templates: {said}.")
     notes_of(model, name).clear()
     shared = {k: v for k, v in each[0].items()
               if k != "end_tokens" and all(o.get(k) == v for o in each)}
@@ -122,8 +122,8 @@ def _check_positions(model, examples):
     others += [len(b) for b in model.buffers() if b.dim() == 2]   # computed, not learned
     if any(limit <= rows <= limit + 8 for rows in others):   # a table of positions
         raise QLoRAError(what, f"row {number(longest)}", f"Set max_length={limit}.")
-    warnings.warn(f"row {number(longest)}: {what} It was never trained on more: set "
-                  f"max_length={limit}.", stacklevel=3)
+    warn(f"row {number(longest)}: {what} It was never trained on more: set "
+         f"max_length={limit}.")
 
 # %% ../../nbs/2_training/23_end_tokens.ipynb #f1754cd6
 def check_ids(model, tokenizer, examples:list):

@@ -10,6 +10,7 @@ __all__ = ['USUAL', 'name_of', 'load_base', 'own_adapter', 'refuse_head', 'put_a
 from ..base.adapter_files import read_json
 from ..base.core import pick_device
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from ..base.files import digest
 from ..base.ranks import first_alone, n_ranks
 from ..base.runs import content_id
@@ -186,8 +187,7 @@ def brought_along(model, backend:str|None, s:dict) -> tuple:  # (its base, its b
     return name, mine, s | own
 
 # %% ../../nbs/2_training/28_loaded_models.ipynb #43dc0fab
-def find_model(model, tokenizer, backend:str|None, s:dict
-               ) -> tuple:  # (model, tokenizer, its place or None, settings)
+def find_model(model, tokenizer, backend:str|None, s:dict) -> tuple:  # (both, place, settings)
     "Which model a run is about, and what it brings along. Raises `QLoRAError` for contradictions."
     if backend not in (None, *BACKENDS):
         raise QLoRAError(f"there is no backend '{backend}'.", cure=f"Choose {', '.join(BACKENDS)}.")
@@ -201,8 +201,8 @@ def find_model(model, tokenizer, backend:str|None, s:dict
         name, backend, s = brought_along(model, backend, s)
         tokenizer = tokenizer or load_tokenizer(name, s["model_revision"])
     if place and tokenizer is not None:
-        warnings.warn(f"tokenizer=... is not used: {name} is loaded with its own. To use another, "
-                      "load the model first: load_model(...).", stacklevel=4)
+        warn(f"tokenizer=... is not used: {name} is loaded with its own. To use another, "
+             "load the model first: load_model(...).")
     named = dict(model=name, backend=backend) | fill_in(s)
     return model, None if place else tokenizer, place, named
 

@@ -16,6 +16,7 @@ import torch
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #c5502788
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from ..base.file_kinds import check_open
 from ..base.model_files import load_tokenizer, locate
 from ..base.runs import content_id
@@ -148,9 +149,8 @@ def check_base(folder, base:str, notes:dict, revision:str|None=None):
     if known and now and known != now:
         def say(name, at): return f"{name} at {at}" if at else name
         then = say(notes.get("base", "that"), notes.get("revision"))
-        warnings.warn(f"{folder}: this adapter was trained on another base: {say(base, revision)} "
-                      f"has other weights than {then} had. Its answers may be noise.",
-                      stacklevel=3)
+        warn(f"{folder}: this adapter was trained on another base: {say(base, revision)} "
+             f"has other weights than {then} had. Its answers may be noise.")
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #c23670cc
 def trained_dtype(notes:dict, device:str|None) -> torch.dtype:
@@ -160,8 +160,8 @@ def trained_dtype(notes:dict, device:str|None) -> torch.dtype:
     fits = {torch.float32: True, torch.bfloat16: has_native_bf16(device),
             torch.float16: device.type == "cuda"}
     if wanted in (None, own) or fits.get(wanted): return wanted or own
-    warnings.warn(f"the adapter was trained in {notes['dtype']}; this device computes in "
-                  f"{str(own)[6:]}.", stacklevel=3)
+    warn(f"the adapter was trained in {notes['dtype']}; this device computes in "
+         f"{str(own)[6:]}.")
     return own
 
 # %% ../../nbs/2_training/27_saved_adapters.ipynb #2c29331b-a

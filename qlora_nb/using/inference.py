@@ -10,6 +10,7 @@ __all__ = ['PAD_NOISE', 'without_routers', 'padding_error', 'pads_safely', 'batc
 import threading, warnings
 from itertools import groupby
 from ..base.arguments import check_counts, check_model, check_tokenizer, texts_of
+from ..base.notes import warn
 from .sampling import check_sampling, penalize, seeded
 from ..speed.dequantized import dequantized
 from ..speed.shared_prefix import prefill_shared
@@ -64,8 +65,8 @@ def batches(model, tokenizer, prompts:list, batch_size:int
     if len(order) > 1 and not pads_safely(model):
         def size(i): return -len(tokenizer(prompts[i], add_special_tokens=False).input_ids)
         groups = [list(g) for _, g in groupby(sorted(order, key=size), size)]
-        warnings.warn(f"{type(model).__name__} takes padding for text, so only prompts of one "
-                      "length are answered together.", stacklevel=3)
+        warn(f"{type(model).__name__} takes padding for text, so only prompts of one "
+             "length are answered together.")
     return [g[k:k+batch_size] for g in groups for k in range(0, len(g), batch_size)]
 
 # %% ../../nbs/4_using/42_inference.ipynb #3fef584d

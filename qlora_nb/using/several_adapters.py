@@ -14,6 +14,7 @@ from pathlib import Path
 from peft.tuners.lora import LoraLayer
 from ..base.adapter_files import describe_adapter
 from ..base.errors import QLoRAError
+from ..base.notes import warn
 from ..base.explorer import panels
 from ..base.model_files import locate
 from ..base.nf4_config import quiet
@@ -46,10 +47,9 @@ def _say_of_base(model, folder, notes, base):
     have, at = getattr(model, "qlora_nb_name", base), getattr(model, "qlora_nb_revision", None)
     known = notes.get("base_sha256")
     if have != base:
-        warnings.warn(f"{folder.name} was trained on {base}; this is {have}.", stacklevel=3)
+        warn(f"{folder.name} was trained on {base}; this is {have}.")
     elif known and known != (content_id(locate(have), revision=at) or known):
-        warnings.warn(f"{folder.name} was trained on other weights than {have} has now.",
-                      stacklevel=3)
+        warn(f"{folder.name} was trained on other weights than {have} has now.")
 
 # %% ../../nbs/4_using/43_several_adapters.ipynb #b51684c4
 def add_adapter_from(model,               # A base, or a model with PEFT's adapters on it
