@@ -94,7 +94,7 @@ def _table(rows, *head):
 def score_lines(run:dict) -> str:   # `run.json`
     "The scores before and after, as a table."
     before, after = run.get("before"), run.get("after")
-    if not after: return "This run was not evaluated: no rows were held out."
+    if not after: return "This run was not evaluated."
     rows = [["exact match", before["exact_match"], after["exact_match"]],
             *([f"field `{f}`", before["fields"].get(f, 0.), v] for f, v in after["fields"].items()),
             ["loss on the answers (nats a token)", before["answer_loss"], after["answer_loss"]]]
